@@ -1,0 +1,27 @@
+"""The ops: pure functions on tensors, useful alone in any trainer."""
+
+from ppo_fast.ops._registry import backends
+from ppo_fast.ops.config import PolicyLossConfig
+from ppo_fast.ops.gae import gae, gae_packed
+from ppo_fast.ops.masked import kl_estimate, masked_mean, whiten
+from ppo_fast.ops.policy_loss import policy_loss
+from ppo_fast.ops.results import LossOutput, TokenStats
+from ppo_fast.ops.token_stats import entropy, token_logprobs, token_stats
+from ppo_fast.ops.value_loss import value_loss
+
+__all__ = [
+    "token_logprobs",
+    "token_stats",
+    "entropy",
+    "policy_loss",
+    "value_loss",
+    "gae",
+    "gae_packed",
+    "kl_estimate",
+    "masked_mean",
+    "whiten",
+    "backends",
+    "PolicyLossConfig",
+    "LossOutput",
+    "TokenStats",
+]

@@ -1,0 +1,173 @@
+"""Checks shared by the ops: one sentence each, ``op: expected ARG ..., got ...``.
+
+What depends on values (target range, contents of cu_seqlens) is checked on CPU tensors only: on a GPU it would
+be a host sync.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of every reduction and output."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def one_of(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{op}: expected {name} to be one of {choices}, got {value!r}")
+
+
+def tensor(op: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}")
+
+
+def floating(op: str, name: str, value: Tensor) -> None:
+    """Raise unless ``value`` is a tensor of one of the four supported floating dtypes."""
+    tensor(op, name, value)
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{op}: expected {name} to be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def same_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless both tensors live on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{op}: expected {name} on the device of {like_name} ({like.device}), got {value.device}")
+
+
+def same_shape(
+    op: str, name: str, value: Tensor, like_name: str, shape: torch.Size, *, broadcast: bool = False
+) -> None:
+    """Raise unless ``value`` has ``shape``; with ``broadcast`` its last dimension may be 1 ([B, 1] for [B, T])."""
+    per_row = torch.Size([*shape[:-1], 1])
+    if value.shape == shape or (broadcast and len(shape) > 1 and value.shape == per_row):
+        return
+    expected = f"{list(shape)} or {list(per_row)}" if broadcast and len(shape) > 1 else f"{list(shape)}"
+    raise ValueError(f"{op}: expected {name} to match {like_name} {expected}, got {list(value.shape)}")
+
+
+def per_token(
+    op: str,
+    name: str,
+    value: Tensor | None,
+    like_name: str,
+    like: Tensor,
+    shape: torch.Size,
+    *,
+    broadcast: bool = False,
+) -> None:
+    """A floating per-token tensor: dtype, shape, device. None passes."""
+    if value is not None:
+        floating(op, name, value)
+        same_shape(op, name, value, like_name, shape, broadcast=broadcast)
+        same_device(op, name, value, like_name, like)
+
+
+def boolean(op: str, name: str, value: Tensor | None, like_name: str, like: Tensor, shape: torch.Size) -> None:
+    """A bool per-token tensor: dtype, shape, device. None passes."""
+    if value is not None:
+        tensor(op, name, value)
+        if value.dtype != torch.bool:
+            raise ValueError(f"{op}: expected {name} to be bool, got {value.dtype}")
+        same_shape(op, name, value, like_name, shape)
+        same_device(op, name, value, like_name, like)
+
+
+def logits(op: str, name: str, value: Tensor) -> None:
+    """Logits: floating, at least one dimension, at least one word."""
+    floating(op, name, value)
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{op}: expected {name} of shape [..., V] with V >= 1, got {list(value.shape)}")
+
+
+def targets(op: str, value: Tensor, logits: Tensor) -> None:
+    """Targets: int32 or int64, the shape of the logits without V."""
+    tensor(op, "targets", value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: expected targets to be int32 or int64, got {value.dtype}")
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{op}: expected targets to match logits {list(logits.shape)} without the vocabulary, "
+            f"got {list(value.shape)}"
+        )
+    same_device(op, "targets", value, "logits", logits)
+
+
+def ref_logits(op: str, value: Tensor | None, logits_: Tensor) -> None:
+    """Reference logits: floating, the shape and device of the logits. None passes."""
+    if value is not None:
+        logits(op, "ref_logits", value)
+        same_shape(op, "ref_logits", value, "logits", logits_.shape)
+        same_device(op, "ref_logits", value, "logits", logits_)
+
+
+def positive(op: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+        raise ValueError(f"{op}: expected {name} to be a finite number > 0, got {value!r}")
+
+
+def unit_interval(op: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value <= 1):
+        raise ValueError(f"{op}: expected {name} to be a number in [0, 1], got {value!r}")
+
+
+def cu_seqlens(op: str, value: Tensor | None, like_name: str, like: Tensor, shape: torch.Size) -> None:
+    """Sequence offsets: int32 or int64 [S + 1], only for packed [N] tensors. None passes."""
+    if value is None:
+        return
+    tensor(op, "cu_seqlens", value)
+    if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or value.shape[0] == 0:
+        raise ValueError(
+            f"{op}: expected cu_seqlens to be int32 or int64 of shape [S + 1], "
+            f"got {value.dtype} of shape {list(value.shape)}"
+        )
+    if len(shape) != 1:
+        raise ValueError(f"{op}: expected packed {like_name} of shape [N] beside cu_seqlens, got {list(shape)}")
+    same_device(op, "cu_seqlens", value, like_name, like)
+
+
+def denominator(op: str, value: object) -> None:
+    """The outer count of a loss: a number above 0, or a 0-d tensor. None passes."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(
+                f"{op}: expected denominator to be a number > 0 or a 0-d tensor, "
+                f"got a tensor of shape {list(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+        raise ValueError(f"{op}: expected denominator to be a number > 0 or a 0-d tensor, got {value!r}")
+
+
+def target_values(op: str, value: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """Every counted target lies in [0, V). CPU tensors only."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    bad = (value < 0) | (value >= vocab)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        raise ValueError(f"{op}: expected targets in [0, {vocab}) where mask is True, got {value[bad][0].item()}")
+
+
+def cu_seqlens_values(op: str, value: Tensor | None, rows: int) -> None:
+    """cu_seqlens rises from 0 to N (empty sequences allowed). CPU tensors only."""
+    if value is None or value.device.type != "cpu":
+        return
+    if value[0] != 0 or value[-1] != rows or (value[1:] < value[:-1]).any():
+        raise ValueError(
+            f"{op}: expected cu_seqlens to rise from 0 to {rows}, "
+            f"got {value.tolist() if value.shape[0] <= 8 else [*value[:4].tolist(), '...', value[-1].item()]}"
+        )

@@ -1,0 +1,113 @@
+"""Which implementation of an op runs. This is the only place that decides.
+
+A backend asked for by name runs or raises. ``"auto"`` takes the first entry of ``_AUTO`` for the tensor's device
+that is registered for the op, takes the dtype and is usable on this machine; :func:`backends` shows the choice.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("torch", "triton", "native", "cuda")
+_AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("native", "torch")}
+
+HALVES = (torch.bfloat16, torch.float16)
+ALL_FLOATS = (torch.float32, torch.float64, *HALVES)
+
+
+class Implementation(NamedTuple):
+    """One backend of one op.
+
+    Attributes:
+        run: the launcher; it allocates and launches and checks nothing.
+        devices: device types it takes; empty: every device.
+        dtypes: input dtypes it takes when asked for by name.
+        auto_dtypes: input dtypes for which ``"auto"`` may choose it.
+        unusable: why it cannot run on this machine, or None.
+    """
+
+    run: Callable[..., Any]
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ALL_FLOATS
+    auto_dtypes: tuple[torch.dtype, ...] = ALL_FLOATS
+    unusable: str | None = None
+
+
+_TABLE: dict[str, dict[str, Implementation]] = {}
+# Public ops that are one registered op asked for different outputs.
+_SHARED = {"token_logprobs": "token_stats", "entropy": "token_stats"}
+
+
+def register(op: str, backend: str, implementation: Implementation) -> None:
+    """Enter an implementation; the op's own module does this once, at import."""
+    _TABLE.setdefault(op, {})[backend] = implementation
+
+
+def _entries(op: str) -> dict[str, Implementation]:
+    return _TABLE[_SHARED.get(op, op)]
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The launcher of a backend that :func:`resolve` has returned."""
+    return _TABLE[op][backend].run
+
+
+def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``op`` on these tensors; None when it can."""
+    entry = _entries(op).get(backend)
+    if entry is None:
+        return f"{op} has no {backend} implementation"
+    if entry.unusable is not None:
+        return entry.unusable
+    if entry.devices and device.type not in entry.devices:
+        return f"it takes {' or '.join(entry.devices)} tensors, not {device.type}"
+    if dtype not in entry.dtypes:
+        return f"it does not take {dtype}"
+    return None
+
+
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs ``op`` on tensors of this device and dtype.
+
+    Raises:
+        ValueError: an unknown backend, or a named one that cannot run; it never falls back.
+    """
+    if backend == "auto":
+        for name in _AUTO.get(device.type, ("torch",)):
+            if _obstacle(op, name, device, dtype) is None and dtype in _entries(op)[name].auto_dtypes:
+                return name
+        return "torch"
+    if backend not in BACKENDS:
+        choices = ", ".join(repr(b) for b in ("auto", *BACKENDS))
+        raise ValueError(f"{op}: expected backend to be one of {choices}, got {backend!r}")
+    obstacle = _obstacle(op, backend, device, dtype)
+    if obstacle is not None:
+        raise ValueError(f"{op}: expected a usable backend, got {backend!r}: {obstacle}")
+    return backend
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Every op's backends on this machine: ``"ok"`` or the reason why not, and what ``"auto"`` takes for float32.
+
+    Returns:
+        ``{op: {backend: "ok" or reason, "auto": name}}``. "auto" is for CUDA tensors where a CUDA device is
+        present, else for CPU tensors.
+
+    Example:
+        >>> backends()["gae"]["torch"]
+        'ok'
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table: dict[str, dict[str, str]] = {}
+    for op in (*_SHARED, *(name for name in _TABLE if not name.endswith("_backward"))):
+        entries = _entries(op)
+        table[op] = {b: entries[b].unusable or "ok" for b in BACKENDS if b in entries}
+        table[op]["auto"] = resolve(op, "auto", device, torch.float32)
+    return table

@@ -1,0 +1,100 @@
+"""The options of the policy loss."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops import _checks
+
+RATIOS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+_OP = "PolicyLossConfig"
+
+
+def _check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low or (strict and value == low):  # type: ignore[operator,arg-type]
+        bound = f"a finite number {'>' if strict else '>='} {low:g}"
+        raise ValueError(f"{_OP}: expected {name} to be {bound}, got {value!r}")
+
+
+def _check_coefficient(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{_OP}: expected {name} to be a number or a 0-d floating tensor, "
+                f"got a tensor of shape {list(value.shape)} and dtype {value.dtype}"
+            )
+    else:
+        _check_number(name, value, 0.0)
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """Options of :func:`ppo_fast.policy_loss`, validated at construction.
+
+    A coefficient that is the Python number 0 drops its term (and the term's backward) altogether. A schedule that
+    changes a coefficient under ``torch.compile`` passes a 0-d tensor: a Python float recompiles at every new value.
+
+    Attributes:
+        clip_low: the ratio is clipped below at ``1 - clip_low``; None leaves that side open.
+        clip_high: the ratio is clipped above at ``1 + clip_high``; None leaves that side open.
+        dual_clip: c > 1 bounds the objective from below by ``c * A`` where A < 0 (Ye et al. 2020, eq. 3); None: off.
+        ratio: "token" (PPO), or "sequence": the length-normalised ratio of GSPO (Zheng et al. 2025, eq. 7).
+        penalty_coef: weight of ``r - 1 - log r``, an unbiased estimate of KL(old || pi) (PPO-penalty).
+        ent_coef: weight of the entropy bonus.
+        kl_coef: weight of the KL to the reference.
+        kl_estimator: "k1" | "k2" | "k3" (Schulman 2020, from ``ref_logprobs``) or "full" (exact, over the vocabulary).
+        temperature: divides the logits of policy and reference.
+        aggregation: "token-mean" | "seq-mean-token-mean" | "seq-mean-token-sum".
+
+    Raises:
+        ValueError: a field is out of its range.
+
+    Example:
+        >>> PolicyLossConfig(clip_high=0.28, ent_coef=0.01).clip_high
+        0.28
+    """
+
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
+    dual_clip: float | None = None
+    ratio: str = "token"
+    penalty_coef: float | Tensor = 0.0
+    ent_coef: float | Tensor = 0.0
+    kl_coef: float | Tensor = 0.0
+    kl_estimator: str = "k3"
+    temperature: float = 1.0
+    aggregation: str = "token-mean"
+
+    def __post_init__(self) -> None:
+        if self.clip_low is not None:
+            _check_number("clip_low", self.clip_low, 0.0)
+        if self.clip_high is not None:
+            _check_number("clip_high", self.clip_high, 0.0)
+        if self.dual_clip is not None:
+            _check_number("dual_clip", self.dual_clip, 1.0, strict=True)
+        _checks.one_of(_OP, "ratio", self.ratio, RATIOS)
+        _checks.one_of(_OP, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _checks.one_of(_OP, "aggregation", self.aggregation, AGGREGATIONS)
+        for name in ("penalty_coef", "ent_coef", "kl_coef"):
+            _check_coefficient(name, getattr(self, name))
+        _check_number("temperature", self.temperature, 0.0, strict=True)
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the loss depends on where a sequence begins and ends."""
+        return self.ratio == "sequence" or self.aggregation != "token-mean"
+
+
+def coefficient(value: float | Tensor, like: Tensor) -> Tensor | None:
+    """``value`` as a 0-d tensor beside ``like`` in the accumulation dtype; None for the Python number 0."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=_checks.accumulation_dtype(like.dtype))
+    if value == 0:
+        return None
+    return torch.full((), value, device=like.device, dtype=_checks.accumulation_dtype(like.dtype))

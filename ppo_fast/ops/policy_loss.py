@@ -1,0 +1,329 @@
+"""The clipped policy-gradient loss of PPO with entropy bonus and KL terms, from logits."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops import _checks, _registry, reference
+from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, as_logits, as_rows
+from ppo_fast.ops.config import PolicyLossConfig, coefficient
+from ppo_fast.ops.results import LossOutput, TokenStats
+from ppo_fast.ops.token_stats import token_stats_backward
+
+_OP = "policy_loss"
+_DEFAULT = PolicyLossConfig()
+
+_registry.register(_OP, "torch", _registry.Implementation(reference.policy_loss))
+
+
+@torch.library.custom_op("ppo_fast::policy_loss", mutates_args=())
+def _policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    ref_logits: Tensor | None,
+    temperature: float,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+    penalty_coef: Tensor | None,
+    ent_coef: Tensor | None,
+    kl_coef: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    ratio: str,
+    kl_estimator: str,
+    aggregation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _checks.target_values(_OP, targets, mask, logits.shape[-1])
+    _checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
+    run = _registry.implementation(_OP, backend)
+    return run(
+        logits,
+        targets,
+        mask,
+        ref_logits,
+        temperature,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        importance_weights,
+        cu_seqlens,
+        denominator,
+        penalty_coef,
+        ent_coef,
+        kl_coef,
+        clip_low,
+        clip_high,
+        dual_clip,
+        ratio,
+        kl_estimator,
+        aggregation,
+    )
+
+
+@_policy_loss.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    ref_logits: Tensor | None,
+    temperature: float,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+    penalty_coef: Tensor | None,
+    ent_coef: Tensor | None,
+    kl_coef: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    ratio: str,
+    kl_estimator: str,
+    aggregation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def rows(wanted: bool = True) -> Tensor:
+        return advantages.new_empty(targets.shape if wanted else (0,))
+
+    full = ref_logits is not None
+    return (
+        advantages.new_empty(()),
+        advantages.new_empty(len(reference.METRICS)),
+        rows(),
+        rows(),
+        rows(full or ref_logprobs is not None),
+        rows(),
+        rows(full),
+        rows(),
+        rows(ent_coef is not None),
+        rows(full and kl_coef is not None),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, mask, ref_logits, ctx.temperature = inputs[:5]
+    ctx.backend, ctx.inputs = inputs[-1], len(inputs)
+    _, _, _, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl = output
+    full_kl = kl if ref_logits is not None else ref_lse
+    ctx.save_for_backward(
+        logits, targets, ref_logits, mask, lse, ref_lse, entropy, full_kl, d_logprobs, d_entropy, d_kl
+    )
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _upstream(
+    grad_loss: Tensor, d_logprobs: Tensor, d_entropy: Tensor, d_kl: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Upstream gradients of logprob, entropy and KL; None where the loss does not use one."""
+    return (
+        d_logprobs * grad_loss,
+        d_entropy * grad_loss if d_entropy.numel() else None,
+        d_kl * grad_loss if d_kl.numel() else None,
+    )
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    upstream = _upstream(grad_loss, *ctx.saved_tensors[-3:])
+    dlogits = token_stats_backward(*upstream, *ctx.saved_tensors[:-3], ctx.temperature, ctx.backend)
+    return dlogits, *((None,) * (ctx.inputs - 1))
+
+
+_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    """The same loss, with the gradient written over the logits; eager only.
+
+    The version counter is bumped in the forward pass and at the write, so that autograd refuses every later use of the
+    old contents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _policy_loss(inputs[0].detach(), *inputs[1:])
+        torch.autograd.graph.increment_version(inputs[0])
+        _setup_context(ctx, inputs, output)
+        ctx.spent = False
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
+        ctx.spent = True
+        saved = ctx.saved_tensors
+        logits = saved[0].detach()
+        run = _registry.implementation("token_stats_backward", ctx.backend)
+        run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=logits)
+        torch.autograd.graph.increment_version(logits)
+        return logits, *((None,) * (ctx.inputs - 1))
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{_OP}: expected inplace=False under torch.compile, got inplace=True")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(f"{_OP}: expected logits that are no leaf with inplace=True, got a leaf that requires grad")
+    # Distinct elements need strides that, sorted, each step over all smaller dimensions.
+    reach = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(logits.stride(), logits.shape, strict=True) if sz > 1):
+        if stride < reach:
+            raise ValueError(
+                f"{_OP}: expected logits without overlapping memory with inplace=True, "
+                f"got shape {list(logits.shape)} with strides {list(logits.stride())}"
+            )
+        reach = stride * size
+
+
+def _check_reference(
+    config: PolicyLossConfig, ref_logprobs: Tensor | None, other: Tensor | None, other_name: str
+) -> None:
+    """One reference at most, of the kind the estimator reads; some reference where kl_coef is not 0."""
+    if ref_logprobs is not None and other is not None:
+        raise ValueError(f"{_OP}: expected ref_logprobs or {other_name}, got both")
+    full = config.kl_estimator == "full"
+    wanted, wrong = (other_name, ref_logprobs) if full else ("ref_logprobs", other)
+    if wrong is not None:
+        got = "ref_logprobs" if full else other_name
+        raise ValueError(f"{_OP}: expected {wanted} with kl_estimator={config.kl_estimator!r}, got {got}")
+    weighted = isinstance(config.kl_coef, Tensor) or config.kl_coef != 0
+    if weighted and ref_logprobs is None and other is None:
+        raise ValueError(f"{_OP}: expected {wanted} with kl_coef={config.kl_coef}, got no reference")
+
+
+def _check(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    ref_logits: Tensor | None,
+    per_token: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    denominator: float | Tensor | None,
+    config: PolicyLossConfig,
+) -> None:
+    if not isinstance(config, PolicyLossConfig):
+        raise ValueError(f"{_OP}: expected config to be a PolicyLossConfig, got {type(config).__name__}")
+    _checks.logits(_OP, "logits", logits)
+    _checks.targets(_OP, targets, logits)
+    shape = targets.shape
+    _checks.ref_logits(_OP, ref_logits, logits)
+    _check_reference(config, per_token["ref_logprobs"], ref_logits, "ref_logits")
+    _checks.boolean(_OP, "mask", mask, "targets", targets, shape)
+    for name, value in per_token.items():
+        per_sequence = name in ("advantages", "importance_weights")
+        _checks.per_token(_OP, name, value, "targets", targets, shape, broadcast=per_sequence)
+    _checks.cu_seqlens(_OP, cu_seqlens, "targets", targets, shape)
+    _checks.denominator(_OP, denominator)
+    if config.needs_sequences and cu_seqlens is None and targets.dim() < 2:
+        option = f"ratio={config.ratio!r}, aggregation={config.aggregation!r}"
+        raise ValueError(f"{_OP}: expected cu_seqlens beside packed [N] targets with {option}, got None")
+
+
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    config: PolicyLossConfig = _DEFAULT,
+    ref_logprobs: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    """The PPO policy loss straight from logits: clipped ratio, entropy bonus, PPO-penalty and KL to the reference.
+
+    With r = exp(clamp(logprob - old_logprob, -20, 20)) and A the advantage::
+
+        objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)       (A < 0: at least dual_clip*A)
+        loss = aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H)
+
+    Args:
+        logits: [..., T, V] or packed [N, V]; float32, bfloat16, float16 or float64. The only input with a gradient.
+        targets: [..., T], int32 or int64: the tokens that were sampled.
+        old_logprobs: [..., T] under the policy that sampled them; None means ``logprobs.detach()`` (r = 1).
+        advantages: [..., T] or [..., 1].
+        mask: [..., T], bool, True = counts; None counts every position. Other rows are not read.
+        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
+        ref_logits: [..., T, V] of the reference, for kl_estimator "full"; divided by the same temperature.
+        importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
+        cu_seqlens: int32 or int64 [S + 1], the sequence offsets of packed [N] inputs.
+        denominator: replaces the outer count of the aggregation (counted tokens, or sequences with one), so that
+            micro-batches and ranks add up to the large batch.
+        inplace: let the gradient take the storage of ``logits``, whose contents are unspecified afterwards.
+        backend: "auto" | "torch" | "triton" | "native".
+
+    Returns:
+        LossOutput. ``metrics``: policy_loss, entropy, kl, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max,
+        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens.
+        ``per_token``: TokenStats(logprobs, entropy, kl).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, references or values that do not fit.
+        RuntimeError: a second backward with ``inplace=True``.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> out = policy_loss(logits, torch.tensor([[1, 2]]), None, torch.ones(1, 2), None)
+        >>> out.loss.item(), out.metrics["tokens"].item()
+        (-1.0, 2.0)
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; dual clip: Ye et al. 2020, eq. 3;
+    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7.
+    """
+    per_token = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "ref_logprobs": ref_logprobs,
+        "importance_weights": importance_weights,
+    }
+    _check(logits, targets, mask, ref_logits, per_token, cu_seqlens, denominator, config)
+    backend = _registry.resolve(_OP, backend, logits.device, logits.dtype)
+    inplace = inplace and torch.is_grad_enabled() and logits.requires_grad
+    if inplace:
+        _check_inplace(logits)
+    shape, dtype = targets.shape, _checks.accumulation_dtype(logits.dtype)
+    rows = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
+    run = _InPlace.apply if inplace else _policy_loss
+    loss, metrics, logprobs, entropy, kl, *_ = run(
+        as_logits(logits),
+        as_rows(targets, shape),
+        as_bools(mask, shape),
+        None if ref_logits is None else as_logits(ref_logits.detach()),
+        float(config.temperature),
+        rows["old_logprobs"],
+        rows["advantages"],
+        rows["ref_logprobs"],
+        rows["importance_weights"],
+        cu_seqlens,
+        as_denominator(denominator, logits),
+        coefficient(config.penalty_coef, logits),
+        coefficient(config.ent_coef, logits),
+        coefficient(config.kl_coef, logits),
+        math.inf if config.clip_low is None else float(config.clip_low),
+        math.inf if config.clip_high is None else float(config.clip_high),
+        math.inf if config.dual_clip is None else float(config.dual_clip),
+        config.ratio,
+        config.kl_estimator,
+        config.aggregation,
+        backend,
+    )
+    stats = TokenStats(logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else None)
+    return LossOutput(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)), stats)
