@@ -36,6 +36,7 @@ class Implementation(NamedTuple):
 
 
 _TABLE: dict[str, dict[str, Implementation]] = {}
+_PUBLIC = ("token_logprobs", "token_stats", "entropy", "policy_loss", "value_loss", "gae", "gae_packed")
 # Public ops that are one registered op asked for different outputs.
 _SHARED = {"token_logprobs": "token_stats", "entropy": "token_stats"}
 
@@ -106,7 +107,7 @@ def backends() -> dict[str, dict[str, str]]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table: dict[str, dict[str, str]] = {}
-    for op in (*_SHARED, *(name for name in _TABLE if not name.endswith("_backward"))):
+    for op in _PUBLIC:
         entries = _entries(op)
         table[op] = {b: entries[b].unusable or "ok" for b in BACKENDS if b in entries}
         table[op]["auto"] = resolve(op, "auto", device, torch.float32)

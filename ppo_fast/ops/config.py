@@ -17,7 +17,7 @@ _OP = "PolicyLossConfig"
 
 def _check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < low or (strict and value == low):  # type: ignore[operator,arg-type]
+    if not number or not (low <= value < math.inf) or (strict and value == low):  # type: ignore[operator]
         bound = f"a finite number {'>' if strict else '>='} {low:g}"
         raise ValueError(f"{_OP}: expected {name} to be {bound}, got {value!r}")
 

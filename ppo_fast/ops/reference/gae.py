@@ -81,6 +81,8 @@ def gae_packed(
     """The same recursion over packed [N] tokens, restarted at every sequence end; N steps, one at a time."""
     dtype = accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     N = rewards.shape[0]
+    if N == 0:
+        return rewards.new_zeros(0, dtype=dtype), rewards.new_zeros(0, dtype=dtype)
     none = rewards.new_zeros(1, N, dtype=torch.bool)
     counted = ~none if mask is None else mask[None]
     # An empty sequence has no last token: its slot is the extra column N.

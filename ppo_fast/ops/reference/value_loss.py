@@ -27,11 +27,12 @@ def value_loss(
     is_clipped = torch.zeros_like(counted)
     if clip is not None and old_values is not None:
         old = torch.where(counted, old_values, 0.0)
-        step = (v - old).clamp(-clip, clip)
-        clipped_error = torch.where(counted, old + step - returns, 0.0)
-        is_clipped = clipped_error.square() > square
-        square = torch.maximum(square, clipped_error.square())
-        slope = torch.where(is_clipped, torch.where(step == v - old, clipped_error, 0.0), error)
+        # Inside the clip this is v itself; old + clip(v - old) would differ by a rounding and count as clipped.
+        held = torch.clamp(v, old - clip, old + clip)
+        clipped_square = torch.where(counted, held - returns, 0.0).square()
+        is_clipped = clipped_square > square
+        square = torch.maximum(square, clipped_square)
+        slope = torch.where(is_clipped, 0.0, error)
     weights = token_weights(counted, cu_seqlens, denominator, aggregation, dtype)
     loss = torch.where(counted, weights * square / 2, 0.0).sum()
     metrics = torch.stack([loss, counted_mean(is_clipped.to(dtype), counted), counted.sum().to(dtype)])

@@ -1,0 +1,56 @@
+# CI and people call the same targets. `make check` is everything; each stage prints its seconds.
+.PHONY: check format lint types test test-full interpreter aot docs bench-smoke package bench tables gpu clean
+
+PYTHON ?= python
+PYTEST = $(PYTHON) -m pytest -q -m "not gpu and not peers and not slow"
+CPP = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+stage = @start=$$(date +%s); echo "== $(1)"; { $(2); } || { echo "== $(1): FAILED"; exit 1; }; \
+	echo "== $(1): $$(( $$(date +%s) - start )) s"
+
+check: lint types test interpreter aot docs bench-smoke package
+
+format:
+	ruff format .
+	ruff check --fix .
+	clang-format -i $(CPP)
+
+lint:
+	$(call stage,format and lint,ruff format --check . && ruff check . && clang-format --dry-run -Werror $(CPP))
+
+types:
+	$(call stage,types,mypy)
+
+test:
+	$(call stage,tests,$(PYTEST) -n 2 --dist worksteal --ignore tests/aot tests)
+
+interpreter:
+	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops)
+
+aot:
+	$(call stage,ahead-of-time compilation,$(PYTEST) -n 2 tests/aot)
+
+docs:
+	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
+
+bench-smoke:
+	$(call stage,benchmarks run once,$(PYTHON) -m pytest -q benchmarks --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
+
+package:
+	$(call stage,sdist and wheel,rm -rf build/dist && $(PYTHON) -m build --outdir build/dist . && ls -l build/dist)
+
+test-full:
+	$(PYTHON) -m pytest -n 2 -m "not gpu and not peers" tests
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -m "not gpu and not peers" tests/ops
+
+gpu:
+	$(PYTHON) -m pytest -m gpu tests
+
+bench:
+	$(PYTHON) benchmarks/run.py
+
+tables:
+	$(PYTHON) benchmarks/tables.py
+
+clean:
+	rm -rf build dist *.egg-info ppo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,64 @@
+// The extension module: tensors arrive as addresses, strides and dtype codes, so no torch header is needed and one
+// build serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/gae.h"
+#include "gae.h"
+#ifdef PPO_FAST_CUDA
+#include "cuda/gae.h"
+#endif
+
+namespace py = pybind11;
+using namespace ppo_fast;
+
+namespace {
+
+using View = std::array<int64_t, 3>;  // address, stride of the sequences, stride of the steps (in elements)
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+}
+
+MatrixView matrix(const View& view) { return {pointer<const void>(view[0]), view[1], view[2]}; }
+
+GaeArguments gae_arguments(const View& rewards, const View& values, const View& mask, const View& dones,
+                           int64_t bootstrap, int64_t cu_seqlens, bool cu_seqlens_is_int64, int64_t sequences,
+                           int64_t steps, double gamma, double lam, bool carry, int64_t advantages, int64_t returns) {
+  return {matrix(rewards),      matrix(values),
+          matrix(mask),         matrix(dones),
+          pointer<const void>(bootstrap), pointer<const void>(cu_seqlens),
+          cu_seqlens_is_int64,  sequences,
+          steps,                gamma,
+          lam,                  carry,
+          pointer<void>(advantages), pointer<void>(returns)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of ppo_fast. Arguments are raw and unchecked: call the functions of ppo_fast.ops.";
+
+  py::class_<GaeArguments>(m, "GaeArguments")
+      .def(py::init(&gae_arguments), py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("dones"),
+           py::arg("bootstrap"), py::arg("cu_seqlens"), py::arg("cu_seqlens_is_int64"), py::arg("sequences"),
+           py::arg("steps"), py::arg("gamma"), py::arg("lam"), py::arg("carry"), py::arg("advantages"),
+           py::arg("returns"));
+
+  m.def(
+      "gae_cpu",
+      [](const GaeArguments& args, bool float64, int threads) {
+        cpu::gae(args, float64 ? Dtype::kFloat64 : Dtype::kFloat32, threads);
+      },
+      py::arg("args"), py::arg("float64"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+#ifdef PPO_FAST_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

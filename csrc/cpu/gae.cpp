@@ -1,0 +1,175 @@
+// kLanes sequences are walked abreast, from their last step to their first, one tile at a time: a tile is transposed
+// into the L1 cache and the recursion runs on whole rows of it. Its latency is so shared by kLanes sequences, and
+// the strides of the inputs do not matter. Compiled with -ffp-contract=off: the results are those of the plain
+// recursion to the last bit.
+#include "gae.h"
+
+#include "../gae_scan.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace ppo_fast::cpu {
+namespace {
+
+constexpr int64_t kStepsPerThread = 1 << 14;  // fewer do not repay waking another thread
+
+// The sequences of one block, aligned at their last steps. Lanes beyond the last sequence have length 0.
+template <class T>
+struct Block {
+  int64_t lanes;
+  int64_t longest = 0;
+  bool padded;
+  int64_t length[kLanes] = {};
+  const T* rewards[kLanes] = {};
+  const T* values[kLanes] = {};
+  const uint8_t* mask[kLanes] = {};
+  const uint8_t* dones[kLanes] = {};
+  T* advantages[kLanes] = {};
+  T* returns[kLanes] = {};
+
+  Block(const GaeArguments& args, int64_t first)
+      : lanes(std::min(kLanes, args.sequences - first)), padded(args.cu_seqlens == nullptr) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t sequence = first + lane;
+      const Span span = sequence_span(args, sequence);
+      length[lane] = span.length;
+      longest = std::max(longest, span.length);
+      rewards[lane] = row_of<T>(args, args.rewards, sequence, span);
+      values[lane] = row_of<T>(args, args.values, sequence, span);
+      mask[lane] = row_of<uint8_t>(args, args.mask, sequence, span);
+      dones[lane] = row_of<uint8_t>(args, args.dones, sequence, span);
+      advantages[lane] = static_cast<T*>(args.advantages) + span.begin;
+      returns[lane] = static_cast<T*>(args.returns) + span.begin;
+    }
+  }
+};
+
+// The tile of a block that ends `behind` steps before the ends of its sequences.
+template <class T>
+struct Window {
+  int64_t start[kLanes];  // the step in row 0: negative where the sequence is shorter
+  bool whole;             // no lane starts before its sequence
+
+  Window(const Block<T>& block, int64_t behind) : whole(true) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      start[lane] = block.length[lane] - behind - kSteps;
+      whole = whole && start[lane] >= 0;
+    }
+  }
+};
+
+template <class T>
+void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Block<T>& block,
+          const Window<T>& window) {
+  if (view.stride_b == 1 && block.padded && window.whole) {
+    load_rows(tile, rows[0] + window.start[0] * view.stride_t, view.stride_t);
+  } else if (view.stride_t == 1 && window.whole) {
+    for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
+      load_lanes(tile, lane, rows + lane, window.start + lane);
+    }
+  } else {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      load_lane(tile, lane, rows[lane], view.stride_t, window.start[lane]);
+    }
+  }
+}
+
+template <class T, class F>
+void load_flags(Tile<F>& tile, const uint8_t* const* rows, const MatrixView& view, const Window<T>& window) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    load_lane(tile, lane, rows[lane], view.stride_t, window.start[lane]);
+  }
+}
+
+template <class T>
+void store(T* const* rows, const Tile<T>& tile, const Window<T>& window) {
+  if (window.whole) {
+    for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
+      store_lanes(rows + lane, tile, lane, window.start + lane);
+    }
+  } else {
+    for (int64_t lane = 0; lane < kLanes; ++lane) store_lane(rows[lane], tile, lane, window.start[lane]);
+  }
+}
+
+template <class T>
+struct Tiles {
+  Tile<T> rewards;  // the advantages, once advanced
+  Tile<T> values;   // the returns, once advanced
+  Tile<typename Vector<T>::Flag> counted;
+  Tile<typename Vector<T>::Flag> done;
+};
+
+// What each lane hands to its next tile.
+template <class T>
+struct alignas(64) LaneStates {
+  T advantage[kLanes] = {};
+  T next_value[kLanes] = {};
+};
+
+template <class T, bool kMask, bool kDones>
+void advance_row(Tiles<T>& tiles, LaneStates<T>& states, int64_t i, gae::Discounts<T> discounts, bool carry) {
+  using Values = typename Vector<T>::Values;
+  using Flags = typename Vector<T>::Flags;
+  for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
+    Flags counted = Flags{} == 0, done = {}, pass = {};
+    if constexpr (kMask) counted = read<Flags>(&tiles.counted.at[i][lane]) != 0;
+    if constexpr (kDones) done = read<Flags>(&tiles.done.at[i][lane]) != 0;
+    if constexpr (kMask) pass = ~counted & ((Flags{} + carry) != 0);
+    const Values reward = counted ? read<Values>(&tiles.rewards.at[i][lane]) : Values{};
+    const Values value = counted ? read<Values>(&tiles.values.at[i][lane]) : Values{};
+    gae::State<Values> state = {read<Values>(&states.advantage[lane]), read<Values>(&states.next_value[lane])};
+    state = gae::advance(state, reward, value, done, pass, discounts);
+    write(&states.advantage[lane], state.advantage);
+    write(&states.next_value[lane], state.next_value);
+    write<Values>(&tiles.rewards.at[i][lane], counted ? state.advantage : Values{});
+    write<Values>(&tiles.values.at[i][lane], counted ? state.advantage + value : Values{});
+  }
+}
+
+template <class T, bool kMask, bool kDones>
+void gae_block(const GaeArguments& args, int64_t first) {
+  const Block<T> block(args, first);
+  const gae::Discounts<T> discounts = gae::discounts_of<T>(args);
+  Tiles<T> tiles;
+  LaneStates<T> states;
+  if (args.bootstrap != nullptr) {
+    std::copy_n(static_cast<const T*>(args.bootstrap) + first, block.lanes, states.next_value);
+  }
+  for (int64_t behind = 0; behind < block.longest; behind += kSteps) {
+    const Window<T> window(block, behind);
+    load(tiles.rewards, block.rewards, args.rewards, block, window);
+    load(tiles.values, block.values, args.values, block, window);
+    if constexpr (kMask) load_flags(tiles.counted, block.mask, args.mask, window);
+    if constexpr (kDones) load_flags(tiles.done, block.dones, args.dones, window);
+    for (int64_t i = kSteps - 1; i >= first_row(block.longest - behind - kSteps); --i) {
+      advance_row<T, kMask, kDones>(tiles, states, i, discounts, args.carry);
+    }
+    store(block.advantages, tiles.rewards, window);
+    store(block.returns, tiles.values, window);
+  }
+}
+
+template <class T>
+void gae_blocks(const GaeArguments& args, int threads) {
+  const int64_t total = args.cu_seqlens == nullptr ? args.sequences * args.steps : args.steps;
+  const int64_t useful = std::min<int64_t>(threads, 1 + total / kStepsPerThread);
+  const bool mask = args.mask.data != nullptr;
+  const bool dones = args.dones.data != nullptr;
+  const auto block = mask ? (dones ? gae_block<T, true, true> : gae_block<T, true, false>)
+                          : (dones ? gae_block<T, false, true> : gae_block<T, false, false>);
+  parallel_for((args.sequences + kLanes - 1) / kLanes, static_cast<int>(useful),
+               [&](int64_t i) { block(args, i * kLanes); });
+}
+
+}  // namespace
+
+void gae(const GaeArguments& args, Dtype dtype, int threads) {
+  if (dtype == Dtype::kFloat64) {
+    gae_blocks<double>(args, threads);
+  } else {
+    gae_blocks<float>(args, threads);
+  }
+}
+
+}  // namespace ppo_fast::cpu

@@ -1,0 +1,274 @@
+// The recursion of generalized advantage estimation, and the same recursion as an associative scan.
+//
+// A step takes the state (advantage, value) of the step after it to its own. A run of steps is an affine map of the
+// state, and two maps compose to a map, so a sequence is scanned from its end by any number of threads. Plain C++ on
+// scalars: the CPU kernel, the CUDA kernel and the host tests of the latter compile this file.
+#pragma once
+
+#include "gae.h"
+
+namespace ppo_fast::gae {
+
+template <class T>
+struct Discounts {
+  T gamma;
+  T gamma_lam;  // the product is taken in double and rounded once
+};
+
+template <class T>
+Discounts<T> discounts_of(const GaeArguments& args) {
+  return {static_cast<T>(args.gamma), static_cast<T>(args.gamma * args.lam)};
+}
+
+// What a step hands to the step before it.
+template <class T>
+struct State {
+  T advantage;
+  T next_value;
+};
+
+// One step of the recursion, without a branch. `done` cuts the state off; `pass` hands it on unchanged.
+// T is float or double. V and Flag are T and bool, or vectors of T and of integer masks of its width.
+template <class V, class Flag, class T>
+PPO_FAST_HOST_DEVICE State<V> advance(State<V> after, V reward, V value, Flag done, Flag pass,
+                                      Discounts<T> discounts) {
+  const V next_value = done ? V{} : after.next_value;
+  const V next_advantage = done ? V{} : after.advantage;
+  const V delta = (reward + discounts.gamma * next_value) - value;
+  const V advantage = delta + discounts.gamma_lam * next_advantage;
+  return {pass ? after.advantage : advantage, pass ? after.next_value : value};
+}
+
+// A run of steps: advantage' = a * advantage + b * next_value + c;  next_value' = pass ? next_value : value.
+template <class T>
+struct Map {
+  T a;
+  T b;
+  T c;
+  T value;
+  bool pass;
+};
+
+template <class T>
+PPO_FAST_HOST_DEVICE Map<T> identity_map() {
+  return {T(1), T(0), T(0), T(0), true};
+}
+
+template <class T>
+PPO_FAST_HOST_DEVICE Map<T> step_map(T reward, T value, bool done, bool pass, Discounts<T> discounts) {
+  if (pass) return identity_map<T>();
+  return {done ? T(0) : discounts.gamma_lam, done ? T(0) : discounts.gamma, reward - value, value, false};
+}
+
+// factor * x, where a factor of 0 (an episode's end) also stops an infinite or NaN x.
+template <class T>
+PPO_FAST_HOST_DEVICE T damped(T factor, T x) {
+  return factor == T(0) ? T(0) : factor * x;
+}
+
+template <class T>
+PPO_FAST_HOST_DEVICE State<T> apply(const Map<T>& map, const State<T>& after) {
+  return {damped(map.a, after.advantage) + damped(map.b, after.next_value) + map.c,
+          map.pass ? after.next_value : map.value};
+}
+
+// The map of `later` steps followed, towards the start, by `earlier` ones.
+template <class T>
+PPO_FAST_HOST_DEVICE Map<T> compose(const Map<T>& earlier, const Map<T>& later) {
+  Map<T> map;
+  map.a = earlier.a * later.a;
+  map.b = earlier.a * later.b + (later.pass ? earlier.b : T(0));
+  map.c = damped(earlier.a, later.c) + (later.pass ? T(0) : damped(earlier.b, later.value)) + earlier.c;
+  map.value = earlier.pass ? later.value : earlier.value;
+  map.pass = earlier.pass && later.pass;
+  return map;
+}
+
+// Below, a group of threads scans a sequence from its end, a tile at a time. Thread i of the group holds kItems steps
+// in a row; a warp combines its threads' maps by a shuffle scan, a block its warps' through shared memory.
+
+constexpr int kItems = 8;
+constexpr int kWarpSize = 32;
+
+template <class In>
+struct Row {
+  const In* data;  // step 0; null where the argument was not given
+  int64_t stride;
+};
+
+template <class R, class V>
+struct Sequence {
+  int64_t length;
+  int64_t begin;  // of step 0 in the results
+  Row<R> rewards;
+  Row<V> values;
+  Row<uint8_t> mask;
+  Row<uint8_t> dones;
+};
+
+template <class R, class V>
+PPO_FAST_HOST_DEVICE Sequence<R, V> sequence_of(const GaeArguments& args, int64_t index) {
+  const Span span = sequence_span(args, index);
+  return {span.length,
+          span.begin,
+          {row_of<R>(args, args.rewards, index, span), args.rewards.stride_t},
+          {row_of<V>(args, args.values, index, span), args.values.stride_t},
+          {row_of<uint8_t>(args, args.mask, index, span), args.mask.stride_t},
+          {row_of<uint8_t>(args, args.dones, index, span), args.dones.stride_t}};
+}
+
+// Tiles begin where the results are aligned to kItems, so the first one may reach back before the sequence.
+struct Tiling {
+  int64_t before;  // steps between the first tile's begin and the sequence's
+  int64_t size;
+  int64_t count;
+
+  PPO_FAST_HOST_DEVICE Tiling(int64_t begin, int64_t length, int threads)
+      : before(begin % kItems), size(int64_t(threads) * kItems), count((before + length + size - 1) / size) {}
+
+  // The first step of a thread's items; negative before the sequence.
+  PPO_FAST_HOST_DEVICE int64_t first_step(int64_t tile, int thread) const {
+    return tile * size + int64_t(thread) * kItems - before;
+  }
+};
+
+// The kItems steps of one thread, of which [low, high) lie in the sequence.
+struct Window {
+  int64_t first;
+  int low;
+  int high;
+
+  PPO_FAST_HOST_DEVICE Window(int64_t first_step, int64_t length)
+      : first(first_step),
+        low(static_cast<int>(clamp_index(-first_step, 0, kItems))),
+        high(static_cast<int>(clamp_index(length - first_step, 0, kItems))) {}
+
+  PPO_FAST_HOST_DEVICE bool holds(int i) const { return i >= low && i < high; }
+  PPO_FAST_HOST_DEVICE bool whole() const { return high - low == kItems; }
+  PPO_FAST_HOST_DEVICE uint32_t flags() const { return (1u << high) - 1 & ~((1u << low) - 1); }
+};
+
+// kItems elements moved by one instruction, or by two of 16 bytes.
+template <class In>
+struct alignas(sizeof(In) * kItems < 16 ? sizeof(In) * kItems : 16) Pack {
+  In item[kItems];
+};
+
+template <class In>
+PPO_FAST_HOST_DEVICE bool aligned(const In* data) {
+  return reinterpret_cast<uintptr_t>(data) % alignof(Pack<In>) == 0;
+}
+
+// The steps of a window; those outside of the sequence are In{}.
+template <class In>
+PPO_FAST_HOST_DEVICE Pack<In> load_pack(const Row<In>& row, const Window& window) {
+  const In* data = row.data + window.first * row.stride;
+  if (row.stride == 1 && window.whole() && aligned(data)) return *reinterpret_cast<const Pack<In>*>(data);
+  Pack<In> pack;
+  PPO_FAST_UNROLL
+  for (int i = 0; i < kItems; ++i, data += row.stride) pack.item[i] = window.holds(i) ? *data : In{};
+  return pack;
+}
+
+template <class T>
+PPO_FAST_HOST_DEVICE void store_pack(T* row, const Pack<T>& pack, const Window& window) {
+  T* data = row + window.first;
+  if (window.whole() && aligned(data)) {
+    *reinterpret_cast<Pack<T>*>(data) = pack;
+    return;
+  }
+  PPO_FAST_UNROLL
+  for (int i = 0; i < kItems; ++i) {
+    if (window.holds(i)) data[i] = pack.item[i];
+  }
+}
+
+// One thread's steps of a tile; bit i of a flag set is step i's.
+template <class T>
+struct Items {
+  Pack<T> reward;
+  Pack<T> value;
+  uint32_t counted;
+  uint32_t done;
+  uint32_t pass;
+};
+
+// Bit i is set where byte i is not 0; all are where the row was not given and `absent` is true.
+PPO_FAST_HOST_DEVICE uint32_t load_flags(const Row<uint8_t>& row, const Window& window, bool absent) {
+  if (row.data == nullptr) return absent ? window.flags() : 0;
+  const Pack<uint8_t> bytes = load_pack(row, window);
+  uint32_t flags = 0;
+  PPO_FAST_UNROLL
+  for (int i = 0; i < kItems; ++i) flags |= uint32_t(bytes.item[i] != 0) << i;
+  return flags;
+}
+
+template <class T, class R, class V>
+PPO_FAST_HOST_DEVICE Items<T> load_items(const Sequence<R, V>& sequence, const Window& window, bool carry) {
+  const Pack<R> rewards = load_pack(sequence.rewards, window);
+  const Pack<V> values = load_pack(sequence.values, window);
+  Items<T> items;
+  items.counted = load_flags(sequence.mask, window, true);
+  items.done = load_flags(sequence.dones, window, false);
+  items.pass = ~(carry ? items.counted : window.flags());
+  PPO_FAST_UNROLL
+  for (int i = 0; i < kItems; ++i) {
+    const bool counted = items.counted >> i & 1;
+    items.reward.item[i] = counted ? static_cast<T>(rewards.item[i]) : T(0);
+    items.value.item[i] = counted ? static_cast<T>(values.item[i]) : T(0);
+  }
+  return items;
+}
+
+// The map of all of a thread's steps.
+template <class T>
+PPO_FAST_HOST_DEVICE Map<T> summarize(const Items<T>& items, Discounts<T> discounts) {
+  Map<T> map = identity_map<T>();
+  PPO_FAST_UNROLL
+  for (int i = kItems - 1; i >= 0; --i) {
+    const Map<T> step = step_map<T>(items.reward.item[i], items.value.item[i], items.done >> i & 1,
+                                    items.pass >> i & 1, discounts);
+    map = compose(step, map);
+  }
+  return map;
+}
+
+// Runs the recursion over a thread's steps: rewards and values become advantages and returns.
+template <class T>
+PPO_FAST_HOST_DEVICE void advance_items(Items<T>& items, State<T> state, Discounts<T> discounts) {
+  PPO_FAST_UNROLL
+  for (int i = kItems - 1; i >= 0; --i) {
+    const T value = items.value.item[i];
+    const bool counted = items.counted >> i & 1;
+    state = advance<T, bool, T>(state, items.reward.item[i], value, items.done >> i & 1, items.pass >> i & 1,
+                                discounts);
+    items.reward.item[i] = counted ? state.advantage : T(0);
+    items.value.item[i] = counted ? state.advantage + value : T(0);
+  }
+}
+
+// One level of a warp's reverse inclusive scan; `other` is the map of the lane `distance` further on.
+template <class T>
+PPO_FAST_HOST_DEVICE Map<T> scan_level(const Map<T>& own, const Map<T>& other, int lane, int distance) {
+  return lane + distance < kWarpSize ? compose(own, other) : own;
+}
+
+// The state that enters a warp, and the one that leaves the tile, given the maps of the tile's warps.
+template <class T>
+struct Passage {
+  State<T> entering;
+  State<T> leaving;
+};
+
+template <int kWarps, class T>
+PPO_FAST_HOST_DEVICE Passage<T> pass_warps(const Map<T>* warps, int warp, State<T> carried) {
+  Passage<T> passage = {carried, carried};
+  PPO_FAST_UNROLL
+  for (int k = kWarps - 1; k >= 0; --k) {
+    if (k == warp) passage.entering = passage.leaving;
+    passage.leaving = apply(warps[k], passage.leaving);
+  }
+  return passage;
+}
+
+}  // namespace ppo_fast::gae

@@ -1,0 +1,69 @@
+"""The launchers of the extension's CUDA kernels; they neither wait for the device nor read from it."""
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._native import extension, gae_arguments
+
+
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    bootstrap = None if bootstrap is None else bootstrap.to(torch.float32).contiguous()
+    results = (
+        torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
+        torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
+    )
+    arguments = gae_arguments(
+        rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results
+    )
+    extension.gae_cuda(
+        arguments,
+        rewards_dtype=_dtype(rewards),
+        values_dtype=_dtype(values),
+        device=rewards.device.index,
+        stream=torch.cuda.current_stream(rewards.device).cuda_stream,
+    )
+    return results
+
+
+def _dtype(x: Tensor) -> object:
+    return getattr(extension.Dtype, str(x.dtype).removeprefix("torch."))
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of [B, T] sequences in float32, bfloat16 or float16, of any strides."""
+    return _gae(rewards, values, None, mask, bootstrap, dones, gamma, lam, mask_mode)
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of packed [N] sequences."""
+    return _gae(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode)

@@ -1,0 +1,138 @@
+"""The extension, or why it is not there, and the launchers of its C++ kernels.
+
+Launchers take checked tensors of one device, allocate, launch and check nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REPORT = Path(__file__).parent.parent / "_build.json"
+
+
+def _build_report() -> dict[str, Any]:
+    """What the build left out, and why: ``{"cpp": reason or None, "cuda": reason or None, "cuda_archs": [...]}``."""
+    return json.loads(_REPORT.read_text()) if _REPORT.exists() else {}
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        from ppo_fast import _C
+    except ImportError as error:
+        return None, f"the extension is not built: {_build_report().get('cpp') or error}"
+    return _C, None
+
+
+def _cuda_obstacle() -> str | None:
+    if load_error is not None:
+        return load_error
+    if not extension.has_cuda:
+        return f"the extension is built without CUDA: {_build_report().get('cuda') or 'unknown reason'}"
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    # Asks NVML, where the driver has it: initialising CUDA at import would break processes that fork afterwards.
+    return None if torch.cuda.device_count() else "no CUDA device is visible"
+
+
+extension, load_error = _load()
+cuda_error = _cuda_obstacle()
+
+
+def _matrix(x: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides of [B, T], or of packed [N], which has no sequence stride."""
+    if x is None:
+        return 0, 0, 0
+    return x.data_ptr(), x.stride(0) if x.dim() == 2 else 0, x.stride(-1)
+
+
+def gae_arguments(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+    results: tuple[Tensor, Tensor],
+) -> Any:
+    """The call as the extension takes it. It holds addresses: the tensors must outlive the launch.
+
+    Args:
+        cu_seqlens: contiguous int32 or int64 [S + 1] for packed [N] inputs, None for [B, T].
+        bootstrap: contiguous, of the dtype of the results.
+        results: advantages and returns, contiguous.
+    """
+    packed = cu_seqlens is not None
+    return extension.GaeArguments(
+        rewards=_matrix(rewards),
+        values=_matrix(values),
+        mask=_matrix(mask),
+        dones=_matrix(dones),
+        bootstrap=0 if bootstrap is None else bootstrap.data_ptr(),
+        cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
+        cu_seqlens_is_int64=packed and cu_seqlens.dtype == torch.int64,
+        sequences=cu_seqlens.numel() - 1 if packed else rewards.shape[0],
+        steps=rewards.shape[-1],
+        gamma=gamma,
+        lam=lam,
+        carry=mask_mode == "carry",
+        advantages=results[0].data_ptr(),
+        returns=results[1].data_ptr(),
+    )
+
+
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    bootstrap = None if bootstrap is None else bootstrap.to(dtype).contiguous()
+    results = torch.empty(rewards.shape, dtype=dtype), torch.empty(rewards.shape, dtype=dtype)
+    arguments = gae_arguments(
+        rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results
+    )
+    extension.gae_cpu(arguments, float64=dtype == torch.float64, threads=torch.get_num_threads())
+    return results
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of [B, T] sequences, of any strides."""
+    return _gae(rewards, values, None, mask, bootstrap, dones, gamma, lam, mask_mode)
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    dones: Tensor | None,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of packed [N] sequences."""
+    return _gae(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode)

@@ -1,0 +1,356 @@
+"""What a run is: nested dataclasses, the one source for the YAML/TOML file and the command-line flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ppo_fast.ops import PolicyLossConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class UserError(ValueError):
+    """An input the user can correct: one sentence; the command line prints it without a traceback."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the weights come from. The reference is a frozen copy of the policy."""
+
+    path: str | None = None  # causal LM to train: a local directory or a hub id
+    value_path: str | None = None  # start of the value model: a causal LM or sequence-classification directory
+    value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
+    device: str = "auto"  # "auto": cuda when there is one, else cpu
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts: JSONL, one {"prompt": text or role/content messages, ...} per line."""
+
+    prompts: str | None = None  # path; columns beside "prompt" are handed to the reward function
+    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    shuffle: bool = True  # a new order every epoch
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling from softmax(logits / temperature)."""
+
+    batch_size: int = 64  # responses per update
+    samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; None: batch_size
+    max_new_tokens: int = 64  # a response without EOS ends here
+    temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
+    top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
+    top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
+
+    def __post_init__(self) -> None:
+        _divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
+        _positive("rollout.max_new_tokens", self.max_new_tokens)
+        _positive("rollout.temperature", self.temperature)
+        _check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
+        _check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
+        if self.micro_batch_size is not None:
+            _positive("rollout.micro_batch_size", self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The score of a response, before the KL term."""
+
+    function: str | None = None  # "path/to/file.py:function"
+    clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
+    missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
+
+    def __post_init__(self) -> None:
+        if self.clip is not None:
+            _positive("reward.clip", self.clip)
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """KL(policy || reference): a per-token reward, a loss term, or both."""
+
+    coef: float = 0.05  # start value when adaptive
+    placement: Literal["reward", "loss", "both"] = "reward"
+    reward_estimator: str = "k1"  # k1 alone is right in the reward
+    loss_estimator: str = "k2"  # k2, full (exact, by the reference logits), or k3 for parity with GRPO
+    adaptive: bool = False  # steer coef towards the target
+    target: float = 6.0  # nats per sequence
+    horizon: int = 10_000  # sequences; larger is slower
+
+    def __post_init__(self) -> None:
+        _check(self.coef >= 0, "kl.coef", "a number >= 0", self.coef)
+        _check(
+            self.reward_estimator == "k1",
+            "kl.reward_estimator",
+            "'k1' (other estimators bias the objective when used as a reward)",
+            self.reward_estimator,
+        )
+        _check(
+            self.loss_estimator in ("k2", "k3", "full"),
+            "kl.loss_estimator",
+            "'k2', 'full' or 'k3' (the gradient of k1 is zero in expectation)",
+            self.loss_estimator,
+        )
+        _positive("kl.target", self.target)
+        _positive("kl.horizon", self.horizon)
+        _check(not self.adaptive or self.coef > 0, "kl.coef", "a number > 0 when kl.adaptive", self.coef)
+
+    @property
+    def in_reward(self) -> bool:
+        return self.placement != "loss"
+
+    @property
+    def in_loss(self) -> bool:
+        return self.placement != "reward"
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """Generalised advantage estimation."""
+
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # 0: one-step TD error, 1: Monte Carlo return minus value
+    whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
+        _check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective of the update; the meaning of the fields is that of `ppo_fast.PolicyLossConfig`."""
+
+    clip_low: float | None = 0.2  # ratio lower bound 1 - clip_low; null: open
+    clip_high: float | None = 0.2  # ratio upper bound 1 + clip_high; null: open
+    dual_clip: float | None = None  # c > 1: bound c * A on the objective where A < 0
+    ratio: Literal["token", "sequence"] = "token"
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    ent_coef: float = 0.0  # entropy bonus
+    penalty_coef: float = 0.0  # PPO-penalty: coefficient of KL(old policy || policy)
+    penalty_target: float | None = None  # nats per token: adapt penalty_coef by factors of 2; null: fixed
+    vf_coef: float = 0.5  # weight of the value loss
+    value_clip: float | None = 0.2  # new values stay within +-value_clip of the old ones; null: plain
+
+    def __post_init__(self) -> None:
+        _check(self.vf_coef >= 0, "loss.vf_coef", "a number >= 0", self.vf_coef)
+        if self.value_clip is not None:
+            _positive("loss.value_clip", self.value_clip)
+        if self.penalty_target is not None:
+            _positive("loss.penalty_target", self.penalty_target)
+            _positive("loss.penalty_coef", self.penalty_coef)
+        try:
+            self.policy_loss()
+        except ValueError as error:
+            raise UserError(f"loss: {error}") from error
+
+    def policy_loss(self, **others: Any) -> PolicyLossConfig:
+        """The config of the policy op; `others` are the fields that come from elsewhere or change in time."""
+        fields: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("clip_low", "clip_high", "dual_clip", "ratio", "aggregation", "ent_coef", "penalty_coef")
+        }
+        return PolicyLossConfig(**(fields | others))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
+
+    lr: float = 1e-6  # policy; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
+    value_lr: float = 5e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # of policy and value separately, once per optimizer step
+    warmup_frac: float = 0.03  # of all optimizer steps
+    final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
+    epochs: int = 4  # passes over one rollout batch
+    minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "value_lr", "eps", "max_grad_norm", "epochs"):
+            _positive(f"optim.{name}", getattr(self, name))
+        for name in ("warmup_frac", "final_lr_frac"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
+        if self.target_kl is not None:
+            _positive("optim.target_kl", self.target_kl)
+        if self.micro_batch_size is not None:
+            _divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run leaves behind."""
+
+    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    overwrite: bool = False  # write over an earlier run in dir
+    tensorboard: bool = True
+    console: bool = True  # progress bar, a line per update, tables of samples
+    print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
+    samples_every: int = 10  # updates between tables of samples; 0: never
+    samples: int = 4  # rows of the table
+    save_every: int = 0  # updates between saved model directories; 0: only the final one
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """One PPO run."""
+
+    updates: int = 100  # rollout batches
+    seed: int = 0  # of every random number of the run
+    threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _positive("updates", self.updates)
+        _divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
+        if self.threads is not None:
+            _positive("threads", self.threads)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.rollout.batch_size // self.optim.minibatch_size
+
+
+def load_config(path: str | Path | None = None, *, preset: str | None = None) -> PPOConfig:
+    """Read a YAML or TOML file over a preset over the defaults.
+
+    Raises UserError for a missing file, an unknown key (naming the nearest one) or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        if preset not in known:
+            raise UserError(f"preset: expected one of {', '.join(known)}, got {preset!r}")
+        values = _read(PRESETS / f"{preset}.yaml")
+    if path is not None:
+        values = _merge(values, _read(Path(path)))
+    return config_from_dict(values, source=str(path or preset or "config"))
+
+
+def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> PPOConfig:
+    """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
+    known = list(_names(PPOConfig))
+    for name in _names(values):
+        if name not in known and not any(k.startswith(name + ".") for k in known):
+            raise UserError(f"{source}: unknown key {name!r}, the nearest is {_nearest(name, known)!r}")
+    pydantic = require("pydantic")
+    try:
+        return pydantic.TypeAdapter(PPOConfig).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        prefix = "" if first["type"] == "value_error" else f"{where}: "
+        raise UserError(f"{source}: {prefix}{message}{got}") from error
+
+
+def save_config(config: PPOConfig, path: Path) -> None:
+    """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
+    values = dataclasses.asdict(config)
+    values["optim"]["betas"] = list(values["optim"]["betas"])
+    path.write_text(require("yaml").safe_dump(values, sort_keys=False))
+
+
+def require(module: str) -> Any:
+    """Import an optional dependency on use; UserError with the install command when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this command needs {error.name}, which is not installed: pip install 'ppo-fast[train]'"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"config: no such file {str(path)!r}")
+    if path.suffix == ".toml":
+        toml = _toml()
+        parse, failure = toml.loads, toml.TOMLDecodeError
+    else:
+        yaml = require("yaml")
+        parse, failure = yaml.safe_load, yaml.YAMLError
+    try:
+        values = parse(path.read_text(encoding="utf-8")) or {}
+    except failure as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def _toml() -> Any:
+    try:
+        return importlib.import_module("tomllib")
+    except ModuleNotFoundError:
+        return require("tomli")
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _names(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted leaf names of a mapping, or of a dataclass whose groups are dataclasses."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    else:
+        items = [(f.name, f.default_factory) for f in dataclasses.fields(tree)]
+    for key, value in items:
+        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+            yield from _names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """The known dotted name most like `name`, as a whole or in its last part."""
+
+    def likeness(candidate: str) -> float:
+        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(known, key=likeness)
+
+
+def _check(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise UserError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _positive(name: str, value: float) -> None:
+    _check(value > 0 and math.isfinite(value), name, "a number > 0", value)
+
+
+def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    _positive(name, part)
+    _positive(whole_name, whole)
+    _check(whole % part == 0, name, f"a divisor of {whole_name} = {whole}", part)

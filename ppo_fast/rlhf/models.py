@@ -1,0 +1,162 @@
+"""Policy, frozen reference and value model, and the one forward pass that scoring and update share."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig, UserError, require
+
+
+class ValueModel(nn.Module):
+    """A transformer backbone with a scalar head: values [B, L] float32 from token ids [B, L]."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.backbone(**model_inputs(self.backbone, input_ids, attention_mask), use_cache=False)
+        return self.head(output.last_hidden_state.to(self.head.weight.dtype)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of a run, on one device, dropout off in all of them."""
+
+    policy: Any  # causal LM, trained
+    reference: Any  # causal LM, frozen copy of the policy as it was at the start
+    value: ValueModel  # trained
+    tokenizer: Any
+    pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
+    eos_id: int  # ends a response
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+
+def load_models(
+    config: ModelConfig,
+    generator: torch.Generator,
+    *,
+    policy: Any = None,
+    tokenizer: Any = None,
+) -> Models:
+    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
+    transformers = require("transformers")
+    if (policy is None or tokenizer is None) and config.path is None:
+        raise UserError("model.path: expected a model directory or hub id, got null")
+    dtype = getattr(torch, config.dtype)
+    if policy is None:
+        policy = _pretrained(transformers.AutoModelForCausalLM, config.path, dtype=dtype)
+    if tokenizer is None:
+        tokenizer = _pretrained(transformers.AutoTokenizer, config.path)
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer: expected an EOS token, got none")
+    policy = disable_dropout(policy.to(generator.device))
+    value = disable_dropout(make_value_model(config, policy, generator))
+    pad_id = tokenizer.pad_token_id
+    return Models(
+        policy=policy,
+        reference=copy.deepcopy(policy).requires_grad_(False),
+        value=value,
+        tokenizer=tokenizer,
+        pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+
+
+def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generator) -> ValueModel:
+    """A copy of the policy's backbone with a new head, or the model at `value_path` with its head if it has one.
+
+    A new head is N(0, 1/sqrt(D+1)) or zero; its bias is zero. The head is float32.
+    """
+    if config.value_path is None:
+        backbone, scores = copy.deepcopy(policy.base_model), None
+    else:
+        backbone, scores = _load_backbone(config, policy.dtype)
+    head = nn.Linear(backbone.config.hidden_size, 1)
+    with torch.no_grad():
+        if scores is not None:
+            head.weight.copy_(scores.weight)
+        elif config.value_head == "normal":
+            noise = torch.randn(head.weight.shape, generator=generator, device=generator.device)
+            head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
+        else:
+            head.weight.zero_()
+        head.bias.zero_()
+        if scores is not None and scores.bias is not None:
+            head.bias.copy_(scores.bias)
+    return ValueModel(backbone, head).to(generator.device).requires_grad_(True)
+
+
+def disable_dropout(model: Any) -> Any:
+    """Set every dropout probability to 0, modules and plain attributes alike, and go to eval mode.
+
+    Some architectures read a float attribute (`attention_dropout`) rather than own an `nn.Dropout`, so that
+    eval mode alone would be undone by a later `train()`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in vars(holder).items() if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+    return model.eval()
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """cumsum(mask) - 1 [B, L] int64: the first real token is position 0, however much padding is before it."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of a forward pass over left-padded ids [B, L]; positions only where the model takes them."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = position_ids(attention_mask)
+    return inputs
+
+
+def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
+    inputs: dict[str, Any] = model_inputs(model, input_ids, attention_mask)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = length + 1
+    return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
+
+
+def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    """Values [B, T] float32 of the states before each response token; T = `length`."""
+    return model(input_ids, attention_mask)[:, -length - 1 : -1]
+
+
+def _load_backbone(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, nn.Linear | None]:
+    transformers = require("transformers")
+    path = config.value_path
+    architectures = _pretrained(transformers.AutoConfig, path).architectures or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return _pretrained(transformers.AutoModel, path, dtype=dtype), None
+    model = _pretrained(transformers.AutoModelForSequenceClassification, path, dtype=dtype)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"model.value_path: expected a linear head 'score' with one output, got {head} in {path!r}")
+    return model.base_model, head
+
+
+def _pretrained(loader: Any, path: str | None, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        where = "directory" if path is not None and Path(path).exists() else "model"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error

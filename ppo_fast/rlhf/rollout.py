@@ -1,0 +1,184 @@
+"""Sample responses, then score them with the forward pass that the update will use."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+
+from .config import RolloutConfig, require
+from .data import PromptBatch
+from .models import Models, response_logits, response_values
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompts with their sampled responses."""
+
+    prompts: PromptBatch
+    input_ids: Tensor  # [B, L] int64: prompt left-padded, then the response right-padded
+    attention_mask: Tensor  # [B, L] bool, True: a prompt token or a counted response token
+    mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS included
+    ended: Tensor  # [B] bool, True: the response has an EOS
+    logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
+
+    @property
+    def responses(self) -> Tensor:
+        """[B, T] int64; pad where masked."""
+        return self.input_ids[:, -self.mask.shape[1] :]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A generation with what the models think of it; all [B, T] float32, 0 where masked."""
+
+    generation: Generation
+    logprobs: Tensor  # of the responses under the policy that sampled them, by the training forward
+    ref_logprobs: Tensor  # under the reference
+    entropy: Tensor  # of the policy's full distribution, nats
+    values: Tensor  # of the state before each token
+
+    @property
+    def mask(self) -> Tensor:
+        return self.generation.mask
+
+
+class Sampler:
+    """A logits processor that draws the token itself and leaves `generate` no choice.
+
+    Drawing is the exponential race argmax(p / e), e ~ Exp(1), which is exact, takes any generator and does not
+    wait for the device. One [B] log-probability is kept per step; nothing of size [B, T, V] exists.
+    """
+
+    def __init__(self, config: RolloutConfig, generator: torch.Generator) -> None:
+        self.config, self.generator = config, generator
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        tokens = self.draw(logits)
+        self.logprobs.append(ops.token_logprobs(logits, tokens, temperature=self.config.temperature))
+        return torch.full_like(logits, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Tokens [B] int64 from softmax(logits / temperature), logits [B, V]."""
+        probs = torch.softmax(_filtered(logits / self.config.temperature, self.config), dim=-1)
+        # An exponential drawn as exactly 0 would turn a token of probability 0 into 0 / 0.
+        race = torch.empty_like(probs).exponential_(generator=self.generator).clamp_min_(1e-30)
+        return (probs / race).argmax(dim=-1)
+
+
+@torch.no_grad()
+def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, generator: torch.Generator) -> Generation:
+    """Sample one response of at most `max_new_tokens` tokens to each prompt."""
+    width = config.micro_batch_size or len(prompts.prompts)
+    chunks = zip(prompts.input_ids.split(width), prompts.attention_mask.split(width), strict=True)
+    parts = [_generate(models, ids, attention, config, generator) for ids, attention in chunks]
+    length = max(tokens.shape[1] for tokens, _ in parts)
+    responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _ in parts])
+    lengths = torch.cat([tokens.new_full((len(tokens),), tokens.shape[1]) for tokens, _ in parts])
+    ended_at = first_eos(responses, models.eos_id)
+    mask = torch.arange(length, device=responses.device) < torch.minimum(ended_at + 1, lengths)[:, None]
+    logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values in parts])
+    return Generation(
+        prompts=prompts,
+        input_ids=torch.cat([prompts.input_ids, torch.where(mask, responses, models.pad_id)], dim=1),
+        attention_mask=torch.cat([prompts.attention_mask, mask], dim=1),
+        mask=mask,
+        ended=ended_at < lengths,
+        logprobs=torch.where(mask, logprobs, 0.0),
+    )
+
+
+@torch.no_grad()
+def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
+    """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
+    width = config.micro_batch_size or len(generation.mask)
+    fields = (generation.input_ids, generation.attention_mask, generation.responses, generation.mask)
+    columns = []
+    for ids, attention, responses, mask in zip(*(field.split(width) for field in fields), strict=True):
+        length = mask.shape[1]
+        stats, reference = (
+            ops.token_stats(
+                response_logits(model, ids, attention, length),
+                responses,
+                mask=mask,
+                temperature=config.temperature,
+            )
+            for model in (models.policy, models.reference)
+        )
+        values = response_values(models.value, ids, attention, length)
+        columns.append((stats.logprobs, reference.logprobs, stats.entropy, torch.where(mask, values, 0.0)))
+    return Rollout(generation, *(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def first_eos(responses: Tensor, eos_id: int) -> Tensor:
+    """Position [B] int64 of the first EOS in responses [B, T]; T where there is none."""
+    is_eos = responses == eos_id
+    return torch.where(is_eos.any(-1), is_eos.long().argmax(-1), responses.shape[1])
+
+
+def warn_about_filters(config: RolloutConfig) -> None:
+    """Top-k and top-p sample from another distribution than the one the ratio is computed with."""
+    if config.top_k is not None or config.top_p is not None:
+        warnings.warn(
+            "rollout.top_k and rollout.top_p bias the ratio: its log-probabilities are those of the full "
+            "softmax, not of the distribution sampled from",
+            stacklevel=2,
+        )
+
+
+def _generate(
+    models: Models, ids: Tensor, attention_mask: Tensor, config: RolloutConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Responses [b, t] int64 and their log-probabilities [b, t] float32; what follows an EOS is arbitrary."""
+    transformers = require("transformers")
+    sampler = Sampler(config, generator)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=models.eos_id,
+        pad_token_id=models.pad_id,
+    )
+    with _plain_generation_config(models.policy, settings):
+        output = models.policy.generate(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            generation_config=settings,
+            logits_processor=transformers.LogitsProcessorList([sampler]),
+        )
+    return output[:, ids.shape[1] :], torch.stack(sampler.logprobs, dim=1)
+
+
+@contextlib.contextmanager
+def _plain_generation_config(model: Any, settings: Any) -> Iterator[None]:
+    """Hide the model's own generation config: `generate` would fill ours up with its penalties and bans."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _filtered(logits: Tensor, config: RolloutConfig) -> Tensor:
+    """Set all but the top-k, or the smallest set of probability >= top-p, to -inf."""
+    if config.top_k is not None:
+        kth = logits.topk(min(config.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = torch.where(logits < kth, -torch.inf, logits)
+    if config.top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        outside = probs.cumsum(dim=-1) - probs >= config.top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+def _pad_right(x: Tensor, length: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - x.shape[1]), value=value)

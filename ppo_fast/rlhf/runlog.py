@@ -1,0 +1,118 @@
+"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import PPOConfig, UserError, require
+from .rewards import Rewards
+from .rollout import Rollout
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+TENSORBOARD, CHECKPOINTS, FINAL = "tensorboard", "checkpoints", "final"
+
+
+class RunLog:
+    """Writes every metric of every update at once, so that a crashed run leaves a readable file.
+
+    Use as a context manager; `history` keeps the metrics of the updates so far.
+    """
+
+    def __init__(self, config: PPOConfig, console: Console | None = None) -> None:
+        self.config, self.log = config, config.log
+        self.directory = Path(config.log.dir)
+        self.history: list[dict[str, float]] = []
+        self.console = console or Console(quiet=not config.log.console)
+
+    def __enter__(self) -> RunLog:
+        self._prepare_directory()
+        with contextlib.ExitStack() as resources:
+            self._board = self._open_board(resources)
+            self._metrics, self._samples = (
+                resources.enter_context((self.directory / name).open("w", encoding="utf-8"))
+                for name in (METRICS, SAMPLES)
+            )
+            columns = (TextColumn("PPO"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = resources.enter_context(Progress(*columns, console=self.console))
+            self._resources = resources.pop_all()
+        self._task = self._progress.add_task("updates", total=self.config.updates)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._resources.close()
+
+    def write(self, update: int, metrics: dict[str, float], note: str | None = None) -> None:
+        """Record the metrics of update number `update`, counted from 1, and a remark about it."""
+        self.history.append(metrics)
+        record: dict[str, Any] = {"update": update} | metrics
+        _line(self._metrics, record | ({"note": note} if note else {}))
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, update)
+            self._board.flush()
+        if self.log.print_every and update % self.log.print_every == 0:
+            self.console.print(self._summary(update, metrics), highlight=False, soft_wrap=True)
+        if note:
+            self.console.print(f"update {update}: {note}", style="yellow", highlight=False, soft_wrap=True)
+        self._progress.advance(self._task)
+
+    def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
+        """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
+        if not self.log.samples_every or update % self.log.samples_every:
+            return
+        table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")
+        prompts = rollout.generation.prompts.prompts
+        scores = rewards.scores[: self.log.samples].tolist()
+        for prompt, response, value in zip(prompts, rewards.completions, scores, strict=False):
+            _line(self._samples, {"update": update, "prompt": prompt, "completion": response, "score": value})
+            table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
+        self.console.print(table)
+
+    def _prepare_directory(self) -> None:
+        """An empty place for the run; an earlier one is removed only when `overwrite` says so."""
+        if (self.directory / METRICS).exists():
+            if not self.log.overwrite:
+                raise UserError(
+                    f"log.dir: {str(self.directory)!r} holds an earlier run; choose another or set log.overwrite"
+                )
+            for name in (TENSORBOARD, CHECKPOINTS, FINAL):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _open_board(self, resources: contextlib.ExitStack) -> Any:
+        if not self.log.tensorboard:
+            return None
+        require("tensorboard")
+        writer = require("torch.utils.tensorboard").SummaryWriter
+        return resources.enter_context(writer(str(self.directory / TENSORBOARD)))
+
+    def _summary(self, update: int, metrics: dict[str, float]) -> str:
+        loss = self.config.loss
+        value = loss.vf_coef * metrics["loss/value"]
+        entropy = loss.ent_coef * metrics["policy/entropy"]
+        return (
+            f"{update:>5}/{self.config.updates}  reward {metrics['objective/rlhf_reward']:+.3f}  "
+            f"score {metrics['objective/scores']:+.3f}  KL {metrics['objective/kl']:.3f}  "
+            f"loss: policy {metrics['loss/policy']:+.4f}  value {value:+.4f}  entropy {-entropy:+.4f}  "
+            f"total {metrics['loss/total']:+.4f}  {metrics['tokens_per_second']:.0f} tok/s"
+        )
+
+
+def _line(file: TextIO, record: dict[str, Any]) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _one_line(text: Any) -> str:
+    """Text, or the contents of messages, without line breaks and without rich markup."""
+    if not isinstance(text, str):
+        text = " ".join(str(message["content"]) for message in text)
+    return " ".join(text.split()).replace("[", r"\[")

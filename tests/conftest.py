@@ -1,0 +1,29 @@
+"""One thread, fixed seeds, and in a TRITON_INTERPRET=1 process only the tests of the interpreted kernels."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.helpers import INTERPRETED
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=20)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the interpreter keep what is parametrised with backend "triton" or lies in a test_triton_*.py."""
+    if not INTERPRETED:
+        return
+
+    def interpreted(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return parameters.get("backend") == "triton" or item.path.name.startswith("test_triton_")
+
+    config.hook.pytest_deselected(items=[item for item in items if not interpreted(item)])
+    items[:] = [item for item in items if interpreted(item)]

@@ -1,0 +1,90 @@
+"""What the tests share: the tolerance rule, exact error messages, and which backends this process tests."""
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ppo_fast
+from ppo_fast.ops import _registry
+from ppo_fast.ops._checks import accumulation_dtype
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tested_backends(op: str) -> list[str]:
+    """The backends of ``op`` that this process tests: the interpreted Triton alone, or every other one that works."""
+    wanted = ("triton",) if INTERPRETED else ("torch", "native")
+    status = ppo_fast.backends()[op]
+    return [backend for backend in wanted if status.get(backend) == "ok"]
+
+
+def tested_cases(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[str, torch.dtype]]:
+    """Each tested backend of ``op`` with each of ``dtypes`` that it takes."""
+    entries = _registry._entries(op)
+    return [(b, d) for b in tested_backends(op) for d in dtypes if d in entries[b].dtypes]
+
+
+def each_backend(op: str) -> pytest.MarkDecorator:
+    """Parametrise ``backend`` over the tested backends of ``op``."""
+    return pytest.mark.parametrize("backend", tested_backends(op))
+
+
+def each_case(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
+    """Parametrise ``backend, dtype``."""
+    cases = tested_cases(op, dtypes)
+    return pytest.mark.parametrize(("backend", "dtype"), cases, ids=[f"{b}-{str(d)[6:]}" for b, d in cases])
+
+
+def ulp(dtype: torch.dtype) -> float:
+    """The spacing of the accumulation dtype above 1."""
+    return torch.finfo(accumulation_dtype(dtype)).eps
+
+
+def assert_near_truth(
+    ours: Tensor, truth: Any, eager: Tensor | None = None, *, dtype: torch.dtype, gradient: bool = False
+) -> None:
+    """max|ours - truth| <= 2*max|eager - truth| + 32 ulp * S, and infinities in the same places.
+
+    S = max(1, max|truth|) for values and max|truth| for gradients; ulp is that of the accumulation dtype of ``dtype``.
+    """
+    expected = torch.as_tensor(truth, dtype=torch.float64).reshape(ours.shape)
+    got, finite = ours.detach().double(), expected.isfinite()
+    assert torch.equal(got[~finite], expected[~finite])
+    if not finite.any():
+        return
+    scale = expected[finite].abs().max().item()
+    allowed = 32 * ulp(dtype) * (scale if gradient else max(1.0, scale))
+    if eager is not None:
+        allowed += 2 * (eager.detach().double().reshape(ours.shape) - expected)[finite].abs().max().item()
+    error = (got - expected)[finite].abs().max().item()
+    assert error <= allowed, f"error {error:.3e} is above {allowed:.3e} (scale {scale:.3e})"
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Bitwise the same tensors, in nested tuples and dicts; NaN equals NaN."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = tuple(ours.values()), tuple(theirs.values())
+    if isinstance(ours, tuple):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same(a, b)
+    elif ours is None:
+        assert theirs is None
+    else:
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
+
+
+def raises_exactly(message: str, kind: type[Exception] = ValueError) -> AbstractContextManager[Any]:
+    """The block raises ``kind`` with exactly this message."""
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")

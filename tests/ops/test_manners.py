@@ -1,0 +1,113 @@
+"""What every op owes its caller: inputs untouched, repeatable bits, no uninitialised memory, no graph in metrics."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import assert_same
+from tests.ops.examples import EXAMPLES, each_example, fresh_inputs, run, run_with_gradient
+
+
+@each_example()
+def test_inputs_are_not_written(name: str, backend: str) -> None:
+    inputs = fresh_inputs(name)
+    run_with_gradient(name, backend, inputs)
+    assert_same({k: v.detach() for k, v in inputs.items()}, EXAMPLES[name].inputs)
+    assert all(v._version == fresh_inputs(name)[k]._version for k, v in inputs.items())
+
+
+@each_example()
+def test_two_runs_are_bitwise_equal(name: str, backend: str) -> None:
+    assert_same(
+        run_with_gradient(name, backend, fresh_inputs(name)), run_with_gradient(name, backend, fresh_inputs(name))
+    )
+
+
+@pytest.fixture
+def _poisoned_empty():  # noqa: ANN202
+    """Deterministic mode fills what torch.empty returns with NaN (integers: the largest)."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_example()
+def test_uninitialised_memory_never_shows(name: str, backend: str, request: pytest.FixtureRequest) -> None:
+    plain = run_with_gradient(name, backend, fresh_inputs(name))
+    request.getfixturevalue("_poisoned_empty")
+    assert torch.empty(3).isnan().all()
+    assert_same(run_with_gradient(name, backend, fresh_inputs(name)), plain)
+
+
+@each_example()
+def test_no_grad_changes_no_value(name: str, backend: str) -> None:
+    with_graph = {k: v.detach() for k, v in run(name, backend, fresh_inputs(name)).items()}
+    with torch.no_grad():
+        without = run(name, backend, fresh_inputs(name))
+    assert_same(without, with_graph)
+    assert not any(x.requires_grad for x in without.values())
+
+
+@each_example()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(name: str, backend: str, dtype: torch.dtype) -> None:
+    plain = run_with_gradient(name, backend, fresh_inputs(name))
+    with torch.autocast("cpu", dtype):
+        inside = run_with_gradient(name, backend, fresh_inputs(name))
+    assert_same(inside, plain)
+
+
+@each_example()
+def test_outputs_are_float32(name: str, backend: str) -> None:
+    assert {x.dtype for x in run(name, backend, fresh_inputs(name)).values()} == {torch.float32}
+
+
+@each_example("policy_loss", "policy_loss-packed", "value_loss", "value_loss-packed")
+def test_loss_and_metrics_are_scalars_and_only_the_loss_has_a_graph(name: str, backend: str) -> None:
+    results = run(name, backend, fresh_inputs(name))
+    scalars = {k: v for k, v in results.items() if "per_token" not in k}
+    assert all(x.dim() == 0 for x in scalars.values())
+    assert [k for k, v in results.items() if v.requires_grad] == [f"{name}.loss"]
+
+
+@each_example("policy_loss", "policy_loss-packed")
+def test_per_token_results_have_the_shape_of_the_targets(name: str, backend: str) -> None:
+    inputs = fresh_inputs(name)
+    results = run(name, backend, inputs)
+    rows = {k.rpartition(".")[2]: v for k, v in results.items() if "per_token" in k}
+    assert rows.keys() == {"logprobs", "entropy", "kl"}
+    assert all(x.shape == inputs["targets"].shape and not x[~inputs["mask"]].any() for x in rows.values())
+
+
+def _garbage(value: Tensor, mask: Tensor, filler: float) -> Tensor:
+    where = mask if value.dim() == mask.dim() else mask[..., None]
+    if value.dtype == torch.bool:
+        return torch.where(where, value, ~value)
+    return torch.where(where, value, -100 if not value.is_floating_point() else filler)
+
+
+@each_example(*(name for name, example in EXAMPLES.items() if example.masked))
+@pytest.mark.parametrize("filler", [float("nan"), float("inf"), float("-inf")])
+def test_padding_is_invisible(name: str, backend: str, filler: float) -> None:
+    example = EXAMPLES[name]
+    changes = {k: _garbage(example.inputs[k], example.inputs["mask"], filler) for k in example.masked}
+    got = run_with_gradient(name, backend, fresh_inputs(name, **changes))
+    assert_same(got, run_with_gradient(name, backend, fresh_inputs(name)))
+    if example.leaf is not None:
+        assert not got["grad"][~example.inputs["mask"]].any()
+
+
+@each_example(*(name for name, example in EXAMPLES.items() if example.masked))
+def test_no_mask_means_every_position(name: str, backend: str) -> None:
+    everything = torch.ones_like(EXAMPLES[name].inputs["mask"])
+    full = run_with_gradient(name, backend, fresh_inputs(name, mask=everything))
+    inputs = fresh_inputs(name)
+    inputs["mask"] = None  # type: ignore[assignment]
+    assert_same(run_with_gradient(name, backend, inputs), full)
+
+
+@each_example(*(name for name, example in EXAMPLES.items() if example.masked))
+def test_nothing_counted_gives_zeros(name: str, backend: str) -> None:
+    nothing = torch.zeros_like(EXAMPLES[name].inputs["mask"])
+    results = run_with_gradient(name, backend, fresh_inputs(name, mask=nothing))
+    assert not any(x.any() for x in results.values())

@@ -1,0 +1,75 @@
+"""Tiny local models, configs and rollouts shared by the trainer's tests; one thread, since two contend."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from ppo_fast.rlhf import PPOConfig, tiny
+from ppo_fast.rlhf.config import config_from_dict
+from ppo_fast.rlhf.data import load_prompts, make_batch
+from ppo_fast.rlhf.models import Models, load_models
+from ppo_fast.rlhf.rollout import Rollout, generate, score
+
+WORDS = [f"w{i}" for i in range(60)]
+PROMPTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Word-level, V = 64 with the special tokens; pad 0, eos 2."""
+    return tiny.make_tokenizer(WORDS)
+
+
+@pytest.fixture
+def make_config(tmp_path: Any) -> Callable[..., PPOConfig]:
+    """make_config(updates=2, optim={"lr": 1e-3}): a small quiet run in tmp_path with those values changed."""
+
+    def make(**values: Any) -> PPOConfig:
+        base: dict[str, Any] = {
+            "updates": 2,
+            "threads": 1,
+            "rollout": {"batch_size": 8, "max_new_tokens": 6},
+            "optim": {"lr": 1e-3, "value_lr": 1e-3, "minibatch_size": 4, "epochs": 2},
+            "log": {"dir": str(tmp_path / "run"), "tensorboard": False, "console": False},
+        }
+        for name, value in values.items():
+            base[name] = base.get(name, {}) | value if isinstance(value, Mapping) else value
+        return config_from_dict(base)
+
+    return make
+
+
+@pytest.fixture
+def make_models(tokenizer: Any) -> Callable[..., Models]:
+    """make_models(config, arch="gpt2", **overrides): policy, reference, value model; deterministic."""
+
+    def make(config: PPOConfig, *, arch: str = "llama", tokenizer: Any = tokenizer, **overrides: Any) -> Models:
+        policy = tiny.make_model(64, arch=arch, hidden=32, layers=1, heads=2, **overrides)
+        generator = torch.Generator().manual_seed(config.seed)
+        return load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def make_rollout() -> Callable[..., Rollout]:
+    """make_rollout(models, config): ragged prompts, ragged responses, scored."""
+
+    def make(models: Models, config: PPOConfig, *, seed: int = 0, prompts: list[str] = PROMPTS) -> Rollout:
+        data = load_prompts(prompts, models.tokenizer, config.data)
+        rows = [row % len(prompts) for row in range(config.rollout.batch_size)]
+        batch = make_batch(data, rows, models.pad_id, models.device)
+        generator = torch.Generator().manual_seed(seed)
+        return score(models, generate(models, batch, config.rollout, generator), config.rollout)
+
+    return make

@@ -1,0 +1,66 @@
+"""Advantages: GAE ends at the last counted token, and whitening sees only counted ones."""
+
+import pytest
+import torch
+
+from ppo_fast.rlhf.advantages import compute_targets
+from ppo_fast.rlhf.config import AdvantageConfig
+from ppo_fast.rlhf.rewards import Rewards
+from tests.rlhf.made import made_rollout
+
+LENGTHS = [2, 5, 1, 4]
+
+
+def rewards_for(rollout, seed=7, fill=0.0):
+    made = made_rollout(LENGTHS, seed=seed, width=rollout.mask.shape[1], fill=fill)
+    zeros = torch.zeros(len(LENGTHS))
+    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [])
+
+
+def double_sum(rewards, values, gamma, lam):
+    """A[t] = sum_k (gamma lam)^k delta[t+k] over one response, with value 0 after its end."""
+    n = len(rewards)
+    after = [*values[1:], 0.0]
+    delta = [rewards[t] + gamma * after[t] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_rule_08_the_value_after_the_last_counted_token_is_0(gamma, lam):
+    # Width 7: garbage values beyond every response must not be bootstrapped from.
+    rollout = made_rollout(LENGTHS, width=7, fill=100.0)
+    rewards = rewards_for(rollout)
+    targets = compute_targets(rollout, rewards, AdvantageConfig(gamma=gamma, lam=lam, whiten=False))
+    for row, n in enumerate(LENGTHS):
+        truth = double_sum(rewards.rewards[row, :n].tolist(), rollout.values[row, :n].tolist(), gamma, lam)
+        torch.testing.assert_close(targets.advantages[row, :n], torch.tensor(truth))
+    assert (targets.advantages[~rollout.mask] == 0).all()
+
+
+def test_rule_08_returns_are_advantages_before_whitening_plus_old_values():
+    rollout = made_rollout(LENGTHS)
+    rewards = rewards_for(rollout)
+    plain = compute_targets(rollout, rewards, AdvantageConfig(whiten=False))
+    whitened = compute_targets(rollout, rewards, AdvantageConfig(whiten=True))
+    expected = torch.where(rollout.mask, plain.advantages + rollout.values, 0.0)
+    torch.testing.assert_close(plain.returns, expected)
+    assert torch.equal(whitened.returns, plain.returns)
+    assert not torch.equal(whitened.advantages, plain.advantages)
+
+
+def test_rule_09_whitening_is_over_the_counted_tokens_of_the_whole_batch():
+    rollout = made_rollout(LENGTHS)
+    advantages = compute_targets(rollout, rewards_for(rollout), AdvantageConfig()).advantages
+    counted = advantages[rollout.mask]
+    assert counted.mean().abs() < 1e-6
+    assert counted.var() == pytest.approx(1, abs=1e-5)
+    assert (advantages[~rollout.mask] == 0).all()
+
+
+def test_rule_09_padding_columns_change_nothing():
+    narrow, wide = made_rollout(LENGTHS, width=5), made_rollout(LENGTHS, width=9, fill=float("nan"))
+    one = compute_targets(narrow, rewards_for(narrow), AdvantageConfig())
+    two = compute_targets(wide, rewards_for(wide, fill=float("nan")), AdvantageConfig())
+    torch.testing.assert_close(two.advantages[:, :5], one.advantages)
+    torch.testing.assert_close(two.returns[:, :5], one.returns)
+    assert (two.advantages[:, 5:] == 0).all()

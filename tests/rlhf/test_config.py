@@ -1,0 +1,167 @@
+"""Config: one source for file and flags; mistakes are one sentence."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ppo_fast.rlhf.config import (
+    LossConfig,
+    PPOConfig,
+    UserError,
+    config_from_dict,
+    load_config,
+    require,
+    save_config,
+)
+
+
+def test_defaults_are_the_published_ones():
+    config = PPOConfig()
+    assert (config.optim.lr, config.optim.value_lr, config.optim.betas, config.optim.eps) == (
+        1e-6,
+        5e-6,
+        (0.9, 0.95),
+        1e-5,
+    )
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.value_clip, config.loss.vf_coef) == (
+        0.2,
+        0.2,
+        0.2,
+        0.5,
+    )
+    assert (config.advantage.gamma, config.advantage.lam) == (1.0, 0.95)
+    assert (config.kl.coef, config.kl.placement, config.kl.adaptive) == (0.05, "reward", False)
+    assert (config.kl.target, config.kl.horizon) == (6.0, 10_000)
+    assert (config.reward.clip, config.reward.missing_eos_penalty) == (10.0, 1.0)
+    assert (config.optim.epochs, config.optim.max_grad_norm, config.optim.warmup_frac) == (4, 1.0, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "updates: 7\noptim:\n  lr: 1e-5\n  betas: [0.8, 0.9]\n"),
+        ("a.toml", "updates = 7\n[optim]\nlr = 1e-5\nbetas = [0.8, 0.9]\n"),
+    ],
+)
+def test_a_file_over_the_defaults(tmp_path: Path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    config = load_config(path)
+    # YAML 1.1 reads 1e-5 as a string; it must arrive as a number.
+    assert (config.updates, config.optim.lr, config.optim.betas) == (7, 1e-5, (0.8, 0.9))
+    assert config.optim.eps == PPOConfig().optim.eps
+
+
+def test_a_file_over_a_preset(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_text("optim: {lr: 0.5}")
+    config = load_config(path, preset="tiny-cpu")
+    assert (config.optim.lr, config.optim.value_lr, config.threads) == (0.5, 1e-3, 1)
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path: Path):
+    config = dataclasses.replace(PPOConfig(), updates=3, loss=LossConfig(clip_high=None, dual_clip=3.0))
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim": {"max_gradnorm": 1}}, "config: unknown key 'optim.max_gradnorm', the nearest is 'optim.max_grad_norm'"),
+        ({"optim": {"epoch": 1}}, "config: unknown key 'optim.epoch', the nearest is 'optim.epochs'"),
+        ({"gamma": 1}, "config: unknown key 'gamma', the nearest is 'advantage.gamma'"),
+        ({"rolout": {"batch_size": 8}}, "config: unknown key 'rolout.batch_size', the nearest is 'rollout.batch_size'"),
+        ({"updates": "many"}, "got 'many'"),
+        ({"kl": {"placement": "both sides"}}, "config: kl.placement: Input should be 'reward', 'loss' or 'both'"),
+        ({"optim": 3}, "config: optim: "),
+    ],
+)
+def test_mistakes_in_a_file_name_the_key(values, message):
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rule_18_batch_sizes_that_do_not_divide_name_the_numbers():
+    cases = {
+        "optim.minibatch_size: expected a divisor of rollout.batch_size = 64, got 24": {"optim": {"minibatch_size": 24}},
+        "optim.micro_batch_size: expected a divisor of optim.minibatch_size = 16, got 5": {
+            "optim": {"micro_batch_size": 5}
+        },
+        "rollout.samples_per_prompt: expected a divisor of rollout.batch_size = 64, got 3": {
+            "rollout": {"samples_per_prompt": 3}
+        },
+    }
+    for message, values in cases.items():
+        with pytest.raises(UserError) as error:
+            config_from_dict(values)
+        assert str(error.value) == f"config: {message}"
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+def test_rule_07_only_k1_is_a_reward(estimator):
+    with pytest.raises(UserError, match=r"kl\.reward_estimator: expected 'k1' .* got"):
+        config_from_dict({"kl": {"reward_estimator": estimator}})
+
+
+def test_rule_07_k1_is_no_loss():
+    with pytest.raises(UserError, match=r"kl\.loss_estimator: expected 'k2', 'full' or 'k3' .* got 'k1'"):
+        config_from_dict({"kl": {"loss_estimator": "k1"}})
+    for estimator in ("k2", "k3", "full"):
+        assert config_from_dict({"kl": {"loss_estimator": estimator}}).kl.loss_estimator == estimator
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rollout": {"temperature": 0}}, "rollout.temperature: expected a number > 0, got 0.0"),
+        ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
+        ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),
+        ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1, got 2.0"),
+        ({"kl": {"coef": -1}}, "kl.coef: expected a number >= 0, got -1.0"),
+        ({"kl": {"coef": 0, "adaptive": True}}, "kl.coef: expected a number > 0 when kl.adaptive, got 0.0"),
+        ({"optim": {"lr": 0}}, "optim.lr: expected a number > 0, got 0.0"),
+        ({"optim": {"warmup_frac": 1.5}}, "optim.warmup_frac: expected 0 <= warmup_frac <= 1, got 1.5"),
+        ({"loss": {"penalty_target": 0.01}}, "loss.penalty_coef: expected a number > 0, got 0.0"),
+        ({"updates": 0}, "updates: expected a number > 0, got 0"),
+    ],
+)
+def test_values_out_of_range(values, message):
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    assert str(error.value) == f"config: {message}"
+
+
+def test_the_loss_config_is_checked_by_the_op_it_configures():
+    with pytest.raises(UserError, match=r"loss: .*dual_clip"):
+        config_from_dict({"loss": {"dual_clip": 0.5}})
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(UserError, match=r"config: no such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"preset: expected one of tiny-cpu, got 'huge'"):
+        load_config(preset="huge")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"expected a mapping of keys to values, got list"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"broken\.yaml: while parsing"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_a_missing_dependency_names_the_install_command():
+    with pytest.raises(UserError, match=r"needs no_such_package, .* pip install 'ppo-fast\[train\]'"):
+        require("no_such_package")
+
+
+def test_importing_the_trainer_needs_torch_only():
+    heavy = ["transformers", "pydantic", "yaml", "tyro", "tensorboard", "matplotlib"]
+    code = f"import sys, ppo_fast.rlhf; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == "[]"

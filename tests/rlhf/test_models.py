@@ -1,0 +1,143 @@
+"""Models: positions, dropout, heads, and the shared forward pass."""
+
+import pytest
+import torch
+import transformers
+
+from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.config import ModelConfig, UserError
+from ppo_fast.rlhf.models import disable_dropout, load_models, model_inputs, response_logits, response_values
+
+ARCHITECTURES = ["gpt2", "llama", "qwen2"]
+
+
+def padded(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids [1, 8], the same behind `count` padding tokens, and the mask of the latter."""
+    ids = torch.arange(10, 18)[None]
+    mask = torch.cat([torch.zeros(1, count, dtype=torch.bool), torch.ones(1, 8, dtype=torch.bool)], dim=1)
+    return ids, torch.cat([torch.zeros(1, count, dtype=torch.long), ids], dim=1), mask
+
+
+@torch.no_grad()
+def test_rule_01_positions_count_real_tokens_under_left_padding(make_models, make_config):
+    # GPT-2 has learned absolute positions, which show the mistake that rotary ones hide.
+    models = make_models(make_config(), arch="gpt2")
+    ids, left_padded, mask = padded(5)
+    truth = response_logits(models.policy, ids, torch.ones_like(ids, dtype=torch.bool), 4)
+    assert (response_logits(models.policy, left_padded, mask, 4) - truth).abs().max() < 1e-6
+    wrong = models.policy(left_padded, attention_mask=mask.long()).logits[:, -5:-1]
+    assert (wrong - truth).abs().max() > 1e-2
+    values = response_values(models.value, ids, torch.ones_like(ids, dtype=torch.bool), 4)
+    assert (response_values(models.value, left_padded, mask, 4) - values).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_response_logits_are_the_rows_before_each_response_token(make_models, make_config, arch):
+    models = make_models(make_config(), arch=arch)
+    ids, left_padded, mask = padded(2)
+    with torch.no_grad():
+        whole = models.policy(**model_inputs(models.policy, left_padded, mask)).logits
+        torch.testing.assert_close(response_logits(models.policy, left_padded, mask, 3), whole[:, 6:9])
+
+
+DROPOUT = {
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "llama": {"attention_dropout": 0.5},
+    "qwen2": {"attention_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rule_04_dropout_is_off_even_in_train_mode(make_models, make_config, arch):
+    config = make_config()
+    ids, left_padded, mask = padded(2)
+    noisy = tiny.make_model(64, arch=arch, hidden=32, layers=1, heads=2, **DROPOUT[arch]).train()
+    # The check can see dropout: the model as made is not repeatable.
+    assert not torch.equal(response_logits(noisy, ids, ids > 0, 4), response_logits(noisy, ids, ids > 0, 4))
+    models = make_models(config, arch=arch, **DROPOUT[arch])
+    assert not any(network.training for network in (models.policy, models.reference, models.value))
+    for network in (models.policy, models.reference, models.value):
+        network.train()
+    for network in (models.policy, models.reference):
+        first, second = (response_logits(network, left_padded, mask, 4) for _ in range(2))
+        assert torch.equal(first, second)
+    assert torch.equal(models.value(left_padded, mask), models.value(left_padded, mask))
+
+
+def test_rule_04_dropout_modules_and_attributes():
+    module = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.MultiheadAttention(4, 2, dropout=0.3))
+    disable_dropout(module)
+    assert (module[0].p, module[1].dropout, module.training) == (0.0, 0.0, False)
+
+
+def test_rule_14_a_new_head_is_normal_with_variance_1_over_d_plus_1(tokenizer):
+    policy = tiny.make_model(64, hidden=512, layers=1, heads=2)
+    models = load_models(ModelConfig(), torch.Generator().manual_seed(0), policy=policy, tokenizer=tokenizer)
+    weight = models.value.head.weight
+    assert weight.std().item() * 513**0.5 == pytest.approx(1, abs=0.15)
+    assert abs(weight.mean().item()) < 3 * 512**-0.5 * 513**-0.5
+    assert models.value.head.bias.item() == 0
+
+
+def test_rule_14_a_zero_head_values_everything_0(make_models, make_config):
+    models = make_models(make_config(model={"value_head": "zero"}))
+    _, ids, mask = padded(2)
+    assert torch.equal(models.value(ids, mask), torch.zeros(1, 10))
+
+
+def test_rule_14_the_critic_starts_from_a_reward_model(make_models, make_config, tmp_path):
+    torch.manual_seed(0)
+    llama = tiny.make_model(64, hidden=32, layers=1, heads=2).config
+    llama.num_labels = 1
+    reward_model = transformers.LlamaForSequenceClassification(llama).eval()
+    reward_model.save_pretrained(tmp_path / "rm")
+    models = make_models(make_config(model={"value_path": str(tmp_path / "rm")}))
+    ids = torch.arange(10, 18)[None]
+    with torch.no_grad():
+        values = models.value(ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(values[:, -1:], reward_model(ids).logits)
+
+
+def test_the_value_model_may_start_from_another_causal_model(make_models, make_config, tmp_path):
+    tiny.make_model(64, hidden=32, layers=1, heads=2, seed=5).save_pretrained(tmp_path / "other")
+    models = make_models(make_config(model={"value_path": str(tmp_path / "other")}))
+    other = transformers.AutoModel.from_pretrained(tmp_path / "other", dtype=torch.float32)
+    for ours, theirs in zip(models.value.backbone.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_reference_is_a_frozen_copy(make_models, make_config):
+    models = make_models(make_config())
+    for mine, frozen in zip(models.policy.parameters(), models.reference.parameters(), strict=True):
+        assert torch.equal(mine, frozen)
+        assert mine.data_ptr() != frozen.data_ptr()
+        assert mine.requires_grad
+        assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_the_configured_one(make_models, make_config, tmp_path, tokenizer, dtype):
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    models = load_models(ModelConfig(path=str(tmp_path / "m"), dtype=dtype), torch.Generator())
+    assert models.policy.dtype == models.value.backbone.dtype == getattr(torch, dtype)
+    _, ids, mask = padded(2)
+    assert models.value(ids, mask).dtype == torch.float32
+
+
+def test_models_that_cannot_be_used(make_models, make_config, tmp_path, tokenizer):
+    generator = torch.Generator()
+    with pytest.raises(UserError, match=r"model\.path: expected a model directory or hub id, got null"):
+        load_models(ModelConfig(), generator)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"AutoModelForCausalLM: cannot load directory '.*empty': "):
+        load_models(ModelConfig(path=str(tmp_path / "empty")), generator)
+    headless = tiny.make_tokenizer(["w1"])
+    headless.eos_token = None
+    with pytest.raises(UserError, match=r"tokenizer: expected an EOS token, got none"):
+        make_models(make_config(), tokenizer=headless)
+    llama = tiny.make_model(64, hidden=32, layers=1, heads=2).config
+    llama.num_labels = 2
+    transformers.LlamaForSequenceClassification(llama).save_pretrained(tmp_path / "two")
+    with pytest.raises(UserError, match=r"model\.value_path: expected a linear head 'score' with one output, got"):
+        make_models(make_config(model={"value_path": str(tmp_path / "two")}))
