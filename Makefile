@@ -34,7 +34,7 @@ docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
 
 bench-smoke:
-	$(call stage,benchmarks run once,$(PYTHON) -m pytest -q benchmarks --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
+	$(call stage,benchmarks run once,PPO_FAST_BENCH_SMOKE=1 $(PYTHON) -m pytest -q benchmarks --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
 
 package:
 	$(call stage,sdist and wheel,rm -rf build/dist && $(PYTHON) -m build --outdir build/dist . && ls -l build/dist)
@@ -47,7 +47,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu tests
 
 bench:
-	$(PYTHON) benchmarks/run.py
+	$(PYTHON) -m benchmarks.run
 
 tables:
 	$(PYTHON) benchmarks/tables.py

@@ -2,6 +2,7 @@
 
     python benchmarks/tables.py            # rewrite README.md
     python benchmarks/tables.py --check    # exit 1 if README.md is not what the results say
+    python benchmarks/tables.py --print RESULT.json ...
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->`` and is made from every
 ``benchmarks/results/DEVICE/NAME.json`` that is there.
@@ -19,30 +20,39 @@ RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+_COLUMNS = ("shape", "implementation", "median", "IQR", "speed-up", "GB/s", "% of copy", "peak memory", "error")
 
 
-def _row(bench: dict[str, Any]) -> str:
-    info, median = bench["extra_info"], bench["stats"]["median"]
-    iqr = bench["stats"]["iqr"]
-    rate = info["bytes"] / median / 1e9
-    return (
-        f"| {bench['group']} | {info['contender']} | {_milliseconds(median)} | {_milliseconds(iqr)} "
-        f"| {info['ratio']:.3g}x | {rate:.3g} | {info['error']:.1e} |"
+def _row(bench: dict[str, Any], copy_bandwidth: float) -> str:
+    info, median, iqr = bench["extra_info"], bench["stats"]["median"], bench["stats"]["iqr"]
+    rate = info["bytes"] / median
+    cells = (
+        bench["group"],
+        info["contender"],
+        f"{median * 1e3:.3g} ms",
+        f"{iqr * 1e3:.2g} ms",
+        ", ".join(f"{ratio:.3g}x {name}" for name, ratio in info["ratios"].items()),
+        f"{rate / 1e9:.3g}",
+        f"{100 * rate / copy_bandwidth:.0f}",
+        f"{info['peak_bytes'] / 2**20:.3g} MiB",
+        f"{info['error']:.1e}",
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def table(path: Path) -> str:
     """One result file as a Markdown table with its machine, commit and command."""
     data = json.loads(path.read_text())
-    machine, commit = data["machine_info"], data["commit_info"]["id"][:10]
-    head = "| shape | implementation | median | IQR | speed-up (paired) | GB/s | relative error |\n" + "|---" * 7 + "|"
+    machine = data["machine_info"]
+    benches = sorted(data["benchmarks"], key=lambda bench: bench["group"])
     note = (
-        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, commit {commit}; "
-        f"`pytest benchmarks/bench_{path.stem}.py`"
+        f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, measured copy bandwidth "
+        f"{machine['copy_bandwidth'] / 1e9:.3g} GB/s, commit {data['commit_info']['id'][:10]}; "
+        f"`python -m benchmarks.run {path.stem}`. Speed-ups are medians over interleaved pairs; errors are relative to "
+        "float64."
     )
-    return "\n".join([head, *(_row(bench) for bench in data["benchmarks"]), "", note, ""])
+    head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    return "\n".join([*head, *(_row(bench, machine["copy_bandwidth"]) for bench in benches), "", note, ""])
 
 
 def render(readme: str) -> str:
@@ -56,13 +66,18 @@ def render(readme: str) -> str:
 
 
 def main() -> int:
-    """Rewrite or check README.md."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true")
+    """Rewrite or check README.md, or print the tables of some results."""
+    parser = argparse.ArgumentParser(description="Write the tables of README.md from the benchmark results.")
+    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not what the results say")
+    parser.add_argument("--print", nargs="+", type=Path, metavar="RESULT", help="print these results as tables")
+    arguments = parser.parse_args()
+    if arguments.print:
+        print("\n".join(table(path) for path in arguments.print))
+        return 0
     readme = ROOT / "README.md"
     old = readme.read_text()
     new = render(old)
-    if parser.parse_args().check:
+    if arguments.check:
         return 0 if new == old else 1
     readme.write_text(new)
     return 0

@@ -43,21 +43,24 @@ GaeArguments gae_arguments(const View& rewards, const View& values, const View& 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of ppo_fast. Arguments are raw and unchecked: call the functions of ppo_fast.ops.";
 
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::kFloat32)
+      .value("float64", Dtype::kFloat64)
+      .value("float16", Dtype::kFloat16)
+      .value("bfloat16", Dtype::kBFloat16);
+
   py::class_<GaeArguments>(m, "GaeArguments")
       .def(py::init(&gae_arguments), py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("dones"),
            py::arg("bootstrap"), py::arg("cu_seqlens"), py::arg("cu_seqlens_is_int64"), py::arg("sequences"),
            py::arg("steps"), py::arg("gamma"), py::arg("lam"), py::arg("carry"), py::arg("advantages"),
            py::arg("returns"));
 
-  m.def(
-      "gae_cpu",
-      [](const GaeArguments& args, bool float64, int threads) {
-        cpu::gae(args, float64 ? Dtype::kFloat64 : Dtype::kFloat32, threads);
-      },
-      py::arg("args"), py::arg("float64"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("gae_cpu", &cpu::gae, py::arg("args"), py::arg("dtype"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
 #ifdef PPO_FAST_CUDA
   m.attr("has_cuda") = true;
+  m.def("gae_cuda", &cuda::gae, py::arg("args"), py::arg("rewards_dtype"), py::arg("values_dtype"), py::arg("device"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -5,6 +5,8 @@
 // scalars: the CPU kernel, the CUDA kernel and the host tests of the latter compile this file.
 #pragma once
 
+#include <cstring>
+
 #include "gae.h"
 
 namespace ppo_fast::gae {
@@ -39,49 +41,34 @@ PPO_FAST_HOST_DEVICE State<V> advance(State<V> after, V reward, V value, Flag do
   return {pass ? after.advantage : advantage, pass ? after.next_value : value};
 }
 
-// A run of steps: advantage' = a * advantage + b * next_value + c;  next_value' = pass ? next_value : value.
+// A run of steps: advantage' = a * advantage + b * next_value + c;  next_value' = p * next_value + v.
+// p is 1 where every step passes its state on, and v is 0 there; else p is 0 and v the first value that counts.
 template <class T>
 struct Map {
   T a;
   T b;
   T c;
-  T value;
-  bool pass;
+  T p;
+  T v;
 };
 
 template <class T>
-PPO_FAST_HOST_DEVICE Map<T> identity_map() {
-  return {T(1), T(0), T(0), T(0), true};
-}
-
-template <class T>
 PPO_FAST_HOST_DEVICE Map<T> step_map(T reward, T value, bool done, bool pass, Discounts<T> discounts) {
-  if (pass) return identity_map<T>();
-  return {done ? T(0) : discounts.gamma_lam, done ? T(0) : discounts.gamma, reward - value, value, false};
-}
-
-// factor * x, where a factor of 0 (an episode's end) also stops an infinite or NaN x.
-template <class T>
-PPO_FAST_HOST_DEVICE T damped(T factor, T x) {
-  return factor == T(0) ? T(0) : factor * x;
+  if (pass) return {T(1), T(0), T(0), T(1), T(0)};
+  return {done ? T(0) : discounts.gamma_lam, done ? T(0) : discounts.gamma, reward - value, T(0), value};
 }
 
 template <class T>
 PPO_FAST_HOST_DEVICE State<T> apply(const Map<T>& map, const State<T>& after) {
-  return {damped(map.a, after.advantage) + damped(map.b, after.next_value) + map.c,
-          map.pass ? after.next_value : map.value};
+  return {map.a * after.advantage + (map.b * after.next_value + map.c), map.p * after.next_value + map.v};
 }
 
 // The map of `later` steps followed, towards the start, by `earlier` ones.
 template <class T>
 PPO_FAST_HOST_DEVICE Map<T> compose(const Map<T>& earlier, const Map<T>& later) {
-  Map<T> map;
-  map.a = earlier.a * later.a;
-  map.b = earlier.a * later.b + (later.pass ? earlier.b : T(0));
-  map.c = damped(earlier.a, later.c) + (later.pass ? T(0) : damped(earlier.b, later.value)) + earlier.c;
-  map.value = earlier.pass ? later.value : earlier.value;
-  map.pass = earlier.pass && later.pass;
-  return map;
+  return {earlier.a * later.a, earlier.a * later.b + earlier.b * later.p,
+          earlier.a * later.c + (earlier.b * later.v + earlier.c), earlier.p * later.p,
+          earlier.p * later.v + earlier.v};
 }
 
 // Below, a group of threads scans a sequence from its end, a tile at a time. Thread i of the group holds kItems steps
@@ -89,6 +76,7 @@ PPO_FAST_HOST_DEVICE Map<T> compose(const Map<T>& earlier, const Map<T>& later) 
 
 constexpr int kItems = 8;
 constexpr int kWarpSize = 32;
+constexpr int kWarps = 4;  // of a block
 
 template <class In>
 struct Row {
@@ -119,16 +107,16 @@ PPO_FAST_HOST_DEVICE Sequence<R, V> sequence_of(const GaeArguments& args, int64_
 
 // Tiles begin where the results are aligned to kItems, so the first one may reach back before the sequence.
 struct Tiling {
-  int64_t before;  // steps between the first tile's begin and the sequence's
-  int64_t size;
+  int before;      // steps between the first tile's begin and the sequence's
+  int size;
   int64_t count;
 
   PPO_FAST_HOST_DEVICE Tiling(int64_t begin, int64_t length, int threads)
-      : before(begin % kItems), size(int64_t(threads) * kItems), count((before + length + size - 1) / size) {}
+      : before(static_cast<int>(begin % kItems)), size(threads * kItems), count((before + length + size - 1) / size) {}
 
   // The first step of a thread's items; negative before the sequence.
   PPO_FAST_HOST_DEVICE int64_t first_step(int64_t tile, int thread) const {
-    return tile * size + int64_t(thread) * kItems - before;
+    return tile * size + (thread * kItems - before);
   }
 };
 
@@ -148,7 +136,6 @@ struct Window {
   PPO_FAST_HOST_DEVICE uint32_t flags() const { return (1u << high) - 1 & ~((1u << low) - 1); }
 };
 
-// kItems elements moved by one instruction, or by two of 16 bytes.
 template <class In>
 struct alignas(sizeof(In) * kItems < 16 ? sizeof(In) * kItems : 16) Pack {
   In item[kItems];
@@ -170,11 +157,25 @@ PPO_FAST_HOST_DEVICE Pack<In> load_pack(const Row<In>& row, const Window& window
   return pack;
 }
 
+// A plain assignment is not always moved in 16 bytes at a time (nvcc 13.0 splits half of it), the intrinsic is.
+template <class T>
+PPO_FAST_HOST_DEVICE void copy_pack(T* data, const Pack<T>& pack) {
+#ifdef __CUDA_ARCH__
+  PPO_FAST_UNROLL
+  for (int i = 0; i < kItems; i += 4) {
+    __stwb(reinterpret_cast<float4*>(data + i),
+           make_float4(pack.item[i], pack.item[i + 1], pack.item[i + 2], pack.item[i + 3]));
+  }
+#else
+  *reinterpret_cast<Pack<T>*>(data) = pack;
+#endif
+}
+
 template <class T>
 PPO_FAST_HOST_DEVICE void store_pack(T* row, const Pack<T>& pack, const Window& window) {
   T* data = row + window.first;
   if (window.whole() && aligned(data)) {
-    *reinterpret_cast<Pack<T>*>(data) = pack;
+    copy_pack(data, pack);
     return;
   }
   PPO_FAST_UNROLL
@@ -193,14 +194,17 @@ struct Items {
   uint32_t pass;
 };
 
-// Bit i is set where byte i is not 0; all are where the row was not given and `absent` is true.
+// The lowest bit of every byte, byte i's at bit i.
+PPO_FAST_HOST_DEVICE uint32_t gather_bits(const Pack<uint8_t>& bytes) {
+  uint64_t word;
+  memcpy(&word, &bytes, sizeof(word));
+  return static_cast<uint32_t>(word * 0x0102040810204080u >> 56);
+}
+
+// A bool row's flags; where it was not given, all are clear, or all of the window's set.
 PPO_FAST_HOST_DEVICE uint32_t load_flags(const Row<uint8_t>& row, const Window& window, bool absent) {
   if (row.data == nullptr) return absent ? window.flags() : 0;
-  const Pack<uint8_t> bytes = load_pack(row, window);
-  uint32_t flags = 0;
-  PPO_FAST_UNROLL
-  for (int i = 0; i < kItems; ++i) flags |= uint32_t(bytes.item[i] != 0) << i;
-  return flags;
+  return gather_bits(load_pack(row, window));
 }
 
 template <class T, class R, class V>
@@ -223,12 +227,12 @@ PPO_FAST_HOST_DEVICE Items<T> load_items(const Sequence<R, V>& sequence, const W
 // The map of all of a thread's steps.
 template <class T>
 PPO_FAST_HOST_DEVICE Map<T> summarize(const Items<T>& items, Discounts<T> discounts) {
-  Map<T> map = identity_map<T>();
+  Map<T> map = {T(1), T(0), T(0), T(1), T(0)};
   PPO_FAST_UNROLL
   for (int i = kItems - 1; i >= 0; --i) {
-    const Map<T> step = step_map<T>(items.reward.item[i], items.value.item[i], items.done >> i & 1,
-                                    items.pass >> i & 1, discounts);
-    map = compose(step, map);
+    map = compose(step_map<T>(items.reward.item[i], items.value.item[i], items.done >> i & 1, items.pass >> i & 1,
+                              discounts),
+                  map);
   }
   return map;
 }
@@ -260,7 +264,7 @@ struct Passage {
   State<T> leaving;
 };
 
-template <int kWarps, class T>
+template <class T>
 PPO_FAST_HOST_DEVICE Passage<T> pass_warps(const Map<T>* warps, int warp, State<T> carried) {
   Passage<T> passage = {carried, carried};
   PPO_FAST_UNROLL

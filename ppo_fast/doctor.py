@@ -61,12 +61,23 @@ def _print_report(found: dict[str, Any], console: Console) -> None:
 
     table = Table(title="Ops and backends", title_justify="left")
     for column in ("op", "auto", *BACKENDS):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
+    reasons: dict[str, int] = {}
     for op, states in found["ops"].items():
-        cells = [states.get(backend, "-") for backend in BACKENDS]
-        coloured = (f"[{'green' if c == 'ok' else 'dim'}]{c}[/]" for c in cells)
-        table.add_row(op, f"[bold]{states['auto']}[/]", *coloured)
+        cells = (_cell(states.get(backend), reasons) for backend in BACKENDS)
+        table.add_row(op, f"[bold]{states['auto']}[/]", *cells)
     console.print(table)
+    for reason, number in reasons.items():
+        console.print(f"({number}) {reason}", markup=False, highlight=False)
+
+
+def _cell(state: str | None, reasons: dict[str, int]) -> str:
+    """ "ok", or "no" with the number of its reason; the reasons are printed once, below the table."""
+    if state is None:
+        return ""
+    if state == "ok":
+        return "[green]ok[/]"
+    return f"[yellow]no ({reasons.setdefault(state, len(reasons) + 1)})[/]"
 
 
 def main(argv: list[str] | None = None) -> int:

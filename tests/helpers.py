@@ -18,27 +18,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tested_backends(op: str) -> list[str]:
+def backends_under_test(op: str) -> list[str]:
     """The backends of ``op`` that this process tests: the interpreted Triton alone, or every other one that works."""
     wanted = ("triton",) if INTERPRETED else ("torch", "native")
     status = ppo_fast.backends()[op]
     return [backend for backend in wanted if status.get(backend) == "ok"]
 
 
-def tested_cases(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[str, torch.dtype]]:
+def cases_under_test(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[str, torch.dtype]]:
     """Each tested backend of ``op`` with each of ``dtypes`` that it takes."""
     entries = _registry._entries(op)
-    return [(b, d) for b in tested_backends(op) for d in dtypes if d in entries[b].dtypes]
+    return [(b, d) for b in backends_under_test(op) for d in dtypes if d in entries[b].dtypes]
 
 
 def each_backend(op: str) -> pytest.MarkDecorator:
     """Parametrise ``backend`` over the tested backends of ``op``."""
-    return pytest.mark.parametrize("backend", tested_backends(op))
+    return pytest.mark.parametrize("backend", backends_under_test(op))
 
 
 def each_case(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
     """Parametrise ``backend, dtype``."""
-    cases = tested_cases(op, dtypes)
+    cases = cases_under_test(op, dtypes)
     return pytest.mark.parametrize(("backend", "dtype"), cases, ids=[f"{b}-{str(d)[6:]}" for b, d in cases])
 
 

@@ -25,12 +25,14 @@ def test_json_holds_versions_devices_and_every_op(capsys: pytest.CaptureFixture[
 def test_table_names_every_op_and_says_why_a_backend_is_unusable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(ppo_fast, "backends", lambda: {"gae": {"torch": "ok", "cuda": "no CUDA device", "auto": "torch"}})
+    monkeypatch.setattr(
+        ppo_fast, "backends", lambda: {"gae": {"torch": "ok", "cuda": "no CUDA device", "auto": "torch"}}
+    )
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert "gae" in printed
-    assert "no CUDA device" in printed
+    assert "no (1)" in printed
+    assert "(1) no CUDA device" in printed
 
 
 def test_a_missing_package_is_named_as_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,9 @@ def test_every_python_block_is_covered_by_a_marker() -> None:
 def test_the_training_example_runs_with_a_local_model(tmp_path: Path) -> None:
     for name in ("run.yaml", "reward.py", "prompts.jsonl"):
         (tmp_path / name).write_text(_block("file", name))
-    words = sorted({word for line in _block("file", "prompts.jsonl").splitlines() for word in json.loads(line)["prompt"].split()})
+    words = sorted(
+        {word for line in _block("file", "prompts.jsonl").splitlines() for word in json.loads(line)["prompt"].split()}
+    )
     tokenizer = tiny.make_tokenizer([*words, "please"])
     tokenizer.save_pretrained(tmp_path / "model")
     tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(tmp_path / "model")

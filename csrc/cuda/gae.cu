@@ -14,11 +14,12 @@
 namespace ppo_fast::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kBlocksPerProcessor = 5;       // leaves a thread 102 registers: no spills
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kManyPerProcessor = 16;  // sequences; half a multiprocessor's warps
 constexpr int64_t kWarpSteps = 4096;       // the longest sequence a warp scans alone when there are many
 
+using gae::kWarps;
 using gae::Map;
 using gae::State;
 
@@ -29,13 +30,13 @@ struct Work {
   int64_t warp_steps;
 };
 
-// The totals of a tile's warps. Two of them, used in turn, need one barrier a tile.
+// The maps of a tile's warps. Two of them, for even and odd tiles, need one barrier a tile.
 using WarpMaps = Map<float>[2][kWarps];
 
 __device__ Map<float> shift_down(const Map<float>& map, int distance) {
   return {__shfl_down_sync(kAllLanes, map.a, distance), __shfl_down_sync(kAllLanes, map.b, distance),
-          __shfl_down_sync(kAllLanes, map.c, distance), __shfl_down_sync(kAllLanes, map.value, distance),
-          __shfl_down_sync(kAllLanes, static_cast<int>(map.pass), distance) != 0};
+          __shfl_down_sync(kAllLanes, map.c, distance), __shfl_down_sync(kAllLanes, map.p, distance),
+          __shfl_down_sync(kAllLanes, map.v, distance)};
 }
 
 // The map of a lane's steps and all later ones of its warp.
@@ -51,53 +52,50 @@ __device__ State<float> broadcast_first(const State<float>& state) {
   return {__shfl_sync(kAllLanes, state.advantage, 0), __shfl_sync(kAllLanes, state.next_value, 0)};
 }
 
-// Scans one sequence with a warp (kGroup = 1) or a block (kGroup = kWarps).
-template <int kGroup, class R, class V>
-__device__ void scan(const Work& work, int64_t index, const gae::Sequence<R, V>& sequence, WarpMaps& totals,
-                     int& turn) {
-  const GaeArguments& args = work.args;
+// Scans one sequence: with the caller's warp (warps = 1) or with the whole block (warps = kWarps).
+template <class R, class V>
+__device__ void scan(const Work& work, int64_t index, const gae::Sequence<R, V>& sequence, int warps,
+                     WarpMaps& totals) {
   const int lane = threadIdx.x % gae::kWarpSize;
-  const int warp = kGroup == 1 ? 0 : threadIdx.x / gae::kWarpSize;
-  const gae::Tiling tiling(sequence.begin, sequence.length, kGroup * gae::kWarpSize);
-  const float* bootstrap = static_cast<const float*>(args.bootstrap);
+  const int warp = warps == 1 ? 0 : threadIdx.x / gae::kWarpSize;
+  const gae::Tiling tiling(sequence.begin, sequence.length, warps * gae::kWarpSize);
+  const float* bootstrap = static_cast<const float*>(work.args.bootstrap);
   State<float> carried = {0.0f, bootstrap == nullptr ? 0.0f : bootstrap[index]};
   for (int64_t tile = tiling.count - 1; tile >= 0; --tile) {
     const gae::Window window(tiling.first_step(tile, warp * gae::kWarpSize + lane), sequence.length);
-    gae::Items<float> items = gae::load_items<float>(sequence, window, args.carry);
+    gae::Items<float> items = gae::load_items<float>(sequence, window, work.args.carry);
     const Map<float> map = scan_warp(gae::summarize(items, work.discounts), lane);
     gae::Passage<float> passage;
-    if constexpr (kGroup == 1) {
+    if (warps == 1) {
       passage = {carried, broadcast_first(gae::apply(map, carried))};
     } else {
-      if (lane == 0) totals[turn][warp] = map;
+      if (lane == 0) totals[tile % 2][warp] = map;
       __syncthreads();
-      passage = gae::pass_warps<kGroup>(totals[turn], warp, carried);
-      turn = 1 - turn;
+      passage = gae::pass_warps(totals[tile % 2], warp, carried);
     }
     const Map<float> later = shift_down(map, 1);
     const State<float> state = lane + 1 < gae::kWarpSize ? gae::apply(later, passage.entering) : passage.entering;
-    asm volatile("" : "+r"(items.done), "+r"(items.pass), "+r"(items.counted));
     gae::advance_items(items, state, work.discounts);
-    gae::store_pack(static_cast<float*>(args.advantages) + sequence.begin, items.reward, window);
-    gae::store_pack(static_cast<float*>(args.returns) + sequence.begin, items.value, window);
+    gae::store_pack(static_cast<float*>(work.args.advantages) + sequence.begin, items.reward, window);
+    gae::store_pack(static_cast<float*>(work.args.returns) + sequence.begin, items.value, window);
     carried = passage.leaving;
   }
 }
 
+// First every warp scans a short sequence of its own, then the block scans its long ones, one after the other.
 template <class R, class V>
-__global__ void __launch_bounds__(kWarps * gae::kWarpSize, 4) gae_kernel(const Work work) {
+__global__ void __launch_bounds__(kWarps * gae::kWarpSize, kBlocksPerProcessor) gae_kernel(const Work work) {
   __shared__ WarpMaps totals;
-  int turn = 0;
   const int64_t first = blockIdx.x * work.per_block;
   const int64_t last = min(first + work.per_block, work.args.sequences);
-  const int64_t own = first + threadIdx.x / gae::kWarpSize;
-  if (own < last) {
-    const auto sequence = gae::sequence_of<R, V>(work.args, own);
-    if (sequence.length <= work.warp_steps) scan<1>(work, own, sequence, totals, turn);
-  }
-  for (int64_t index = first; index < last; ++index) {
+  for (int64_t round = -1; round < work.per_block; ++round) {
+    const int64_t index = round < 0 ? first + threadIdx.x / gae::kWarpSize : first + round;
+    if (index >= last) continue;
     const auto sequence = gae::sequence_of<R, V>(work.args, index);
-    if (sequence.length > work.warp_steps) scan<kWarps>(work, index, sequence, totals, turn);
+    const int warps = sequence.length > work.warp_steps ? kWarps : 1;
+    if (warps != (round < 0 ? 1 : kWarps)) continue;
+    scan(work, index, sequence, warps, totals);
+    if (round >= 0) __syncthreads();  // the next sequence writes the maps that this one reads
   }
 }
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._native import extension, gae_arguments
+from ppo_fast.ops._native import dtype_code, extension, gae_arguments
 
 
 def _gae(
@@ -28,16 +28,12 @@ def _gae(
     )
     extension.gae_cuda(
         arguments,
-        rewards_dtype=_dtype(rewards),
-        values_dtype=_dtype(values),
+        rewards_dtype=dtype_code(rewards.dtype),
+        values_dtype=dtype_code(values.dtype),
         device=rewards.device.index,
         stream=torch.cuda.current_stream(rewards.device).cuda_stream,
     )
     return results
-
-
-def _dtype(x: Tensor) -> object:
-    return getattr(extension.Dtype, str(x.dtype).removeprefix("torch."))
 
 
 def gae(

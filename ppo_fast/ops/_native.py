@@ -86,6 +86,10 @@ def gae_arguments(
     )
 
 
+def dtype_code(dtype: torch.dtype) -> object:
+    return getattr(extension.Dtype, str(dtype).removeprefix("torch."))
+
+
 def _gae(
     rewards: Tensor,
     values: Tensor,
@@ -105,7 +109,7 @@ def _gae(
     arguments = gae_arguments(
         rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results
     )
-    extension.gae_cpu(arguments, float64=dtype == torch.float64, threads=torch.get_num_threads())
+    extension.gae_cpu(arguments, dtype=dtype_code(dtype), threads=torch.get_num_threads())
     return results
 
 

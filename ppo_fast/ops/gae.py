@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _cuda, _native, _registry, reference
+from ppo_fast.ops import _checks, _cuda, _native, _registry, _triton, reference
 from ppo_fast.ops._layout import as_rows, grid
 
 MASK_MODES = ("carry", "zero")
 
 for _op in ("gae", "gae_packed"):
     _registry.register(_op, "torch", _registry.Implementation(getattr(reference, _op)))
+    _registry.register(_op, "triton", _triton.implementation(_op, "gae"))
     _registry.register(
         _op,
         "native",
@@ -115,6 +116,7 @@ def _check(
     lam: float,
     mask_mode: str,
 ) -> None:
+    _checks.tensor(op, "values", values)
     _checks.per_token(op, "values", values, "rewards", rewards, rewards.shape)
     _checks.boolean(op, "mask", mask, "rewards", rewards, rewards.shape)
     _checks.boolean(op, "dones", dones, "rewards", rewards, rewards.shape)

@@ -95,6 +95,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     """
     op = "kl_estimate"
     _checks.floating(op, "logprobs", logprobs)
+    _checks.tensor(op, "ref_logprobs", ref_logprobs)
     _checks.per_token(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs, logprobs.shape)
     _checks.one_of(op, "estimator", estimator, KL_ESTIMATORS[:3])
     dtype = _checks.accumulation_dtype(torch.promote_types(logprobs.dtype, ref_logprobs.dtype))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry, reference
+from ppo_fast.ops import _checks, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, as_logits, as_rows
 from ppo_fast.ops.config import PolicyLossConfig, coefficient
 from ppo_fast.ops.results import LossOutput, TokenStats
@@ -16,6 +16,7 @@ _OP = "policy_loss"
 _DEFAULT = PolicyLossConfig()
 
 _registry.register(_OP, "torch", _registry.Implementation(reference.policy_loss))
+_registry.register(_OP, "triton", _triton.implementation(_OP, "policy_loss"))
 
 
 @torch.library.custom_op("ppo_fast::policy_loss", mutates_args=())
@@ -93,8 +94,8 @@ def _(
     aggregation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def rows(wanted: bool = True) -> Tensor:
-        return advantages.new_empty(targets.shape if wanted else (0,))
+    def rows(wanted: bool = True, dtype: torch.dtype = advantages.dtype) -> Tensor:
+        return advantages.new_empty(targets.shape if wanted else (0,), dtype=dtype)
 
     full = ref_logits is not None
     return (
@@ -103,8 +104,8 @@ def _(
         rows(),
         rows(),
         rows(full or ref_logprobs is not None),
-        rows(),
-        rows(full),
+        rows(dtype=torch.float64),
+        rows(full, torch.float64),
         rows(),
         rows(ent_coef is not None),
         rows(full and kl_coef is not None),
@@ -220,6 +221,7 @@ def _check(
     _checks.ref_logits(_OP, ref_logits, logits)
     _check_reference(config, per_token["ref_logprobs"], ref_logits, "ref_logits")
     _checks.boolean(_OP, "mask", mask, "targets", targets, shape)
+    _checks.tensor(_OP, "advantages", per_token["advantages"])
     for name, value in per_token.items():
         per_sequence = name in ("advantages", "importance_weights")
         _checks.per_token(_OP, name, value, "targets", targets, shape, broadcast=per_sequence)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry, reference
+from ppo_fast.ops import _checks, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_logits, as_rows
 from ppo_fast.ops.results import TokenStats
 
 _registry.register("token_stats", "torch", _registry.Implementation(reference.token_stats))
 _registry.register("token_stats_backward", "torch", _registry.Implementation(reference.token_stats_backward))
+_registry.register("token_stats", "triton", _triton.implementation("token_stats", "token_stats"))
+_registry.register(
+    "token_stats_backward", "triton", _triton.implementation("token_stats_backward", "token_stats_backward")
+)
 
 
 @torch.library.custom_op("ppo_fast::token_stats", mutates_args=())
@@ -43,13 +47,13 @@ def _(
     want_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _checks.accumulation_dtype(logits.dtype)
-
-    def out(wanted: bool) -> Tensor:
+    def out(wanted: bool, dtype: torch.dtype = _checks.accumulation_dtype(logits.dtype)) -> Tensor:
         return logits.new_empty(logits.shape[:-1] if wanted else (0,), dtype=dtype)
 
+    # lse in float64: with a logit offset of 3e4 a float32 one, and every probability made with it, is off by 1e-3.
     has_ref = ref_logits is not None
-    return out(targets is not None), out(want_entropy), out(has_ref), out(True), out(has_ref)
+    lse, ref_lse = out(True, torch.float64), out(has_ref, torch.float64)
+    return out(targets is not None), out(want_entropy), out(has_ref), lse, ref_lse
 
 
 @torch.library.custom_op("ppo_fast::token_stats_backward", mutates_args=())
@@ -104,7 +108,7 @@ def _backward(ctx: Any, g: Tensor, g_entropy: Tensor, g_kl: Tensor, *_: Any) -> 
     logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl = ctx.saved_tensors
     upstream = [x if x is None or x.numel() else None for x in (g, g_entropy, g_kl)]
     if all(x is None for x in upstream):
-        return (None,) * 7
+        return torch.zeros_like(logits, memory_format=torch.contiguous_format), *((None,) * 6)
     dlogits = token_stats_backward(
         *(None if x is None else x.contiguous() for x in upstream),
         logits,
@@ -182,6 +186,7 @@ def token_logprobs(
         >>> token_logprobs(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))[0, 0].exp().item()
         0.25
     """
+    _checks.tensor("token_logprobs", "targets", targets)
     logprobs, _, _ = _run("token_logprobs", logits, targets, None, mask, temperature, False, backend)
     return logprobs.view(logits.shape[:-1])
 
@@ -220,6 +225,7 @@ def token_stats(
         >>> round(stats.entropy.item(), 4), stats.kl.item()
         (1.3863, 0.0)
     """
+    _checks.tensor("token_stats", "targets", targets)
     logprobs, ent, kl = _run("token_stats", logits, targets, ref_logits, mask, temperature, True, backend)
     shape = logits.shape[:-1]
     return TokenStats(logprobs.view(shape), ent.view(shape), None if ref_logits is None else kl)

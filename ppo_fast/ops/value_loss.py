@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry, reference
+from ppo_fast.ops import _checks, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, grid
 from ppo_fast.ops.config import AGGREGATIONS
 from ppo_fast.ops.results import LossOutput
@@ -13,6 +13,7 @@ from ppo_fast.ops.results import LossOutput
 _OP = "value_loss"
 
 _registry.register(_OP, "torch", _registry.Implementation(reference.value_loss))
+_registry.register(_OP, "triton", _triton.implementation(_OP, "value_loss"))
 
 
 @torch.library.custom_op("ppo_fast::value_loss", mutates_args=())
@@ -107,6 +108,7 @@ def value_loss(
     """
     _checks.floating(_OP, "values", values)
     shape = values.shape
+    _checks.tensor(_OP, "returns", returns)
     for name, value in (("returns", returns), ("old_values", old_values)):
         _checks.per_token(_OP, name, value, "values", values, shape)
     _checks.boolean(_OP, "mask", mask, "values", values, shape)

@@ -72,7 +72,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 def _objective(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
     total = rewards.rewards.sum(dim=1)
-    difference = (rollout.generation.logprobs - rollout.logprobs).abs()
+    difference = torch.where(rollout.mask, rollout.generation.logprobs - rollout.logprobs, 0.0).abs()
     return {
         "objective/kl": rewards.kl.sum(dim=1).mean(),
         "objective/entropy": ops.masked_mean(rollout.entropy, rollout.mask),

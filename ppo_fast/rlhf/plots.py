@@ -112,7 +112,7 @@ def _draw_run(axis: Any, panel: Panel, history: History, colour: str, name: str)
     axis.plot(updates, values, color=colour, linewidth=0.8, alpha=0.35)
     axis.plot(updates, means, color=colour, linewidth=2.0, label=name)
     axis.annotate(
-        f"{means[-1]:.3g}",
+        f"{means[-1]:.2g}",
         (len(history), means[-1]),
         xytext=(5, 0),
         textcoords="offset points",

@@ -42,7 +42,7 @@ data: {{prompts: {prompts}, max_prompt_tokens: 8}}
 reward: {{function: {reward}}}
 rollout: {{batch_size: 128, max_new_tokens: {max_new_tokens}}}
 kl: {{coef: 0.05}}
-optim: {{lr: 3.0e-4, value_lr: 1.0e-3, epochs: 4, minibatch_size: 32}}
+optim: {{lr: 4.0e-4, value_lr: 1.0e-3, warmup_frac: 0.1, epochs: 4, minibatch_size: 32}}
 log: {{dir: {run}, overwrite: true, tensorboard: false, print_every: 5, samples_every: 0}}
 """
 TRAIN_PROMPTS, TEST_PROMPTS, SAMPLES = 512, 256, 6
@@ -180,7 +180,7 @@ def evaluate(policy: Path, base: Path, seed: int) -> Evaluation:
 
 def sample_table(before: Evaluation, after: Evaluation) -> Table:
     """The reviews of a few prompts, side by side, warm words in green and cold ones in red."""
-    table = Table("base model", "score", "after PPO", "score", title="The same prompts, before and after")
+    table = Table("base model", "score", "after PPO", "score", title="The same prompts (underlined), before and after")
     rows = {prompt: row for row, prompt in enumerate(before.prompts) if " " in prompt}
     for prompt, row in list(rows.items())[:SAMPLES]:
         cells = []
@@ -237,7 +237,8 @@ def _finding(before: Evaluation, after: Evaluation) -> str:
 
 
 def _setting(options: Options) -> str:
-    return f"PPO on a tiny Llama that writes restaurant reviews: +1 for a warm word, -1 for a cold one; seed {options.seed}"
+    task = "a tiny Llama writes restaurant reviews; +1 for a warm word, -1 for a cold one"
+    return f"PPO: {task}; seed {options.seed}"
 
 
 def _mean(values: Iterable[float]) -> float:

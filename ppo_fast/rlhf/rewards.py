@@ -62,7 +62,10 @@ def load_reward_function(spec: str | None) -> RewardFunction:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"reward.function: expected a Python file, got {path!r}")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"reward.function: {path!r} does not import: {_told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward.function: no function {name!r} in {path!r}")
@@ -97,11 +100,15 @@ def _call(function: RewardFunction, **arguments: Any) -> Any:
     try:
         return function(**arguments)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        raise UserError(
-            f"the reward function {_name(function)} failed with {type(error).__name__}: {error} ({where})"
-        ) from error
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UserError(f"the reward function {name!r} failed with {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """Type, message and innermost place of an error in the user's code, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno})"
 
 
 def _validated(answer: Any, ids: list[list[int]]) -> list[float | list[float]]:
@@ -145,7 +152,3 @@ def _spread(scores: list[float | list[float]], lengths: list[int], mask: Tensor,
 def _is_last(mask: Tensor) -> Tensor:
     """[B, T] bool: the last counted token of each row."""
     return mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
-
-
-def _name(function: RewardFunction) -> str:
-    return repr(getattr(function, "__name__", type(function).__name__))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast as pf
-from tests.helpers import tested_backends
+from tests.helpers import backends_under_test
 
 B, T, V = 3, 5, 11
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
@@ -119,7 +119,7 @@ EXAMPLES: dict[str, Example] = {
 def each_example(*names: str) -> pytest.MarkDecorator:
     """Parametrise ``name, backend`` over examples (default: all) and the tested backends of their ops."""
     chosen = names or tuple(EXAMPLES)
-    cases = [(n, b) for n in chosen for b in (tested_backends(EXAMPLES[n].op) if EXAMPLES[n].op else ["plain"])]
+    cases = [(n, b) for n in chosen for b in (backends_under_test(EXAMPLES[n].op) if EXAMPLES[n].op else ["plain"])]
     return pytest.mark.parametrize(("name", "backend"), cases, ids=["-".join(case) for case in cases])
 
 

@@ -1,5 +1,8 @@
 """What every op owes its caller: inputs untouched, repeatable bits, no uninitialised memory, no graph in metrics."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,20 +26,23 @@ def test_two_runs_are_bitwise_equal(name: str, backend: str) -> None:
     )
 
 
-@pytest.fixture
-def _poisoned_empty():  # noqa: ANN202
-    """Deterministic mode fills what torch.empty returns with NaN (integers: the largest)."""
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Deterministic mode fills what torch.empty returns with NaN."""
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @each_example()
-def test_uninitialised_memory_never_shows(name: str, backend: str, request: pytest.FixtureRequest) -> None:
+def test_uninitialised_memory_never_shows(name: str, backend: str) -> None:
     plain = run_with_gradient(name, backend, fresh_inputs(name))
-    request.getfixturevalue("_poisoned_empty")
-    assert torch.empty(3).isnan().all()
-    assert_same(run_with_gradient(name, backend, fresh_inputs(name)), plain)
+    with poisoned_empty():
+        assert torch.empty(3).isnan().all()
+        poisoned = run_with_gradient(name, backend, fresh_inputs(name))
+    assert_same(poisoned, plain)
 
 
 @each_example()

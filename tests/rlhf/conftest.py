@@ -1,27 +1,21 @@
-"""Tiny local models, configs and rollouts shared by the trainer's tests; one thread, since two contend."""
+"""Tiny local models, configs and rollouts shared by the trainer's tests."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ppo_fast.rlhf import PPOConfig, tiny
 from ppo_fast.rlhf.config import config_from_dict
 from ppo_fast.rlhf.data import load_prompts, make_batch
 from ppo_fast.rlhf.models import Models, load_models
-from ppo_fast.rlhf.rollout import Rollout, generate, score
+from ppo_fast.rlhf.rollout import Rollout, Sampler, generate, score
 
 WORDS = [f"w{i}" for i in range(60)]
+EOS = 2
 PROMPTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +56,15 @@ def make_models(tokenizer: Any) -> Callable[..., Models]:
 
 
 @pytest.fixture
-def make_rollout() -> Callable[..., Rollout]:
-    """make_rollout(models, config): ragged prompts, ragged responses, scored."""
+def make_rollout(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rollout]:
+    """make_rollout(models, config): ragged prompts, responses ended after 3 to 7 tokens, scored."""
+    draw = Sampler.draw
+
+    def draw_or_end(self: Sampler, logits: Tensor) -> Tensor:
+        ends = torch.arange(len(logits)) % 5 + 2 == len(self.logprobs)
+        return torch.where(ends, EOS, draw(self, logits))
+
+    monkeypatch.setattr(Sampler, "draw", draw_or_end)
 
     def make(models: Models, config: PPOConfig, *, seed: int = 0, prompts: list[str] = PROMPTS) -> Rollout:
         data = load_prompts(prompts, models.tokenizer, config.data)

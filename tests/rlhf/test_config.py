@@ -71,7 +71,10 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optim": {"max_gradnorm": 1}}, "config: unknown key 'optim.max_gradnorm', the nearest is 'optim.max_grad_norm'"),
+        (
+            {"optim": {"max_gradnorm": 1}},
+            "config: unknown key 'optim.max_gradnorm', the nearest is 'optim.max_grad_norm'",
+        ),
         ({"optim": {"epoch": 1}}, "config: unknown key 'optim.epoch', the nearest is 'optim.epochs'"),
         ({"gamma": 1}, "config: unknown key 'gamma', the nearest is 'advantage.gamma'"),
         ({"rolout": {"batch_size": 8}}, "config: unknown key 'rolout.batch_size', the nearest is 'rollout.batch_size'"),
@@ -89,7 +92,9 @@ def test_mistakes_in_a_file_name_the_key(values, message):
 
 def test_rule_18_batch_sizes_that_do_not_divide_name_the_numbers():
     cases = {
-        "optim.minibatch_size: expected a divisor of rollout.batch_size = 64, got 24": {"optim": {"minibatch_size": 24}},
+        "optim.minibatch_size: expected a divisor of rollout.batch_size = 64, got 24": {
+            "optim": {"minibatch_size": 24}
+        },
         "optim.micro_batch_size: expected a divisor of optim.minibatch_size = 16, got 5": {
             "optim": {"micro_batch_size": 5}
         },

@@ -95,7 +95,7 @@ def test_rule_03_samples_come_from_the_tempered_softmax(temperature):
 def test_rule_05_generation_and_training_forward_agree(make_models, make_config, make_rollout, arch, temperature):
     config = make_config(rollout={"temperature": temperature, "max_new_tokens": 12})
     rollout = make_rollout(make_models(config, arch=arch), config)
-    assert rollout.mask.sum() > 40
+    assert rollout.mask.sum() > 30
     assert not rollout.generation.prompts.attention_mask.all()
     assert (rollout.logprobs - rollout.generation.logprobs).abs().max() <= 2e-5
     assert rollout.logprobs[rollout.mask].max() < 0

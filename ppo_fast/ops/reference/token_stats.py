@@ -12,7 +12,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _lse(logits: Tensor, temperature: float) -> Tensor:
-    return (logits.to(accumulation_dtype(logits.dtype)) / temperature).logsumexp(-1)
+    return (logits.to(accumulation_dtype(logits.dtype)) / temperature).logsumexp(-1).double()
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def token_stats(
     temperature: float,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T]; what is not asked for is empty."""
+    """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T], lse in float64; what is not asked for is empty."""
     lse = _lse(logits, temperature)
     u = _log_softmax(logits, temperature)
-    logprobs, entropy, kl, ref_lse = (lse.new_empty(0) for _ in range(4))
+    logprobs, entropy, kl, ref_lse = (u.new_empty(0), u.new_empty(0), u.new_empty(0), lse.new_empty(0))
     if targets is not None:
         inside = (targets >= 0) & (targets < logits.shape[-1])
         picked = u.gather(-1, torch.where(inside, targets, 0).long()[..., None])[..., 0]
@@ -43,7 +43,7 @@ def token_stats(
     if want_entropy:
         entropy = _where_counted(mask, -_expectation(u.exp(), u))
     if ref_logits is not None:
-        ref_lse = _lse(ref_logits, temperature).to(lse.dtype)
+        ref_lse = _lse(ref_logits, temperature)
         w = _log_softmax(ref_logits, temperature).to(u.dtype)
         kl = _where_counted(mask, _expectation(u.exp(), u - w))
     return logprobs, entropy, kl, lse, ref_lse

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# What needs a GPU, in phases of minutes each, from the repository root; no network needed.
+#
+#   benchmarks/gpu.sh test  [OUT]   build with CUDA, the tests marked gpu, and the op suites on the Triton backend
+#   benchmarks/gpu.sh bench [OUT]   every benchmark suite; JSON under benchmarks/results/DEVICE/
+#   benchmarks/gpu.sh tune  [OUT]   block sizes of the Triton kernels against the bandwidth limit
+#
+# Logs and results are copied to OUT (default: build/gpu). The last lines are a short table.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+phase=${1:?phase: test, bench or tune}
+out=${2:-build/gpu}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1
+
+build() {
+  PPO_FAST_CUDA=1 python3 -m pip install -q --no-build-isolation --no-deps --no-warn-script-location -e .
+  python3 -m ppo_fast.cli doctor
+}
+
+case $phase in
+  test)
+    build
+    set +e
+    timeout 480 python3 -m pytest -q -m "gpu and not slow" tests 2>&1 | tee "$out/test.log" | tail -n 40
+    exit "${PIPESTATUS[0]}"
+    ;;
+  bench)
+    build >/dev/null
+    timeout 500 python3 -m benchmarks.run 2>&1 | tee "$out/bench.log" | tail -n 5 || true
+    cp benchmarks/results/*H*/*.json "$out"/ 2>/dev/null || cp benchmarks/results/*/*.json "$out"/
+    python3 benchmarks/tables.py --print "$out"/*.json
+    ;;
+  tune)
+    build >/dev/null
+    timeout 500 python3 -m benchmarks.tune --json "$out/tune.json"
+    ;;
+  *)
+    echo "phase: expected test, bench or tune, got $phase" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,117 @@
+"""How a contender is measured: answer checked first, rounds interleaved with the baseline, memory beside time."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# One run that takes no figures, to see that the benchmarks work: few rows, and no inductor.
+SMOKE = os.environ.get("PPO_FAST_BENCH_SMOKE") == "1"
+VOCABULARIES = {"gpt2": 50257, "llama3": 128256, "qwen2.5": 152064, "V=256": 256, "V=32": 32}
+
+Run = Callable[[], Any]
+
+
+def rows(vocabulary: int) -> int:
+    """Rows of a shape: 8192 on a GPU; on a CPU as many as make 128 MiB of float32 logits, far beyond its caches."""
+    if SMOKE:
+        return 8
+    elements = 2**33 if DEVICE == "cuda" else 2**25
+    return max(1, min(8192 if DEVICE == "cuda" and vocabulary > 1024 else 2**20, elements // vocabulary))
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Run) -> float:
+    """Wall time of one call, launched work included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def paired_ratio(contender: Run, baseline: Run, rounds: int = 9) -> float:
+    """Median of baseline / contender over interleaved rounds: the machine's drift falls on both alike."""
+    contender(), baseline()
+    return statistics.median(seconds(baseline) / seconds(contender) for _ in range(rounds))
+
+
+def peak_bytes(run: Run) -> int:
+    """The most tensor bytes alive at once during ``run``, beyond those alive before it."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written per second by a copy far larger than the caches."""
+    source = torch.ones(2**28 if DEVICE == "cuda" else 2**25, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(10))
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that the quickest of torch's own reductions reads."""
+    source = torch.ones(2**28 if DEVICE == "cuda" else 2**25, device=DEVICE)
+    readers = (source.sum, source.amax, lambda: torch.dot(source, source))
+    return max(source.nbytes / min(seconds(run) for _ in range(10)) for run in readers)
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """max|actual - truth| / max|truth|, in float64."""
+    return ((actual.detach().double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of one shape, with the cache of earlier shapes dropped: its limit would make it eager."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, backend="eager" if SMOKE else "inductor")
+
+
+def measure(
+    benchmark: Any,
+    run: Run,
+    baselines: dict[str, Run],
+    *,
+    contender: str,
+    moved: int,
+    error: float,
+    allowed_error: float,
+) -> None:
+    """Check, then time ``run``; keep ratios to each baseline, bytes moved, peak memory and error in the result."""
+    assert error <= allowed_error, f"{contender}: relative error {error:.2e} > {allowed_error:.2e}"
+    ratios = {name: paired_ratio(run, other) for name, other in baselines.items()} if benchmark.enabled else {}
+    benchmark.extra_info |= {
+        "contender": contender,
+        "bytes": moved,
+        "error": error,
+        "peak_bytes": peak_bytes(run),
+        "ratios": ratios,
+    }
+
+    def timed() -> None:
+        run()
+        synchronize()
+
+    benchmark.pedantic(timed, rounds=9, iterations=1, warmup_rounds=1)

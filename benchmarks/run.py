@@ -1,0 +1,30 @@
+"""Run every suite and write benchmarks/results/DEVICE/SUITE.json; then `python benchmarks/tables.py`.
+
+python -m benchmarks.run [SUITE ...]
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.conftest import device_name
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(suites: list[str]) -> int:
+    """Run the named suites, or all; stops at the first that fails."""
+    directory = HERE / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-")
+    directory.mkdir(parents=True, exist_ok=True)
+    for suite in suites or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")):
+        target = directory / f"{suite}.json"
+        command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_{suite}.py", f"--benchmark-json={target}"]
+        code = subprocess.run(command, cwd=HERE.parent, check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+// The arguments of the row kernels: ops on rows of logits, one row per token. Masked rows are not read.
+#pragma once
+
+#include <cstdint>
+
+namespace ppo_fast::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// [B, T, V] in place, unit stride over V, strides in elements. data is null where the argument was not given.
+struct LogitsView {
+  void* data;
+  int64_t stride_b;
+  int64_t stride_t;
+  bool bfloat16;  // otherwise float32
+};
+
+struct TargetsView {
+  const void* data;
+  int64_t stride_b;
+  int64_t stride_t;
+  bool is_int64;  // otherwise int32
+};
+
+// Per-row arrays are contiguous [B, T]; a result that is not asked for is null.
+struct Rows {
+  LogitsView logits;
+  LogitsView ref_logits;
+  TargetsView targets;
+  const uint8_t* mask;  // 1 = the row counts, null for all
+  int64_t rows;         // B * T
+  int64_t steps;        // T
+  int64_t vocab;        // V
+  float temperature;
+};
+
+struct TokenStatsArguments {
+  Rows in;
+  float* logprobs;
+  float* entropy;
+  float* kl;
+  float* lse;
+  float* ref_lse;
+};
+
+struct TokenStatsBackwardArguments {
+  Rows in;
+  const float* g;          // upstream gradients; null leaves a term out
+  const float* g_entropy;
+  const float* g_kl;
+  const float* lse;
+  const float* ref_lse;
+  const float* entropy;
+  const float* kl;
+  LogitsView out;          // in the dtype of the logits; may be the logits
+};
+
+enum class KlEstimator : int { kNone, kK1, kK2, kK3, kFull };
+
+struct PolicyLossArguments {
+  TokenStatsArguments stats;
+  const float* old_logprobs;        // null: the logprobs themselves
+  const float* advantages;
+  const float* ref_logprobs;
+  const float* importance_weights;
+  const float* token_weights;       // null: `weight` for each counted token
+  float weight;
+  const float* penalty_coef;        // one number each; null leaves the term out
+  const float* ent_coef;
+  const float* kl_coef;
+  float low;                        // the ratio is clipped to [low, high]
+  float high;
+  float dual_clip;                  // infinite: none
+  KlEstimator kl_estimator;
+  float* d_logprobs;
+  float* d_entropy;
+  float* d_kl;
+  LogitsView gradient;              // of the logits, for a loss gradient of 1; data null: not wanted
+};
+
+// Sums over counted tokens, in float64.
+struct PolicySums {
+  double loss = 0;
+  double policy_loss = 0;
+  double entropy = 0;
+  double kl = 0;
+  double approx_kl = 0;
+  double clipped = 0;
+  double dual_clipped = 0;
+  double ratio = 0;
+  double ratio_max = 0;
+};
+
+struct ValueLossArguments {
+  const void* values;  // contiguous, like every array here
+  bool bfloat16;       // the values; everything else is float32
+  const float* returns;
+  const uint8_t* mask;
+  const float* old_values;  // null: no clipping
+  float clip;
+  const float* token_weights;  // null: `weight` for each counted token
+  float weight;
+  int64_t rows;
+  float* gradient;
+};
+
+struct ValueSums {
+  double loss = 0;
+  double clipped = 0;
+};
+
+}  // namespace ppo_fast::cpu

@@ -1,0 +1,105 @@
+"""What the kernels share: constants, row addressing, and sums of exponentials kept against a running maximum.
+
+Notation of the sums over words v, in base 2, with d = (x - m)*scale and scale = log2(e) / temperature:
+s = sum 2^d, w = sum 2^d*d (the *shifted* entropy sum), k = sum 2^d*(d - d_ref). A sum kept against one maximum moves
+to a larger one with shift = (m - new m)*scale <= 0 by the ``moved_*`` functions, without touching the logits again.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# The maximum of nothing, finite so that differences of maxima are no NaN.
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+# Finite, and 2^FLOOR is 0: stands for a shift of -inf where it is multiplied.
+FLOOR: tl.constexpr = tl.constexpr(-1e30)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the device of ``x``; nothing on CPU tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def floored(x):
+    """max(x, FLOOR); NaN stays NaN."""
+    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamped(x, low, high):
+    """x in [low, high]; NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1; the Taylor series (relative remainder < 2^-25) where the difference would cancel."""
+    series = 1.0 + x / 7 * (1.0 + x / 8)
+    series = 1.0 + x / 5 * (1.0 + x / 6 * series)
+    series = 1.0 + x / 3 * (1.0 + x / 4 * series)
+    series = x * (1.0 + x / 2 * series)
+    return tl.where(tl.abs(x) < 0.3, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def row_offset(row, T, stride_b, stride_t, ALIGNED: tl.constexpr):
+    """Offset in elements, int64, of flat row b*T + t; a multiple of 16 when ALIGNED."""
+    b = row // T
+    offset = b.to(tl.int64) * stride_b + (row - b * T).to(tl.int64) * stride_t
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset
+
+
+@triton.jit
+def tile_columns(BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns 0..BLOCK-1 as a tile in which one thread holds the words of a lane (the axis of length GROUP).
+
+    Aligned rows: [BLOCK / GROUP, GROUP], GROUP neighbours are one 16-byte access. Else [GROUP, BLOCK / GROUP]: single
+    elements, neighbouring threads on neighbouring words.
+    """
+    LANES: tl.constexpr = BLOCK // GROUP
+    if ALIGNED:
+        columns = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    else:
+        columns = tl.arange(0, GROUP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return columns
+
+
+@triton.jit
+def moved_s(s, shift):
+    """s against the maximum that lies ``shift`` above."""
+    return s * tl.exp2(shift)
+
+
+@triton.jit
+def moved_w(w, s, shift):
+    """w against the maximum that lies ``shift`` above."""
+    return (w + shift * s) * tl.exp2(shift)
+
+
+@triton.jit
+def moved_k(k, s, shift, ref_shift):
+    """k against maxima that lie ``shift`` and ``ref_shift`` above; what becomes impossible adds 0, not 0 * inf."""
+    factor = tl.exp2(shift)
+    return tl.where(factor == 0.0, 0.0, factor * (k + (shift - ref_shift) * s))
+
+
+@triton.jit
+def fold(x, m, s, scale, AXIS: tl.constexpr):
+    """Adds a tile to the lanes' (m, s): returns the new m and s, the shift between the maxima, and d and 2^d.
+
+    One exp2 per word, and one per lane. The explicit fma keeps the bits of s the same in every variant of a kernel.
+    """
+    new_m = tl.maximum(m, tl.max(x, AXIS))
+    shift = floored((m - new_m) * scale)
+    d = (x - tl.expand_dims(new_m, AXIS)) * scale
+    e = tl.exp2(d)
+    return new_m, tl.fma(s, tl.exp2(shift), tl.sum(e, AXIS)), shift, d, e

@@ -1,0 +1,301 @@
+"""Every ValueError of the ops, word for word; and that no raise statement is missing from the table."""
+
+import ast
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ppo_fast as pf
+from ppo_fast import PolicyLossConfig as Config
+from tests.helpers import raises_exactly
+
+OPS = Path(pf.__file__).parent / "ops"
+LOGITS, TARGETS, ROWS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
+MASK, FLAT, OFFSETS = torch.ones(2, 3, dtype=torch.bool), torch.zeros(6), torch.tensor([0, 2, 6])
+META = "meta"
+
+
+def policy(**changes: Any) -> Callable[[], Any]:
+    """A policy_loss call with one thing wrong."""
+    inputs = {"logits": LOGITS, "targets": TARGETS, "old_logprobs": ROWS, "advantages": ROWS, "mask": MASK}
+    return lambda: pf.policy_loss(**{**inputs, **changes})
+
+
+def packed_policy(**changes: Any) -> Callable[[], Any]:
+    """The same on packed [N]."""
+    inputs = {"logits": LOGITS.flatten(0, 1), "targets": TARGETS.flatten(), "old_logprobs": FLAT, "advantages": FLAT}
+    return policy(**{**inputs, "mask": None, **changes})
+
+
+def value(**changes: Any) -> Callable[[], Any]:
+    """A value_loss call with one thing wrong."""
+    return lambda: pf.value_loss(**{"values": ROWS, "returns": ROWS, "mask": MASK, **changes})
+
+
+def gae(**changes: Any) -> Callable[[], Any]:
+    """A gae call with one thing wrong."""
+    return lambda: pf.gae(**{"rewards": ROWS, "values": ROWS, **changes})
+
+
+def gae_packed(**changes: Any) -> Callable[[], Any]:
+    """A gae_packed call with one thing wrong."""
+    return lambda: pf.gae_packed(**{"rewards": FLAT, "values": FLAT, "cu_seqlens": OFFSETS, **changes})
+
+
+def stats(**changes: Any) -> Callable[[], Any]:
+    """A token_stats call with one thing wrong."""
+    return lambda: pf.token_stats(**{"logits": LOGITS, "targets": TARGETS, **changes})
+
+
+def config(**fields: Any) -> Callable[[], Any]:
+    """A PolicyLossConfig with one thing wrong."""
+    return lambda: Config(**fields)
+
+
+FLOATS = "float32, bfloat16, float16 or float64"
+PENALTY = "PolicyLossConfig: expected penalty_coef to be"
+
+TABLE: list[tuple[Callable[[], Any], str]] = [
+    # logits and targets
+    (stats(logits=[1.0]), "token_stats: expected logits to be a tensor, got list"),
+    (stats(logits=LOGITS.int()), f"token_stats: expected logits to be {FLOATS}, got torch.int32"),
+    (stats(logits=torch.tensor(0.0)), "token_stats: expected logits of shape [..., V] with V >= 1, got []"),
+    (stats(logits=LOGITS[..., :0]), "token_stats: expected logits of shape [..., V] with V >= 1, got [2, 3, 0]"),
+    (stats(targets=None), "token_stats: expected targets to be a tensor, got NoneType"),
+    (stats(targets=ROWS), "token_stats: expected targets to be int32 or int64, got torch.float32"),
+    (
+        stats(targets=TARGETS[:, :2]),
+        "token_stats: expected targets to match logits [2, 3, 4] without the vocabulary, got [2, 2]",
+    ),
+    (stats(targets=TARGETS.to(META)), "token_stats: expected targets on the device of logits (cpu), got meta"),
+    (stats(targets=TARGETS - 1), "token_stats: expected targets in [0, 4) where mask is True, got -1"),
+    (policy(targets=TARGETS + 4), "policy_loss: expected targets in [0, 4) where mask is True, got 4"),
+    (stats(ref_logits=LOGITS[:1]), "token_stats: expected ref_logits to match logits [2, 3, 4], got [1, 3, 4]"),
+    (stats(ref_logits=LOGITS.long()), f"token_stats: expected ref_logits to be {FLOATS}, got torch.int64"),
+    (stats(ref_logits=LOGITS.to(META)), "token_stats: expected ref_logits on the device of logits (cpu), got meta"),
+    # masks and per-token tensors
+    (stats(mask=[True]), "token_stats: expected mask to be a tensor, got list"),
+    (stats(mask=ROWS), "token_stats: expected mask to be bool, got torch.float32"),
+    (stats(mask=MASK[0]), "token_stats: expected mask to match logits [2, 3], got [3]"),
+    (policy(mask=MASK.to(META)), "policy_loss: expected mask on the device of targets (cpu), got meta"),
+    (policy(advantages=None), "policy_loss: expected advantages to be a tensor, got NoneType"),
+    (policy(advantages=ROWS.int()), f"policy_loss: expected advantages to be {FLOATS}, got torch.int32"),
+    (
+        policy(advantages=ROWS[0]),
+        "policy_loss: expected advantages to match targets [2, 3] or [2, 1], got [3]",
+    ),
+    (policy(old_logprobs=ROWS[:, :1]), "policy_loss: expected old_logprobs to match targets [2, 3], got [2, 1]"),
+    (
+        policy(importance_weights=ROWS.T),
+        "policy_loss: expected importance_weights to match targets [2, 3] or [2, 1], got [3, 2]",
+    ),
+    (packed_policy(advantages=FLAT[:1]), "policy_loss: expected advantages to match targets [6], got [1]"),
+    (policy(ref_logprobs=ROWS[0]), "policy_loss: expected ref_logprobs to match targets [2, 3], got [3]"),
+    # temperature
+    (stats(temperature=0.0), "token_stats: expected temperature to be a finite number > 0, got 0.0"),
+    (stats(temperature=math.nan), "token_stats: expected temperature to be a finite number > 0, got nan"),
+    (stats(temperature=math.inf), "token_stats: expected temperature to be a finite number > 0, got inf"),
+    (stats(temperature=True), "token_stats: expected temperature to be a finite number > 0, got True"),
+    (stats(temperature="1"), "token_stats: expected temperature to be a finite number > 0, got '1'"),
+    (
+        lambda: pf.entropy(LOGITS, temperature=-1),
+        "entropy: expected temperature to be a finite number > 0, got -1",
+    ),
+    (lambda: pf.token_logprobs(LOGITS, None), "token_logprobs: expected targets to be a tensor, got NoneType"),
+    (
+        lambda: pf.token_logprobs(LOGITS, TARGETS, mask=MASK[0]),
+        "token_logprobs: expected mask to match logits [2, 3], got [3]",
+    ),
+    # sequences
+    (packed_policy(cu_seqlens=[0, 6]), "policy_loss: expected cu_seqlens to be a tensor, got list"),
+    (
+        packed_policy(cu_seqlens=OFFSETS.float()),
+        "policy_loss: expected cu_seqlens to be int32 or int64 of shape [S + 1], got torch.float32 of shape [3]",
+    ),
+    (
+        packed_policy(cu_seqlens=OFFSETS[:0]),
+        "policy_loss: expected cu_seqlens to be int32 or int64 of shape [S + 1], got torch.int64 of shape [0]",
+    ),
+    (
+        packed_policy(cu_seqlens=OFFSETS[None]),
+        "policy_loss: expected cu_seqlens to be int32 or int64 of shape [S + 1], got torch.int64 of shape [1, 3]",
+    ),
+    (
+        policy(cu_seqlens=OFFSETS),
+        "policy_loss: expected packed targets of shape [N] beside cu_seqlens, got [2, 3]",
+    ),
+    (
+        packed_policy(cu_seqlens=OFFSETS.to(META)),
+        "policy_loss: expected cu_seqlens on the device of targets (cpu), got meta",
+    ),
+    (packed_policy(cu_seqlens=OFFSETS + 1), "policy_loss: expected cu_seqlens to rise from 0 to 6, got [1, 3, 7]"),
+    (gae_packed(cu_seqlens=OFFSETS[:-1]), "gae_packed: expected cu_seqlens to rise from 0 to 6, got [0, 2]"),
+    (
+        gae_packed(cu_seqlens=torch.tensor([0, 4, 2, 6])),
+        "gae_packed: expected cu_seqlens to rise from 0 to 6, got [0, 4, 2, 6]",
+    ),
+    (
+        gae_packed(cu_seqlens=torch.tensor([0, 1, 2, 3, 2, 4, 5, 5, 6])),
+        "gae_packed: expected cu_seqlens to rise from 0 to 6, got [0, 1, 2, 3, '...', 6]",
+    ),
+    (
+        packed_policy(config=Config(ratio="sequence")),
+        "policy_loss: expected cu_seqlens beside packed [N] targets with ratio='sequence', "
+        "aggregation='token-mean', got None",
+    ),
+    (
+        value(values=FLAT, returns=FLAT, mask=None, aggregation="seq-mean-token-sum"),
+        "value_loss: expected cu_seqlens beside packed [N] values with aggregation='seq-mean-token-sum', got None",
+    ),
+    # denominators
+    (policy(denominator=0), "policy_loss: expected denominator to be a number > 0 or a 0-d tensor, got 0"),
+    (policy(denominator=math.inf), "policy_loss: expected denominator to be a number > 0 or a 0-d tensor, got inf"),
+    (policy(denominator="8"), "policy_loss: expected denominator to be a number > 0 or a 0-d tensor, got '8'"),
+    (value(denominator=True), "value_loss: expected denominator to be a number > 0 or a 0-d tensor, got True"),
+    (
+        value(denominator=torch.ones(1)),
+        "value_loss: expected denominator to be a number > 0 or a 0-d tensor, got a tensor of shape [1]",
+    ),
+    # the policy loss's own
+    (policy(config={}), "policy_loss: expected config to be a PolicyLossConfig, got dict"),
+    (
+        policy(ref_logprobs=ROWS, ref_logits=LOGITS),
+        "policy_loss: expected ref_logprobs or ref_logits, got both",
+    ),
+    (
+        policy(ref_logits=LOGITS),
+        "policy_loss: expected ref_logprobs with kl_estimator='k3', got ref_logits",
+    ),
+    (
+        policy(ref_logprobs=ROWS, config=Config(kl_estimator="full")),
+        "policy_loss: expected ref_logits with kl_estimator='full', got ref_logprobs",
+    ),
+    (
+        policy(config=Config(kl_coef=0.1)),
+        "policy_loss: expected ref_logprobs with kl_coef=0.1, got no reference",
+    ),
+    (
+        policy(config=Config(kl_coef=torch.tensor(0.0), kl_estimator="full")),
+        "policy_loss: expected ref_logits with kl_coef=0.0, got no reference",
+    ),
+    (
+        policy(logits=LOGITS.clone().requires_grad_(), inplace=True),
+        "policy_loss: expected logits that are no leaf with inplace=True, got a leaf that requires grad",
+    ),
+    (
+        policy(logits=(torch.zeros(4, requires_grad=True) * 1).expand(2, 3, 4), inplace=True),
+        "policy_loss: expected logits without overlapping memory with inplace=True, "
+        "got shape [2, 3, 4] with strides [0, 0, 1]",
+    ),
+    # the value loss's own
+    (value(clip=0.2), "value_loss: expected old_values with clip=0.2, got None"),
+    (value(clip=0, old_values=ROWS), "value_loss: expected clip to be a finite number > 0, got 0"),
+    (value(returns=None), "value_loss: expected returns to be a tensor, got NoneType"),
+    (value(returns=ROWS[0]), "value_loss: expected returns to match values [2, 3], got [3]"),
+    (
+        value(aggregation="mean"),
+        "value_loss: expected aggregation to be one of 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum', "
+        "got 'mean'",
+    ),
+    # advantages
+    (gae(rewards=torch.tensor(1.0)), "gae: expected rewards of shape [..., T], got []"),
+    (gae(values=None), "gae: expected values to be a tensor, got NoneType"),
+    (gae(values=ROWS[0]), "gae: expected values to match rewards [2, 3], got [3]"),
+    (gae(bootstrap=torch.zeros(3)), "gae: expected bootstrap to match the sequences [2], got [3]"),
+    (gae(dones=ROWS), "gae: expected dones to be bool, got torch.float32"),
+    (gae(gamma=1.1), "gae: expected gamma to be a number in [0, 1], got 1.1"),
+    (gae(lam=math.nan), "gae: expected lam to be a number in [0, 1], got nan"),
+    (gae(lam=True), "gae: expected lam to be a number in [0, 1], got True"),
+    (gae(mask_mode="skip"), "gae: expected mask_mode to be one of 'carry', 'zero', got 'skip'"),
+    (gae_packed(rewards=ROWS), "gae_packed: expected rewards of shape [N], got [2, 3]"),
+    (gae_packed(cu_seqlens=None), "gae_packed: expected cu_seqlens to be a tensor, got NoneType"),
+    (gae_packed(bootstrap=torch.zeros(3)), "gae_packed: expected bootstrap to match the sequences [2], got [3]"),
+    # masked functions
+    (lambda: pf.masked_mean(TARGETS, None), f"masked_mean: expected x to be {FLOATS}, got torch.int64"),
+    (lambda: pf.whiten(ROWS, MASK[0]), "whiten: expected mask to match x [2, 3], got [3]"),
+    (
+        lambda: pf.kl_estimate(ROWS, ROWS, "full"),
+        "kl_estimate: expected estimator to be one of 'k1', 'k2', 'k3', got 'full'",
+    ),
+    (lambda: pf.kl_estimate(ROWS, None), "kl_estimate: expected ref_logprobs to be a tensor, got NoneType"),
+    (
+        lambda: pf.kl_estimate(ROWS, ROWS[0]),
+        "kl_estimate: expected ref_logprobs to match logprobs [2, 3], got [3]",
+    ),
+    # the configuration
+    (config(clip_low=-0.1), "PolicyLossConfig: expected clip_low to be a finite number >= 0, got -0.1"),
+    (config(clip_high=math.inf), "PolicyLossConfig: expected clip_high to be a finite number >= 0, got inf"),
+    (config(dual_clip=1.0), "PolicyLossConfig: expected dual_clip to be a finite number > 1, got 1.0"),
+    (config(temperature=0), "PolicyLossConfig: expected temperature to be a finite number > 0, got 0"),
+    (config(temperature=True), "PolicyLossConfig: expected temperature to be a finite number > 0, got True"),
+    (config(ent_coef=math.nan), "PolicyLossConfig: expected ent_coef to be a finite number >= 0, got nan"),
+    (config(kl_coef="0.1"), "PolicyLossConfig: expected kl_coef to be a finite number >= 0, got '0.1'"),
+    (
+        config(penalty_coef=torch.zeros(2)),
+        f"{PENALTY} a number or a 0-d floating tensor, got a tensor of shape [2] and dtype torch.float32",
+    ),
+    (
+        config(penalty_coef=torch.tensor(1)),
+        f"{PENALTY} a number or a 0-d floating tensor, got a tensor of shape [] and dtype torch.int64",
+    ),
+    (config(ratio="group"), "PolicyLossConfig: expected ratio to be one of 'token', 'sequence', got 'group'"),
+    (
+        config(kl_estimator="k4"),
+        "PolicyLossConfig: expected kl_estimator to be one of 'k1', 'k2', 'k3', 'full', got 'k4'",
+    ),
+    (
+        config(aggregation="sum"),
+        "PolicyLossConfig: expected aggregation to be one of 'token-mean', 'seq-mean-token-mean', "
+        "'seq-mean-token-sum', got 'sum'",
+    ),
+    # backends
+    (
+        gae(backend="numba"),
+        "gae: expected backend to be one of 'auto', 'torch', 'triton', 'native', 'cuda', got 'numba'",
+    ),
+    (
+        stats(backend="cuda"),
+        "token_stats: expected a usable backend, got 'cuda': token_stats has no cuda implementation",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), TABLE, ids=[message for _, message in TABLE])
+def test_message(call: Callable[[], Any], message: str) -> None:
+    with raises_exactly(message):
+        call()
+
+
+def test_inplace_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with raises_exactly("policy_loss: expected inplace=False under torch.compile, got inplace=True"):
+        policy(logits=LOGITS.clone().requires_grad_() * 1, inplace=True)()
+
+
+def raise_statements() -> set[tuple[str, int]]:
+    """(file, line) of each ``raise ValueError`` of the ops, launchers aside."""
+    found = set()
+    for path in OPS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and "ValueError" in ast.unparse(node):
+                found.add((path.name, node.lineno))
+    return found
+
+
+def line_of(call: Callable[[], Any]) -> tuple[str, int]:
+    """Where the call raised."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    last = caught.traceback[-1]
+    return last.path.name, last.lineno + 1
+
+
+def test_no_raise_statement_is_missing_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = {line_of(call) for call, _ in TABLE}
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    reached.add(line_of(policy(logits=LOGITS.clone().requires_grad_() * 1, inplace=True)))
+    assert raise_statements() <= reached

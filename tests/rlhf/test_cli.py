@@ -1,0 +1,155 @@
+"""The command line: one config from preset, file and flags; mistakes are one line and exit status 2."""
+
+import builtins
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ppo_fast import __version__, cli
+from ppo_fast.rlhf import config as config_module
+from ppo_fast.rlhf import tiny
+
+
+@pytest.fixture
+def files(tmp_path, tokenizer, monkeypatch):
+    """A model, prompts, a reward and a config file in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"w{i}", "level": i}) + "\n" for i in range(8)))
+    (tmp_path / "r.py").write_text("def f(completion_ids, level, **_):\n    return [float(x) for x in level]\n")
+    (tmp_path / "run.yaml").write_text(
+        "updates: 5\nmodel: {path: model}\ndata: {prompts: p.jsonl}\nreward: {function: r.py:f}\n"
+        "rollout: {batch_size: 8, max_new_tokens: 4}\noptim: {minibatch_size: 4, lr: 1e-3}\n"
+        "log: {console: false, tensorboard: false}\n"
+    )
+    return tmp_path
+
+
+def test_train_runs_from_a_file_and_flags_win(files, capsys):
+    assert cli.main(["train", "--config", "run.yaml", "--updates", "1", "--out", "out", "--optim.lr=1e-4"]) == 0
+    assert capsys.readouterr().out.endswith("model: out/final\n")
+    AutoModelForCausalLM.from_pretrained("out/final")
+    resolved = config_module.load_config("out/config.yaml")
+    assert (resolved.updates, resolved.optim.lr, resolved.optim.minibatch_size) == (1, 1e-4, 4)
+
+
+def test_flags_over_file_over_preset_over_defaults(files):
+    config = cli.parse_train(["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
+    assert config.optim.epochs == 7
+    assert config.optim.lr == 1e-3
+    assert config.optim.value_lr == 1e-3
+    assert config.rollout.batch_size == 8
+    assert config.optim.betas == (0.9, 0.95)
+
+
+def test_short_flags():
+    config = cli.parse_train(["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
+    assert (config.model.path, config.data.prompts, config.reward.function, config.log.dir) == (
+        "m",
+        "p.jsonl",
+        "a/b.py:f",
+        "o",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trane"], "ppo-fast: no command 'trane'; the commands are train, quickstart, doctor\n"),
+        (["train", "--config", "none.yaml"], "ppo-fast: config: no such file 'none.yaml'\n"),
+        (
+            ["train", "--config", "run.yaml", "--log.dir", "o", "--reward", "r.py:g"],
+            "ppo-fast: reward.function: no function 'g' in 'r.py'\n",
+        ),
+        (
+            ["train", "--optim.minibatch-size", "24"],
+            "ppo-fast: optim.minibatch_size: expected a divisor of rollout.batch_size = 64, got 24\n",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(files, capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--optim.lrr", "3"])
+    assert stop.value.code == 2
+    assert "--optim.lr " in capsys.readouterr().err
+
+
+def test_an_error_inside_the_run_is_one_line_without_a_traceback(files):
+    (files / "r.py").write_text("def f(**_):\n    return 1 / 0\n")
+    command = [sys.executable, "-m", "ppo_fast.cli", "train", "--config", "run.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=files)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert (
+        last == "ppo-fast: update 1: the reward function 'f' failed with ZeroDivisionError: division by zero (r.py:2)"
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(files, monkeypatch):
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.collect", lambda *_: {}["x"])
+    with pytest.raises(KeyError):
+        cli.main(["train", "--config", "run.yaml"])
+
+
+def test_a_missing_dependency_names_the_install_command(files, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    monkeypatch.setitem(cli.COMMANDS, "quickstart", lambda argv: __import__("matplotlib.pyplot"))
+    assert cli.main(["quickstart"]) == 2
+    expected = "ppo-fast: quickstart needs matplotlib, which is not installed: pip install 'ppo-fast[train]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_warnings_are_one_line(files, capsys):
+    (files / "p.jsonl").write_text('{"prompt": "w1 w2 w3", "level": 1}\n{"prompt": "w1", "level": 2}\n')
+    assert cli.main(["train", "--config", "run.yaml", "--updates", "1", "--data.max-prompt-tokens", "2"]) == 0
+    expected = "warning: dropped 1 of 2 prompts longer than data.max_prompt_tokens = 2\n"
+    assert expected in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"  {command} " in text
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ppo-fast {__version__}\n"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--optim.lr FLOAT" in text
+    assert "--config FILE" in text
+
+
+def test_doctor_and_quickstart_are_reached(monkeypatch, capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    assert "versions" in json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["quickstart", "--help"])
+    assert stop.value.code == 0
+    assert "ppo-fast quickstart" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_quietly(monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupt)
+    assert cli.main(["train"]) == 130

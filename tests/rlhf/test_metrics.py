@@ -1,0 +1,201 @@
+"""Metrics and what a run leaves on disk and on the console."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from ppo_fast.rlhf.advantages import Targets
+from ppo_fast.rlhf.config import PPOConfig, UserError
+from ppo_fast.rlhf.metrics import collect, explained_variance, require_finite
+from ppo_fast.rlhf.rewards import Rewards
+from ppo_fast.rlhf.runlog import RunLog
+from ppo_fast.rlhf.update import UpdateStats
+from tests.rlhf.made import made_rollout
+
+NAMES = """
+objective/kl objective/entropy objective/scores objective/rlhf_reward objective/non_score_reward objective/kl_coef
+policy/approxkl policy/clipfrac policy/ratio_mean policy/ratio_max loss/policy loss/value loss/total value/clipfrac
+value/explained_variance grad_norm/policy grad_norm/value lr length/mean length/max length/truncated_frac
+rollout/logprob_diff_max rollout/logprob_diff_mean hacking/repetition hacking/distinct_n hacking/length_reward_corr
+time/rollout time/score time/logprobs time/update tokens_per_second memory/peak
+""".split()
+SECONDS = {"rollout": 1.0, "logprobs": 0.5, "score": 0.25, "update": 2.25}
+
+
+def made_update(lengths=(2, 4, 3), fill=0.0):
+    """Everything `collect` reads, for responses of these lengths."""
+    lengths = list(lengths)
+    ended = [True] * (len(lengths) - 1) + [False]
+    rollout = made_rollout(lengths, ended=ended, width=max(lengths) + 1, fill=fill)
+    kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    scores = torch.arange(len(lengths)).float()
+    per_token = -0.1 * kl
+    per_token[:, 0] += scores
+    ids = [rollout.generation.responses[row, :n].tolist() for row, n in enumerate(lengths)]
+    rewards = Rewards(per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths])
+    zero = torch.zeros_like(kl)
+    targets = Targets(zero, torch.where(rollout.mask, rollout.values + 1, zero))
+    policy_names = "loss policy_loss entropy approx_kl clipfrac dual_clipfrac ratio_mean ratio_max".split()
+    policy = {name: torch.tensor(float(number)) for number, name in enumerate(policy_names, start=1)}
+    value = {"value_loss": torch.tensor(4.0), "clipfrac": torch.tensor(0.25)}
+    stats = UpdateStats(policy, value, torch.tensor([0.5, 0.75]), lr=1e-3, note=None)
+    return rollout, rewards, targets, stats
+
+
+def collected(*args, config=PPOConfig(), **kwargs):
+    return collect(*made_update(*args, **kwargs), config, SECONDS)
+
+
+def test_every_published_name_is_there():
+    assert set(NAMES) <= collected().keys()
+
+
+def test_the_objective_is_per_sequence_and_the_rest_per_counted_token():
+    rollout, rewards, _, _ = made_update()
+    metrics = collected()
+    assert metrics["objective/kl"] == pytest.approx(rewards.kl.sum(1).mean().item())
+    assert metrics["objective/entropy"] == pytest.approx(rollout.entropy[rollout.mask].mean().item())
+    assert metrics["objective/scores"] == 1
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.1 * rewards.kl.sum(1).mean().item(), rel=1e-4)
+    assert metrics["objective/rlhf_reward"] == pytest.approx(1 + metrics["objective/non_score_reward"], rel=1e-4)
+    difference = (rollout.generation.logprobs - rollout.logprobs).abs()[rollout.mask]
+    assert metrics["rollout/logprob_diff_max"] == pytest.approx(difference.max().item())
+    assert metrics["rollout/logprob_diff_mean"] == pytest.approx(difference.mean().item())
+    assert (metrics["length/mean"], metrics["length/max"]) == (3, 4)
+    assert metrics["length/truncated_frac"] == pytest.approx(1 / 3)
+    assert metrics["tokens_per_second"] == pytest.approx(9 / 4)
+    assert metrics["loss/total"] == pytest.approx(1 + 0.5 * 4)
+    assert (metrics["grad_norm/policy"], metrics["grad_norm/value"]) == (0.5, 0.75)
+
+
+def test_rule_10_garbage_in_masked_positions_reaches_no_metric():
+    rollout, rewards, targets, stats = made_update(fill=float("nan"))
+    dirty = collect(rollout, rewards, targets, stats, PPOConfig(), SECONDS)
+    clean = collected()
+    assert {n: v for n, v in dirty.items() if n != "memory/peak"} == {
+        n: v for n, v in clean.items() if n != "memory/peak"
+    }
+
+
+def test_explained_variance():
+    mask = torch.tensor([[True, True, True, False]])
+    returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
+    assert explained_variance(returns, returns, mask) == 1
+    assert explained_variance(returns + 5, returns, mask) == 1
+    assert explained_variance(torch.zeros(1, 4), returns, mask) == 0
+    assert explained_variance(-returns, returns, mask) == -3
+    assert explained_variance(returns, torch.ones(1, 4), mask) == 0
+
+
+def test_hacking_monitors():
+    rollout, rewards, targets, stats = made_update(lengths=(6, 3, 5))
+    rewards = dataclasses.replace(rewards, completion_ids=[[7, 7, 7, 7, 7, 7], [1, 2, 3], [1, 2, 3, 4, 5]])
+    metrics = collect(rollout, rewards, targets, stats, PPOConfig(), SECONDS)
+    # 4 + 1 + 3 trigrams: three of the first response repeat; 777, 123, 234 and 345 are distinct.
+    assert metrics["hacking/repetition"] == pytest.approx(3 / 8)
+    assert metrics["hacking/distinct_n"] == pytest.approx(4 / 8)
+    lengths, scores = torch.tensor([6.0, 3.0, 5.0]), rewards.scores
+    assert metrics["hacking/length_reward_corr"] == pytest.approx(
+        torch.corrcoef(torch.stack([lengths, scores]))[0, 1].item(), rel=1e-5
+    )
+    assert collected(lengths=(2, 2, 2))["hacking/length_reward_corr"] == 0
+
+
+def test_a_value_that_is_not_finite_is_named():
+    with pytest.raises(UserError, match=r"^values is not finite: nan$"):
+        require_finite(logprobs=torch.zeros(2), values=torch.tensor([0.0, float("nan")]))
+    rollout, rewards, targets, stats = made_update()
+    stats.policy["policy_loss"] = torch.tensor(float("inf"))
+    with pytest.raises(UserError, match=r"^loss/policy is not finite: inf$"):
+        collect(rollout, rewards, targets, stats, PPOConfig(), SECONDS)
+
+
+@pytest.fixture
+def logged(make_config):
+    """logged(**log): a RunLog in tmp_path that prints into a string, and that string."""
+
+    def make(**log):
+        screen = io.StringIO()
+        return RunLog(make_config(log={"console": True, **log}), Console(file=screen, width=200)), screen
+
+    return make
+
+
+def test_a_crashed_run_leaves_a_readable_jsonl(logged):
+    log, _ = logged()
+    metrics = collected()
+    with pytest.raises(RuntimeError, match="crash"), log:
+        log.write(1, metrics)
+        log.write(2, metrics, "stopped in epoch 1 of 4")
+        lines = (log.directory / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["update"] for line in lines] == [1, 2]
+        raise RuntimeError("crash")
+    records = [json.loads(line) for line in (log.directory / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"update": 1, **metrics}, {"update": 2, **metrics, "note": "stopped in epoch 1 of 4"}]
+    assert log.history == [metrics, metrics]
+
+
+def test_the_console_shows_reward_kl_and_the_parts_of_the_loss(logged):
+    log, screen = logged()
+    with log:
+        log.write(1, collected() | {"objective/rlhf_reward": 1.25, "objective/kl": 2.5}, "stopped early")
+    text = screen.getvalue()
+    assert "1/2  reward +1.250  score +1.000  KL 2.500" in text
+    assert "loss: policy +2.0000  value +2.0000  entropy -0.0000  total +3.0000" in text
+    assert "update 1: stopped early" in text
+
+
+def test_samples_are_a_table_and_a_file(logged):
+    log, screen = logged(samples_every=2, samples=2)
+    rollout, rewards, _, _ = made_update()
+    with log:
+        for update in (1, 2, 3):
+            log.write_samples(update, rollout, rewards)
+    records = [json.loads(line) for line in (log.directory / "samples.jsonl").read_text().splitlines()]
+    assert records == [
+        {"update": 2, "prompt": "w1", "completion": "answer 2", "score": 0.0},
+        {"update": 2, "prompt": "w1", "completion": "answer 4", "score": 1.0},
+    ]
+    assert "samples of update 2" in screen.getvalue()
+    assert "answer 4" in screen.getvalue()
+
+
+def test_markup_in_a_sample_is_text(logged):
+    log, screen = logged(samples_every=1)
+    rollout, rewards, _, _ = made_update()
+    with log:
+        log.write_samples(1, rollout, dataclasses.replace(rewards, completions=["[red]x[/red]", "a\nb", "[/]"]))
+    assert "[red]x[/red]" in screen.getvalue()
+    assert "a b" in screen.getvalue()
+
+
+def test_tensorboard_holds_every_metric(logged):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log, _ = logged(tensorboard=True)
+    metrics = collected()
+    with log:
+        log.write(1, metrics)
+    board = EventAccumulator(str(log.directory / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == metrics.keys()
+    assert board.Scalars("lr")[0].value == pytest.approx(1e-3)
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
+    log, _ = logged()
+    with log:
+        log.write(1, collected())
+    (log.directory / "final").mkdir()
+    with (
+        pytest.raises(UserError, match=r"log\.dir: '.*run' holds an earlier run; choose another or set log\.overwrite"),
+        logged()[0],
+    ):
+        pass
+    assert (log.directory / "metrics.jsonl").read_text()
+    with logged(overwrite=True)[0]:
+        assert (log.directory / "metrics.jsonl").read_text() == ""
+        assert not (log.directory / "final").exists()

@@ -1,0 +1,183 @@
+"""The loop as a whole: repeatable, readable from files, and honest when something fails."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ppo_fast.rlhf import PPOConfig, UserError, load_config, tiny, train_ppo
+from ppo_fast.rlhf.ppo import _device
+from tests.rlhf.conftest import PROMPTS
+
+
+def reward(completion_ids, **_):
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def run(make_config, tokenizer):
+    """run(reward_fn, **config) -> PPOResult on a new tiny model."""
+
+    def go(reward_fn=reward, *, prompts=PROMPTS, policy=None, **values):
+        policy = policy or tiny.make_model(64, hidden=32, layers=1, heads=2)
+        return train_ppo(
+            make_config(**values), reward_fn=reward_fn, prompts=prompts, policy=policy, tokenizer=tokenizer
+        )
+
+    return go
+
+
+def without_clock(history):
+    clock = ("time/", "tokens_per_second", "memory/")
+    return [{n: v for n, v in metrics.items() if not n.startswith(clock)} for metrics in history]
+
+
+def test_a_run_repeats_to_the_bit(run, tmp_path):
+    first, again, other = (
+        run(updates=3, seed=seed, log={"dir": str(tmp_path / str(i))}) for i, seed in enumerate((0, 0, 1))
+    )
+    assert without_clock(first.history) == without_clock(again.history)
+    assert without_clock(first.history) != without_clock(other.history)
+    for ours, theirs in zip(first.models.policy.parameters(), again.models.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_a_run_leaves(run, make_config):
+    result = run(updates=2, log={"save_every": 1, "samples_every": 1, "tensorboard": True})
+    assert sorted(path.name for path in result.directory.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "final",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+    ]
+    assert load_config(result.directory / "config.yaml") == make_config(
+        updates=2, log={"save_every": 1, "samples_every": 1, "tensorboard": True}
+    )
+    saved = [
+        AutoModelForCausalLM.from_pretrained(path) for path in sorted((result.directory / "checkpoints").iterdir())
+    ]
+    final = AutoModelForCausalLM.from_pretrained(result.model)
+    weights = [model.get_output_embeddings().weight for model in (*saved, final, result.models.policy)]
+    assert len(weights) == 4
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[2], weights[3])
+    records = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [record["update"] for record in records] == [1, 2]
+    assert records[1]["objective/scores"] == result.history[1]["objective/scores"]
+
+
+def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
+    result = run(optim={"epochs": 1, "minibatch_size": 8})
+    for metrics in result.history:
+        assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+        assert metrics["rollout/logprob_diff_max"] <= 2e-5
+    assert result.history[0]["objective/kl"] == 0
+    assert result.history[1]["objective/kl"] != 0
+
+
+def test_samples_per_prompt_share_a_prompt(run):
+    seen = []
+
+    def record(prompts, **_):
+        seen.append(prompts)
+        return [0.0] * len(prompts)
+
+    run(record, updates=1, rollout={"samples_per_prompt": 4})
+    assert seen[0][:4] == [seen[0][0]] * 4
+    assert seen[0][4:] == [seen[0][4]] * 4
+    assert seen[0][0] != seen[0][4]
+
+
+def test_the_adaptive_coefficient_is_steered_after_use(run):
+    result = run(kl={"adaptive": True, "coef": 0.1, "target": 5.0, "horizon": 100})
+    coefficients = [metrics["objective/kl_coef"] for metrics in result.history]
+    assert coefficients[0] == pytest.approx(0.1)
+    # KL is 0 in the first update: error -0.2, n = 8.
+    assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+def test_kl_may_be_placed_in_reward_and_loss(run, estimator):
+    result = run(kl={"placement": "both", "loss_estimator": estimator, "coef": 0.5})
+    assert result.history[1]["objective/non_score_reward"] != 0
+
+
+def test_a_failing_reward_function_leaves_what_was_saved(run, make_config):
+    calls = []
+
+    def fails_later(completions, **_):
+        calls.append(1)
+        return [0.0] * len(completions) if len(calls) < 3 else [float("nan")] * len(completions)
+
+    with pytest.raises(UserError) as error:
+        run(fails_later, updates=5, log={"save_every": 1})
+    assert str(error.value) == "update 3: reward function: expected a finite score for sample 0, got nan"
+    directory = make_config().log.dir
+    for update in (1, 2):
+        AutoModelForCausalLM.from_pretrained(f"{directory}/checkpoints/update-{update:06d}")
+    with open(f"{directory}/metrics.jsonl") as file:
+        assert [json.loads(line)["update"] for line in file] == [1, 2]
+
+
+def test_a_broken_model_is_named_before_it_is_trained(run):
+    policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(UserError, match=r"^update 1: logprobs is not finite: nan$"):
+        run(policy=policy)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    with pytest.raises(UserError, match=r"^update \d: loss/\w+ is not finite: inf$"):
+        run(lambda completions, **_: [1e25] * len(completions), reward={"clip": None}, advantage={"whiten": False})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rollout": {"max_new_tokens": 124}}, r"rollout\.max_new_tokens: expected at most 123 .* got 124"),
+        ({"model": {"device": "abacus"}}, r"model\.device: expected 'auto', 'cpu' or, .* got 'abacus'"),
+        ({"prompts": None}, r"data\.prompts: expected a JSONL file, got null"),
+        ({"reward_fn": None}, r"reward\.function: expected 'path/to/file\.py:function', got None"),
+    ],
+)
+def test_inputs_that_cannot_work_are_refused_before_anything_is_written(run, make_config, tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        run(**values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_threads_are_set_for_the_run_alone(run):
+    torch.set_num_threads(1)
+    seen = []
+
+    def record(completions, **_):
+        seen.append(torch.get_num_threads())
+        return [0.0] * len(completions)
+
+    run(record, updates=1, threads=2)
+    assert seen == [2]
+    assert torch.get_num_threads() == 1
+
+
+def test_the_device_is_chosen(monkeypatch):
+    assert _device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _device("auto") == torch.device("cuda")
+    assert _device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _device("auto") == torch.device("cpu")
+
+
+def test_filters_warn_once_at_the_start(run):
+    with pytest.warns(UserWarning, match=r"bias the ratio"):
+        run(updates=1, rollout={"top_k": 5})
+
+
+def test_the_default_config_names_no_model():
+    with pytest.raises(UserError, match=r"model\.path: expected a model directory or hub id, got null"):
+        train_ppo(PPOConfig(), reward_fn=reward, prompts=["w1"])

@@ -1,0 +1,278 @@
+"""The update: ratio 1 at the start, one normaliser per step, clips, schedules and early stops."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ppo_fast.rlhf.advantages import Targets
+from ppo_fast.rlhf.config import LossConfig
+from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf.update import Learner, Minibatch, Network, PenaltyCoefficient, combine, schedule
+
+CPU = torch.device("cpu")
+DROPOUT = {
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "llama": {"attention_dropout": 0.5},
+    "qwen2": {"attention_dropout": 0.5},
+}
+
+
+def random_targets(rollout, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    shape = rollout.mask.shape
+    advantages, returns = (torch.randn(shape, generator=generator) for _ in range(2))
+    return Targets(torch.where(rollout.mask, advantages, 0.0), torch.where(rollout.mask, returns, 0.0))
+
+
+@pytest.fixture
+def setup(make_models, make_config, make_rollout):
+    """setup(arch=, **config) -> (learner, rollout, targets) of one ragged rollout."""
+
+    def make(arch="llama", overrides=None, **values):
+        config = make_config(**values)
+        models = make_models(config, arch=arch, **(overrides or {}))
+        rollout = make_rollout(models, config)
+        return Learner(models, config), rollout, random_targets(rollout)
+
+    return make
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen2"])
+def test_rule_04_the_ratio_is_1_bitwise_when_scoring_and_update_run_the_same_batch(setup, arch):
+    learner, rollout, targets = setup(arch, DROPOUT[arch], rollout={"temperature": 0.7})
+    policy, _ = learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    assert policy["ratio_max"] == policy["ratio_mean"] == 1
+    assert policy["approx_kl"] == policy["clipfrac"] == 0
+    assert policy["tokens"] == rollout.mask.sum()
+
+
+def test_rule_04_the_ratio_is_1_to_rounding_in_a_shuffled_minibatch(setup):
+    learner, rollout, targets = setup()
+    rows = torch.tensor([6, 1, 3])
+    policy, _ = learner.backward(Minibatch.whole(rollout, targets).rows(rows), 0.0)
+    assert abs(policy["ratio_max"].item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio):
+    loss = {"aggregation": aggregation, "ratio": ratio, "ent_coef": 0.1, "dual_clip": 3.0}
+    kl = {"placement": "loss", "loss_estimator": "k2", "coef": 0.1}
+    results = []
+    for micro in (None, 4, 1):
+        learner, rollout, targets = setup(
+            rollout={"max_new_tokens": 12}, loss=loss, kl=kl, optim={"micro_batch_size": micro}
+        )
+        assert len(set(rollout.mask.sum(dim=1).tolist())) > 2
+        # The policy has moved since the rollout, so that ratios differ from 1 and some are clipped.
+        with torch.no_grad():
+            learner.models.policy.get_output_embeddings().weight.mul_(8)
+        metrics = learner.backward(Minibatch.whole(rollout, targets), 0.1)
+        assert metrics[0]["clipfrac"] > 0.05
+        results.append((gradients(learner.models.policy) | gradients(learner.models.value), metrics))
+    (whole, whole_metrics), *others = results
+    for grads, metrics in others:
+        for name, grad in whole.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item() + 1e-9)
+        for mine, theirs in zip(metrics, whole_metrics, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rule_12_the_entropy_bonus_has_the_gradient_of_the_full_entropy(setup):
+    learner, rollout, targets = setup(loss={"ent_coef": 0.5})
+    flat = Targets(torch.zeros_like(targets.advantages), targets.returns)
+    policy, _ = learner.backward(Minibatch.whole(rollout, flat), 0.0)
+    ours = gradients(learner.models.policy)
+    learner.models.policy.zero_grad()
+    generation = rollout.generation
+    logits = response_logits(
+        learner.models.policy, generation.input_ids, generation.attention_mask, rollout.mask.shape[1]
+    )
+    entropy = torch.distributions.Categorical(logits=logits).entropy()[rollout.mask].mean()
+    (-0.5 * entropy).backward()
+    for name, grad in gradients(learner.models.policy).items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-7)
+    assert policy["entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    assert 0 <= policy["entropy"] <= torch.tensor(64.0).log()
+
+
+@pytest.mark.parametrize("estimator", ["k2", "full"])
+def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
+    learner, rollout, targets = setup(kl={"placement": "loss", "loss_estimator": estimator})
+    with torch.no_grad():
+        for parameter in learner.models.policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    flat = Targets(torch.zeros_like(targets.advantages), targets.returns)
+    policy, _ = learner.backward(Minibatch.whole(rollout, flat), 0.3)
+    ours = gradients(learner.models.policy)
+    learner.models.policy.zero_grad()
+    inputs = (rollout.generation.input_ids, rollout.generation.attention_mask, rollout.mask.shape[1])
+    logprobs = response_logits(learner.models.policy, *inputs).log_softmax(-1)
+    reference = response_logits(learner.models.reference, *inputs).log_softmax(-1).detach()
+    if estimator == "full":
+        kl = (logprobs.exp() * (logprobs - reference)).sum(-1)
+    else:
+        picked = rollout.generation.responses[..., None]
+        kl = 0.5 * (logprobs - reference).gather(-1, picked)[..., 0] ** 2
+    mean = kl[rollout.mask].mean()
+    (0.3 * mean).backward()
+    for name, grad in gradients(learner.models.policy).items():
+        torch.testing.assert_close(ours[name], grad, rtol=2e-3, atol=2e-6)
+    assert policy["kl"] == pytest.approx(mean.item(), rel=1e-4)
+    assert policy["kl"] > 1e-3
+
+
+def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make_config):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    module = torch.nn.Module()
+    module.weight = weight
+    network = Network(module, 0.1, make_config(optim={"max_grad_norm": 1.0}).optim)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert network.step(1.0) == 5
+    # The first step of AdamW is lr * g / (|g| + eps), with g clipped to norm 1.
+    clipped = torch.tensor([0.6, 0.8])
+    torch.testing.assert_close(weight.detach(), -0.1 * clipped / (clipped + 1e-5))
+    assert weight.grad is None
+    torch.testing.assert_close(
+        network.optimizer.state[weight]["exp_avg"], 0.1 * clipped
+    )  # so the moments hold the clipped gradient
+
+
+def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeypatch):
+    calls = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, norm: calls.append(len(parameters)) or clip(parameters, norm),
+    )
+    learner, rollout, targets = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
+    stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    assert calls == [len(learner.policy.parameters), len(learner.value.parameters)] * 4
+    assert (stats.grad_norms > 0).all()
+
+
+def test_rule_15_the_learning_rate_warms_up_and_anneals(make_config):
+    # 10 updates x 2 epochs x 2 minibatches = 40 steps, 4 of them warm-up.
+    config = make_config(updates=10, optim={"warmup_frac": 0.1, "final_lr_frac": 0.2})
+    factors = [schedule(step, config) for step in range(40)]
+    assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert factors[-1] == pytest.approx(0.2 + 0.8 / 36)
+    assert schedule(22, config) == pytest.approx(0.6)
+
+
+def test_the_learning_rate_used_is_that_of_the_update(setup):
+    learner, rollout, targets = setup(updates=4, optim={"warmup_frac": 0.0, "final_lr_frac": 0.0})
+    stats = learner.update(rollout, targets, 0.0, 2, torch.Generator().manual_seed(0))
+    # Steps 8 to 11 of 16.
+    assert stats.lr == pytest.approx(1e-3 * (1 - 11 / 16))
+    assert learner.value.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 11 / 16))
+
+
+def test_rule_18_target_kl_stops_the_epochs_and_says_so(setup):
+    learner, rollout, targets = setup(optim={"lr": 0.05, "target_kl": 0.01, "epochs": 4})
+    stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    assert stats.note is not None
+    assert stats.note.startswith("stopped in epoch 1 of 4: approx_kl ")
+    assert stats.note.endswith(" > target_kl 0.01")
+    assert learner.policy.optimizer.state[learner.policy.parameters[0]]["step"] == 1
+    assert all(p.grad is None for p in [*learner.policy.parameters, *learner.value.parameters])
+    learner, rollout, targets = setup(optim={"lr": 0.05, "epochs": 4})
+    assert learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0)).note is None
+    assert learner.policy.optimizer.state[learner.policy.parameters[0]]["step"] == 8
+
+
+def test_a_step_raises_the_probability_of_good_tokens_and_the_value_follows_returns(setup):
+    learner, rollout, targets = setup(optim={"lr": 1e-3, "value_lr": 1e-2, "epochs": 6}, loss={"value_clip": None})
+    generation = rollout.generation
+    learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = response_logits(
+            learner.models.policy, generation.input_ids, generation.attention_mask, rollout.mask.shape[1]
+        )
+        new = torch.distributions.Categorical(logits=logits).log_prob(generation.responses)
+        values = learner.models.value(generation.input_ids, generation.attention_mask)[
+            :, -rollout.mask.shape[1] - 1 : -1
+        ]
+    rise = (targets.advantages * (new - rollout.logprobs))[rollout.mask].mean()
+    assert rise > 0.01
+    error, before = ((v - targets.returns)[rollout.mask].square().mean() for v in (values, rollout.values))
+    assert error < 0.8 * before
+
+
+def test_only_the_trained_networks_change(setup):
+    learner, rollout, targets = setup()
+    models = learner.models
+    before = {n: p.clone() for n, p in models.reference.named_parameters()}
+    policy, value = ([p.clone() for p in m.parameters()] for m in (models.policy, models.value))
+    learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    assert all(torch.equal(p, before[n]) for n, p in models.reference.named_parameters())
+    assert not all(torch.equal(*pair) for pair in zip(policy, models.policy.parameters(), strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(value, models.value.parameters(), strict=True))
+
+
+def test_vf_coef_scales_the_value_gradient(setup):
+    grads = []
+    for vf_coef in (0.5, 1.0):
+        learner, rollout, targets = setup(loss={"vf_coef": vf_coef})
+        learner.backward(Minibatch.whole(rollout, targets), 0.0)
+        grads.append(learner.models.value.head.weight.grad)
+    torch.testing.assert_close(2 * grads[0], grads[1])
+
+
+def test_the_penalty_doubles_above_and_halves_below_the_target():
+    penalty = PenaltyCoefficient(LossConfig(penalty_coef=1.0, penalty_target=0.01), CPU)
+    for kl, expected in ((0.016, 2.0), (0.014, 2.0), (0.0068, 2.0), (0.0066, 1.0), (0.0, 0.5)):
+        penalty.update(torch.tensor(kl))
+        assert float(penalty.coef) == expected
+    fixed = PenaltyCoefficient(LossConfig(penalty_coef=1.0), CPU)
+    fixed.update(torch.tensor(9.0))
+    assert fixed.coef == 1.0
+
+
+def test_the_penalty_reaches_the_loss(setup):
+    # Without clip and with a huge penalty the policy hardly moves.
+    moves = []
+    for coef in (0.0, 1000.0):
+        learner, rollout, targets = setup(
+            loss={"penalty_coef": coef, "clip_low": None, "clip_high": None}, optim={"lr": 3e-3, "epochs": 8}
+        )
+        stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+        moves.append(stats.policy["approx_kl"])
+    assert moves[1] < 0.2 * moves[0]
+
+
+def test_combine_weights_means_by_tokens():
+    parts = [
+        {
+            "tokens": torch.tensor(1.0),
+            "kl": torch.tensor(4.0),
+            "ratio_max": torch.tensor(2.0),
+            "loss": torch.tensor(1.0),
+        },
+        {
+            "tokens": torch.tensor(3.0),
+            "kl": torch.tensor(0.0),
+            "ratio_max": torch.tensor(5.0),
+            "loss": torch.tensor(2.0),
+        },
+    ]
+    assert {k: v.item() for k, v in combine(parts).items()} == {"tokens": 4, "kl": 1, "ratio_max": 5, "loss": 1.5}
+    assert combine(parts, losses=torch.sum)["loss"] == 3
+
+
+def test_minibatches_cover_the_batch_once_per_epoch(setup):
+    learner, rollout, targets = setup(optim={"epochs": 2, "minibatch_size": 4})
+    batch = Minibatch.whole(rollout, targets)
+    tagged = dataclasses.replace(batch, returns=torch.arange(8)[:, None].expand(batch.returns.shape))
+    seen = [(epoch, part.returns[:, 0].tolist()) for epoch, part in learner._minibatches(tagged, torch.Generator())]
+    assert [epoch for epoch, _ in seen] == [0, 0, 1, 1]
+    first, second = seen[0][1] + seen[1][1], seen[2][1] + seen[3][1]
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second

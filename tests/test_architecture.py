@@ -1,0 +1,89 @@
+"""Imports go one way: ops import no stage, a stage imports from its left."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ppo_fast
+
+ROOT = Path(ppo_fast.__file__).parent
+STAGES = [
+    "config",
+    "data",
+    "models",
+    "rollout",
+    "rewards",
+    "advantages",
+    "update",
+    "metrics",
+    "runlog",
+    "checkpoint",
+    "ppo",
+]
+TOOLS = ["tiny", "reviews", "plots", "quickstart", "__init__"]  # what stands around the stages; no stage imports them
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of every module a file imports, at the top or inside a function."""
+    package = ["ppo_fast", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def stages_of(names: set[str]) -> set[str]:
+    return {name.split(".")[2] for name in names if name.startswith("ppo_fast.rlhf.")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_from_its_left(stage):
+    left = set(STAGES[: STAGES.index(stage)])
+    assert stages_of(imports(ROOT / "rlhf" / f"{stage}.py")) & {*STAGES, *TOOLS} <= left
+
+
+def test_every_module_of_the_trainer_has_a_place():
+    assert {path.stem for path in (ROOT / "rlhf").glob("*.py")} <= {*STAGES, *TOOLS}
+
+
+def test_ops_import_no_stage():
+    for path in (ROOT / "ops").rglob("*.py"):
+        assert not {name for name in imports(path) if name.startswith(("ppo_fast.rlhf", "ppo_fast.cli"))}, path
+
+
+def test_the_walk_sees_relative_absolute_and_nested_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_architecture.ROOT", tmp_path)
+    (tmp_path / "rlhf").mkdir()
+    path = tmp_path / "rlhf" / "x.py"
+    path.write_text(
+        "from .update import Learner\nfrom . import ppo\nimport ppo_fast.rlhf.cli\n"
+        "def f():\n    from ppo_fast.rlhf.metrics import collect\n    from ppo_fast.rlhf import plots\n"
+    )
+    assert {"update", "ppo", "cli", "metrics", "plots"} <= stages_of(imports(path))
+
+
+def calls(path: Path, *names: str) -> list[str]:
+    """The attribute calls in a file whose name is one of `names`."""
+    tree = ast.walk(ast.parse(path.read_text()))
+    found = (node.func.attr for node in tree if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return [name for name in found if name in names]
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        ("update", ("backward", "step", "zero_grad")),  # the only stage that changes parameters
+        ("checkpoint", ("save_pretrained", "save_file")),  # the only stage that writes weights
+    ],
+)
+def test_one_stage_alone_does_it(owner, names):
+    for stage in set(STAGES) - {owner}:
+        found = set(calls(ROOT / "rlhf" / f"{stage}.py", *names))
+        assert found <= ({"step"} if stage == "ppo" else set()), stage  # Run.step is the loop's own
+    assert calls(ROOT / "rlhf" / f"{owner}.py", *names)
