@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -40,7 +41,19 @@ class Unit:
     variant: str = "base"
 
 
-CXX_UNITS = [Unit("csrc/cpu/parallel.cpp"), Unit("csrc/cpu/gae.cpp", ("-ffp-contract=off",))]
+ISAS: dict[str, tuple[str, ...]] = {"baseline": ()}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = ("-mavx2", "-mfma")
+    # GCC warns of its own header: _mm512_undefined_ps is uninitialized on purpose.
+    ISAS["avx512"] = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+EXACT = "-ffp-contract=off"  # a * b + c is fused where the source says so, and nowhere else
+CXX_UNITS = [
+    *(Unit("csrc/cpu/isa.cpp", (EXACT, f"-DPPO_FAST_ISA={isa}", *flags), isa) for isa, flags in ISAS.items()),
+    Unit("csrc/row_bindings.cpp"),
+    Unit("csrc/cpu/parallel.cpp"),
+    Unit("csrc/cpu/gae.cpp", (EXACT,)),
+    *(Unit(f"csrc/cpu/{name}.cpp") for name in ("kernels", "token_stats", "policy_loss", "value_loss")),
+]
 BINDINGS = {False: Unit("csrc/bindings.cpp"), True: Unit("csrc/bindings.cpp", ("-DPPO_FAST_CUDA",), "cuda")}
 CUDA_SOURCES = ["csrc/cuda/gae.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
@@ -159,4 +172,5 @@ class BuildExtension(build_ext):
         print(f"{line}\nppo_fast is built WITHOUT its {part} part: {reason}\n{line}", file=sys.stderr, flush=True)
 
 
-setup(ext_modules=[Extension("ppo_fast._C", sources=[], optional=True)], cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("ppo_fast._C", sources=[], optional=True)], cmdclass={"build_ext": BuildExtension})

@@ -8,6 +8,7 @@
 
 #include "cpu/gae.h"
 #include "gae.h"
+#include "row_bindings.h"
 #ifdef PPO_FAST_CUDA
 #include "cuda/gae.h"
 #endif
@@ -56,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("returns"));
 
   m.def("gae_cpu", &cpu::gae, py::arg("args"), py::arg("dtype"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  bind_rows(m);
 
 #ifdef PPO_FAST_CUDA
   m.attr("has_cuda") = true;

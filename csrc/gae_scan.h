@@ -133,7 +133,7 @@ struct Window {
 
   PPO_FAST_HOST_DEVICE bool holds(int i) const { return i >= low && i < high; }
   PPO_FAST_HOST_DEVICE bool whole() const { return high - low == kItems; }
-  PPO_FAST_HOST_DEVICE uint32_t flags() const { return (1u << high) - 1 & ~((1u << low) - 1); }
+  PPO_FAST_HOST_DEVICE uint32_t flags() const { return (1u << high) - (1u << low); }
 };
 
 template <class In>

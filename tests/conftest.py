@@ -6,6 +6,11 @@ from hypothesis import settings
 
 from tests.helpers import INTERPRETED
 
+if INTERPRETED:
+    from tests import interpreter
+
+    interpreter.repair()
+
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=20)
 settings.load_profile("repeatable")
@@ -17,13 +22,11 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter keep what is parametrised with backend "triton" or lies in a test_triton_*.py."""
-    if not INTERPRETED:
-        return
+    """What is parametrised with backend "triton" or lies in a test_triton_*.py runs under the interpreter, only there."""
 
     def interpreted(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         return parameters.get("backend") == "triton" or item.path.name.startswith("test_triton_")
 
-    config.hook.pytest_deselected(items=[item for item in items if not interpreted(item)])
-    items[:] = [item for item in items if interpreted(item)]
+    config.hook.pytest_deselected(items=[item for item in items if interpreted(item) != INTERPRETED])
+    items[:] = [item for item in items if interpreted(item) == INTERPRETED]

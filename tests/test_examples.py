@@ -51,9 +51,7 @@ def test_ops_in_your_loop_learns() -> None:
         (-1.0, True, [-0.8, -1.0, -1.5, -3.0], [0.0, -1.0, -1.0, 0.0]),
     ],
 )
-def test_drawn_objective_is_the_formula(
-    advantage: float, dual: bool, values: list[float], slopes: list[float]
-) -> None:
+def test_drawn_objective_is_the_formula(advantage: float, dual: bool, values: list[float], slopes: list[float]) -> None:
     ratio = torch.tensor([0.5, 1.0, 1.5, 3.5])
     config = clipped_objective.DUAL if dual else clipped_objective.CLIP
     value, slope = clipped_objective.objective_and_slope(ratio, advantage, config)

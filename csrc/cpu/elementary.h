@@ -102,7 +102,8 @@ inline Vec exp(Vec x) {
 
 // e^x - 1 - x for |x| <= 80, without the cancellation near 0: there x^2 (1/2! + x/3! + x^2/4! + ...).
 inline Vec exp_excess(Vec x, Vec exp_x) {
-  Vec y = fma(x, set(1.0f / 362880), set(1.0f / 40320));
+  Vec y = fma(x, set(1.0f / 3628800), set(1.0f / 362880));
+  y = fma(x, y, set(1.0f / 40320));
   y = fma(x, y, set(1.0f / 5040));
   y = fma(x, y, set(1.0f / 720));
   y = fma(x, y, set(1.0f / 120));

@@ -45,12 +45,13 @@ struct Block {
 };
 
 // The tile of a block that ends `behind` steps before the ends of its sequences.
-template <class T>
 struct Window {
   int64_t start[kLanes];  // the step in row 0: negative where the sequence is shorter
-  bool whole;             // no lane starts before its sequence
+  bool whole = true;      // no lane starts before its sequence
+  bool padded;
 
-  Window(const Block<T>& block, int64_t behind) : whole(true) {
+  template <class T>
+  Window(const Block<T>& block, int64_t behind) : padded(block.padded) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       start[lane] = block.length[lane] - behind - kSteps;
       whole = whole && start[lane] >= 0;
@@ -59,9 +60,8 @@ struct Window {
 };
 
 template <class T>
-void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Block<T>& block,
-          const Window<T>& window) {
-  if (view.stride_b == 1 && block.padded && window.whole) {
+void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Window& window) {
+  if (view.stride_b == 1 && window.padded && window.whole) {
     load_rows(tile, rows[0] + window.start[0] * view.stride_t, view.stride_t);
   } else if (view.stride_t == 1 && window.whole) {
     for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
@@ -74,15 +74,8 @@ void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Blo
   }
 }
 
-template <class T, class F>
-void load_flags(Tile<F>& tile, const uint8_t* const* rows, const MatrixView& view, const Window<T>& window) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    load_lane(tile, lane, rows[lane], view.stride_t, window.start[lane]);
-  }
-}
-
 template <class T>
-void store(T* const* rows, const Tile<T>& tile, const Window<T>& window) {
+void store(T* const* rows, const Tile<T>& tile, const Window& window) {
   if (window.whole) {
     for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
       store_lanes(rows + lane, tile, lane, window.start + lane);
@@ -96,8 +89,8 @@ template <class T>
 struct Tiles {
   Tile<T> rewards;  // the advantages, once advanced
   Tile<T> values;   // the returns, once advanced
-  Tile<typename Vector<T>::Flag> counted;
-  Tile<typename Vector<T>::Flag> done;
+  Tile<uint8_t> counted;
+  Tile<uint8_t> done;
 };
 
 // What each lane hands to its next tile.
@@ -111,11 +104,15 @@ template <class T, bool kMask, bool kDones>
 void advance_row(Tiles<T>& tiles, LaneStates<T>& states, int64_t i, gae::Discounts<T> discounts, bool carry) {
   using Values = typename Vector<T>::Values;
   using Flags = typename Vector<T>::Flags;
-  for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
+  Flags row_counted[sizeof(T)], row_done[sizeof(T)];
+  if constexpr (kMask) widen<T>(tiles.counted.at[i], row_counted);
+  if constexpr (kDones) widen<T>(tiles.done.at[i], row_done);
+  for (int64_t part = 0; part < int64_t(sizeof(T)); ++part) {
+    const int64_t lane = part * Vector<T>::kWidth;
     Flags counted = Flags{} == 0, done = {}, pass = {};
-    if constexpr (kMask) counted = read<Flags>(&tiles.counted.at[i][lane]) != 0;
-    if constexpr (kDones) done = read<Flags>(&tiles.done.at[i][lane]) != 0;
+    if constexpr (kMask) counted = row_counted[part];
     if constexpr (kMask) pass = ~counted & ((Flags{} + carry) != 0);
+    if constexpr (kDones) done = row_done[part];
     const Values reward = counted ? read<Values>(&tiles.rewards.at[i][lane]) : Values{};
     const Values value = counted ? read<Values>(&tiles.values.at[i][lane]) : Values{};
     gae::State<Values> state = {read<Values>(&states.advantage[lane]), read<Values>(&states.next_value[lane])};
@@ -137,11 +134,11 @@ void gae_block(const GaeArguments& args, int64_t first) {
     std::copy_n(static_cast<const T*>(args.bootstrap) + first, block.lanes, states.next_value);
   }
   for (int64_t behind = 0; behind < block.longest; behind += kSteps) {
-    const Window<T> window(block, behind);
-    load(tiles.rewards, block.rewards, args.rewards, block, window);
-    load(tiles.values, block.values, args.values, block, window);
-    if constexpr (kMask) load_flags(tiles.counted, block.mask, args.mask, window);
-    if constexpr (kDones) load_flags(tiles.done, block.dones, args.dones, window);
+    const Window window(block, behind);
+    load(tiles.rewards, block.rewards, args.rewards, window);
+    load(tiles.values, block.values, args.values, window);
+    if constexpr (kMask) load(tiles.counted, block.mask, args.mask, window);
+    if constexpr (kDones) load(tiles.done, block.dones, args.dones, window);
     for (int64_t i = kSteps - 1; i >= first_row(block.longest - behind - kSteps); --i) {
       advance_row<T, kMask, kDones>(tiles, states, i, discounts, args.carry);
     }

@@ -15,6 +15,7 @@ struct LogitsView {
   int64_t stride_b;
   int64_t stride_t;
   bool bfloat16;  // otherwise float32
+  bool streamed;  // of a result: its stores bypass the cache
 };
 
 struct TargetsView {
@@ -57,7 +58,7 @@ struct TokenStatsBackwardArguments {
   LogitsView out;          // in the dtype of the logits; may be the logits
 };
 
-enum class KlEstimator : int { kNone, kK1, kK2, kK3, kFull };
+enum class KlEstimator : int { kK1, kK2, kK3, kFull };
 
 struct PolicyLossArguments {
   TokenStatsArguments stats;
@@ -66,7 +67,8 @@ struct PolicyLossArguments {
   const float* ref_logprobs;
   const float* importance_weights;
   const float* token_weights;       // null: `weight` for each counted token
-  float weight;
+  float weight;                     // 1 / denominator, else 1 / the number of counted tokens
+  const float* denominator;         // one number; null: that number
   const float* penalty_coef;        // one number each; null leaves the term out
   const float* ent_coef;
   const float* kl_coef;
@@ -78,6 +80,8 @@ struct PolicyLossArguments {
   float* d_entropy;
   float* d_kl;
   LogitsView gradient;              // of the logits, for a loss gradient of 1; data null: not wanted
+  float* loss;                      // results: one number
+  float* metrics;                   // [9]: those of PolicySums from policy_loss on, as means, and the count
 };
 
 // Sums over counted tokens, in float64.
@@ -100,10 +104,13 @@ struct ValueLossArguments {
   const uint8_t* mask;
   const float* old_values;  // null: no clipping
   float clip;
-  const float* token_weights;  // null: `weight` for each counted token
+  const float* token_weights;  // as in PolicyLossArguments
   float weight;
+  const float* denominator;
   int64_t rows;
-  float* gradient;
+  float* gradient;  // results
+  float* loss;
+  float* metrics;  // [3]: value loss, share of clipped tokens, count
 };
 
 struct ValueSums {

@@ -92,7 +92,7 @@ inline Vec load(const BFloat16* from) {
   return from_bits(__builtin_convertvector(x, Ints) << 16);
 }
 
-// The first n lanes from memory, the others `fill`.
+// The first n lanes from memory, the others `fill`, which bfloat16 holds exactly.
 inline Vec load(const float* from, int64_t n, float fill) {
 #ifdef __AVX512F__
   return _mm512_mask_loadu_ps(set(fill), static_cast<__mmask16>((1u << n) - 1), from);
@@ -104,9 +104,9 @@ inline Vec load(const float* from, int64_t n, float fill) {
 }
 
 inline Vec load(const BFloat16* from, int64_t n, float fill) {
-  Vec x = set(fill);
-  for (int64_t i = 0; i < n; ++i) x[i] = __builtin_bit_cast(float, static_cast<uint32_t>(from[i].bits) << 16);
-  return x;
+  Halves x = __builtin_convertvector(bits(set(fill)) >> 16, Halves);
+  std::memcpy(&x, from, static_cast<size_t>(n) * sizeof *from);
+  return from_bits(__builtin_convertvector(x, Ints) << 16);
 }
 
 // float32 to bfloat16, to nearest even. By integers: the instruction for it flushes subnormals.
@@ -132,6 +132,13 @@ inline void store(BFloat16* to, Vec x, int64_t n) {
 }
 
 inline void stream(BFloat16* to, Vec x) { stream_bytes(to, round_to_bfloat16(x)); }
+
+// The sum of all lanes, in float64.
+inline double lane_total(Vec x) {
+  double total = 0;
+  for (int i = 0; i < kWidth; ++i) total += static_cast<double>(x[i]);
+  return total;
+}
 
 struct Add {
   Vec operator()(Vec a, Vec b) const { return a + b; }

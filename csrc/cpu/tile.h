@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../gae.h"
 
@@ -21,10 +22,10 @@ struct alignas(64) Tile {
 // A 16-byte vector, which every target has, and flags of its width.
 template <class T>
 struct Vector {
-  using Flag = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Flag = std::conditional_t<sizeof(T) == 8, int64_t, std::conditional_t<sizeof(T) == 4, int32_t, int8_t>>;
   typedef T Values __attribute__((vector_size(16)));
   typedef Flag Flags __attribute__((vector_size(16)));
-  static constexpr int64_t kWidth = 16 / sizeof(T);
+  static constexpr int kWidth = 16 / sizeof(T);
 };
 
 template <class V, class T>
@@ -39,39 +40,57 @@ void write(T* to, const V& vector) {
   std::memcpy(to, &vector, sizeof(V));
 }
 
-// The chosen elements of a and b, counted through both.
-template <class T, int... kIndex>
-typename Vector<T>::Values shuffle(typename Vector<T>::Values a, typename Vector<T>::Values b) {
+// a[i], b[i], a[i + 1], b[i + 1], ... over the lower or the upper halves of a and b.
+template <class T, bool kUpper, int... kIndex>
+typename Vector<T>::Values interleave(typename Vector<T>::Values a, typename Vector<T>::Values b,
+                                      std::integer_sequence<int, kIndex...>) {
+  constexpr int kWidth = Vector<T>::kWidth;
+  constexpr int kFrom = kUpper ? kWidth / 2 : 0;
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, kIndex...);
+  return __builtin_shufflevector(a, b, (kFrom + kIndex / 2 + kIndex % 2 * kWidth)...);
 #else
-  return __builtin_shuffle(a, b, typename Vector<T>::Flags{kIndex...});
+  return __builtin_shuffle(a, b, typename Vector<T>::Flags{(kFrom + kIndex / 2 + kIndex % 2 * kWidth)...});
 #endif
 }
 
-inline void transpose(Vector<double>::Values (&v)[2]) {
-  const auto low = shuffle<double, 0, 2>(v[0], v[1]);
-  v[1] = shuffle<double, 1, 3>(v[0], v[1]);
-  v[0] = low;
+// The flags of a row of kLanes bool bytes: every byte is repeated until it is as wide as T.
+template <class T>
+void widen(const uint8_t* row, typename Vector<T>::Flags (&flags)[sizeof(T)]) {
+  static_assert(kLanes == 16, "a row of bool bytes is one vector");
+  constexpr std::make_integer_sequence<int, 16> kIndices;
+  Vector<uint8_t>::Values bytes[sizeof(T)] = {read<Vector<uint8_t>::Values>(row)};
+  for (int count = 1; count < int(sizeof(T)); count *= 2) {
+    for (int i = count - 1; i >= 0; --i) {
+      bytes[2 * i + 1] = interleave<uint8_t, true>(bytes[i], bytes[i], kIndices);
+      bytes[2 * i] = interleave<uint8_t, false>(bytes[i], bytes[i], kIndices);
+    }
+  }
+  for (int i = 0; i < int(sizeof(T)); ++i) flags[i] = read<typename Vector<T>::Flags>(&bytes[i]) != 0;
 }
 
-inline void transpose(Vector<float>::Values (&v)[4]) {
-  const auto low01 = shuffle<float, 0, 4, 1, 5>(v[0], v[1]), high01 = shuffle<float, 2, 6, 3, 7>(v[0], v[1]);
-  const auto low23 = shuffle<float, 0, 4, 1, 5>(v[2], v[3]), high23 = shuffle<float, 2, 6, 3, 7>(v[2], v[3]);
-  v[0] = shuffle<float, 0, 1, 4, 5>(low01, low23);
-  v[1] = shuffle<float, 2, 3, 6, 7>(low01, low23);
-  v[2] = shuffle<float, 0, 1, 4, 5>(high01, high23);
-  v[3] = shuffle<float, 2, 3, 6, 7>(high01, high23);
+// kWidth rows of kWidth elements become its columns: log2(kWidth) perfect shuffles of the rows.
+template <class T>
+void transpose(typename Vector<T>::Values (&rows)[Vector<T>::kWidth]) {
+  constexpr int kWidth = Vector<T>::kWidth;
+  constexpr std::make_integer_sequence<int, kWidth> kIndices;
+  for (int round = 1; round < kWidth; round *= 2) {
+    typename Vector<T>::Values shuffled[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      shuffled[2 * i] = interleave<T, false>(rows[i], rows[i + kWidth / 2], kIndices);
+      shuffled[2 * i + 1] = interleave<T, true>(rows[i], rows[i + kWidth / 2], kIndices);
+    }
+    std::copy_n(shuffled, kWidth, rows);
+  }
 }
 
 // to(i)[j] = from(j)[i] for kWidth rows of kWidth elements each.
 template <class T, class From, class To>
 void transpose_square(const From& from, const To& to) {
-  constexpr int64_t kWidth = Vector<T>::kWidth;
+  constexpr int kWidth = Vector<T>::kWidth;
   typename Vector<T>::Values square[kWidth];
-  for (int64_t i = 0; i < kWidth; ++i) square[i] = read<typename Vector<T>::Values>(from(i));
-  transpose(square);
-  for (int64_t i = 0; i < kWidth; ++i) write(to(i), square[i]);
+  for (int i = 0; i < kWidth; ++i) square[i] = read<typename Vector<T>::Values>(from(i));
+  transpose<T>(square);
+  for (int i = 0; i < kWidth; ++i) write(to(i), square[i]);
 }
 
 // Row i of a tile is step `start + i` of a lane's sequence. Rows before a sequence's first step are not touched.

@@ -101,7 +101,7 @@ def _gae(
     lam: float,
     mask_mode: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
     rewards, values = rewards.to(dtype), values.to(dtype)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.to(dtype).contiguous()

@@ -314,7 +314,7 @@ def policy_loss(
         rows["advantages"],
         rows["ref_logprobs"],
         rows["importance_weights"],
-        cu_seqlens,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         as_denominator(denominator, logits),
         coefficient(config.penalty_coef, logits),
         coefficient(config.ent_coef, logits),

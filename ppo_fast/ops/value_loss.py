@@ -130,7 +130,7 @@ def value_loss(
         as_floats(returns, shape, dtype),
         as_bools(mask, shape),
         None if clip is None else as_floats(old_values, shape, dtype),
-        cu_seqlens,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         as_denominator(denominator, values),
         None if clip is None else float(clip),
         aggregation,

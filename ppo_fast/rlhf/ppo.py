@@ -99,6 +99,7 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
+    log = RunLog(config)
     warn_about_filters(config.rollout)
     generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
     with _threads(config.threads):
@@ -107,7 +108,7 @@ def train_ppo(
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         _check_context(config, models, data)
         run = Run(config, models, data, reward_fn, generator)
-        with RunLog(config) as log:
+        with log:
             save_config(config, log.directory / "config.yaml")
             for update in range(1, config.updates + 1):
                 with _named(f"update {update}"):

@@ -113,7 +113,10 @@ def _told(error: Exception) -> str:
 
 def _validated(answer: Any, ids: list[list[int]]) -> list[float | list[float]]:
     """A number per response or a list of numbers per response, all finite."""
-    answer = answer.tolist() if isinstance(answer, Tensor) else list(answer)
+    try:
+        answer = answer.tolist() if isinstance(answer, Tensor) else list(answer)
+    except TypeError as error:
+        raise UserError(f"reward function: expected a list of {len(ids)} scores, got {answer!r}") from error
     if len(answer) != len(ids):
         raise UserError(f"reward function: expected {len(ids)} scores, one per completion, got {len(answer)}")
     checked: list[float | list[float]] = []

@@ -82,16 +82,15 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
     parts = [_generate(models, ids, attention, config, generator) for ids, attention in chunks]
     length = max(tokens.shape[1] for tokens, _ in parts)
     responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _ in parts])
-    lengths = torch.cat([tokens.new_full((len(tokens),), tokens.shape[1]) for tokens, _ in parts])
     ended_at = first_eos(responses, models.eos_id)
-    mask = torch.arange(length, device=responses.device) < torch.minimum(ended_at + 1, lengths)[:, None]
+    mask = torch.arange(length, device=responses.device) < (ended_at + 1)[:, None]
     logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values in parts])
     return Generation(
         prompts=prompts,
         input_ids=torch.cat([prompts.input_ids, torch.where(mask, responses, models.pad_id)], dim=1),
         attention_mask=torch.cat([prompts.attention_mask, mask], dim=1),
         mask=mask,
-        ended=ended_at < lengths,
+        ended=ended_at < length,
         logprobs=torch.where(mask, logprobs, 0.0),
     )
 
@@ -103,18 +102,12 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
     fields = (generation.input_ids, generation.attention_mask, generation.responses, generation.mask)
     columns = []
     for ids, attention, responses, mask in zip(*(field.split(width) for field in fields), strict=True):
-        length = mask.shape[1]
-        stats, reference = (
-            ops.token_stats(
-                response_logits(model, ids, attention, length),
-                responses,
-                mask=mask,
-                temperature=config.temperature,
-            )
-            for model in (models.policy, models.reference)
-        )
-        values = response_values(models.value, ids, attention, length)
-        columns.append((stats.logprobs, reference.logprobs, stats.entropy, torch.where(mask, values, 0.0)))
+        inputs = (ids, attention, mask.shape[1])
+        counted: dict[str, Any] = {"mask": mask, "temperature": config.temperature}
+        stats = ops.token_stats(response_logits(models.policy, *inputs), responses, **counted)
+        reference = ops.token_logprobs(response_logits(models.reference, *inputs), responses, **counted)
+        values = torch.where(mask, response_values(models.value, *inputs), 0.0)
+        columns.append((stats.logprobs, reference, stats.entropy, values))
     return Rollout(generation, *(torch.cat(column) for column in zip(*columns, strict=True)))
 
 

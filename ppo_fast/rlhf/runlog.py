@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .config import PPOConfig, UserError, require
 from .rewards import Rewards
@@ -23,7 +24,8 @@ TENSORBOARD, CHECKPOINTS, FINAL = "tensorboard", "checkpoints", "final"
 class RunLog:
     """Writes every metric of every update at once, so that a crashed run leaves a readable file.
 
-    Use as a context manager; `history` keeps the metrics of the updates so far.
+    Use as a context manager; `history` keeps the metrics of the updates so far. UserError, before anything is
+    written, for a directory that holds an earlier run and `overwrite` off.
     """
 
     def __init__(self, config: PPOConfig, console: Console | None = None) -> None:
@@ -31,9 +33,13 @@ class RunLog:
         self.directory = Path(config.log.dir)
         self.history: list[dict[str, float]] = []
         self.console = console or Console(quiet=not config.log.console)
+        if (self.directory / METRICS).exists() and not self.log.overwrite:
+            raise UserError(
+                f"log.dir: {str(self.directory)!r} holds an earlier run; choose another or set log.overwrite"
+            )
 
     def __enter__(self) -> RunLog:
-        self._prepare_directory()
+        self._empty_directory()
         with contextlib.ExitStack() as resources:
             self._board = self._open_board(resources)
             self._metrics, self._samples = (
@@ -76,16 +82,14 @@ class RunLog:
             table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
         self.console.print(table)
 
-    def _prepare_directory(self) -> None:
-        """An empty place for the run; an earlier one is removed only when `overwrite` says so."""
-        if (self.directory / METRICS).exists():
-            if not self.log.overwrite:
-                raise UserError(
-                    f"log.dir: {str(self.directory)!r} holds an earlier run; choose another or set log.overwrite"
-                )
-            for name in (TENSORBOARD, CHECKPOINTS, FINAL):
-                shutil.rmtree(self.directory / name, ignore_errors=True)
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def _empty_directory(self) -> None:
+        """Make the directory, without what an earlier run left there."""
+        for name in (TENSORBOARD, CHECKPOINTS, FINAL):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
 
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
         if not self.log.tensorboard:
@@ -111,8 +115,8 @@ def _line(file: TextIO, record: dict[str, Any]) -> None:
     file.flush()
 
 
-def _one_line(text: Any) -> str:
-    """Text, or the contents of messages, without line breaks and without rich markup."""
+def _one_line(text: Any) -> Text:
+    """Text, or the contents of messages, without line breaks; never read as markup."""
     if not isinstance(text, str):
         text = " ".join(str(message["content"]) for message in text)
-    return " ".join(text.split()).replace("[", r"\[")
+    return Text(" ".join(text.split()))

@@ -154,7 +154,7 @@ def run(name: str, backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]
 def upstream(results: dict[str, Tensor]) -> Tensor:
     """A scalar in which every differentiable element has its own weight."""
     parts = [x for x in results.values() if x.requires_grad]
-    return sum((x * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in parts)
+    return sum((x * torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape)).sum() for x in parts)
 
 
 def run_with_gradient(name: str, backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def test_texts_and_rows_from_memory(tokenizer):
 
 
 def test_messages_go_through_the_chat_template(tokenizer, monkeypatch):
-    template = "{% for m in messages %}{{ m.role[0:0] }}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w59{% endif %}"
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w59{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     data = load_prompts([{"prompt": [{"role": "user", "content": "w1 w2"}]}], tokenizer, DataConfig())
     assert data.token_ids == [tokenizer("w1 w2 w59")["input_ids"]]

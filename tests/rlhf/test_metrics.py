@@ -16,13 +16,40 @@ from ppo_fast.rlhf.runlog import RunLog
 from ppo_fast.rlhf.update import UpdateStats
 from tests.rlhf.made import made_rollout
 
-NAMES = """
-objective/kl objective/entropy objective/scores objective/rlhf_reward objective/non_score_reward objective/kl_coef
-policy/approxkl policy/clipfrac policy/ratio_mean policy/ratio_max loss/policy loss/value loss/total value/clipfrac
-value/explained_variance grad_norm/policy grad_norm/value lr length/mean length/max length/truncated_frac
-rollout/logprob_diff_max rollout/logprob_diff_mean hacking/repetition hacking/distinct_n hacking/length_reward_corr
-time/rollout time/score time/logprobs time/update tokens_per_second memory/peak
-""".split()
+NAMES = [
+    "objective/kl",
+    "objective/entropy",
+    "objective/scores",
+    "objective/rlhf_reward",
+    "objective/non_score_reward",
+    "objective/kl_coef",
+    "policy/approxkl",
+    "policy/clipfrac",
+    "policy/ratio_mean",
+    "policy/ratio_max",
+    "loss/policy",
+    "loss/value",
+    "loss/total",
+    "value/clipfrac",
+    "value/explained_variance",
+    "grad_norm/policy",
+    "grad_norm/value",
+    "lr",
+    "tokens_per_second",
+    "length/mean",
+    "length/max",
+    "length/truncated_frac",
+    "rollout/logprob_diff_max",
+    "rollout/logprob_diff_mean",
+    "hacking/repetition",
+    "hacking/distinct_n",
+    "hacking/length_reward_corr",
+    "time/rollout",
+    "time/score",
+    "time/logprobs",
+    "time/update",
+    "memory/peak",
+]
 SECONDS = {"rollout": 1.0, "logprobs": 0.5, "score": 0.25, "update": 2.25}
 
 
@@ -39,15 +66,16 @@ def made_update(lengths=(2, 4, 3), fill=0.0):
     rewards = Rewards(per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths])
     zero = torch.zeros_like(kl)
     targets = Targets(zero, torch.where(rollout.mask, rollout.values + 1, zero))
-    policy_names = "loss policy_loss entropy approx_kl clipfrac dual_clipfrac ratio_mean ratio_max".split()
-    policy = {name: torch.tensor(float(number)) for number, name in enumerate(policy_names, start=1)}
+    policy_names = ("policy_loss", "entropy", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max")
+    policy = {name: torch.tensor(float(number)) for number, name in enumerate(policy_names, start=2)}
+    policy["loss"] = torch.tensor(1.0)
     value = {"value_loss": torch.tensor(4.0), "clipfrac": torch.tensor(0.25)}
     stats = UpdateStats(policy, value, torch.tensor([0.5, 0.75]), lr=1e-3, note=None)
     return rollout, rewards, targets, stats
 
 
-def collected(*args, config=PPOConfig(), **kwargs):
-    return collect(*made_update(*args, **kwargs), config, SECONDS)
+def collected(**kwargs):
+    return collect(*made_update(**kwargs), PPOConfig(), SECONDS)
 
 
 def test_every_published_name_is_there():
@@ -125,15 +153,20 @@ def logged(make_config):
     return make
 
 
-def test_a_crashed_run_leaves_a_readable_jsonl(logged):
-    log, _ = logged()
-    metrics = collected()
-    with pytest.raises(RuntimeError, match="crash"), log:
+def crash(log, metrics):
+    with log:
         log.write(1, metrics)
         log.write(2, metrics, "stopped in epoch 1 of 4")
         lines = (log.directory / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["update"] for line in lines] == [1, 2]
         raise RuntimeError("crash")
+
+
+def test_a_crashed_run_leaves_a_readable_jsonl(logged):
+    log, _ = logged()
+    metrics = collected()
+    with pytest.raises(RuntimeError, match="crash"):
+        crash(log, metrics)
     records = [json.loads(line) for line in (log.directory / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"update": 1, **metrics}, {"update": 2, **metrics, "note": "stopped in epoch 1 of 4"}]
     assert log.history == [metrics, metrics]
@@ -190,12 +223,18 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
     with log:
         log.write(1, collected())
     (log.directory / "final").mkdir()
-    with (
-        pytest.raises(UserError, match=r"log\.dir: '.*run' holds an earlier run; choose another or set log\.overwrite"),
-        logged()[0],
+    with pytest.raises(
+        UserError, match=r"log\.dir: '.*run' holds an earlier run; choose another or set log\.overwrite"
     ):
-        pass
+        logged()
     assert (log.directory / "metrics.jsonl").read_text()
     with logged(overwrite=True)[0]:
         assert (log.directory / "metrics.jsonl").read_text() == ""
         assert not (log.directory / "final").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(logged, tmp_path):
+    (tmp_path / "file").write_text("")
+    log, _ = logged(dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match=r"log\.dir: cannot make '.*run': Not a directory"):
+        log.__enter__()

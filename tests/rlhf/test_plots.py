@@ -8,6 +8,7 @@ import matplotlib.image
 import pytest
 
 from ppo_fast.rlhf import UserError, plots
+from tests.helpers import raises_exactly
 
 
 def _history(updates: int) -> list[dict[str, float]]:
@@ -22,10 +23,10 @@ def test_metrics_are_read_back_without_a_line_cut_short(tmp_path: Path) -> None:
 
 def test_missing_metrics_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(UserError, match=f"^read_metrics: expected a metrics file, got no file at {str(path)!r}$"):
+    with raises_exactly(f"read_metrics: expected a metrics file, got no file at {str(path)!r}", UserError):
         plots.read_metrics(path)
     path.write_text('{"a": 1')
-    with pytest.raises(UserError, match=f"^read_metrics: expected at least one update in {str(path)!r}, got none$"):
+    with raises_exactly(f"read_metrics: expected at least one update in {str(path)!r}, got none", UserError):
         plots.read_metrics(path)
 
 

@@ -152,16 +152,19 @@ def test_inputs_that_cannot_work_are_refused_before_anything_is_written(run, mak
 
 
 def test_threads_are_set_for_the_run_alone(run):
-    torch.set_num_threads(1)
     seen = []
 
     def record(completions, **_):
         seen.append(torch.get_num_threads())
         return [0.0] * len(completions)
 
-    run(record, updates=1, threads=2)
-    assert seen == [2]
-    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    try:
+        run(record, updates=1, threads=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1]
 
 
 def test_the_device_is_chosen(monkeypatch):

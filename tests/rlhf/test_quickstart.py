@@ -23,7 +23,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 def test_it_learns(short: tuple[Path, Result]) -> None:
     _, result = short
-    assert result.after.score > result.before.score + 0.6
+    assert result.after.score > result.before.score + 1.0
     assert result.before.kl == 0
     assert 0 < result.after.kl < 20
 
@@ -81,8 +81,6 @@ def test_same_seed_same_run(
 
 
 def test_sample_table_shows_both_texts_of_a_prompt_with_their_scores() -> None:
-    sides = (
-        Evaluation(["the soup"], [f"the soup was {word} ."], kl=0.0, entropy=1.0) for word in ("stale", "fresh")
-    )
+    sides = (Evaluation(["the soup"], [f"the soup was {word} ."], kl=0.0, entropy=1.0) for word in ("stale", "fresh"))
     cells = [[str(cell) for cell in column.cells] for column in sample_table(*sides).columns]
     assert cells == [["the soup was stale."], ["-1"], ["the soup was fresh."], ["+1"]]

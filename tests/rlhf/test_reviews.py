@@ -50,7 +50,9 @@ def test_score_is_warm_minus_cold_or_minus_three(text: str, score: float) -> Non
 
 
 def test_reward_judges_the_prompt_with_its_completion() -> None:
-    answer = reviews.reward(["the soup was", "the soup was"], ["fresh .", "fresh"], completion_ids=[[], []], topic=["a"])
+    answer = reviews.reward(
+        ["the soup was", "the soup was"], ["fresh .", "fresh"], completion_ids=[[], []], topic=["a"]
+    )
     assert answer == [1.0, -3.0]
 
 

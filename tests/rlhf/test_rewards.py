@@ -100,6 +100,7 @@ def broken(**_):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (lambda **_: None, "reward function: expected a list of 2 scores, got None"),
         (scores(1.0), "reward function: expected 2 scores, one per completion, got 1"),
         (scores(1.0, float("nan")), "reward function: expected a finite score for sample 1, got nan"),
         (scores(None, 1.0), "reward function: expected a finite score for sample 0, got None"),

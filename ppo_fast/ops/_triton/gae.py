@@ -85,7 +85,7 @@ def gae_kernel(
             counted &= tl.load(mask_ptr + first + t, exists, other=0) != 0
         reward = tl.load(rewards_ptr + t * rewards_stride_t, counted, other=0.0).to(tl.float32)
         value = tl.load(values_ptr + t * values_stride_t, counted, other=0.0).to(tl.float32)
-        passes = (not counted) if CARRY else (not exists)
+        passes = (counted if CARRY else exists) == 0
         cut = passes
         if dones_ptr is not None:
             cut |= tl.load(dones_ptr + first + t, exists, other=0) != 0

@@ -28,25 +28,31 @@ class Tile(NamedTuple):
         return self.block * self.steps
 
 
-# (largest vocabulary, tile), by compute capability; the last line of each serves every larger vocabulary.
-_FORWARD = {
-    (8, 0): ((8192, Tile(2048, 4, 4)), (1 << 31, Tile(4096, 4, 8))),
-    (9, 0): ((8192, Tile(2048, 4, 4)), (1 << 31, Tile(4096, 4, 8))),
-    (10, 0): ((8192, Tile(2048, 4, 4)), (1 << 31, Tile(4096, 4, 8))),
+_Table = dict[tuple[int, int], tuple[tuple[int, Tile], ...]]
+# By compute capability: (largest vocabulary, tile), the last line of each for every larger vocabulary.
+_FORWARD: _Table = {
+    (8, 0): ((1 << 31, Tile(4096, 4, 4)),),
+    (9, 0): ((1 << 31, Tile(4096, 4, 4)),),
+    (10, 0): ((1 << 31, Tile(4096, 4, 4)),),
 }
-_BACKWARD = {
-    (8, 0): ((8192, Tile(2048, 1, 4)), (1 << 31, Tile(4096, 1, 8))),
-    (9, 0): ((8192, Tile(2048, 1, 4)), (1 << 31, Tile(4096, 1, 8))),
-    (10, 0): ((8192, Tile(2048, 1, 4)), (1 << 31, Tile(4096, 1, 8))),
+_BACKWARD: _Table = {
+    (8, 0): ((1 << 31, Tile(4096, 1, 8)),),
+    (9, 0): ((1 << 31, Tile(4096, 1, 8)),),
+    (10, 0): ((1 << 31, Tile(4096, 1, 8)),),
 }
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 512  # partial results per program of the kernel that merges them
 
 
-def _lookup(table: dict[tuple[int, int], tuple[tuple[int, Tile], ...]], V: int, device: torch.device) -> Tile:
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability; that of an H200 for the interpreter's CPU tensors."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _lookup(table: _Table, V: int, device: torch.device) -> Tile:
     """The tile of the newest architecture in the table that is not newer than the device."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    known = max((c for c in table if c <= capability), default=min(table))
+    found = capability(device)
+    known = max((known for known in table if known <= found), default=min(table))
     tile = next(tile for largest, tile in table[known] if largest >= V)
     block = min(tile.block, max(16, triton.next_power_of_2(V)))
     return tile._replace(block=block, warps=max(1, tile.warps * block // tile.block))

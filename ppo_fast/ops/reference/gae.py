@@ -19,7 +19,7 @@ def _recursion(
 ) -> tuple[Tensor, Tensor]:
     """A[t] = delta[t] + gamma*lam*A[t+1] over columns; at ``last`` a sequence ends: start from bootstrap."""
     rewards, values = torch.where(counted, rewards, 0.0), torch.where(counted, values, 0.0)
-    advantages = torch.zeros_like(rewards)
+    advantages = torch.zeros_like(rewards, memory_format=torch.contiguous_format)
     adv, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         next_value = torch.where(last[:, t], bootstrap[:, t], next_value)
@@ -30,7 +30,7 @@ def _recursion(
         adv = torch.where(step, new_adv, adv)
         next_value = torch.where(step, values[:, t], next_value)
         advantages[:, t] = torch.where(counted[:, t], adv, 0.0)
-    return advantages, torch.where(counted, advantages + values, 0.0)
+    return advantages, torch.where(counted, advantages + values, 0.0).contiguous()
 
 
 def gae(

@@ -1,0 +1,212 @@
+// The row kernels, compiled once for each instruction set with PPO_FAST_ISA naming it.
+#include "kernels.h"
+#include "policy_terms.h"
+#include "value_terms.h"
+
+namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// body(Type<logits>, Type<reference logits>).
+template <class Body>
+auto with_types(const Rows& in, const Body& body) {
+  const auto with_ref = [&](auto logits) {
+    if (in.ref_logits.data == nullptr) return body(logits, Type<Absent>());
+    return in.ref_logits.bfloat16 ? body(logits, Type<BFloat16>()) : body(logits, Type<float>());
+  };
+  return in.logits.bfloat16 ? with_ref(Type<BFloat16>()) : with_ref(Type<float>());
+}
+
+Vec logprobs_of(const Normalizers& norm, const TargetLogits& target, float temperature) {
+  return (target.x - norm.max) / temperature - norm.log_sum;
+}
+
+TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec logprob, bool has_ref) {
+  const Vec entropy = norm.log_sum - kLn2 * (sums.weighted / norm.sum);
+  const Vec kl = has_ref ? kLn2 * (sums.cross / norm.sum) - norm.log_sum + norm.ref_log_sum : Vec{};
+  return {logprob, entropy, kl};
+}
+
+void store_statistics(const TokenStatsArguments& args, const Group& group, const TokenStatistics& token,
+                      const Normalizers& norm) {
+  group.store(args.logprobs, token.logprob);
+  group.store(args.entropy, token.entropy);
+  group.store(args.kl, token.kl);
+  group.store(args.lse, norm.max / args.in.temperature + norm.log_sum);
+  group.store(args.ref_lse, norm.ref_max / args.in.temperature + norm.ref_log_sum);
+}
+
+void zero(float* per_row, int64_t row) {
+  if (per_row != nullptr) per_row[row] = 0.0f;
+}
+
+void zero_statistics(const TokenStatsArguments& args, int64_t row) {
+  for (float* out : {args.logprobs, args.entropy, args.kl, args.lse, args.ref_lse}) zero(out, row);
+}
+
+template <class T, class Ref, bool kEntropy>
+void token_stats_rows(const TokenStatsArguments& args, int64_t first, int64_t last) {
+  constexpr bool kRef = !is_absent<Ref>;
+  const auto skip = [&](int64_t row) { zero_statistics(args, row); };
+  for (int64_t next = first; next < last;) {
+    const Group group = next_group(args.in, &next, last, skip);
+    if (group.size == 0) break;
+    const RowSums sums = row_sums<T, Ref, kEntropy>(args.in, group);
+    const Normalizers norm = normalizers(sums, kRef);
+    Vec logprob{};
+    if (args.logprobs != nullptr) {
+      logprob = logprobs_of(norm, target_logits<T, Absent>(args.in, group), args.in.temperature);
+    }
+    store_statistics(args, group, statistics(norm, sums, logprob, kRef), norm);
+  }
+}
+
+void token_stats(const TokenStatsArguments& args, int64_t first, int64_t last) {
+  with_types(args.in, [&](auto logits, auto ref) {
+    using T = typename decltype(logits)::type;
+    using Ref = typename decltype(ref)::type;
+    if constexpr (is_absent<Ref>) {
+      if (args.entropy == nullptr) return token_stats_rows<T, Ref, false>(args, first, last);
+    }
+    return token_stats_rows<T, Ref, true>(args, first, last);
+  });
+}
+
+// The error of a float32 lse, up to lse * 2^-24, is a relative one of every probability made from it. Beyond this size
+// that is too much, and so it is for narrow rows, where one word may have all the probability: they are summed again.
+constexpr float kTrustedLse = 32.0f;
+
+template <class T, class Ref>
+Normalizers saved_normalizers(const TokenStatsBackwardArguments& args, const Group& group) {
+  constexpr bool kRef = !is_absent<Ref>;
+  if (args.in.vocab <= kNarrow) return normalizers(row_sums<T, Ref, false>(args.in, group), kRef);
+  const Vec lse = group.load(args.lse), ref_lse = group.load(kRef ? args.ref_lse : nullptr);
+  const float temperature = args.in.temperature;
+  Normalizers out = {lse * temperature, set(1.0f), Vec{}, ref_lse * temperature, Vec{}};
+  const Vec size = max(max(lse, -lse), max(ref_lse, -ref_lse));
+  if (any_greater(size, set(kTrustedLse))) {
+    const Normalizers exact = normalizers(row_sums<T, Ref, false>(args.in, group), kRef);
+    const Ints distrusted = size > kTrustedLse;
+    out.max = distrusted ? exact.max : out.max;
+    out.sum = distrusted ? exact.sum : out.sum;
+    out.log_sum = distrusted ? exact.log_sum : out.log_sum;
+    out.ref_max = distrusted ? exact.ref_max : out.ref_max;
+    out.ref_log_sum = distrusted ? exact.ref_log_sum : out.ref_log_sum;
+  }
+  return out;
+}
+
+template <class T, class Ref>
+void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t first, int64_t last) {
+  const auto skip = [&](int64_t row) { zero_row<T>(args.out, args.in, row); };
+  for (int64_t next = first; next < last;) {
+    const Group group = next_group(args.in, &next, last, skip);
+    if (group.size == 0) break;
+    const Upstream upstream = {group.load(args.g), group.load(args.g_entropy), group.load(args.g_kl),
+                               group.load(args.entropy), group.load(args.kl)};
+    TargetLogits target;
+    if (args.in.targets.data != nullptr) {
+      target = target_logits<T, Ref>(args.in, group);
+    }
+    const Normalizers norm = saved_normalizers<T, Ref>(args, group);
+    if (!is_absent<Ref> || args.g_entropy != nullptr) {
+      gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out);
+    } else {
+      gradient_rows<T, Ref, false>(args.in, group, upstream, norm, target, args.out);
+    }
+  }
+  end_stream();
+}
+
+void token_stats_backward(const TokenStatsBackwardArguments& args, int64_t first, int64_t last) {
+  with_types(args.in, [&](auto logits, auto ref) {
+    token_stats_backward_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first, last);
+  });
+}
+
+void store_gradients(const PolicyLossArguments& args, const Group& group, const PolicyTerms& terms) {
+  if (args.stats.kl != nullptr) group.store(args.stats.kl, terms.kl);
+  group.store(args.d_logprobs, terms.upstream.g);
+  group.store(args.d_entropy, terms.upstream.g_entropy);
+  group.store(args.d_kl, terms.upstream.g_kl);
+}
+
+template <class T>
+void skip_policy_row(const PolicyLossArguments& args, int64_t row) {
+  zero_statistics(args.stats, row);
+  for (float* out : {args.d_logprobs, args.d_entropy, args.d_kl}) zero(out, row);
+  if (args.gradient.data != nullptr) zero_row<T>(args.gradient, args.stats.in, row);
+}
+
+template <class T, class Ref>
+void policy_gradient(const PolicyLossArguments& args, const Group& group, const PolicyTerms& terms,
+                     const Normalizers& norm, const TargetLogits& target) {
+  const Rows& in = args.stats.in;
+  if constexpr (!is_absent<Ref>) {
+    if (args.kl_coef != nullptr) {
+      return gradient_rows<T, Ref, true>(in, group, terms.upstream, norm, target, args.gradient);
+    }
+  }
+  if (args.ent_coef != nullptr) {
+    gradient_rows<T, Absent, true>(in, group, terms.upstream, norm, target, args.gradient);
+  } else {
+    gradient_rows<T, Absent, false>(in, group, terms.upstream, norm, target, args.gradient);
+  }
+}
+
+template <class T, class Ref>
+PolicySums policy_loss_rows(const PolicyLossArguments& args, int64_t first, int64_t last) {
+  constexpr bool kRef = !is_absent<Ref>;
+  const Rows& in = args.stats.in;
+  const auto skip = [&](int64_t row) { skip_policy_row<T>(args, row); };
+  PolicyLaneSums total;
+  for (int64_t next = first; next < last;) {
+    const Group group = next_group(in, &next, last, skip);
+    if (group.size == 0) break;
+    const RowSums sums = row_sums<T, Ref, true>(in, group);
+    const Normalizers norm = normalizers(sums, kRef);
+    const TargetLogits target = target_logits<T, Ref>(in, group);
+    const TokenStatistics token =
+        statistics(norm, sums, logprobs_of(norm, target, in.temperature), kRef);
+    const PolicyTerms terms = policy_terms(args, group, token);
+    total.add(terms, token, group.active());
+    store_statistics(args.stats, group, token, norm);
+    store_gradients(args, group, terms);
+    if (args.gradient.data != nullptr) policy_gradient<T, Ref>(args, group, terms, norm, target);
+  }
+  end_stream();
+  return total.total();
+}
+
+PolicySums policy_loss(const PolicyLossArguments& args, int64_t first, int64_t last) {
+  return with_types(args.stats.in, [&](auto logits, auto ref) {
+    return policy_loss_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first, last);
+  });
+}
+
+ValueSums value_loss(const ValueLossArguments& args, int64_t first, int64_t last) {
+  return args.bfloat16 ? value_rows<BFloat16>(args, first, last) : value_rows<float>(args, first, last);
+}
+
+void elementary(const char* f, const float* x, float* y, int64_t n) {
+  const auto apply = [f](Vec v) {
+    if (std::strcmp(f, "exp2") == 0) return exp2(max(set(kMinExponent), v));
+    if (std::strcmp(f, "exp") == 0) return exp(v);
+    if (std::strcmp(f, "exp_excess") == 0) return exp_excess(v, exp(v));
+    return log(v);
+  };
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t lanes = n - i < kWidth ? n - i : kWidth;
+    store(y + i, apply(load(x + i, lanes, 1.0f)), lanes);
+  }
+}
+
+}  // namespace
+
+const Kernels kernels = {token_stats, token_stats_backward, policy_loss, value_loss, elementary};
+
+}  // namespace ppo_fast::cpu::PPO_FAST_ISA

@@ -1,0 +1,122 @@
+// The policy loss of a group of tokens from their statistics, and its gradient with respect to them.
+#pragma once
+
+#include "row_gradient.h"
+
+namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace {
+
+constexpr float kMaxLogRatio = 20.0f;
+
+struct TokenStatistics {
+  Vec logprob, entropy, kl;
+};
+
+struct PolicyTerms {
+  Vec loss;         // weighted, all terms
+  Vec policy_loss;  // weighted, the objective alone
+  Vec kl, approx_kl, ratio;
+  Ints clipped, dual_clipped;
+  Upstream upstream;
+};
+
+inline Vec clamp_log_ratio(Vec x) { return min(set(kMaxLogRatio), max(set(-kMaxLogRatio), x)); }
+
+struct KlTerm {
+  Vec value, slope;  // slope: the derivative in the logprob
+};
+
+// delta = logprob - ref_logprob. Source: Schulman 2020, "Approximating KL Divergence".
+inline KlTerm kl_term(Vec delta, KlEstimator estimator) {
+  if (estimator == KlEstimator::kK1) return {delta, set(1.0f)};
+  if (estimator == KlEstimator::kK2) return {delta * delta * 0.5f, delta};
+  const Vec clamped = clamp_log_ratio(-delta);
+  const Vec excess = exp_excess(clamped, exp(clamped));
+  return {excess, clamped == -delta ? -(excess + clamped) : Vec{}};
+}
+
+struct Objective {
+  Vec loss, d_log_ratio;  // -weight * objective, and its derivative
+  Ints clipped, dual_clipped;
+};
+
+// min(r*A, clip(r)*A), and at least dual_clip*A where A < 0.
+inline Objective objective(const PolicyLossArguments& args, Vec ratio, Vec advantage, Vec importance) {
+  const Vec unclipped = ratio * advantage;
+  const Vec clipped = min(set(args.high), max(set(args.low), ratio)) * advantage;
+  Objective out;
+  out.clipped = clipped < unclipped;
+  Vec value = min(clipped, unclipped);
+  const Vec bound = advantage < 0.0f ? args.dual_clip * advantage : set(-kInfinity);
+  out.dual_clipped = bound > value;
+  value = max(bound, value);
+  out.loss = -importance * value;
+  out.d_log_ratio = out.clipped | out.dual_clipped ? Vec{} : -importance * unclipped;
+  return out;
+}
+
+// The loss of each token of a group, with the token's own ratio.
+inline PolicyTerms policy_terms(const PolicyLossArguments& args, const Group& group, const TokenStatistics& token) {
+  const Vec old = args.old_logprobs == nullptr ? token.logprob : group.load(args.old_logprobs);
+  const Vec raw = token.logprob - old;
+  const Vec log_ratio = clamp_log_ratio(raw);
+  const Vec weight = group.load(args.token_weights, args.weight);
+  const Vec importance = group.load(args.importance_weights, 1.0f);
+  PolicyTerms out;
+  out.ratio = exp(log_ratio);
+  out.approx_kl = exp_excess(log_ratio, out.ratio);
+  const Objective objective_ = objective(args, out.ratio, group.load(args.advantages), importance);
+  out.clipped = objective_.clipped;
+  out.dual_clipped = objective_.dual_clipped;
+  out.policy_loss = weight * objective_.loss;
+
+  Vec loss = objective_.loss, d_log_ratio = objective_.d_log_ratio;
+  if (args.penalty_coef != nullptr) {
+    loss += *args.penalty_coef * out.approx_kl;
+    d_log_ratio += *args.penalty_coef * (out.approx_kl + log_ratio);
+  }
+  out.upstream.g = weight * (log_ratio == raw ? d_log_ratio : Vec{});
+  out.upstream.entropy = token.entropy;
+  out.upstream.kl = out.kl = token.kl;
+  if (args.ref_logprobs != nullptr) {
+    const KlTerm term = kl_term(token.logprob - group.load(args.ref_logprobs), args.kl_estimator);
+    out.kl = term.value;
+    if (args.kl_coef != nullptr) out.upstream.g += weight * *args.kl_coef * term.slope;
+  } else if (args.kl_coef != nullptr) {
+    out.upstream.g_kl = weight * *args.kl_coef;
+  }
+  if (args.kl_coef != nullptr) loss += *args.kl_coef * out.kl;
+  if (args.ent_coef != nullptr) {
+    loss -= *args.ent_coef * token.entropy;
+    out.upstream.g_entropy = -weight * *args.ent_coef;
+  }
+  out.loss = weight * loss;
+  return out;
+}
+
+// Sums of a chunk's terms, lane by lane; few enough rows that float32 lanes lose nothing that matters.
+struct PolicyLaneSums {
+  Vec loss{}, policy_loss{}, entropy{}, kl{}, approx_kl{}, clipped{}, dual_clipped{}, ratio{}, ratio_max{};
+
+  void add(const PolicyTerms& terms, const TokenStatistics& token, Ints active) {
+    const auto counted = [&](Vec x) { return active ? x : Vec{}; };
+    loss += counted(terms.loss);
+    policy_loss += counted(terms.policy_loss);
+    entropy += counted(token.entropy);
+    kl += counted(terms.kl);
+    approx_kl += counted(terms.approx_kl);
+    clipped += active & terms.clipped ? set(1.0f) : Vec{};
+    dual_clipped += active & terms.dual_clipped ? set(1.0f) : Vec{};
+    ratio += counted(terms.ratio);
+    ratio_max = max(ratio_max, counted(terms.ratio));
+  }
+
+  PolicySums total() const {
+    return {lane_total(loss),      lane_total(policy_loss), lane_total(entropy),
+            lane_total(kl),        lane_total(approx_kl),   lane_total(clipped),
+            lane_total(dual_clipped), lane_total(ratio),    combine_lanes(ratio_max, Max())};
+  }
+};
+
+}  // namespace
+}  // namespace ppo_fast::cpu::PPO_FAST_ISA

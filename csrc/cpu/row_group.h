@@ -1,0 +1,112 @@
+// Up to kWidth counted rows that are worked on together: row i in lane i of every per-row quantity.
+#pragma once
+
+#include "simd.h"
+
+namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace {
+
+// The type of reference logits that are not there.
+struct Absent {};
+template <class T>
+constexpr bool is_absent = false;
+template <>
+constexpr bool is_absent<Absent> = true;
+
+template <class T>
+Vec load_if(const T* from, int64_t i) {
+  if constexpr (is_absent<T>) {
+    return Vec{};
+  } else {
+    return load(from + i);
+  }
+}
+
+template <class T>
+Vec load_if(const T* from, int64_t i, int64_t n, float fill) {
+  if constexpr (is_absent<T>) {
+    return Vec{};
+  } else {
+    return load(from + i, n, fill);
+  }
+}
+
+template <class T>
+T* row_of(const LogitsView& view, int64_t row, int64_t steps) {
+  return static_cast<T*>(view.data) + row / steps * view.stride_b + row % steps * view.stride_t;
+}
+
+template <class T>
+const T* logits_row(const Rows& in, int64_t row) {
+  return row_of<const T>(in.logits, row, in.steps);
+}
+
+template <class Ref>
+const Ref* ref_row(const Rows& in, int64_t row) {
+  if constexpr (is_absent<Ref>) {
+    return nullptr;
+  } else {
+    return row_of<const Ref>(in.ref_logits, row, in.steps);
+  }
+}
+
+// The target of a row, or -1 where it is not a word of the vocabulary.
+inline int64_t target_of(const Rows& in, int64_t row) {
+  const int64_t at = row / in.steps * in.targets.stride_b + row % in.steps * in.targets.stride_t;
+  const int64_t target = in.targets.is_int64 ? static_cast<const int64_t*>(in.targets.data)[at]
+                                             : static_cast<const int32_t*>(in.targets.data)[at];
+  return target >= 0 && target < in.vocab ? target : -1;
+}
+
+struct Group {
+  int size = 0;
+  bool adjacent = false;  // the rows are kWidth consecutive ones
+  int64_t row[kWidth] = {};
+
+  // One number per row; 0 in lanes without a row, and from an array that is not there.
+  Vec load(const float* per_row, float absent = 0.0f) const {
+    if (per_row == nullptr) return set(absent);
+    if (adjacent) return PPO_FAST_ISA::load(per_row + row[0]);
+    Vec x{};
+    for (int i = 0; i < size; ++i) x[i] = per_row[row[i]];
+    return x;
+  }
+
+  void store(float* per_row, Vec x) const {
+    if (per_row == nullptr) return;
+    if (adjacent) return PPO_FAST_ISA::store(per_row + row[0], x);
+    for (int i = 0; i < size; ++i) per_row[row[i]] = x[i];
+  }
+
+  Ints active() const {
+    Ints lanes{};
+    for (int i = 0; i < size; ++i) lanes[i] = -1;
+    return lanes;
+  }
+};
+
+// So many rows that the row kernels find them in the cache a second time. Which rows share a group changes no result.
+inline int group_capacity(int64_t vocab) {
+  constexpr int64_t kCachedWords = 32768;
+  const int64_t rows = kCachedWords / vocab;
+  return rows < 1 ? 1 : rows < kWidth ? static_cast<int>(rows) : kWidth;
+}
+
+// The next counted rows from `*next` on, before `last`. Calls skip(row) for each uncounted one that it passes.
+template <class Skip>
+Group next_group(const Rows& in, int64_t* next, int64_t last, const Skip& skip) {
+  const int capacity = group_capacity(in.vocab);
+  Group group;
+  for (; *next < last && group.size < capacity; ++*next) {
+    if (in.mask != nullptr && in.mask[*next] == 0) {
+      skip(*next);
+    } else {
+      group.row[group.size++] = *next;
+    }
+  }
+  group.adjacent = group.size == kWidth && group.row[kWidth - 1] - group.row[0] == kWidth - 1;
+  return group;
+}
+
+}  // namespace
+}  // namespace ppo_fast::cpu::PPO_FAST_ISA

@@ -1,0 +1,186 @@
+// The forward pass over rows of logits x, and of reference logits y where there are any: with c = log2(e)/temperature,
+//
+//     t = c * (x - max x)    sum = sum 2^t    weighted = sum 2^t * t
+//     w = c * (y - max y)    ref_sum = sum 2^w    cross = sum 2^t * (t - w)
+//
+// A row is read once. Up to kNarrow words it is held in the L1 cache: its maximum is found first, and the lanes of
+// kWidth rows are combined together. A longer row is streamed in blocks, whose sums are taken against the maximum so
+// far; only a block that raises it costs a rescaling.
+#pragma once
+
+#include "elementary.h"
+#include "row_group.h"
+
+namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace {
+
+constexpr int64_t kNarrow = 256;
+constexpr int64_t kBlock = 1024;      // folding sums once a block keeps their rounding error that of short sums
+constexpr int64_t kPrefetchBytes = 2048;
+
+// Lane i is that of row i of a group.
+struct RowSums {
+  Vec max = set(-kInfinity), sum{}, weighted{};
+  Vec ref_max = set(-kInfinity), ref_sum{}, cross{};
+};
+
+// Sums of one row, to be combined over lanes.
+struct LaneSums {
+  Vec sum{}, weighted{}, ref_sum{}, cross{};
+};
+
+// -inf - -inf is NaN; against 0 a row of -inf so far has sums of 0.
+inline float finite_shift(float max) { return max == -kInfinity ? 0.0f : max; }
+
+template <class T>
+Vec lane_max(const T* x, int64_t n) {
+  Vec max0 = set(-kInfinity), max1 = max0;
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    max0 = max(max0, load(x + i));
+    max1 = max(max1, load(x + i + kWidth));
+  }
+  for (; i < n; i += kWidth) max0 = max(max0, n - i < kWidth ? load(x + i, n - i, -kInfinity) : load(x + i));
+  return max(max0, max1);
+}
+
+template <class T>
+void prefetch(const T* x) {
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes);
+}
+
+// One vector's share of the sums. A word of probability 0 adds 0, whatever its logit and reference.
+template <bool kEntropy, bool kRef>
+void add(LaneSums& sums, Vec x, Vec y, float shift, float ref_shift, float c) {
+  const Vec t = max(set(kMinExponent), (x - shift) * c);
+  const Vec p = exp2(t);
+  sums.sum += p;
+  if constexpr (kEntropy) sums.weighted = fma(p, t, sums.weighted);
+  if constexpr (kRef) {
+    const Vec w = (y - ref_shift) * c;
+    sums.ref_sum += exp2(max(set(kMinExponent), w));
+    sums.cross += p == 0.0f ? Vec{} : p * (t - w);
+  }
+}
+
+template <class T, class Ref, bool kEntropy>
+LaneSums sums_of(const T* x, const Ref* y, int64_t n, float shift, float ref_shift, float c) {
+  constexpr bool kRef = !is_absent<Ref>;
+  LaneSums sums;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    prefetch(x + i);
+    if constexpr (kRef) prefetch(y + i);
+    add<kEntropy, kRef>(sums, load(x + i), load_if(y, i), shift, ref_shift, c);
+  }
+  if (i < n) {
+    const Vec rest = load(x + i, n - i, -kInfinity);
+    add<kEntropy, kRef>(sums, rest, load_if(y, i, n - i, -kInfinity), shift, ref_shift, c);
+  }
+  return sums;
+}
+
+// The sums of a row so far, against its maximum so far.
+template <bool kEntropy, bool kRef>
+struct RunningSums {
+  float max = -kInfinity, ref_max = -kInfinity;
+  LaneSums sums;
+
+  // t falls by delta = c * (new_max - max), so that 2^t * t becomes 2^-delta * 2^t * (t - delta).
+  void raise(float new_max, float c) {
+    if (max != -kInfinity) {
+      const float delta = c * (new_max - max);
+      const Vec factor = exp2(PPO_FAST_ISA::max(set(kMinExponent), set(-delta)));
+      if constexpr (kEntropy) sums.weighted = factor * (sums.weighted - delta * sums.sum);
+      if constexpr (kRef) sums.cross = factor * (sums.cross - delta * sums.sum);
+      sums.sum *= factor;
+    }
+    max = new_max;
+  }
+
+  void raise_ref(float new_max, float c) {
+    if (ref_max != -kInfinity) {
+      const float delta = c * (new_max - ref_max);
+      sums.cross += delta * sums.sum;
+      sums.ref_sum *= exp2(PPO_FAST_ISA::max(set(kMinExponent), set(-delta)));
+    }
+    ref_max = new_max;
+  }
+
+  void fold(const LaneSums& block) {
+    sums.sum += block.sum;
+    if constexpr (kEntropy) sums.weighted += block.weighted;
+    if constexpr (kRef) sums.ref_sum += block.ref_sum;
+    if constexpr (kRef) sums.cross += block.cross;
+  }
+};
+
+template <class T, class Ref, bool kEntropy>
+RunningSums<kEntropy, !is_absent<Ref>> wide_row(const T* x, const Ref* y, int64_t vocab, float c) {
+  RunningSums<kEntropy, !is_absent<Ref>> row;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
+    const Vec highest = lane_max(x + begin, n);
+    if (any_greater(highest, set(row.max))) row.raise(combine_lanes(highest, Max()), c);
+    if constexpr (!is_absent<Ref>) {
+      const Vec ref_highest = lane_max(y + begin, n);
+      if (any_greater(ref_highest, set(row.ref_max))) row.raise_ref(combine_lanes(ref_highest, Max()), c);
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max), finite_shift(row.ref_max), c));
+    } else {
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, c));
+    }
+  }
+  return row;
+}
+
+template <class T, class Ref, bool kEntropy>
+RowSums wide_rows(const Rows& in, const Group& group, float c) {
+  RowSums out;
+  for (int i = 0; i < group.size; ++i) {
+    const auto row =
+        wide_row<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]), in.vocab, c);
+    out.max[i] = row.max;
+    out.sum[i] = combine_lanes(row.sums.sum, Add());
+    if constexpr (kEntropy) out.weighted[i] = combine_lanes(row.sums.weighted, Add());
+    if constexpr (!is_absent<Ref>) {
+      out.ref_max[i] = row.ref_max;
+      out.ref_sum[i] = combine_lanes(row.sums.ref_sum, Add());
+      out.cross[i] = combine_lanes(row.sums.cross, Add());
+    }
+  }
+  return out;
+}
+
+template <class T, class Ref, bool kEntropy>
+RowSums narrow_rows(const Rows& in, const Group& group, float c) {
+  constexpr bool kRef = !is_absent<Ref>;
+  RowSums out;
+  Vec a[kWidth] = {}, b[kWidth] = {}, d[kWidth] = {}, e[kWidth] = {};
+  for (int i = 0; i < group.size; ++i) {
+    a[i] = lane_max(logits_row<T>(in, group.row[i]), in.vocab);
+    if constexpr (kRef) b[i] = lane_max(ref_row<Ref>(in, group.row[i]), in.vocab);
+  }
+  out.max = combine_rows(a, Max());
+  if constexpr (kRef) out.ref_max = combine_rows(b, Max());
+  for (int i = 0; i < group.size; ++i) {
+    const LaneSums sums =
+        sums_of<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]), in.vocab,
+                                  finite_shift(out.max[i]), finite_shift(out.ref_max[i]), c);
+    a[i] = sums.sum, b[i] = sums.weighted, d[i] = sums.ref_sum, e[i] = sums.cross;
+  }
+  out.sum = combine_rows(a, Add());
+  if constexpr (kEntropy) out.weighted = combine_rows(b, Add());
+  if constexpr (kRef) out.ref_sum = combine_rows(d, Add());
+  if constexpr (kRef) out.cross = combine_rows(e, Add());
+  return out;
+}
+
+template <class T, class Ref, bool kEntropy>
+RowSums row_sums(const Rows& in, const Group& group) {
+  const float c = kLog2E / in.temperature;
+  return in.vocab <= kNarrow ? narrow_rows<T, Ref, kEntropy>(in, group, c)
+                             : wide_rows<T, Ref, kEntropy>(in, group, c);
+}
+
+}  // namespace
+}  // namespace ppo_fast::cpu::PPO_FAST_ISA

@@ -1,0 +1,57 @@
+// The clipped squared error of values, and its gradient.
+#pragma once
+
+#include "simd.h"
+
+namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace {
+
+// n <= kWidth tokens; lanes beyond them, and uncounted tokens, are all zeros.
+struct ValueLanes {
+  Ints counted;
+  Vec value{}, target{}, old{}, weight{};
+};
+
+template <class T>
+ValueLanes value_lanes(const ValueLossArguments& args, int64_t at, int64_t n) {
+  Bytes mask{};
+  if (args.mask != nullptr) {
+    std::memcpy(&mask, args.mask + at, static_cast<size_t>(n));
+  } else {
+    std::memset(&mask, 1, static_cast<size_t>(n));
+  }
+  ValueLanes out;
+  out.counted = __builtin_convertvector(mask, Ints) != 0;
+  const auto read = [&](const auto* from) { return out.counted ? load(from + at, n, 0.0f) : Vec{}; };
+  out.value = read(static_cast<const T*>(args.values));
+  out.target = read(args.returns);
+  if (args.old_values != nullptr) out.old = read(args.old_values);
+  out.weight = args.token_weights != nullptr ? read(args.token_weights) : (out.counted ? set(args.weight) : Vec{});
+  return out;
+}
+
+template <class T>
+ValueSums value_rows(const ValueLossArguments& args, int64_t first, int64_t last) {
+  Vec loss{}, clipped_count{};
+  for (int64_t at = first; at < last; at += kWidth) {
+    const int64_t n = last - at < kWidth ? last - at : kWidth;
+    const ValueLanes lanes = value_lanes<T>(args, at, n);
+    const Vec error = lanes.value - lanes.target;
+    Vec square = error * error, slope = error;
+    if (args.old_values != nullptr) {
+      const Vec move = lanes.value - lanes.old;
+      const Vec clipped_move = min(set(args.clip), max(set(-args.clip), move));
+      const Vec clipped_error = lanes.old + clipped_move - lanes.target;
+      const Ints clipped = clipped_error * clipped_error > square;
+      square = clipped ? clipped_error * clipped_error : square;
+      slope = clipped ? (clipped_move == move ? clipped_error : Vec{}) : error;
+      clipped_count += clipped ? set(1.0f) : Vec{};
+    }
+    loss += lanes.weight * square * 0.5f;
+    store(args.gradient + at, lanes.weight * slope, n);
+  }
+  return {lane_total(loss), lane_total(clipped_count)};
+}
+
+}  // namespace
+}  // namespace ppo_fast::cpu::PPO_FAST_ISA

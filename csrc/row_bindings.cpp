@@ -1,0 +1,139 @@
+#include "row_bindings.h"
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cpu/policy_loss.h"
+#include "cpu/token_stats.h"
+#include "cpu/value_loss.h"
+
+namespace py = pybind11;
+
+namespace ppo_fast {
+namespace {
+
+using namespace cpu;
+
+// An address in a structure, as an integer in Python.
+template <auto kMember, class Class>
+void def_pointer(py::class_<Class>& cls, const char* name) {
+  cls.def_property(
+      name, [](const Class& self) { return reinterpret_cast<std::uintptr_t>(self.*kMember); },
+      [](Class& self, std::uintptr_t address) {
+        self.*kMember = reinterpret_cast<std::remove_reference_t<decltype(self.*kMember)>>(address);
+      });
+}
+
+void bind_views(py::module_& m) {
+  py::class_<LogitsView> logits(m, "LogitsView");
+  logits.def(py::init([](std::uintptr_t data, int64_t stride_b, int64_t stride_t, bool bfloat16, bool streamed) {
+    return LogitsView{reinterpret_cast<void*>(data), stride_b, stride_t, bfloat16, streamed};
+  }));
+  py::class_<TargetsView> targets(m, "TargetsView");
+  targets.def(py::init([](std::uintptr_t data, int64_t stride_b, int64_t stride_t, bool is_int64) {
+    return TargetsView{reinterpret_cast<const void*>(data), stride_b, stride_t, is_int64};
+  }));
+  py::class_<Rows> rows(m, "Rows");
+  rows.def(py::init([](const LogitsView& logits, const LogitsView& ref_logits, const TargetsView& targets,
+                       std::uintptr_t mask, int64_t rows, int64_t steps, int64_t vocab, float temperature) {
+             return Rows{logits, ref_logits, targets, reinterpret_cast<const uint8_t*>(mask), rows, steps, vocab,
+                         temperature};
+           }),
+           py::arg("logits"), py::arg("ref_logits"), py::arg("targets"), py::arg("mask"), py::arg("rows"),
+           py::arg("steps"), py::arg("vocab"), py::arg("temperature"));
+}
+
+void bind_token_stats(py::module_& m) {
+  using Forward = TokenStatsArguments;
+  py::class_<Forward> forward(m, "TokenStatsArguments");
+  forward.def(py::init<>()).def_readwrite("rows", &Forward::in);
+  def_pointer<&Forward::logprobs>(forward, "logprobs");
+  def_pointer<&Forward::entropy>(forward, "entropy");
+  def_pointer<&Forward::kl>(forward, "kl");
+  def_pointer<&Forward::lse>(forward, "lse");
+  def_pointer<&Forward::ref_lse>(forward, "ref_lse");
+  using Backward = TokenStatsBackwardArguments;
+  py::class_<Backward> backward(m, "TokenStatsBackwardArguments");
+  backward.def(py::init<>()).def_readwrite("rows", &Backward::in).def_readwrite("out", &Backward::out);
+  def_pointer<&Backward::g>(backward, "g");
+  def_pointer<&Backward::g_entropy>(backward, "g_entropy");
+  def_pointer<&Backward::g_kl>(backward, "g_kl");
+  def_pointer<&Backward::lse>(backward, "lse");
+  def_pointer<&Backward::ref_lse>(backward, "ref_lse");
+  def_pointer<&Backward::entropy>(backward, "entropy");
+  def_pointer<&Backward::kl>(backward, "kl");
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("token_stats", &token_stats, py::arg("args"), py::arg("threads"), release);
+  m.def("token_stats_backward", &token_stats_backward, py::arg("args"), py::arg("threads"), release);
+}
+
+void bind_policy_loss(py::module_& m) {
+  py::enum_<KlEstimator>(m, "KlEstimator")
+      .value("k1", KlEstimator::kK1)
+      .value("k2", KlEstimator::kK2)
+      .value("k3", KlEstimator::kK3)
+      .value("full", KlEstimator::kFull);
+  using Args = PolicyLossArguments;
+  py::class_<Args> args(m, "PolicyLossArguments");
+  args.def(py::init<>())
+      .def_readwrite("stats", &Args::stats)
+      .def_readwrite("low", &Args::low)
+      .def_readwrite("high", &Args::high)
+      .def_readwrite("dual_clip", &Args::dual_clip)
+      .def_readwrite("kl_estimator", &Args::kl_estimator)
+      .def_readwrite("gradient", &Args::gradient);
+  def_pointer<&Args::old_logprobs>(args, "old_logprobs");
+  def_pointer<&Args::advantages>(args, "advantages");
+  def_pointer<&Args::ref_logprobs>(args, "ref_logprobs");
+  def_pointer<&Args::importance_weights>(args, "importance_weights");
+  def_pointer<&Args::token_weights>(args, "token_weights");
+  def_pointer<&Args::denominator>(args, "denominator");
+  def_pointer<&Args::penalty_coef>(args, "penalty_coef");
+  def_pointer<&Args::ent_coef>(args, "ent_coef");
+  def_pointer<&Args::kl_coef>(args, "kl_coef");
+  def_pointer<&Args::d_logprobs>(args, "d_logprobs");
+  def_pointer<&Args::d_entropy>(args, "d_entropy");
+  def_pointer<&Args::d_kl>(args, "d_kl");
+  def_pointer<&Args::loss>(args, "loss");
+  def_pointer<&Args::metrics>(args, "metrics");
+  m.def("policy_loss", &policy_loss, py::arg("args"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_value_loss(py::module_& m) {
+  using Args = ValueLossArguments;
+  py::class_<Args> args(m, "ValueLossArguments");
+  args.def(py::init<>())
+      .def_readwrite("bfloat16", &Args::bfloat16)
+      .def_readwrite("clip", &Args::clip)
+      .def_readwrite("rows", &Args::rows);
+  def_pointer<&Args::values>(args, "values");
+  def_pointer<&Args::returns>(args, "returns");
+  def_pointer<&Args::mask>(args, "mask");
+  def_pointer<&Args::old_values>(args, "old_values");
+  def_pointer<&Args::token_weights>(args, "token_weights");
+  def_pointer<&Args::denominator>(args, "denominator");
+  def_pointer<&Args::gradient>(args, "gradient");
+  def_pointer<&Args::loss>(args, "loss");
+  def_pointer<&Args::metrics>(args, "metrics");
+  m.def("value_loss", &value_loss, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+void bind_rows(py::module_& m) {
+  bind_views(m);
+  bind_token_stats(m);
+  bind_policy_loss(m);
+  bind_value_loss(m);
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def(
+      "elementary",
+      [](const char* f, std::uintptr_t x, std::uintptr_t y, int64_t n) {
+        kernels().elementary(f, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
+      },
+      py::arg("f"), py::arg("x"), py::arg("y"), py::arg("n"));
+}
+
+}  // namespace ppo_fast

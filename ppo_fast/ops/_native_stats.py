@@ -1,0 +1,113 @@
+"""Launchers of the C++ kernels of token_stats and its backward.
+
+Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everything per token is [B, T] float32,
+contiguous but for the targets.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._native import extension
+
+# A larger gradient has left the cache before anyone reads it, so it is written past the cache.
+_STREAMED_BYTES = 8 << 20
+
+
+def set_addresses(arguments: Any, **tensors: Tensor | None) -> None:
+    """Hand tensors to the extension by address, 0 for None; they must outlive the launch."""
+    for name, tensor in tensors.items():
+        setattr(arguments, name, 0 if tensor is None else tensor.data_ptr())
+
+
+def readable(ref_logits: Tensor | None) -> Tensor | None:
+    """Reference logits of a dtype that the kernels read: float16 and float64 are copied to float32."""
+    if ref_logits is None or ref_logits.dtype in (torch.float32, torch.bfloat16):
+        return ref_logits
+    return ref_logits.float()
+
+
+def per_row(logits: Tensor, wanted: bool = True) -> Tensor:
+    """Room for one number per row, or for none."""
+    return torch.empty(logits.shape[:2] if wanted else (0,), dtype=torch.float32)
+
+
+def _logits_view(x: Tensor | None, streamed: bool = False) -> Any:
+    if x is None:
+        return extension.LogitsView(0, 0, 0, False, False)
+    return extension.LogitsView(x.data_ptr(), x.stride(0), x.stride(1), x.dtype == torch.bfloat16, streamed)
+
+
+def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
+    """Where the gradient goes: nowhere, over the logits, or into a buffer of its own."""
+    if gradient is None:
+        return _logits_view(None)
+    apart = gradient.data_ptr() != logits.data_ptr()
+    return _logits_view(gradient, streamed=apart and gradient.nbytes >= _STREAMED_BYTES)
+
+
+def rows_of(
+    logits: Tensor, targets: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, temperature: float
+) -> Any:
+    """What every row kernel reads."""
+    if targets is None:
+        targets_view = extension.TargetsView(0, 0, 0, False)
+    else:
+        targets_view = extension.TargetsView(targets.data_ptr(), *targets.stride(), targets.dtype == torch.int64)
+    return extension.Rows(
+        logits=_logits_view(logits),
+        ref_logits=_logits_view(ref_logits),
+        targets=targets_view,
+        mask=0 if mask is None else mask.data_ptr(),
+        rows=logits.shape[0] * logits.shape[1],
+        steps=logits.shape[1],
+        vocab=logits.shape[2],
+        temperature=temperature,
+    )
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`ppo_fast.ops.reference.token_stats`."""
+    ref_logits = readable(ref_logits)
+    full = ref_logits is not None
+    wanted = (targets is not None, want_entropy, full, True, full)
+    logprobs, entropy, kl, lse, ref_lse = results = tuple(per_row(logits, w) for w in wanted)
+    arguments = extension.TokenStatsArguments()
+    arguments.rows = rows_of(logits, targets, ref_logits, mask, temperature)
+    set_addresses(arguments, logprobs=logprobs, entropy=entropy, kl=kl, lse=lse, ref_lse=ref_lse)
+    extension.token_stats(arguments, threads=torch.get_num_threads())
+    return results
+
+
+def token_stats_backward(
+    g: Tensor | None,
+    g_entropy: Tensor | None,
+    g_kl: Tensor | None,
+    logits: Tensor,
+    targets: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    ref_lse: Tensor,
+    entropy: Tensor,
+    kl: Tensor,
+    temperature: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`ppo_fast.ops.reference.token_stats_backward`. ``out`` has strides as the logits have, and may be them."""
+    ref_logits = None if g_kl is None else readable(ref_logits)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    arguments = extension.TokenStatsBackwardArguments()
+    arguments.rows = rows_of(logits, targets, ref_logits, mask, temperature)
+    arguments.out = gradient_view(gradient, logits)
+    set_addresses(arguments, g=g, g_entropy=g_entropy, g_kl=g_kl, lse=lse, ref_lse=ref_lse, entropy=entropy, kl=kl)
+    extension.token_stats_backward(arguments, threads=torch.get_num_threads())
+    return gradient

@@ -1,0 +1,71 @@
+"""One call of each launcher for every kernel variant that ships: dtypes, aligned and unaligned rows, optional terms."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+
+B, T = 1, 2
+VOCABULARIES = {"tiny": 32, "byte": 256, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(B, T, dtype=dtype)
+
+
+def forward(V: int, dtype: torch.dtype) -> None:
+    """token_logprobs, entropy, token_stats without and with a reference and a mask."""
+    logits, targets, mask = torch.empty(B, T, V, dtype=dtype), rows(torch.int64), rows(torch.bool)
+    token_stats.token_stats(logits, targets, None, None, 1.0, False)
+    token_stats.token_stats(logits, None, None, mask, 1.0, True)
+    token_stats.token_stats(logits, targets, None, mask, 1.0, True)
+    token_stats.token_stats(logits, targets, logits, mask, 1.0, True)
+
+
+def backward(V: int, dtype: torch.dtype) -> None:
+    """Every set of upstream gradients."""
+    logits, g, lse = torch.empty(B, T, V, dtype=dtype), rows(), rows(torch.float64)
+    targets, mask = rows(torch.int64), rows(torch.bool)
+    for g_logprob, g_entropy, g_kl in itertools.product((None, g), repeat=3):
+        if (g_logprob, g_entropy, g_kl) != (None, None, None):
+            token_stats_backward.token_stats_backward(
+                g_logprob, g_entropy, g_kl, logits, targets, logits, mask, lse, lse, g, g, 1.0
+            )
+
+
+def policy(estimator: str) -> None:
+    """The terms of the policy loss: none beside the objective, then all of them."""
+    x, mask, none, coef = rows(), rows(torch.bool), torch.empty(0), torch.ones(())
+    clips = (0.2, 0.2, 3.0, "token", estimator, "token-mean")
+    policy_loss.policy_terms(x, x, none, None, None, x, None, None, None, None, None, None, None, *clips)
+    full, ref = (x, None) if estimator == "full" else (none, x)
+    policy_loss.policy_terms(x, x, full, mask, x, x, ref, x, None, None, coef, coef, coef, *clips)
+
+
+def value(dtype: torch.dtype) -> None:
+    """The value loss, plain and clipped."""
+    value_loss.value_loss(rows(dtype), rows(), None, None, None, None, None, "token-mean")
+    value_loss.value_loss(rows(dtype), rows(), rows(torch.bool), rows(), None, None, 0.2, "token-mean")
+
+
+def scans(dtype: torch.dtype) -> None:
+    """gae and gae_packed, short and long sequences, plain and with everything optional."""
+    for steps, mode in itertools.product((32, 1000), ("carry", "zero")):
+        x, flags, boot = torch.empty(B, steps, dtype=dtype), torch.empty(B, steps, dtype=torch.bool), torch.zeros(B)
+        gae.gae(x, x, None, None, None, 1.0, 0.95, mode)
+        gae.gae(x, x, flags, boot, flags, 1.0, 0.95, mode)
+        packed = torch.tensor([0, steps], dtype=torch.int32)
+        gae.gae_packed(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{f"forward-{n}-{d}"[:40]: lambda V=V, d=d: forward(V, d) for n, V in VOCABULARIES.items() for d in FLOATS},
+    **{f"backward-{n}-{d}"[:40]: lambda V=V, d=d: backward(V, d) for n, V in VOCABULARIES.items() for d in FLOATS},
+    **{f"policy-{e}": lambda e=e: policy(e) for e in ("k1", "k2", "k3", "full")},
+    **{f"value-{d}": lambda d=d: value(d) for d in FLOATS},
+    **{f"gae-{d}": lambda d=d: scans(d) for d in FLOATS},
+}

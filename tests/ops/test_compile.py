@@ -1,0 +1,209 @@
+"""torch.library.opcheck of every registered op; torch.compile(fullgraph=True) equal to eager, values and gradients."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ppo_fast as pf
+from tests.helpers import assert_same, backends_under_test, each_backend
+from tests.ops.examples import EXAMPLES, each_example, fresh_inputs, run, upstream
+
+OPS = torch.ops.ppo_fast
+
+
+@pytest.fixture(autouse=True)
+def _forget_compilations() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits_of(*shape: int, transposed: bool = False) -> Tensor:
+    """Logits that require a gradient; transposed: time-major in memory."""
+    if transposed:
+        B, T, V = shape
+        return torch.randn(T, B, V).transpose(0, 1).detach().requires_grad_()
+    return torch.randn(*shape, requires_grad=True)
+
+
+MASK = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.bool)
+TARGETS = torch.tensor([[0, -100, 4], [2, 3, -100]])
+
+
+def stats_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of token_stats: all outputs, each alone, strided, empty."""
+    logits, ref = logits_of(2, 3, 5), torch.randn(2, 3, 5)
+    yield logits, TARGETS, ref, MASK, 0.7, True, backend
+    yield logits, TARGETS.int(), None, MASK, 1.0, False, backend
+    yield logits, None, None, None, 1.0, True, backend
+    yield logits_of(2, 3, 5, transposed=True), TARGETS, ref.transpose(0, 1).reshape(2, 3, 5), MASK, 0.7, True, backend
+    yield logits_of(2, 7, 5)[:, 2:-2], TARGETS, ref, MASK, 0.7, True, backend
+    yield logits_of(1, 0, 5), torch.zeros(1, 0, dtype=torch.long), None, None, 1.0, True, backend
+
+
+def backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of token_stats_backward: all upstream gradients, each alone."""
+    rows = torch.randn(2, 3)
+    for transposed in (False, True):
+        logits, ref = logits_of(2, 3, 5, transposed=transposed).detach(), torch.randn(2, 3, 5)
+        _, entropy, kl, lse, ref_lse = OPS.token_stats(logits, TARGETS, ref, MASK, 0.7, True, backend)
+        common = (logits, TARGETS, ref, MASK, lse, ref_lse, entropy, kl, 0.7, backend)
+        for upstream_ in ((rows, rows, rows), (rows, None, None), (None, rows, None), (None, None, rows)):
+            yield *upstream_, *common
+
+
+def policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of policy_loss: nothing optional, everything with a reference of either kind, packed."""
+    one, rows, ref = torch.tensor(0.1), torch.randn(2, 3), torch.randn(2, 3, 5)
+    plain = (math.inf, math.inf, math.inf, "token", "k3", "token-mean", backend)
+    clipped = (0.2, 0.2, 2.0, "sequence", "k3", "seq-mean-token-mean", backend)
+    full = (0.2, 0.2, 2.0, "sequence", "full", "seq-mean-token-sum", backend)
+    nothing = (None,) * 6
+    yield logits_of(2, 3, 5), TARGETS.clamp(min=0), None, None, 1.0, None, rows, *nothing, None, *plain
+    common = (rows, rows)
+    yield logits_of(2, 3, 5), TARGETS, MASK, None, 0.7, *common, rows, rows, None, one, one, one, one, *clipped
+    yield logits_of(2, 3, 5), TARGETS, MASK, ref, 0.7, *common, None, rows, None, one, one, one, one, *full
+    flat, offsets = rows.view(1, 6), torch.tensor([0, 2, 2, 6])
+    packed = (logits_of(1, 6, 5), TARGETS.view(1, 6), MASK.view(1, 6), None, 0.7, flat, flat, flat, flat, offsets)
+    yield *packed, one, one, one, one, *clipped
+
+
+def value_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of value_loss: plain, clipped, strided bf16."""
+    rows = torch.randn(2, 3)
+    yield logits_of(2, 3), rows, None, None, None, None, None, "token-mean", backend
+    yield logits_of(2, 3), rows, MASK, rows, None, torch.tensor(4.0), 0.2, "seq-mean-token-mean", backend
+    strided = torch.randn(3, 2).bfloat16().T.detach().requires_grad_()
+    yield strided, rows, MASK, None, None, None, None, "token-mean", backend
+
+
+def gae_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of gae: nothing optional, everything, time-major."""
+    rewards, values, dones = torch.randn(2, 3), torch.randn(2, 3), ~MASK
+    yield rewards, values, None, None, None, 1.0, 0.95, "carry", backend
+    yield rewards.bfloat16(), values, MASK, torch.randn(2), dones, 0.9, 0.5, "zero", backend
+    time_major, mask = torch.randn(3, 2).T, MASK.T.contiguous().T
+    yield time_major, time_major, mask, None, ~mask, 0.9, 0.5, "carry", backend
+
+
+def gae_packed_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of gae_packed: nothing optional, everything, no token."""
+    rewards, values, offsets = torch.randn(6), torch.randn(6), torch.tensor([0, 2, 2, 6])
+    yield rewards, values, offsets, None, None, None, 1.0, 0.95, "carry", backend
+    yield rewards, values.double(), offsets.int(), MASK.flatten(), torch.randn(3), ~MASK.flatten(), 0.9, 0.5, "zero", backend
+    yield rewards[:0], values[:0], offsets[:1], None, None, None, 1.0, 0.95, "carry", backend
+
+
+ARGUMENTS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
+    "token_stats": stats_arguments,
+    "token_stats_backward": backward_arguments,
+    "policy_loss": policy_arguments,
+    "value_loss": value_arguments,
+    "gae": gae_arguments,
+    "gae_packed": gae_packed_arguments,
+}
+CASES = [(op, b) for op in ARGUMENTS for b in backends_under_test(op.removesuffix("_backward"))]
+
+
+@pytest.mark.parametrize(("op", "backend"), CASES)
+def test_opcheck(op: str, backend: str) -> None:
+    for arguments in ARGUMENTS[op](backend):
+        torch.library.opcheck(getattr(OPS, op), arguments)
+
+
+def test_every_registered_op_is_checked() -> None:
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "ppo_fast::" in name}
+    assert names == set(ARGUMENTS)
+
+
+def gradients(results: dict[str, Tensor], name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detached results, and the gradient in the example's leaf."""
+    leaf = EXAMPLES[name].leaf
+    grad = {} if leaf is None else {"grad": torch.autograd.grad(upstream(results), inputs[leaf])[0]}
+    return {k: v.detach() for k, v in results.items()} | grad
+
+
+@each_example()
+def test_fullgraph_equals_eager(name: str, backend: str) -> None:
+    compiled = torch.compile(lambda inputs: run(name, backend, inputs), fullgraph=True, backend="aot_eager")
+    ours, theirs = (f(x) for f, x in ((compiled, fresh_inputs(name)), (lambda i: run(name, backend, i), fresh_inputs(name))))
+    assert_same({k: v.detach() for k, v in ours.items()}, {k: v.detach() for k, v in theirs.items()})
+    inputs, same_inputs = fresh_inputs(name), fresh_inputs(name)
+    assert_same(
+        gradients(compiled(inputs), name, inputs), gradients(run(name, backend, same_inputs), name, same_inputs)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", sorted(set(backends_under_test("policy_loss")) & set(backends_under_test("gae"))))
+def test_inductor_equals_eager(backend: str) -> None:
+    """All ops in one graph, so that one compilation covers them."""
+    names = ("token_stats", "policy_loss", "value_loss", "gae-carry", "gae_packed")
+
+    def everything(inputs: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        return {name: run(name, backend, inputs[name]) for name in names}
+
+    eager_inputs, inputs = ({name: fresh_inputs(name) for name in names} for _ in range(2))
+    expected, results = everything(eager_inputs), torch.compile(everything, fullgraph=True)(inputs)
+    for name in names:
+        assert_same({k: v.detach() for k, v in results[name].items()}, {k: v.detach() for k, v in expected[name].items()})
+    sum(upstream(results[n]) for n in names if EXAMPLES[n].leaf).backward()
+    sum(upstream(expected[n]) for n in names if EXAMPLES[n].leaf).backward()
+    for name in names:
+        if leaf := EXAMPLES[name].leaf:
+            assert_same(inputs[name][leaf].grad, eager_inputs[name][leaf].grad)
+
+
+class Counter:
+    """A compile backend that counts graphs."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        self.graphs += 1
+        return module
+
+
+@each_backend("policy_loss")
+def test_no_recompilation_when_the_length_or_a_tensor_coefficient_changes(backend: str) -> None:
+    counter = Counter()
+
+    def loss(logits: Tensor, targets: Tensor, advantages: Tensor, coefficient: Tensor) -> Tensor:
+        config = pf.PolicyLossConfig(ent_coef=coefficient, aggregation="seq-mean-token-mean")
+        return pf.policy_loss(logits, targets, None, advantages, None, config=config, backend=backend).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for T, coefficient in itertools.product((4, 5, 6, 9), (0.1, 0.2)):
+        arguments = (torch.randn(2, T, 5), torch.zeros(2, T, dtype=torch.long), torch.randn(2, T))
+        compiled(*arguments, torch.tensor(coefficient))
+    # One for the first length, one that leaves the length open.
+    assert counter.graphs == 2
+
+
+@each_backend("policy_loss")
+def test_a_number_as_coefficient_is_right_at_every_value(backend: str) -> None:
+    logits, targets, advantages = torch.randn(2, 3, 5), TARGETS.clamp(min=0), torch.randn(2, 3)
+
+    def loss(entropy: float, temperature: float) -> Tensor:
+        config = pf.PolicyLossConfig(ent_coef=entropy, temperature=temperature)
+        return pf.policy_loss(logits, targets, None, advantages, None, config=config, backend=backend).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for entropy, temperature in ((0.1, 0.5), (0.2, 0.6), (0.3, 0.7)):
+        assert_same(compiled(entropy, temperature), loss(entropy, temperature))
+
+
+@each_backend("gae")
+def test_gae_does_not_recompile_with_the_length(backend: str) -> None:
+    counter = Counter()
+    compiled = torch.compile(lambda r, v: pf.gae(r, v, backend=backend), fullgraph=True, backend=counter)
+    for T in (4, 5, 6, 9):
+        rewards, values = torch.randn(2, T), torch.randn(2, T)
+        assert_same(compiled(rewards, values), pf.gae(rewards, values, backend=backend))
+    assert counter.graphs == 2
