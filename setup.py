@@ -27,14 +27,23 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90;100"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One compilation: a source file, the flags that it alone needs, and a name where a file is compiled in variants."""
+    """One compilation: a source file, its own flags, and a name where a file is compiled in variants."""
 
     source: str
     flags: tuple[str, ...] = ()
@@ -45,7 +54,15 @@ ISAS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ("-mavx2", "-mfma")
     # GCC warns of its own header: _mm512_undefined_ps is uninitialized on purpose.
-    ISAS["avx512"] = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+    ISAS["avx512"] = (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    )
 EXACT = "-ffp-contract=off"  # a * b + c is fused where the source says so, and nowhere else
 CXX_UNITS = [
     *(Unit("csrc/cpu/isa.cpp", (EXACT, f"-DPPO_FAST_ISA={isa}", *flags), isa) for isa, flags in ISAS.items()),
@@ -77,7 +94,13 @@ class CudaToolkit:
 
     def link_args(self) -> list[str]:
         folders = [self.root / "lib64", self.root / "targets" / "x86_64-linux" / "lib"]
-        return [*(f"-L{folder}" for folder in folders if folder.is_dir()), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return [
+            *(f"-L{folder}" for folder in folders if folder.is_dir()),
+            "-lcudart_static",
+            "-ldl",
+            "-lrt",
+            "-lpthread",
+        ]
 
 
 def output_of(*command: str) -> str:

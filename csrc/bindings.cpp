@@ -1,5 +1,5 @@
-// The extension module: tensors arrive as addresses, strides and dtype codes, so no torch header is needed and one
-// build serves every torch version.
+// The extension module: tensors arrive as addresses, strides and dtype codes, so no torch header is needed
+// and one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,13 +30,20 @@ MatrixView matrix(const View& view) { return {pointer<const void>(view[0]), view
 GaeArguments gae_arguments(const View& rewards, const View& values, const View& mask, const View& dones,
                            int64_t bootstrap, int64_t cu_seqlens, bool cu_seqlens_is_int64, int64_t sequences,
                            int64_t steps, double gamma, double lam, bool carry, int64_t advantages, int64_t returns) {
-  return {matrix(rewards),      matrix(values),
-          matrix(mask),         matrix(dones),
-          pointer<const void>(bootstrap), pointer<const void>(cu_seqlens),
-          cu_seqlens_is_int64,  sequences,
-          steps,                gamma,
-          lam,                  carry,
-          pointer<void>(advantages), pointer<void>(returns)};
+  return {matrix(rewards),
+          matrix(values),
+          matrix(mask),
+          matrix(dones),
+          pointer<const void>(bootstrap),
+          pointer<const void>(cu_seqlens),
+          cu_seqlens_is_int64,
+          sequences,
+          steps,
+          gamma,
+          lam,
+          carry,
+          pointer<void>(advantages),
+          pointer<void>(returns)};
 }
 
 }  // namespace
@@ -56,7 +63,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("steps"), py::arg("gamma"), py::arg("lam"), py::arg("carry"), py::arg("advantages"),
            py::arg("returns"));
 
-  m.def("gae_cpu", &cpu::gae, py::arg("args"), py::arg("dtype"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("gae_cpu", &cpu::gae, py::arg("args"), py::arg("dtype"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 
   bind_rows(m);
 

@@ -7,8 +7,8 @@ namespace ppo_fast {
 
 enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-// A matrix [sequences, steps] in place, strides in elements. Packed rows have no sequence stride: they start at
-// offset * stride_t. data is null where the argument was not given.
+// A matrix [sequences, steps] in place, strides in elements. Packed rows have no sequence stride: they start
+// at offset * stride_t. data is null where the argument was not given.
 struct MatrixView {
   const void* data;
   int64_t stride_b;
@@ -18,17 +18,17 @@ struct MatrixView {
 struct GaeArguments {
   MatrixView rewards;
   MatrixView values;
-  MatrixView mask;            // uint8, 1 = the step counts
-  MatrixView dones;           // uint8, 1 = the episode ends after the step
-  const void* bootstrap;      // [sequences] in the dtype of the results, or null for zeros
-  const void* cu_seqlens;     // [sequences + 1] for packed rows, null for padded ones
-  bool cu_seqlens_is_int64;   // otherwise int32
+  MatrixView mask;           // uint8, 1 = the step counts
+  MatrixView dones;          // uint8, 1 = the episode ends after the step
+  const void* bootstrap;     // [sequences] in the dtype of the results, or null for zeros
+  const void* cu_seqlens;    // [sequences + 1] for packed rows, null for padded ones
+  bool cu_seqlens_is_int64;  // otherwise int32
   int64_t sequences;
-  int64_t steps;              // T of padded rows; packed: all rows together
+  int64_t steps;  // T of padded rows; packed: all rows together
   double gamma;
   double lam;
-  bool carry;                 // mask mode: masked steps pass the state on ("carry"), or count as zeros ("zero")
-  void* advantages;           // results, contiguous: float64 if either input is, else float32
+  bool carry;        // mask mode: masked steps pass the state on ("carry"), or count as zeros ("zero")
+  void* advantages;  // results, contiguous: float64 if either input is, else float32
   void* returns;
 };
 

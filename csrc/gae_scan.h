@@ -1,8 +1,9 @@
 // The recursion of generalized advantage estimation, and the same recursion as an associative scan.
 //
-// A step takes the state (advantage, value) of the step after it to its own. A run of steps is an affine map of the
-// state, and two maps compose to a map, so a sequence is scanned from its end by any number of threads. Plain C++ on
-// scalars: the CPU kernel, the CUDA kernel and the host tests of the latter compile this file.
+// A step takes the state (advantage, value) of the step after it to its own. A run of steps is an affine map
+// of the state, and two maps compose to a map, so a sequence is scanned from its end by any number of
+// threads. Plain C++ on scalars: the CPU kernel, the CUDA kernel and the host tests of the latter compile
+// this file.
 #pragma once
 
 #include <cstring>
@@ -32,8 +33,7 @@ struct State {
 // One step of the recursion, without a branch. `done` cuts the state off; `pass` hands it on unchanged.
 // T is float or double. V and Flag are T and bool, or vectors of T and of integer masks of its width.
 template <class V, class Flag, class T>
-PPO_FAST_HOST_DEVICE State<V> advance(State<V> after, V reward, V value, Flag done, Flag pass,
-                                      Discounts<T> discounts) {
+PPO_FAST_HOST_DEVICE State<V> advance(State<V> after, V reward, V value, Flag done, Flag pass, Discounts<T> discounts) {
   const V next_value = done ? V{} : after.next_value;
   const V next_advantage = done ? V{} : after.advantage;
   const V delta = (reward + discounts.gamma * next_value) - value;
@@ -42,7 +42,8 @@ PPO_FAST_HOST_DEVICE State<V> advance(State<V> after, V reward, V value, Flag do
 }
 
 // A run of steps: advantage' = a * advantage + b * next_value + c;  next_value' = p * next_value + v.
-// p is 1 where every step passes its state on, and v is 0 there; else p is 0 and v the first value that counts.
+// Where every step passes its state on, p is 1 and v is 0; else p is 0 and v the first value of the run. Only
+// finite inputs are safe: an infinity times the 0 of a done is NaN.
 template <class T>
 struct Map {
   T a;
@@ -71,8 +72,9 @@ PPO_FAST_HOST_DEVICE Map<T> compose(const Map<T>& earlier, const Map<T>& later) 
           earlier.p * later.v + earlier.v};
 }
 
-// Below, a group of threads scans a sequence from its end, a tile at a time. Thread i of the group holds kItems steps
-// in a row; a warp combines its threads' maps by a shuffle scan, a block its warps' through shared memory.
+// Below, a group of threads scans a sequence from its end, a tile at a time. Thread i of the group holds
+// kItems steps in a row; a warp combines its threads' maps by a shuffle scan, a block its warps' through
+// shared memory.
 
 constexpr int kItems = 8;
 constexpr int kWarpSize = 32;
@@ -107,7 +109,7 @@ PPO_FAST_HOST_DEVICE Sequence<R, V> sequence_of(const GaeArguments& args, int64_
 
 // Tiles begin where the results are aligned to kItems, so the first one may reach back before the sequence.
 struct Tiling {
-  int before;      // steps between the first tile's begin and the sequence's
+  int before;  // steps between the first tile's begin and the sequence's
   int size;
   int64_t count;
 
@@ -136,6 +138,7 @@ struct Window {
   PPO_FAST_HOST_DEVICE uint32_t flags() const { return (1u << high) - (1u << low); }
 };
 
+// kItems elements in a row, moved by one or two instructions where they are aligned.
 template <class In>
 struct alignas(sizeof(In) * kItems < 16 ? sizeof(In) * kItems : 16) Pack {
   In item[kItems];
@@ -157,7 +160,7 @@ PPO_FAST_HOST_DEVICE Pack<In> load_pack(const Row<In>& row, const Window& window
   return pack;
 }
 
-// A plain assignment is not always moved in 16 bytes at a time (nvcc 13.0 splits half of it), the intrinsic is.
+// nvcc 13.0 splits the first half of an assigned pack into words; the intrinsic moves 16 bytes at a time.
 template <class T>
 PPO_FAST_HOST_DEVICE void copy_pack(T* data, const Pack<T>& pack) {
 #ifdef __CUDA_ARCH__
@@ -230,9 +233,9 @@ PPO_FAST_HOST_DEVICE Map<T> summarize(const Items<T>& items, Discounts<T> discou
   Map<T> map = {T(1), T(0), T(0), T(1), T(0)};
   PPO_FAST_UNROLL
   for (int i = kItems - 1; i >= 0; --i) {
-    map = compose(step_map<T>(items.reward.item[i], items.value.item[i], items.done >> i & 1, items.pass >> i & 1,
-                              discounts),
-                  map);
+    map = compose(
+        step_map<T>(items.reward.item[i], items.value.item[i], items.done >> i & 1, items.pass >> i & 1, discounts),
+        map);
   }
   return map;
 }
@@ -244,8 +247,8 @@ PPO_FAST_HOST_DEVICE void advance_items(Items<T>& items, State<T> state, Discoun
   for (int i = kItems - 1; i >= 0; --i) {
     const T value = items.value.item[i];
     const bool counted = items.counted >> i & 1;
-    state = advance<T, bool, T>(state, items.reward.item[i], value, items.done >> i & 1, items.pass >> i & 1,
-                                discounts);
+    state =
+        advance<T, bool, T>(state, items.reward.item[i], value, items.done >> i & 1, items.pass >> i & 1, discounts);
     items.reward.item[i] = counted ? state.advantage : T(0);
     items.value.item[i] = counted ? state.advantage + value : T(0);
   }

@@ -12,7 +12,8 @@ if INTERPRETED:
     interpreter.repair()
 
 torch.set_num_threads(1)
-settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=20)
+EXAMPLES = 4 if INTERPRETED else 20
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=EXAMPLES)
 settings.load_profile("repeatable")
 
 
@@ -22,7 +23,7 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is parametrised with backend "triton" or lies in a test_triton_*.py runs under the interpreter, only there."""
+    """Under the interpreter run what has backend="triton" or lies in a test_triton_*.py; elsewhere run the rest."""
 
     def interpreted(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}

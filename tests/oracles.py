@@ -3,6 +3,7 @@
 Rows are flat: logits [N, V], everything else [N]. ``segments`` lists the row numbers of each sequence.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ def padded_segments(B: int, T: int) -> Segments:
 
 def packed_segments(cu_seqlens: list[int]) -> Segments:
     """The rows of each packed sequence."""
-    return [list(range(a, b)) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(cu_seqlens)]
 
 
 # --- one row ---

@@ -20,7 +20,7 @@ CONFIG = {
 }
 
 
-def numerical_gradient(f, x: np.ndarray, step: float = 1e-6) -> np.ndarray:  # noqa: ANN001
+def numerical_gradient(f, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
     """Central differences."""
     grad = np.zeros_like(x)
     for i in np.ndindex(x.shape):

@@ -11,7 +11,7 @@ constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 
-// Below this exponent 2^t is exactly 0 here: a float32 softmax has no use for subnormal probabilities.
+// At and below this exponent 2^t is exactly 0 here: a float32 softmax has no use for subnormal probabilities.
 constexpr float kMinExponent = -127.0f;
 
 // 2^(i / 2^kTableBits) for the low bits i of k, less i in the place where exp2 adds k.
@@ -23,8 +23,8 @@ alignas(64) constexpr int32_t kTable[32] = {
     0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 inline Ints table(Ints k) {
-  return reinterpret_cast<Ints>(_mm512_permutex2var_epi32(_mm512_load_si512(kTable), reinterpret_cast<__m512i>(k),
-                                                          _mm512_load_si512(kTable + 16)));
+  return reinterpret_cast<Ints>(_mm512_permutex2var_epi32(
+      _mm512_load_si512(kTable), reinterpret_cast<__m512i>(k), _mm512_load_si512(kTable + 16)));
 }
 #elif defined(__AVX2__)
 constexpr int kTableBits = 3;
@@ -54,19 +54,20 @@ inline Vec exp2_fraction(Vec f) {
   }
 }
 
-// 2^t for kMinExponent <= t <= 127 (or NaN); exactly 0 at kMinExponent, exactly 1 at 0.
-inline Vec exp2(Vec t) {
-  // Adding 1.5 * 2^23 units of 2^-kTableBits leaves t, rounded to units, in the low bits of the sum.
+// 2^(c * d) for kMinExponent <= c * d <= 127 (or NaN); exactly 0 at kMinExponent, exactly 1 at 0.
+inline Vec exp2(Vec d, Vec c) {
+  // Adding 1.5 * 2^23 units of 2^-kTableBits leaves the exponent, rounded to units, in the low bits of the
+  // sum.
   constexpr float kShifter = 1.5f * (1 << (23 - kTableBits));
-  const Vec shifted = t + kShifter;
-  const Vec fraction = exp2_fraction(t - (shifted - kShifter));
+  const Vec shifted = fma(d, c, set(kShifter));
+  const Vec fraction = exp2_fraction(fma(d, c, kShifter - shifted));
   const Ints k = bits(shifted);
   const Vec power = from_bits(table(k) + (k << (23 - kTableBits)));
   return fma(power, fraction, power);
 }
 
-// Natural logarithm of a positive normal number (or NaN): x = m * 2^n with m in [sqrt(1/2), sqrt(2)); exactly 0 at 1.
-// Source of the coefficients: Moshier, Cephes, logf.
+// Natural logarithm of a positive normal number (or NaN): x = m * 2^n with m in [sqrt(1/2), sqrt(2)); exactly
+// 0 at 1. Source of the coefficients: Moshier, Cephes, logf.
 inline Vec log(Vec x) {
   const Ints n = (bits(x) - 0x3f3504f3) >> 23;
   const Vec f = from_bits(bits(x) - (n << 23)) - 1.0f;

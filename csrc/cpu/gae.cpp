@@ -1,7 +1,7 @@
-// kLanes sequences are walked abreast, from their last step to their first, one tile at a time: a tile is transposed
-// into the L1 cache and the recursion runs on whole rows of it. Its latency is so shared by kLanes sequences, and
-// the strides of the inputs do not matter. Compiled with -ffp-contract=off: the results are those of the plain
-// recursion to the last bit.
+// kLanes sequences are walked abreast, from their last step to their first, one tile at a time: a tile is
+// transposed into the L1 cache and the recursion runs on whole rows of it. Its latency is so shared by kLanes
+// sequences, and the strides of the inputs do not matter. Compiled with -ffp-contract=off: the results are
+// those of the plain recursion to the last bit.
 #include "gae.h"
 
 #include "../gae_scan.h"
@@ -18,7 +18,6 @@ template <class T>
 struct Block {
   int64_t lanes;
   int64_t longest = 0;
-  bool padded;
   int64_t length[kLanes] = {};
   const T* rewards[kLanes] = {};
   const T* values[kLanes] = {};
@@ -27,8 +26,7 @@ struct Block {
   T* advantages[kLanes] = {};
   T* returns[kLanes] = {};
 
-  Block(const GaeArguments& args, int64_t first)
-      : lanes(std::min(kLanes, args.sequences - first)), padded(args.cu_seqlens == nullptr) {
+  Block(const GaeArguments& args, int64_t first) : lanes(std::min(kLanes, args.sequences - first)) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t sequence = first + lane;
       const Span span = sequence_span(args, sequence);
@@ -48,10 +46,9 @@ struct Block {
 struct Window {
   int64_t start[kLanes];  // the step in row 0: negative where the sequence is shorter
   bool whole = true;      // no lane starts before its sequence
-  bool padded;
 
   template <class T>
-  Window(const Block<T>& block, int64_t behind) : padded(block.padded) {
+  Window(const Block<T>& block, int64_t behind) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       start[lane] = block.length[lane] - behind - kSteps;
       whole = whole && start[lane] >= 0;
@@ -61,7 +58,7 @@ struct Window {
 
 template <class T>
 void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Window& window) {
-  if (view.stride_b == 1 && window.padded && window.whole) {
+  if (view.stride_b == 1 && window.whole) {  // never of packed rows: they have no sequence stride
     load_rows(tile, rows[0] + window.start[0] * view.stride_t, view.stride_t);
   } else if (view.stride_t == 1 && window.whole) {
     for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {

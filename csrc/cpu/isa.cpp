@@ -25,27 +25,32 @@ Vec logprobs_of(const Normalizers& norm, const TargetLogits& target, float tempe
   return (target.x - norm.max) / temperature - norm.log_sum;
 }
 
-TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec logprob, bool has_ref) {
-  const Vec entropy = norm.log_sum - kLn2 * (sums.weighted / norm.sum);
-  const Vec kl = has_ref ? kLn2 * (sums.cross / norm.sum) - norm.log_sum + norm.ref_log_sum : Vec{};
+TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec logprob, bool has_ref,
+                           float temperature) {
+  const Vec entropy = norm.log_sum - sums.weighted / (norm.sum * temperature);
+  const Vec kl = has_ref ? sums.cross / (norm.sum * temperature) - norm.log_sum + norm.ref_log_sum : Vec{};
   return {logprob, entropy, kl};
 }
 
 void store_statistics(const TokenStatsArguments& args, const Group& group, const TokenStatistics& token,
-                      const Normalizers& norm) {
+                      const LogSumExps& norm) {
   group.store(args.logprobs, token.logprob);
   group.store(args.entropy, token.entropy);
   group.store(args.kl, token.kl);
-  group.store(args.lse, norm.max / args.in.temperature + norm.log_sum);
-  group.store(args.ref_lse, norm.ref_max / args.in.temperature + norm.ref_log_sum);
+  for (int i = 0; i < group.size; ++i) {
+    args.lse[group.row[i]] = norm.lse[i];
+    if (args.ref_lse != nullptr) args.ref_lse[group.row[i]] = norm.ref_lse[i];
+  }
 }
 
-void zero(float* per_row, int64_t row) {
-  if (per_row != nullptr) per_row[row] = 0.0f;
+template <class Float>
+void zero(Float* per_row, int64_t row) {
+  if (per_row != nullptr) per_row[row] = 0;
 }
 
 void zero_statistics(const TokenStatsArguments& args, int64_t row) {
-  for (float* out : {args.logprobs, args.entropy, args.kl, args.lse, args.ref_lse}) zero(out, row);
+  for (float* out : {args.logprobs, args.entropy, args.kl}) zero(out, row);
+  for (double* out : {args.lse, args.ref_lse}) zero(out, row);
 }
 
 template <class T, class Ref, bool kEntropy>
@@ -61,7 +66,8 @@ void token_stats_rows(const TokenStatsArguments& args, int64_t first, int64_t la
     if (args.logprobs != nullptr) {
       logprob = logprobs_of(norm, target_logits<T, Absent>(args.in, group), args.in.temperature);
     }
-    store_statistics(args, group, statistics(norm, sums, logprob, kRef), norm);
+    const TokenStatistics token = statistics(norm, sums, logprob, kRef, args.in.temperature);
+    store_statistics(args, group, token, log_sum_exps(norm, args.in.temperature));
   }
 }
 
@@ -76,26 +82,11 @@ void token_stats(const TokenStatsArguments& args, int64_t first, int64_t last) {
   });
 }
 
-// The error of a float32 lse, up to lse * 2^-24, is a relative one of every probability made from it. Beyond this size
-// that is too much, and so it is for narrow rows, where one word may have all the probability: they are summed again.
-constexpr float kTrustedLse = 32.0f;
-
-template <class T, class Ref>
-Normalizers saved_normalizers(const TokenStatsBackwardArguments& args, const Group& group) {
-  constexpr bool kRef = !is_absent<Ref>;
-  if (args.in.vocab <= kNarrow) return normalizers(row_sums<T, Ref, false>(args.in, group), kRef);
-  const Vec lse = group.load(args.lse), ref_lse = group.load(kRef ? args.ref_lse : nullptr);
-  const float temperature = args.in.temperature;
-  Normalizers out = {lse * temperature, set(1.0f), Vec{}, ref_lse * temperature, Vec{}};
-  const Vec size = max(max(lse, -lse), max(ref_lse, -ref_lse));
-  if (any_greater(size, set(kTrustedLse))) {
-    const Normalizers exact = normalizers(row_sums<T, Ref, false>(args.in, group), kRef);
-    const Ints distrusted = size > kTrustedLse;
-    out.max = distrusted ? exact.max : out.max;
-    out.sum = distrusted ? exact.sum : out.sum;
-    out.log_sum = distrusted ? exact.log_sum : out.log_sum;
-    out.ref_max = distrusted ? exact.ref_max : out.ref_max;
-    out.ref_log_sum = distrusted ? exact.ref_log_sum : out.ref_log_sum;
+LogSumExps saved_lse(const TokenStatsBackwardArguments& args, const Group& group, bool has_ref) {
+  LogSumExps out;
+  for (int i = 0; i < group.size; ++i) {
+    out.lse[i] = args.lse[group.row[i]];
+    if (has_ref) out.ref_lse[i] = args.ref_lse[group.row[i]];
   }
   return out;
 }
@@ -112,7 +103,8 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
     if (args.in.targets.data != nullptr) {
       target = target_logits<T, Ref>(args.in, group);
     }
-    const Normalizers norm = saved_normalizers<T, Ref>(args, group);
+    const LogSumExps lse = saved_lse(args, group, !is_absent<Ref>);
+    const Normalizers norm = gradient_normalizers(lse, args.in.temperature);
     if (!is_absent<Ref> || args.g_entropy != nullptr) {
       gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out);
     } else {
@@ -124,7 +116,8 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
 
 void token_stats_backward(const TokenStatsBackwardArguments& args, int64_t first, int64_t last) {
   with_types(args.in, [&](auto logits, auto ref) {
-    token_stats_backward_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first, last);
+    token_stats_backward_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first,
+                                                                                             last);
   });
 }
 
@@ -171,12 +164,15 @@ PolicySums policy_loss_rows(const PolicyLossArguments& args, int64_t first, int6
     const Normalizers norm = normalizers(sums, kRef);
     const TargetLogits target = target_logits<T, Ref>(in, group);
     const TokenStatistics token =
-        statistics(norm, sums, logprobs_of(norm, target, in.temperature), kRef);
+        statistics(norm, sums, logprobs_of(norm, target, in.temperature), kRef, in.temperature);
     const PolicyTerms terms = policy_terms(args, group, token);
     total.add(terms, token, group.active());
-    store_statistics(args.stats, group, token, norm);
+    const LogSumExps lse = log_sum_exps(norm, in.temperature);
+    store_statistics(args.stats, group, token, lse);
     store_gradients(args, group, terms);
-    if (args.gradient.data != nullptr) policy_gradient<T, Ref>(args, group, terms, norm, target);
+    if (args.gradient.data != nullptr) {
+      policy_gradient<T, Ref>(args, group, terms, gradient_normalizers(lse, in.temperature), target);
+    }
   }
   end_stream();
   return total.total();
@@ -194,7 +190,7 @@ ValueSums value_loss(const ValueLossArguments& args, int64_t first, int64_t last
 
 void elementary(const char* f, const float* x, float* y, int64_t n) {
   const auto apply = [f](Vec v) {
-    if (std::strcmp(f, "exp2") == 0) return exp2(max(set(kMinExponent), v));
+    if (std::strcmp(f, "exp2") == 0) return exp2(max(set(kMinExponent), v), set(1.0f));
     if (std::strcmp(f, "exp") == 0) return exp(v);
     if (std::strcmp(f, "exp_excess") == 0) return exp_excess(v, exp(v));
     return log(v);

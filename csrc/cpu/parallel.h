@@ -5,8 +5,8 @@
 
 namespace ppo_fast {
 
-// True in a process that was forked from one with this module loaded. libgomp's workers do not survive a fork and
-// its next parallel region would wait for them for ever.
+// True in a process that was forked from one with this module loaded. libgomp's workers do not survive a fork
+// and its next parallel region would wait for them for ever.
 bool in_forked_child();
 
 // Calls body(i) for i in [0, n), from up to `threads` threads. Each i runs once, whole, on one thread.

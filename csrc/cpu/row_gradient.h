@@ -1,10 +1,10 @@
-// The backward pass over rows of logits. With upstream gradients g (logprob), gH (entropy), gK (KL), u = log softmax,
-// p = exp(u) and w = u of the reference,
+// The backward pass over rows of logits. With upstream gradients g (logprob), gH (entropy), gK (KL), u = log
+// softmax, p = exp(u) and w = u of the reference,
 //
 //     dlogits[j] = (g * [j = target] + p[j] * (a + b * u[j] + c * w[j])) / temperature
 //     a = -g - gH * H - gK * KL        b = gK - gH        c = -gK
 //
-// which is 2^t * (constant + slope * t + ref_slope * w) in the numbers t and w of row_sums.h.
+// which is exp(d / T) * (constant + slope * d + ref_slope * e) in the numbers d and e of row_sums.h.
 #pragma once
 
 #include "row_sums.h"
@@ -31,10 +31,46 @@ inline Normalizers normalizers(const RowSums& sums, bool has_ref) {
   return out;
 }
 
+// log sum exp of each row of a group: all that a backward needs of the forward. In float64, since its error is
+// the relative error of every probability made from it.
+struct LogSumExps {
+  double lse[kWidth] = {}, ref_lse[kWidth] = {};
+};
+
+inline LogSumExps log_sum_exps(const Normalizers& norm, float temperature) {
+  const double t = temperature;
+  LogSumExps out;
+  for (int i = 0; i < kWidth; ++i) {
+    out.lse[i] = static_cast<double>(norm.max[i]) / t + static_cast<double>(norm.log_sum[i]);
+    out.ref_lse[i] = static_cast<double>(norm.ref_max[i]) / t + static_cast<double>(norm.ref_log_sum[i]);
+  }
+  return out;
+}
+
+// The float32 nearest to temperature * lse in place of the maximum, and the rest in place of the sum. A gradient
+// has these bits whether it is written in the forward pass or afterwards.
+inline Normalizers gradient_normalizers(const LogSumExps& sums, float temperature) {
+  const double t = temperature;
+  Normalizers out;
+  for (int i = 0; i < kWidth; ++i) {
+    const double max = sums.lse[i] * t, ref_max = sums.ref_lse[i] * t;
+    out.max[i] = static_cast<float>(max);
+    out.log_sum[i] = static_cast<float>((max - static_cast<double>(out.max[i])) / t);
+    out.ref_max[i] = static_cast<float>(ref_max);
+    out.ref_log_sum[i] = static_cast<float>((ref_max - static_cast<double>(out.ref_max[i])) / t);
+  }
+  out.sum = exp(out.log_sum);
+  return out;
+}
+
 // The logits at the targets: of the policy and, where there is one, of the reference.
 struct TargetLogits {
-  int64_t column[kWidth];  // -1 where the target is not a word of the vocabulary
+  int64_t column[kWidth];  // -1 where there is no target, or none in the vocabulary
   Vec x = set(kNan), y = set(kNan);
+
+  TargetLogits() {
+    for (int64_t& none : column) none = -1;
+  }
 };
 
 template <class T, class Ref>
@@ -64,69 +100,88 @@ struct GradientCoefficients {
 
 inline GradientCoefficients gradient_coefficients(const Upstream& up, const Normalizers& norm,
                                                   const TargetLogits& target, float temperature) {
-  const float c = kLog2E / temperature;
-  const auto kl_part = [&](Vec x) { return up.g_kl == 0.0f ? Vec{} : up.g_kl * x; };  // unused, x may be infinite
+  const auto kl_part = [&](Vec x) {
+    return up.g_kl == 0.0f ? Vec{} : up.g_kl * x;
+  };  // unused, x may be infinite
   const Vec a = -up.g - up.g_entropy * up.entropy - kl_part(up.kl);
   const Vec b = up.g_kl - up.g_entropy;
   const Vec scale = 1.0f / (norm.sum * temperature);
   GradientCoefficients out;
   out.constant = (a - b * norm.log_sum + kl_part(norm.ref_log_sum)) * scale;
-  out.slope = b * kLn2 * scale;
-  out.ref_slope = -up.g_kl * kLn2 * scale;
+  out.slope = b / temperature * scale;
+  out.ref_slope = -up.g_kl / temperature * scale;
 
-  const Vec t = max(set(kMinExponent), (target.x - norm.max) * c);
-  const Vec p = exp2(t);
-  const Vec w = (target.y - norm.ref_max) * c;
-  const Vec inner = fma(out.slope, t, out.constant) - kl_part(w) * kLn2 * scale;
-  const Vec rest = p == 0.0f ? Vec{} : p * inner;
-  out.at_target = up.g / temperature + rest;
+  const Exponential exponential(temperature);
+  const Vec d = exponential.bounded(target.x - norm.max);
+  const Vec p = exponential(d);
+  const Vec inner = fma(out.slope, d, out.constant) - kl_part(target.y - norm.ref_max) / temperature * scale;
+  out.at_target = up.g * (1.0f / temperature) + (p == 0.0f ? Vec{} : p * inner);
   return out;
 }
 
 struct RowGradient {
-  float c, max, ref_max, constant, slope, ref_slope;
+  Exponential exponential;
+  float max, ref_max, constant, slope, ref_slope;
+  int64_t target;  // -1: none
+  float at_target;
 };
 
 template <bool kSlope, bool kRef>
 Vec gradient_of(Vec x, Vec y, const RowGradient& row) {
-  const Vec t = max(set(kMinExponent), (x - row.max) * row.c);
-  const Vec p = exp2(t);
+  const Vec d = row.exponential.bounded(x - row.max);
+  const Vec p = row.exponential(d);
   if constexpr (kRef) {
-    const Vec w = (y - row.ref_max) * row.c;
-    return p == 0.0f ? Vec{} : p * fma(set(row.ref_slope), w, fma(set(row.slope), t, set(row.constant)));
+    const Vec inner = fma(set(row.ref_slope), y - row.ref_max, fma(set(row.slope), d, set(row.constant)));
+    return p == 0.0f ? Vec{} : p * inner;
   } else if constexpr (kSlope) {
-    return p * fma(set(row.slope), t, set(row.constant));
+    return p * fma(set(row.slope), d, set(row.constant));
   } else {
     return p * row.constant;
   }
 }
 
-// Streamed stores bypass the cache, where a gradient larger than it would be read before it is written.
+// Streamed stores bypass the cache, where a gradient larger than it would be read before it is written. The
+// target's column is set before its vector is stored: afterwards its line would have to be fetched back.
 template <class T, class Ref, bool kSlope, bool kStream>
-void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGradient& row) {
+void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGradient row) {
   constexpr bool kRef = !is_absent<Ref>;
   constexpr int64_t kBytes = kWidth * sizeof(T);
-  const auto some = [&](int64_t i, int64_t n) {
-    store(out + i, gradient_of<kSlope, kRef>(load(x + i, n, 0.0f), load_if(y, i, n, 0.0f), row), n);
-  };
   int64_t i = 0;
-  if constexpr (kStream) {
-    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kBytes);
-    i = misaligned == 0 ? 0 : (kBytes - misaligned) / static_cast<int64_t>(sizeof(T));
-    if (i > vocab) i = vocab;
-    some(0, i);
-  }
-  for (; i + kWidth <= vocab; i += kWidth) {
-    prefetch(x + i);
-    if constexpr (kRef) prefetch(y + i);
-    const Vec gradient = gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row);
+  const auto with_target = [&](Vec gradient) {
+    return lane_numbers() == static_cast<int32_t>(row.target - i) ? set(row.at_target) : gradient;
+  };
+  const auto part = [&](int64_t n) {
+    const Vec gradient = gradient_of<kSlope, kRef>(load(x + i, n, 0.0f), load_if(y, i, n, 0.0f), row);
+    store(out + i, with_target(gradient), n);
+    i += n;
+  };
+  const auto put = [&](Vec gradient) {
     if constexpr (kStream) {
       stream(out + i, gradient);
     } else {
       store(out + i, gradient);
     }
+    i += kWidth;
+  };
+  const auto whole = [&](int64_t end) {
+    while (i + kWidth <= end) {
+      prefetch(x + i);
+      if constexpr (kRef) prefetch(y + i);
+      put(gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row));
+    }
+  };
+  if constexpr (kStream) {
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kBytes);
+    const int64_t head = (kBytes - misaligned) / static_cast<int64_t>(sizeof(T));
+    if (misaligned != 0) part(head < vocab ? head : vocab);
   }
-  if (i < vocab) some(i, vocab - i);
+  const int64_t before = row.target < i ? 0 : (row.target - i) / kWidth * kWidth;
+  whole(i + before);
+  if (row.target >= i && i + kWidth <= vocab) {
+    put(with_target(gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row)));
+  }
+  whole(vocab);
+  if (i < vocab) part(vocab - i);
 }
 
 template <class T>
@@ -140,13 +195,14 @@ void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const
                    const TargetLogits& target, const LogitsView& out) {
   const GradientCoefficients k = gradient_coefficients(up, norm, target, in.temperature);
   const Ints zero = up.all_zero();
+  const Exponential exponential(in.temperature);
   for (int i = 0; i < group.size; ++i) {
     if (zero[i]) {
       zero_row<T>(out, in, group.row[i]);
       continue;
     }
-    const RowGradient row = {kLog2E / in.temperature, norm.max[i],  norm.ref_max[i],
-                             k.constant[i],           k.slope[i],   k.ref_slope[i]};
+    const RowGradient row = {exponential, norm.max[i],    norm.ref_max[i],  k.constant[i],
+                             k.slope[i],  k.ref_slope[i], target.column[i], k.at_target[i]};
     T* const to = row_of<T>(out, group.row[i], in.steps);
     const T* const x = logits_row<T>(in, group.row[i]);
     const Ref* const y = ref_row<Ref>(in, group.row[i]);
@@ -155,7 +211,6 @@ void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const
     } else {
       gradient_row<T, Ref, kSlope, false>(x, y, to, in.vocab, row);
     }
-    if (target.column[i] >= 0) store(to + target.column[i], set(k.at_target[i]), 1);
   }
 }
 

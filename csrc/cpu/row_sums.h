@@ -1,11 +1,12 @@
-// The forward pass over rows of logits x, and of reference logits y where there are any: with c = log2(e)/temperature,
+// The forward pass over rows of logits x, and of reference logits y where there are any. With T the
+// temperature,
 //
-//     t = c * (x - max x)    sum = sum 2^t    weighted = sum 2^t * t
-//     w = c * (y - max y)    ref_sum = sum 2^w    cross = sum 2^t * (t - w)
+//     d = x - max x    p = exp(d / T)    sum = sum p    weighted = sum p * d
+//     e = y - max y    q = exp(e / T)    ref_sum = sum q    cross = sum p * (d - e)
 //
-// A row is read once. Up to kNarrow words it is held in the L1 cache: its maximum is found first, and the lanes of
-// kWidth rows are combined together. A longer row is streamed in blocks, whose sums are taken against the maximum so
-// far; only a block that raises it costs a rescaling.
+// A row is read once. Up to kNarrow words it is held in the L1 cache: its maximum is found first, and the
+// lanes of kWidth rows are combined together. A longer row is streamed in blocks, whose sums are taken
+// against the maximum so far; only a block that raises it costs a rescaling.
 #pragma once
 
 #include "elementary.h"
@@ -15,7 +16,7 @@ namespace ppo_fast::cpu::PPO_FAST_ISA {
 namespace {
 
 constexpr int64_t kNarrow = 256;
-constexpr int64_t kBlock = 1024;      // folding sums once a block keeps their rounding error that of short sums
+constexpr int64_t kBlock = 1024;  // folding sums once a block keeps their rounding error that of short sums
 constexpr int64_t kPrefetchBytes = 2048;
 
 // Lane i is that of row i of a group.
@@ -49,33 +50,47 @@ void prefetch(const T* x) {
   __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes);
 }
 
+// exp(d / temperature) as a power of 2. The exponent is bounded below, where p is 0, so that p * d is 0 for d
+// = -inf.
+struct Exponential {
+  Vec scale, lowest;
+
+  explicit Exponential(float temperature)
+      : scale(set(kLog2E / temperature)), lowest(set(kMinExponent * kLn2 * temperature)) {}
+
+  Vec bounded(Vec d) const { return max(lowest, d); }
+  Vec operator()(Vec bounded_d) const { return exp2(bounded_d, scale); }
+};
+
 // One vector's share of the sums. A word of probability 0 adds 0, whatever its logit and reference.
 template <bool kEntropy, bool kRef>
-void add(LaneSums& sums, Vec x, Vec y, float shift, float ref_shift, float c) {
-  const Vec t = max(set(kMinExponent), (x - shift) * c);
-  const Vec p = exp2(t);
+void add(LaneSums& sums, Vec x, Vec y, float shift, float ref_shift, const Exponential& exponential) {
+  const Vec d = exponential.bounded(x - shift);
+  const Vec p = exponential(d);
   sums.sum += p;
-  if constexpr (kEntropy) sums.weighted = fma(p, t, sums.weighted);
+  if constexpr (kEntropy) sums.weighted = fma(p, d, sums.weighted);
   if constexpr (kRef) {
-    const Vec w = (y - ref_shift) * c;
-    sums.ref_sum += exp2(max(set(kMinExponent), w));
-    sums.cross += p == 0.0f ? Vec{} : p * (t - w);
+    const Vec e = y - ref_shift;
+    sums.ref_sum += exponential(exponential.bounded(e));
+    sums.cross += p == 0.0f ? Vec{} : p * (d - e);
   }
 }
 
 template <class T, class Ref, bool kEntropy>
-LaneSums sums_of(const T* x, const Ref* y, int64_t n, float shift, float ref_shift, float c) {
+LaneSums sums_of(const T* x, const Ref* y, int64_t n, float shift, float ref_shift,
+                 const Exponential& exponential) {
   constexpr bool kRef = !is_absent<Ref>;
+  const Exponential local = exponential;  // in registers
   LaneSums sums;
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     prefetch(x + i);
     if constexpr (kRef) prefetch(y + i);
-    add<kEntropy, kRef>(sums, load(x + i), load_if(y, i), shift, ref_shift, c);
+    add<kEntropy, kRef>(sums, load(x + i), load_if(y, i), shift, ref_shift, local);
   }
   if (i < n) {
     const Vec rest = load(x + i, n - i, -kInfinity);
-    add<kEntropy, kRef>(sums, rest, load_if(y, i, n - i, -kInfinity), shift, ref_shift, c);
+    add<kEntropy, kRef>(sums, rest, load_if(y, i, n - i, -kInfinity), shift, ref_shift, local);
   }
   return sums;
 }
@@ -86,11 +101,11 @@ struct RunningSums {
   float max = -kInfinity, ref_max = -kInfinity;
   LaneSums sums;
 
-  // t falls by delta = c * (new_max - max), so that 2^t * t becomes 2^-delta * 2^t * (t - delta).
-  void raise(float new_max, float c) {
+  // d falls by delta, so that p * d becomes exp(-delta / T) * p * (d - delta).
+  void raise(float new_max, const Exponential& exponential) {
     if (max != -kInfinity) {
-      const float delta = c * (new_max - max);
-      const Vec factor = exp2(PPO_FAST_ISA::max(set(kMinExponent), set(-delta)));
+      const float delta = new_max - max;
+      const Vec factor = exponential(exponential.bounded(set(-delta)));
       if constexpr (kEntropy) sums.weighted = factor * (sums.weighted - delta * sums.sum);
       if constexpr (kRef) sums.cross = factor * (sums.cross - delta * sums.sum);
       sums.sum *= factor;
@@ -98,11 +113,11 @@ struct RunningSums {
     max = new_max;
   }
 
-  void raise_ref(float new_max, float c) {
+  void raise_ref(float new_max, const Exponential& exponential) {
     if (ref_max != -kInfinity) {
-      const float delta = c * (new_max - ref_max);
+      const float delta = new_max - ref_max;
       sums.cross += delta * sums.sum;
-      sums.ref_sum *= exp2(PPO_FAST_ISA::max(set(kMinExponent), set(-delta)));
+      sums.ref_sum *= exponential(exponential.bounded(set(-delta)));
     }
     ref_max = new_max;
   }
@@ -116,29 +131,32 @@ struct RunningSums {
 };
 
 template <class T, class Ref, bool kEntropy>
-RunningSums<kEntropy, !is_absent<Ref>> wide_row(const T* x, const Ref* y, int64_t vocab, float c) {
+RunningSums<kEntropy, !is_absent<Ref>> wide_row(const T* x, const Ref* y, int64_t vocab,
+                                                const Exponential& exponential) {
   RunningSums<kEntropy, !is_absent<Ref>> row;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
     const Vec highest = lane_max(x + begin, n);
-    if (any_greater(highest, set(row.max))) row.raise(combine_lanes(highest, Max()), c);
+    if (any_greater(highest, set(row.max))) row.raise(combine_lanes(highest, Max()), exponential);
     if constexpr (!is_absent<Ref>) {
       const Vec ref_highest = lane_max(y + begin, n);
-      if (any_greater(ref_highest, set(row.ref_max))) row.raise_ref(combine_lanes(ref_highest, Max()), c);
-      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max), finite_shift(row.ref_max), c));
+      if (any_greater(ref_highest, set(row.ref_max)))
+        row.raise_ref(combine_lanes(ref_highest, Max()), exponential);
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max),
+                                         finite_shift(row.ref_max), exponential));
     } else {
-      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, c));
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, exponential));
     }
   }
   return row;
 }
 
 template <class T, class Ref, bool kEntropy>
-RowSums wide_rows(const Rows& in, const Group& group, float c) {
+RowSums wide_rows(const Rows& in, const Group& group, const Exponential& exponential) {
   RowSums out;
   for (int i = 0; i < group.size; ++i) {
-    const auto row =
-        wide_row<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]), in.vocab, c);
+    const auto row = wide_row<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]),
+                                                ref_row<Ref>(in, group.row[i]), in.vocab, exponential);
     out.max[i] = row.max;
     out.sum[i] = combine_lanes(row.sums.sum, Add());
     if constexpr (kEntropy) out.weighted[i] = combine_lanes(row.sums.weighted, Add());
@@ -152,7 +170,7 @@ RowSums wide_rows(const Rows& in, const Group& group, float c) {
 }
 
 template <class T, class Ref, bool kEntropy>
-RowSums narrow_rows(const Rows& in, const Group& group, float c) {
+RowSums narrow_rows(const Rows& in, const Group& group, const Exponential& exponential) {
   constexpr bool kRef = !is_absent<Ref>;
   RowSums out;
   Vec a[kWidth] = {}, b[kWidth] = {}, d[kWidth] = {}, e[kWidth] = {};
@@ -165,7 +183,7 @@ RowSums narrow_rows(const Rows& in, const Group& group, float c) {
   for (int i = 0; i < group.size; ++i) {
     const LaneSums sums =
         sums_of<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]), in.vocab,
-                                  finite_shift(out.max[i]), finite_shift(out.ref_max[i]), c);
+                                  finite_shift(out.max[i]), finite_shift(out.ref_max[i]), exponential);
     a[i] = sums.sum, b[i] = sums.weighted, d[i] = sums.ref_sum, e[i] = sums.cross;
   }
   out.sum = combine_rows(a, Add());
@@ -177,9 +195,9 @@ RowSums narrow_rows(const Rows& in, const Group& group, float c) {
 
 template <class T, class Ref, bool kEntropy>
 RowSums row_sums(const Rows& in, const Group& group) {
-  const float c = kLog2E / in.temperature;
-  return in.vocab <= kNarrow ? narrow_rows<T, Ref, kEntropy>(in, group, c)
-                             : wide_rows<T, Ref, kEntropy>(in, group, c);
+  const Exponential exponential(in.temperature);
+  return in.vocab <= kNarrow ? narrow_rows<T, Ref, kEntropy>(in, group, exponential)
+                             : wide_rows<T, Ref, kEntropy>(in, group, exponential);
 }
 
 }  // namespace

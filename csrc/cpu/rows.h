@@ -25,7 +25,7 @@ struct TargetsView {
   bool is_int64;  // otherwise int32
 };
 
-// Per-row arrays are contiguous [B, T]; a result that is not asked for is null.
+// Per-row arrays are contiguous [B, T], float32 but for lse; a result that is not asked for is null.
 struct Rows {
   LogitsView logits;
   LogitsView ref_logits;
@@ -42,8 +42,8 @@ struct TokenStatsArguments {
   float* logprobs;
   float* entropy;
   float* kl;
-  float* lse;
-  float* ref_lse;
+  double* lse;
+  double* ref_lse;
 };
 
 struct TokenStatsBackwardArguments {
@@ -51,8 +51,8 @@ struct TokenStatsBackwardArguments {
   const float* g;          // upstream gradients; null leaves a term out
   const float* g_entropy;
   const float* g_kl;
-  const float* lse;
-  const float* ref_lse;
+  const double* lse;
+  const double* ref_lse;
   const float* entropy;
   const float* kl;
   LogitsView out;          // in the dtype of the logits; may be the logits

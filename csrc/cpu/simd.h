@@ -33,6 +33,14 @@ inline Vec set(float x) { return x - Vec{}; }
 inline Ints bits(Vec x) { return reinterpret_cast<Ints>(x); }
 inline Vec from_bits(Ints x) { return reinterpret_cast<Vec>(x); }
 
+template <int... kLane>
+Ints lane_numbers(std::integer_sequence<int, kLane...>) {
+  return Ints{kLane...};
+}
+
+// 0, 1, 2, ...
+inline Ints lane_numbers() { return lane_numbers(std::make_integer_sequence<int, kWidth>()); }
+
 template <int... kIndex>
 Vec shuffle(Vec a, Vec b) {
 #ifdef __clang__

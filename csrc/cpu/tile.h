@@ -11,8 +11,8 @@
 
 namespace ppo_fast::cpu {
 
-constexpr int64_t kLanes = 16;  // a row of a float32 tile is one cache line
-constexpr int64_t kSteps = 64;  // two float32 tiles take a quarter of a 32 KiB L1 cache
+constexpr int64_t kLanes = 16;   // a row of a float32 tile is one cache line
+constexpr int64_t kSteps = 128;  // two float32 tiles take half of a 32 KiB L1 cache
 
 template <class T>
 struct alignas(64) Tile {
@@ -93,7 +93,7 @@ void transpose_square(const From& from, const To& to) {
   for (int i = 0; i < kWidth; ++i) write(to(i), square[i]);
 }
 
-// Row i of a tile is step `start + i` of a lane's sequence. Rows before a sequence's first step are not touched.
+// Row i of a tile is step `start + i` of a lane's sequence. Rows before its first step are left alone.
 inline int64_t first_row(int64_t start) { return std::clamp<int64_t>(-start, 0, kSteps); }
 
 // Reads one lane's steps, of any stride and any type.

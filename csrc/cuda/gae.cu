@@ -1,5 +1,5 @@
-// Where there are many sequences, a warp scans one and a block of kWarps warps takes kWarps of them; its long ones,
-// and every one where there are few, are scanned by the whole block. Lengths are read on the device.
+// Where there are many sequences, a warp scans one and a block of kWarps warps takes kWarps of them; its long
+// ones, and every one where there are few, are scanned by the whole block. Lengths are read on the device.
 #include "gae.h"
 
 #include <cuda_bf16.h>
@@ -14,9 +14,9 @@
 namespace ppo_fast::cuda {
 namespace {
 
-constexpr int kBlocksPerProcessor = 5;       // leaves a thread 102 registers: no spills
+constexpr int kBlocksPerProcessor = 5;  // leaves a thread 102 registers: no spills
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int64_t kManyPerProcessor = 16;  // sequences; half a multiprocessor's warps
+constexpr int64_t kManyPerProcessor = 16;  // sequences that keep a multiprocessor busy, a warp each
 constexpr int64_t kWarpSteps = 4096;       // the longest sequence a warp scans alone when there are many
 
 using gae::kWarps;
@@ -82,9 +82,9 @@ __device__ void scan(const Work& work, int64_t index, const gae::Sequence<R, V>&
   }
 }
 
-// First every warp scans a short sequence of its own, then the block scans its long ones, one after the other.
+// First every warp scans a short sequence of its own, then the block its long ones, one after the other.
 template <class R, class V>
-__global__ void __launch_bounds__(kWarps * gae::kWarpSize, kBlocksPerProcessor) gae_kernel(const Work work) {
+__global__ void __launch_bounds__(kWarps* gae::kWarpSize, kBlocksPerProcessor) gae_kernel(const Work work) {
   __shared__ WarpMaps totals;
   const int64_t first = blockIdx.x * work.per_block;
   const int64_t last = min(first + work.per_block, work.args.sequences);
@@ -139,7 +139,8 @@ void gae(const GaeArguments& args, Dtype rewards, Dtype values, int device, std:
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const bool many = args.sequences >= kManyPerProcessor * processors;
-  const Work work = {args, gae::discounts_of<float>(args), many ? kWarps : 1, many ? kWarpSteps : gae::kItems * gae::kWarpSize};
+  const Work work = {args, gae::discounts_of<float>(args), many ? kWarps : 1,
+                     many ? kWarpSteps : gae::kItems * gae::kWarpSize};
   const auto handle = reinterpret_cast<cudaStream_t>(stream);
   if (rewards == Dtype::kFloat16) {
     launch<__half>(work, values, handle);

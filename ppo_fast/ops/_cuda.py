@@ -23,9 +23,7 @@ def _gae(
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
     )
-    arguments = gae_arguments(
-        rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results
-    )
+    arguments = gae_arguments(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results)
     extension.gae_cuda(
         arguments,
         rewards_dtype=dtype_code(rewards.dtype),

@@ -3,6 +3,7 @@
 Launchers take checked tensors of one device, allocate, launch and check nothing.
 """
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ def _build_report() -> dict[str, Any]:
 
 def _load() -> tuple[Any, str | None]:
     try:
-        from ppo_fast import _C
+        return importlib.import_module("ppo_fast._C"), None
     except ImportError as error:
         return None, f"the extension is not built: {_build_report().get('cpp') or error}"
-    return _C, None
 
 
 def _cuda_obstacle() -> str | None:
@@ -67,16 +67,15 @@ def gae_arguments(
         bootstrap: contiguous, of the dtype of the results.
         results: advantages and returns, contiguous.
     """
-    packed = cu_seqlens is not None
     return extension.GaeArguments(
         rewards=_matrix(rewards),
         values=_matrix(values),
         mask=_matrix(mask),
         dones=_matrix(dones),
         bootstrap=0 if bootstrap is None else bootstrap.data_ptr(),
-        cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
-        cu_seqlens_is_int64=packed and cu_seqlens.dtype == torch.int64,
-        sequences=cu_seqlens.numel() - 1 if packed else rewards.shape[0],
+        cu_seqlens=0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        cu_seqlens_is_int64=cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+        sequences=rewards.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
         steps=rewards.shape[-1],
         gamma=gamma,
         lam=lam,
@@ -106,9 +105,7 @@ def _gae(
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.to(dtype).contiguous()
     results = torch.empty(rewards.shape, dtype=dtype), torch.empty(rewards.shape, dtype=dtype)
-    arguments = gae_arguments(
-        rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results
-    )
+    arguments = gae_arguments(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results)
     extension.gae_cpu(arguments, dtype=dtype_code(dtype), threads=torch.get_num_threads())
     return results
 

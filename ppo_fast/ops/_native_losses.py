@@ -95,8 +95,8 @@ def _one_pass(
     full = ref_logits is not None
     stats = extension.TokenStatsArguments()
     stats.rows = rows_of(logits, targets, ref_logits, mask, temperature)
-    logprobs, entropy, lse = (per_row(logits) for _ in range(3))
-    kl, ref_lse = per_row(logits, full or ref_logprobs is not None), per_row(logits, full)
+    logprobs, entropy, kl = per_row(logits), per_row(logits), per_row(logits, full or ref_logprobs is not None)
+    lse, ref_lse = per_row(logits, dtype=torch.float64), per_row(logits, full, torch.float64)
     set_addresses(stats, logprobs=logprobs, entropy=entropy, kl=kl, lse=lse, ref_lse=ref_lse)
 
     arguments = extension.PolicyLossArguments()

@@ -4,21 +4,36 @@ Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everyt
 contiguous but for the targets.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._native import extension
+from ppo_fast.ops._native import extension, load_error
+from ppo_fast.ops._registry import Implementation
 
-# A larger gradient has left the cache before anyone reads it, so it is written past the cache.
+# A larger gradient has left the cache before anyone reads it, so it is written past the cache. But only in whole
+# lines, of which short rows of an odd size have few.
 _STREAMED_BYTES = 8 << 20
+_LINE, _PAGE = 64, 4096
+
+
+def implementation(run: Callable[..., Any], fuses_backward: bool = False) -> Implementation:
+    """A launcher of these kernels as the registry takes it."""
+    return Implementation(
+        run,
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        unusable=load_error,
+        fuses_backward=fuses_backward,
+    )
 
 
 def set_addresses(arguments: Any, **tensors: Tensor | None) -> None:
-    """Hand tensors to the extension by address, 0 for None; they must outlive the launch."""
+    """Hand tensors to the extension by address, 0 for None and for empty ones; they must outlive the launch."""
     for name, tensor in tensors.items():
-        setattr(arguments, name, 0 if tensor is None else tensor.data_ptr())
+        setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
 
 
 def readable(ref_logits: Tensor | None) -> Tensor | None:
@@ -28,9 +43,9 @@ def readable(ref_logits: Tensor | None) -> Tensor | None:
     return ref_logits.float()
 
 
-def per_row(logits: Tensor, wanted: bool = True) -> Tensor:
+def per_row(logits: Tensor, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for one number per row, or for none."""
-    return torch.empty(logits.shape[:2] if wanted else (0,), dtype=torch.float32)
+    return torch.empty(logits.shape[:2] if wanted else (0,), dtype=dtype)
 
 
 def _logits_view(x: Tensor | None, streamed: bool = False) -> Any:
@@ -44,7 +59,10 @@ def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
     if gradient is None:
         return _logits_view(None)
     apart = gradient.data_ptr() != logits.data_ptr()
-    return _logits_view(gradient, streamed=apart and gradient.nbytes >= _STREAMED_BYTES)
+    row_bytes = gradient.shape[2] * gradient.element_size()
+    whole_lines = row_bytes >= _PAGE or row_bytes % _LINE == 0
+    streamed = apart and whole_lines and gradient.nbytes >= _STREAMED_BYTES
+    return _logits_view(gradient, streamed)
 
 
 def rows_of(
@@ -78,13 +96,13 @@ def token_stats(
     """:func:`ppo_fast.ops.reference.token_stats`."""
     ref_logits = readable(ref_logits)
     full = ref_logits is not None
-    wanted = (targets is not None, want_entropy, full, True, full)
-    logprobs, entropy, kl, lse, ref_lse = results = tuple(per_row(logits, w) for w in wanted)
+    logprobs, entropy, kl = (per_row(logits, wanted) for wanted in (targets is not None, want_entropy, full))
+    lse, ref_lse = per_row(logits, dtype=torch.float64), per_row(logits, full, torch.float64)
     arguments = extension.TokenStatsArguments()
     arguments.rows = rows_of(logits, targets, ref_logits, mask, temperature)
     set_addresses(arguments, logprobs=logprobs, entropy=entropy, kl=kl, lse=lse, ref_lse=ref_lse)
     extension.token_stats(arguments, threads=torch.get_num_threads())
-    return results
+    return logprobs, entropy, kl, lse, ref_lse
 
 
 def token_stats_backward(

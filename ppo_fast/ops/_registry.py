@@ -26,6 +26,7 @@ class Implementation(NamedTuple):
         dtypes: input dtypes it takes when asked for by name.
         auto_dtypes: input dtypes for which ``"auto"`` may choose it.
         unusable: why it cannot run on this machine, or None.
+        fuses_backward: the launcher of a loss takes ``out=`` and writes the gradient of the loss there.
     """
 
     run: Callable[..., Any]
@@ -33,6 +34,7 @@ class Implementation(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ALL_FLOATS
     auto_dtypes: tuple[torch.dtype, ...] = ALL_FLOATS
     unusable: str | None = None
+    fuses_backward: bool = False
 
 
 _TABLE: dict[str, dict[str, Implementation]] = {}
@@ -53,6 +55,11 @@ def _entries(op: str) -> dict[str, Implementation]:
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The launcher of a backend that :func:`resolve` has returned."""
     return _TABLE[op][backend].run
+
+
+def fuses_backward(op: str, backend: str) -> bool:
+    """Whether the launcher of a backend that :func:`resolve` has returned can write the gradient as well."""
+    return _TABLE[op][backend].fuses_backward
 
 
 def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

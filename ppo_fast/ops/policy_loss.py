@@ -1,12 +1,13 @@
 """The clipped policy-gradient loss of PPO with entropy bonus and KL terms, from logits."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry, _triton, reference
+from ppo_fast.ops import _checks, _native_losses, _native_stats, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, as_logits, as_rows
 from ppo_fast.ops.config import PolicyLossConfig, coefficient
 from ppo_fast.ops.results import LossOutput, TokenStats
@@ -17,6 +18,16 @@ _DEFAULT = PolicyLossConfig()
 
 _registry.register(_OP, "torch", _registry.Implementation(reference.policy_loss))
 _registry.register(_OP, "triton", _triton.implementation(_OP, "policy_loss"))
+_registry.register(_OP, "native", _native_stats.implementation(_native_losses.policy_loss, fuses_backward=True))
+
+
+def _launch(*inputs: Any, **out: Tensor) -> tuple[Tensor, ...]:
+    """Checks what depends on values, then runs the backend, the last of the inputs of the registered op."""
+    *arguments, backend = inputs
+    logits, targets, mask, cu_seqlens = *arguments[:3], arguments[9]
+    _checks.target_values(_OP, targets, mask, logits.shape[-1])
+    _checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
+    return _registry.implementation(_OP, backend)(*arguments, **out)
 
 
 @torch.library.custom_op("ppo_fast::policy_loss", mutates_args=())
@@ -43,10 +54,7 @@ def _policy_loss(
     aggregation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _checks.target_values(_OP, targets, mask, logits.shape[-1])
-    _checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
-    run = _registry.implementation(_OP, backend)
-    return run(
+    return _launch(
         logits,
         targets,
         mask,
@@ -67,6 +75,7 @@ def _policy_loss(
         ratio,
         kl_estimator,
         aggregation,
+        backend,
     )
 
 
@@ -143,8 +152,42 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _write_gradient(ctx: Any, grad_loss: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
+    """The gradient from the saved statistics, in ``out``; below autograd, and so only for once-differentiable rules."""
+    saved = ctx.saved_tensors
+    run = _registry.implementation("token_stats_backward", ctx.backend)
+    return run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=out)
+
+
+class _Fused(torch.autograd.Function):
+    """The same loss where the backend writes its gradient in the forward pass; eager only.
+
+    The gradient is kept until the backward pass and handed out once. For a loss that arrives there scaled, or a second
+    time, it is computed from the logits, so that it is rounded once and nobody holds the same storage.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        logits = inputs[0].detach()
+        ctx.dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        output = _launch(logits, *inputs[1:], out=ctx.dlogits)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is None or grad_loss != 1:
+            dlogits = _write_gradient(ctx, grad_loss, ctx.saved_tensors[0], dlogits)
+        return dlogits, *((None,) * (ctx.inputs - 1))
+
+
 class _InPlace(torch.autograd.Function):
     """The same loss, with the gradient written over the logits; eager only.
+
+    A backend that writes the gradient in the forward pass does it there. Its logits are then gone, so that a gradient
+    of the loss other than 1 is multiplied in afterwards: a second rounding in bfloat16.
 
     The version counter is bumped in the forward pass and at the write, so that autograd refuses every later use of the
     old contents.
@@ -152,23 +195,38 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _policy_loss(inputs[0].detach(), *inputs[1:])
+        logits = inputs[0].detach()
+        ctx.written = _registry.fuses_backward(_OP, inputs[-1])
+        output = _launch(logits, *inputs[1:], **({"out": logits} if ctx.written else {}))
         torch.autograd.graph.increment_version(inputs[0])
         _setup_context(ctx, inputs, output)
         ctx.spent = False
         return output
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
-        saved = ctx.saved_tensors
-        logits = saved[0].detach()
-        run = _registry.implementation("token_stats_backward", ctx.backend)
-        run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=logits)
+        logits = ctx.saved_tensors[0].detach()
+        if not ctx.written:
+            _write_gradient(ctx, grad_loss, logits, logits)
+        elif grad_loss != 1:
+            logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
         return logits, *((None,) * (ctx.inputs - 1))
+
+
+def _entry(logits: Tensor, inplace: bool, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The registered op, or an eager form of it. Tensor subclasses, such as those that trace, take the op."""
+    if inplace:
+        return _InPlace.apply
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    eager = not torch.compiler.is_compiling() and type(logits) is Tensor
+    if wants_gradient and eager and _registry.fuses_backward(_OP, backend):
+        return _Fused.apply
+    return _policy_loss
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -268,7 +326,8 @@ def policy_loss(
         cu_seqlens: int32 or int64 [S + 1], the sequence offsets of packed [N] inputs.
         denominator: replaces the outer count of the aggregation (counted tokens, or sequences with one), so that
             micro-batches and ranks add up to the large batch.
-        inplace: let the gradient take the storage of ``logits``, whose contents are unspecified afterwards.
+        inplace: let the gradient take the storage of ``logits``, whose contents are unspecified afterwards. On the
+            "native" backend a bfloat16 gradient is rounded twice when the loss is scaled before its backward.
         backend: "auto" | "torch" | "triton" | "native".
 
     Returns:
@@ -303,9 +362,10 @@ def policy_loss(
         _check_inplace(logits)
     shape, dtype = targets.shape, _checks.accumulation_dtype(logits.dtype)
     rows = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
-    run = _InPlace.apply if inplace else _policy_loss
+    flat_logits = as_logits(logits)
+    run = _entry(flat_logits, inplace, backend)
     loss, metrics, logprobs, entropy, kl, *_ = run(
-        as_logits(logits),
+        flat_logits,
         as_rows(targets, shape),
         as_bools(mask, shape),
         None if ref_logits is None else as_logits(ref_logits.detach()),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry, _triton, reference
+from ppo_fast.ops import _checks, _native_stats, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_logits, as_rows
 from ppo_fast.ops.results import TokenStats
 
@@ -19,6 +19,8 @@ _registry.register("token_stats", "triton", _triton.implementation("token_stats"
 _registry.register(
     "token_stats_backward", "triton", _triton.implementation("token_stats_backward", "token_stats_backward")
 )
+_registry.register("token_stats", "native", _native_stats.implementation(_native_stats.token_stats))
+_registry.register("token_stats_backward", "native", _native_stats.implementation(_native_stats.token_stats_backward))
 
 
 @torch.library.custom_op("ppo_fast::token_stats", mutates_args=())
@@ -47,13 +49,13 @@ def _(
     want_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def out(wanted: bool, dtype: torch.dtype = _checks.accumulation_dtype(logits.dtype)) -> Tensor:
+    def out(wanted: bool, dtype: torch.dtype) -> Tensor:
         return logits.new_empty(logits.shape[:-1] if wanted else (0,), dtype=dtype)
 
     # lse in float64: with a logit offset of 3e4 a float32 one, and every probability made with it, is off by 1e-3.
-    has_ref = ref_logits is not None
+    dtype, has_ref = _checks.accumulation_dtype(logits.dtype), ref_logits is not None
     lse, ref_lse = out(True, torch.float64), out(has_ref, torch.float64)
-    return out(targets is not None), out(want_entropy), out(has_ref), lse, ref_lse
+    return out(targets is not None, dtype), out(want_entropy, dtype), out(has_ref, dtype), lse, ref_lse
 
 
 @torch.library.custom_op("ppo_fast::token_stats_backward", mutates_args=())

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry, _triton, reference
+from ppo_fast.ops import _checks, _native_losses, _native_stats, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, grid
 from ppo_fast.ops.config import AGGREGATIONS
 from ppo_fast.ops.results import LossOutput
@@ -14,6 +14,7 @@ _OP = "value_loss"
 
 _registry.register(_OP, "torch", _registry.Implementation(reference.value_loss))
 _registry.register(_OP, "triton", _triton.implementation(_OP, "value_loss"))
+_registry.register(_OP, "native", _native_stats.implementation(_native_losses.value_loss))
 
 
 @torch.library.custom_op("ppo_fast::value_loss", mutates_args=())

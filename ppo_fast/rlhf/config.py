@@ -260,19 +260,12 @@ def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> PP
     try:
         return pydantic.TypeAdapter(PPOConfig).validate_python(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        prefix = "" if first["type"] == "value_error" else f"{where}: "
-        raise UserError(f"{source}: {prefix}{message}{got}") from error
+        raise UserError(f"{source}: {_first_problem(error.errors()[0])}") from error
 
 
 def save_config(config: PPOConfig, path: Path) -> None:
     """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
-    values = dataclasses.asdict(config)
-    values["optim"]["betas"] = list(values["optim"]["betas"])
-    path.write_text(require("yaml").safe_dump(values, sort_keys=False))
+    path.write_text(require("yaml").safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def require(module: str) -> Any:
@@ -301,6 +294,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
     return values
+
+
+def _first_problem(problem: Mapping[str, Any]) -> str:
+    """One entry of pydantic's error list in one line; our own messages already name the field."""
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}, got {problem['input']!r}"
 
 
 def _toml() -> Any:

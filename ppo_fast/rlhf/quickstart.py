@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from rich.text import Text
 from ppo_fast import ops
 
 from . import plots, reviews, tiny
-from .config import DataConfig, ModelConfig, RolloutConfig, load_config, require
+from .config import DataConfig, ModelConfig, RolloutConfig, UserError, load_config, require
 from .data import load_prompts, make_batch
 from .models import load_models
 from .ppo import train_ppo
@@ -37,7 +38,7 @@ CONFIG = """\
 updates: {updates}
 seed: {seed}
 threads: 1
-model: {{path: {base}}}
+model: {{path: {base}, device: cpu}}
 data: {{prompts: {prompts}, max_prompt_tokens: 8}}
 reward: {{function: {reward}}}
 rollout: {{batch_size: 128, max_new_tokens: {max_new_tokens}}}
@@ -56,6 +57,11 @@ class Options:
     seed: int = 0  # of the language sample, the model and the training
     updates: int = 50  # PPO updates
     sft_steps: int = 300  # optimizer steps of the base model
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "sft_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"quickstart: expected {name} to be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,18 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the quickstart from the command line."""
     defaults = Options()
-    parser = argparse.ArgumentParser(prog="ppo-fast quickstart", description=(__doc__ or "").splitlines()[0])
+    about = "A tiny language model learns to write warm restaurant reviews: no download, no GPU, about a minute."
+    parser = argparse.ArgumentParser(prog="ppo-fast quickstart", description=about)
     parser.add_argument("--out", type=Path, default=defaults.out, help="output directory (%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
     parser.add_argument("--updates", type=int, default=defaults.updates, help="PPO updates (%(default)s)")
     parser.add_argument(
         "--sft-steps", type=int, default=defaults.sft_steps, help="steps of the base model (%(default)s)"
     )
+    options = Options(**vars(parser.parse_args(argv)))
     torch.set_num_threads(1)  # two threads are slower than one on a model this small
     require("transformers").utils.logging.disable_progress_bar()
-    run(Options(**vars(parser.parse_args(argv))))
+    run(options)
 
 
 def run(options: Options) -> Result:
@@ -113,7 +121,7 @@ def run(options: Options) -> Result:
     before, after = (evaluate(path, out / "base", options.seed) for path in (out / "base", out / "ppo/final"))
     plots.draw_curves({"PPO": history}, out / "curves.png", title=_finding(before, after), subtitle=_setting(options))
     console.print("\n[bold]3  Result[/]\n", sample_table(before, after), summary_table(before, after))
-    console.print(closing(out, time.monotonic() - start), soft_wrap=True)
+    console.print(closing(out, time.monotonic() - start), soft_wrap=True, markup=False)
     return Result(before, after, history)
 
 
@@ -207,6 +215,7 @@ def summary_table(before: Evaluation, after: Evaluation) -> Table:
 
 def closing(out: Path, seconds: float) -> str:
     """Where everything lies and what to do next."""
+    config, other = (shlex.quote(str(out / name)) for name in ("config.yaml", "no-kl"))
     return f"""
 Done in {seconds:.0f} s. Written to {out}:
   curves.png         reward, KL, entropy, clip fraction of every update
@@ -214,9 +223,9 @@ Done in {seconds:.0f} s. Written to {out}:
   ppo/final          the trained model, for AutoModelForCausalLM.from_pretrained
   reward.py          the reward function, yours to change
 
-[bold]Next[/]: train again without the KL penalty, and see how much further the model drifts
+Next: train again without the KL penalty, and see how much further the model drifts
 
-  ppo-fast train --config {out / "config.yaml"} --kl.coef 0 --log.dir {out / "no-kl"}
+  ppo-fast train --config {config} --kl.coef 0 --log.dir {other}
 """
 
 

@@ -1,5 +1,6 @@
 """One call of each launcher for every kernel variant that ships: dtypes, aligned and unaligned rows, optional terms."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -52,20 +53,26 @@ def value(dtype: torch.dtype) -> None:
     value_loss.value_loss(rows(dtype), rows(), rows(torch.bool), rows(), None, None, 0.2, "token-mean")
 
 
-def scans(dtype: torch.dtype) -> None:
-    """gae and gae_packed, short and long sequences, plain and with everything optional."""
-    for steps, mode in itertools.product((32, 1000), ("carry", "zero")):
-        x, flags, boot = torch.empty(B, steps, dtype=dtype), torch.empty(B, steps, dtype=torch.bool), torch.zeros(B)
-        gae.gae(x, x, None, None, None, 1.0, 0.95, mode)
+def scans(dtype: torch.dtype, steps: int) -> None:
+    """gae and gae_packed in both mask modes, plain and with everything optional."""
+    x, flags, boot = torch.empty(B, steps, dtype=dtype), torch.empty(B, steps, dtype=torch.bool), torch.zeros(B)
+    packed = torch.tensor([0, steps], dtype=torch.int32)
+    gae.gae(x, x, None, None, None, 1.0, 0.95, "carry")
+    for mode in ("carry", "zero"):
         gae.gae(x, x, flags, boot, flags, 1.0, 0.95, mode)
-        packed = torch.tensor([0, steps], dtype=torch.int32)
         gae.gae_packed(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode)
 
 
+# bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V alone.
+_LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
+    ("gpt2", torch.float32),
+    ("llama3", torch.float32),
+    ("llama3", torch.float16),
+]
 CASES: dict[str, Callable[[], None]] = {
-    **{f"forward-{n}-{d}"[:40]: lambda V=V, d=d: forward(V, d) for n, V in VOCABULARIES.items() for d in FLOATS},
-    **{f"backward-{n}-{d}"[:40]: lambda V=V, d=d: backward(V, d) for n, V in VOCABULARIES.items() for d in FLOATS},
-    **{f"policy-{e}": lambda e=e: policy(e) for e in ("k1", "k2", "k3", "full")},
-    **{f"value-{d}": lambda d=d: value(d) for d in FLOATS},
-    **{f"gae-{d}": lambda d=d: scans(d) for d in FLOATS},
+    **{f"forward-{n}-{d}": functools.partial(forward, VOCABULARIES[n], d) for n, d in _LOGITS},
+    **{f"backward-{n}-{d}": functools.partial(backward, VOCABULARIES[n], d) for n, d in _LOGITS},
+    **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
+    **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
+    **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},
 }

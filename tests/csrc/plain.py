@@ -1,5 +1,6 @@
 """The plain recursion of generalised advantage estimation: one sequence axis, a Python loop over time."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def plain_gae_packed(
 ) -> tuple[Array, Array]:
     """:func:`plain_gae` of each of the packed sequences."""
     advantages, returns = np.zeros_like(rewards), np.zeros_like(rewards)
-    for s, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for s, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
 
         def row(x: Array | None, begin: int = begin, end: int = end) -> Array | None:
             return None if x is None else x[None, begin:end]

@@ -97,9 +97,7 @@ EXAMPLES: dict[str, Example] = {
         "values",
         ("values", "returns", "old_values"),
     ),
-    "gae-carry": Example(
-        "gae", lambda **k: pf.gae(**k, gamma=0.97), _GAE, None, ("rewards", "values", "dones")
-    ),
+    "gae-carry": Example("gae", lambda **k: pf.gae(**k, gamma=0.97), _GAE, None, ("rewards", "values", "dones")),
     "gae-zero": Example(
         "gae", lambda **k: pf.gae(**k, gamma=0.97, mask_mode="zero"), _GAE, None, ("rewards", "values")
     ),

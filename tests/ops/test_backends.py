@@ -8,7 +8,7 @@ import torch
 
 import ppo_fast as pf
 from ppo_fast.ops import _native, _registry
-from tests.helpers import INTERPRETED, each_backend, raises_exactly, backends_under_test
+from tests.helpers import INTERPRETED, backends_under_test, each_backend, raises_exactly
 from tests.ops.examples import EXAMPLES, each_example, fresh_inputs, run_with_gradient
 
 OPS = ("token_logprobs", "token_stats", "entropy", "policy_loss", "value_loss", "gae", "gae_packed")
@@ -33,9 +33,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 @each_example(*(name for name, example in EXAMPLES.items() if example.op))
-def test_the_named_backend_runs_forward_and_backward(
-    name: str, backend: str, launched: list[tuple[str, str]]
-) -> None:
+def test_the_named_backend_runs_forward_and_backward(name: str, backend: str, launched: list[tuple[str, str]]) -> None:
     run_with_gradient(name, backend, fresh_inputs(name))
     assert launched
     assert {used for _, used in launched} == {backend}

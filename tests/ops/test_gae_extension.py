@@ -209,7 +209,9 @@ def test_cuda_equals_native(shape: tuple[int, int]) -> None:
         for flags in range(4):
             inputs = _inputs(shape, shape[0], torch.float32, mask=bool(flags & 1), dones=bool(flags & 2))
             arguments = {"gamma": GAMMA, "lam": LAM, "mask_mode": mask_mode}
-            truth = gae(**{k: x if x is None or x.dtype == torch.bool else x.double() for k, x in inputs.items()}, **arguments)
+            truth = gae(
+                **{k: x if x is None or x.dtype == torch.bool else x.double() for k, x in inputs.items()}, **arguments
+            )
             _assert_near(gae(**_on_gpu(inputs), **arguments, backend="cuda"), truth)
 
 

@@ -178,6 +178,6 @@ def test_masked_functions() -> None:
     scale = 1 / (Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt()
     near(pf.whiten(tensor, mask)[mask], [(v - mean) * Fraction(scale) for v in x])
     near(pf.whiten(tensor, mask, shift_mean=False)[mask], [(v - mean) * Fraction(scale) + mean for v in x])
-    d = Decimal(-0.25) - Decimal(-1.5)
+    d = Decimal("-0.25") - Decimal("-1.5")
     for estimator, exact in (("k1", -d), ("k2", d * d / 2), ("k3", d.exp() - 1 - d)):
         near(pf.kl_estimate(as_double([-1.5]), as_double([-0.25]), estimator), [exact])

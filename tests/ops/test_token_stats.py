@@ -26,7 +26,9 @@ def truth(
     """(statistics [3, N], gradient [N, V]) of the rows, for upstream gradients [3, N]."""
     z, q = (x.double().reshape(-1, x.shape[-1]).numpy() for x in (logits, reference))
     stats, grads = [], []
-    for row, ref, target, (g, g_entropy, g_kl) in zip(z, q, targets.flatten().tolist(), upstream.T.tolist(), strict=True):
+    for row, ref, target, (g, g_entropy, g_kl) in zip(
+        z, q, targets.flatten().tolist(), upstream.T.tolist(), strict=True
+    ):
         u, w = oracles.log_softmax(row, temperature), oracles.log_softmax(ref, temperature)
         stats.append([u[target], oracles.entropy(u), oracles.kl(u, w)])
         grads.append(oracles.pull_back(u, w, target, temperature, g, g_entropy, g_kl))
@@ -114,9 +116,7 @@ def test_gradient_of_each_statistic_alone(backend: str, field: str) -> None:
 @each_backend("token_stats")
 def test_int32_targets_equal_int64(backend: str) -> None:
     logits, reference, targets = make((2, 3), 33, torch.float32)
-    wide, narrow = (
-        pf.token_stats(logits, t, ref_logits=reference, backend=backend) for t in (targets, targets.int())
-    )
+    wide, narrow = (pf.token_stats(logits, t, ref_logits=reference, backend=backend) for t in (targets, targets.int()))
     assert_same(wide, narrow)
 
 
@@ -141,9 +141,7 @@ def test_the_reference_gets_no_gradient(backend: str) -> None:
 def test_there_is_no_second_derivative(backend: str) -> None:
     logits, _, targets = make((2, 3), 5, torch.float32)
     logits.requires_grad_()
-    (grad,) = torch.autograd.grad(
-        pf.token_logprobs(logits, targets, backend=backend).sum(), logits, create_graph=True
-    )
+    (grad,) = torch.autograd.grad(pf.token_logprobs(logits, targets, backend=backend).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()
 

@@ -124,9 +124,7 @@ def test_every_row_has_its_own_upstream_gradient(backend: str) -> None:
     logits, targets = torch.randn(4, 9, requires_grad=True), torch.randint(9, (4,))
     upstream = torch.tensor([0.0, 1.0, -2.0, 10.0])
     (grad,) = torch.autograd.grad(pf.token_logprobs(logits, targets, backend=backend), logits, upstream)
-    rows = [
-        torch.autograd.grad(pf.token_logprobs(logits, targets, backend=backend)[i], logits)[0][i] for i in range(4)
-    ]
+    rows = [torch.autograd.grad(pf.token_logprobs(logits, targets, backend=backend)[i], logits)[0][i] for i in range(4)]
     torch.testing.assert_close(grad, upstream[:, None] * torch.stack(rows))
     assert not grad[0].any()
 

@@ -32,12 +32,14 @@ def test_rule_01_positions_count_real_tokens_under_left_padding(make_models, mak
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_response_logits_are_the_rows_before_each_response_token(make_models, make_config, arch):
+def test_rule_05_logits_and_values_are_those_before_each_response_token(make_models, make_config, arch):
     models = make_models(make_config(), arch=arch)
     _, left_padded, mask = padded(2)
     with torch.no_grad():
         whole = models.policy(**model_inputs(models.policy, left_padded, mask)).logits
         torch.testing.assert_close(response_logits(models.policy, left_padded, mask, 3), whole[:, 6:9])
+        values = models.value(left_padded, mask)
+        torch.testing.assert_close(response_values(models.value, left_padded, mask, 3), values[:, 6:9])
 
 
 DROPOUT = {

@@ -1,5 +1,6 @@
 """The quickstart, shortened through its own options: it learns, leaves what it promises, and repeats itself."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_fast import cli
-from ppo_fast.rlhf import load_config, plots
-from ppo_fast.rlhf.quickstart import Evaluation, Options, Result, run, sample_table
+from ppo_fast.rlhf import UserError, load_config, plots
+from ppo_fast.rlhf.quickstart import Evaluation, Options, Result, closing, run, sample_table
+from tests.helpers import raises_exactly
 
 WALL_CLOCK = ("time/", "memory/", "tokens_per_second")
 
@@ -84,3 +86,14 @@ def test_sample_table_shows_both_texts_of_a_prompt_with_their_scores() -> None:
     sides = (Evaluation(["the soup"], [f"the soup was {word} ."], kl=0.0, entropy=1.0) for word in ("stale", "fresh"))
     cells = [[str(cell) for cell in column.cells] for column in sample_table(*sides).columns]
     assert cells == [["the soup was stale."], ["-1"], ["the soup was fresh."], ["+1"]]
+
+
+@pytest.mark.parametrize("name", ["updates", "sft_steps"])
+def test_nothing_to_do_is_an_error(name: str) -> None:
+    with raises_exactly(f"quickstart: expected {name} to be at least 1, got 0", UserError):
+        Options(**{name: 0})
+
+
+def test_next_command_survives_a_directory_with_spaces() -> None:
+    command = next(line for line in closing(Path("my [runs]"), 60).splitlines() if "ppo-fast" in line)
+    assert shlex.split(command)[3] == "my [runs]/config.yaml"

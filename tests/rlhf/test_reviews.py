@@ -38,6 +38,7 @@ def test_samples_turn_their_tone_at_but_and_nowhere_else() -> None:
         ("the soup was fresh but the waiter was kind .", 2),
         ("a kind waiter served us fresh soup , we loved the cake and the room was cosy .", 4),
         ("the soup was fresh", -3),
+        ("the soup was fresh ,", -3),
         ("the soup were fresh .", -3),
         ("the soup was kind .", -3),
         ("fresh fresh fresh fresh .", -3),
@@ -57,6 +58,6 @@ def test_reward_judges_the_prompt_with_its_completion() -> None:
 
 
 def test_prompts_are_beginnings_that_leave_something_to_write() -> None:
-    prompts = reviews.sample_prompts(500, random.Random(0), longest=3)
-    assert {len(prompt.split()) for prompt in prompts} == {1, 2, 3}
+    prompts = reviews.sample_prompts(500, random.Random(0), longest=9)
+    assert {len(prompt.split()) for prompt in prompts} == set(range(1, 10))
     assert not any("." in prompt for prompt in prompts)

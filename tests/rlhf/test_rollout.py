@@ -99,6 +99,7 @@ def test_rule_05_generation_and_training_forward_agree(make_models, make_config,
     assert not rollout.generation.prompts.attention_mask.all()
     assert (rollout.logprobs - rollout.generation.logprobs).abs().max() <= 2e-5
     assert rollout.logprobs[rollout.mask].max() < 0
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs)  # the reference is still a copy
 
 
 def test_rule_05_scoring_is_the_same_in_micro_batches(make_models, make_config, make_rollout):

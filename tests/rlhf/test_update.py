@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from ppo_fast import PolicyLossConfig, ops
 from ppo_fast.rlhf.advantages import Targets
 from ppo_fast.rlhf.config import LossConfig
 from ppo_fast.rlhf.models import response_logits
@@ -81,6 +82,21 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
             torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item() + 1e-9)
         for mine, theirs in zip(metrics, whole_metrics, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_rule_11_the_normaliser_is_the_count_of_the_aggregation(setup, aggregation):
+    learner, rollout, targets = setup(loss={"aggregation": aggregation}, optim={"micro_batch_size": 2})
+    generation = rollout.generation
+    inputs = (generation.input_ids, generation.attention_mask, rollout.mask.shape[1])
+    batch = (generation.responses, rollout.logprobs, targets.advantages, rollout.mask)
+    whole = ops.policy_loss(
+        response_logits(learner.models.policy, *inputs), *batch, config=PolicyLossConfig(aggregation=aggregation)
+    )
+    policy, value = learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    torch.testing.assert_close(policy["loss"], whole.loss.detach())
+    error = 0.5 * (rollout.values - targets.returns)[rollout.mask].square().mean()
+    torch.testing.assert_close(value["value_loss"], error)
 
 
 def test_rule_12_the_entropy_bonus_has_the_gradient_of_the_full_entropy(setup):
@@ -226,6 +242,15 @@ def test_vf_coef_scales_the_value_gradient(setup):
     torch.testing.assert_close(2 * grads[0], grads[1])
 
 
+@pytest.mark.parametrize(("clip", "clips"), [(0.2, True), (None, False)])
+def test_values_are_clipped_around_the_old_ones(setup, clip, clips):
+    learner, rollout, targets = setup(loss={"value_clip": clip})
+    with torch.no_grad():
+        learner.models.value.head.bias.add_(1)
+    _, value = learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    assert bool(value["clipfrac"] > 0.1) is clips
+
+
 def test_the_penalty_doubles_above_and_halves_below_the_target():
     penalty = PenaltyCoefficient(LossConfig(penalty_coef=1.0, penalty_target=0.01), CPU)
     for kl, expected in ((0.016, 2.0), (0.014, 2.0), (0.0068, 2.0), (0.0066, 1.0), (0.0, 0.5)):
@@ -236,16 +261,17 @@ def test_the_penalty_doubles_above_and_halves_below_the_target():
     assert fixed.coef == 1.0
 
 
-def test_the_penalty_reaches_the_loss(setup):
-    # Without clip and with a huge penalty the policy hardly moves.
+def test_the_adapted_penalty_reaches_the_loss(setup):
+    # Without clip the policy runs; under a huge penalty it hardly moves.
+    loss = {"penalty_coef": 1e-6, "penalty_target": 1.0, "clip_low": None, "clip_high": None}
     moves = []
     for coef in (0.0, 1000.0):
-        learner, rollout, targets = setup(
-            loss={"penalty_coef": coef, "clip_low": None, "clip_high": None}, optim={"lr": 3e-3, "epochs": 8}
-        )
+        learner, rollout, targets = setup(loss=loss, optim={"lr": 3e-3, "epochs": 8})
+        learner.penalty.coef = torch.tensor(coef)
         stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
         moves.append(stats.policy["approx_kl"])
     assert moves[1] < 0.2 * moves[0]
+    assert learner.penalty.coef == 500
 
 
 def test_combine_weights_means_by_tokens():

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # The maximum of nothing, finite so that differences of maxima are no NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
@@ -59,18 +59,20 @@ def row_offset(row, T, stride_b, stride_t, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns 0..BLOCK-1 as a tile in which one thread holds the words of a lane (the axis of length GROUP).
+def tile(base, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr):
+    """base + 0..BLOCK-1 (columns or pointers), laid out so that one thread holds a lane: the axis of length GROUP.
 
     Aligned rows: [BLOCK / GROUP, GROUP], GROUP neighbours are one 16-byte access. Else [GROUP, BLOCK / GROUP]: single
-    elements, neighbouring threads on neighbouring words.
+    elements, neighbouring threads on neighbouring words. Added in two steps the second of which is a constant within
+    a thread: an immediate of the load, not a 64-bit address for every word.
     """
     LANES: tl.constexpr = BLOCK // GROUP
+    lanes, members = tl.arange(0, LANES), tl.arange(0, GROUP)
     if ALIGNED:
-        columns = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        result = (base + lanes * GROUP)[:, None] + members[None, :]
     else:
-        columns = tl.arange(0, GROUP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    return columns
+        result = (base + lanes)[None, :] + (members * LANES)[:, None]
+    return result
 
 
 @triton.jit

@@ -42,9 +42,7 @@ def span(cu_seqlens_ptr, N, T):
     return first, steps
 
 
-@triton.jit(
-    do_not_specialize=["N", "T", "rewards_stride_b", "rewards_stride_t", "values_stride_b", "values_stride_t"]
-)
+@triton.jit(do_not_specialize=["N", "T", "rewards_stride_b", "rewards_stride_t", "values_stride_b", "values_stride_t"])
 def gae_kernel(
     rewards_ptr,
     values_ptr,

@@ -2,6 +2,8 @@
 
 Every row is cut into segments by the vocabulary alone. One program reduces one segment of one row; a second kernel
 merges a row's segments in their order. So short batches fill the machine and a row's bits do not depend on the batch.
+The partial results are [fields, N, segments] in float32: m, s, w and, with a reference, its m and s, and k (see
+:mod:`device <ppo_fast.ops._triton.device>`).
 """
 
 import torch
@@ -21,8 +23,26 @@ from ppo_fast.ops._triton.device import (
     moved_w,
     on_device_of,
     row_offset,
-    tile_columns,
+    tile,
 )
+
+
+@triton.jit
+def store_segment(out_ptr, m, s, w, ref_m, ref_s, k, scale, ENTROPY: tl.constexpr, REFERENCE: tl.constexpr):
+    """Brings the lanes of a program to one maximum and stores their sums."""
+    field = tl.num_programs(0).to(tl.int64)
+    top = tl.max(m, 0)
+    shift = floored((m - top) * scale)
+    tl.store(out_ptr, top)
+    tl.store(out_ptr + field, tl.sum(moved_s(s, shift), 0))
+    if ENTROPY:
+        tl.store(out_ptr + 2 * field, tl.sum(moved_w(w, s, shift), 0))
+    if REFERENCE:
+        ref_top = tl.max(ref_m, 0)
+        ref_shift = floored((ref_m - ref_top) * scale)
+        tl.store(out_ptr + 3 * field, ref_top)
+        tl.store(out_ptr + 4 * field, tl.sum(moved_s(ref_s, ref_shift), 0))
+        tl.store(out_ptr + 5 * field, tl.sum(moved_k(k, s, shift, ref_shift), 0))
 
 
 @triton.jit(do_not_specialize=["T", "stride_b", "stride_t", "ref_stride_b", "ref_stride_t"])
@@ -44,7 +64,7 @@ def segment_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """(m, s[, w][, ref m, ref s, k]) of one segment of one row, in ``partials`` [fields, N * segments].
+    """The partial results of one segment of one row; a row that does not count is not read.
 
     A lane keeps its own running maximum, so no step waits for another thread; lanes meet once, at the end.
     """
@@ -57,39 +77,43 @@ def segment_kernel(
     if mask_ptr is not None:
         stop = tl.where(tl.load(mask_ptr + row), stop, first)
     x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED)
-    m, s = tl.full([LANES], LOWEST, tl.float32), tl.zeros([LANES], tl.float32)
-    w = tl.zeros([LANES], tl.float32)
+    y_ptr = x_ptr
     if ref_ptr is not None:
         y_ptr = ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED)
-        ref_m, ref_s = tl.full([LANES], LOWEST, tl.float32), tl.zeros([LANES], tl.float32)
-        k = tl.zeros([LANES], tl.float32)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    w, ref_m, ref_s, k = s, m, s, s
+    columns = tile(0, BLOCK, GROUP, ALIGNED)
     for start in range(first, stop, BLOCK):
-        columns = start + tile_columns(BLOCK, GROUP, ALIGNED)
-        x = tl.load(x_ptr + columns, columns < V, other=-float("inf")).to(tl.float32)
+        inside = columns < V - start
+        x = tl.load(tile(x_ptr + start, BLOCK, GROUP, ALIGNED), inside, other=-float("inf")).to(tl.float32)
         old_s = s
         m, s, shift, d, e = fold(x, m, old_s, scale, AXIS)
         if ENTROPY:
             w = moved_w(w, old_s, shift) + tl.sum(e * floored(d), AXIS)
         if ref_ptr is not None:
-            y = tl.load(y_ptr + columns, columns < V, other=-float("inf")).to(tl.float32)
+            y = tl.load(tile(y_ptr + start, BLOCK, GROUP, ALIGNED), inside, other=-float("inf")).to(tl.float32)
             ref_m, ref_s, ref_shift, ref_d, _ = fold(y, ref_m, ref_s, scale, AXIS)
             k = moved_k(k, old_s, shift, ref_shift) + tl.sum(e * tl.where(e == 0.0, 0.0, d - ref_d), AXIS)
+    store_segment(
+        partials_ptr + tl.program_id(0), m, s, w, ref_m, ref_s, k, scale, ENTROPY, ref_ptr is not None
+    )
 
-    field = tl.num_programs(0).to(tl.int64)
-    out_ptr = partials_ptr + tl.program_id(0)
-    top = tl.max(m, 0)
-    shift = floored((m - top) * scale)
-    tl.store(out_ptr, top)
-    tl.store(out_ptr + field, tl.sum(moved_s(s, shift), 0))
-    if ENTROPY:
-        tl.store(out_ptr + 2 * field, tl.sum(moved_w(w, s, shift), 0))
-    if ref_ptr is not None:
-        ref_top = tl.max(ref_m, 0)
-        ref_shift = floored((ref_m - ref_top) * scale)
-        out_ptr += (2 + ENTROPY) * field
-        tl.store(out_ptr, ref_top)
-        tl.store(out_ptr + field, tl.sum(moved_s(ref_s, ref_shift), 0))
-        tl.store(out_ptr + 2 * field, tl.sum(moved_k(k, s, shift, ref_shift), 0))
+
+@triton.jit
+def merged(part_ptr, field, part, scale):
+    """(max, log2 of the sum, the segments' s, their shifts to the max) of rows, from the fields m and s."""
+    m = tl.load(part_ptr, part, other=LOWEST)
+    s = tl.load(part_ptr + field, part, other=0.0)
+    top = tl.max(m, 1)
+    shift = floored((m - top[:, None]) * scale)
+    return top, tl.log2(tl.sum(moved_s(s, shift), 1)), s, shift
+
+
+@triton.jit
+def store_row(ptr, row, value, counted, exists):
+    """A result of each row, 0 where it does not count."""
+    tl.store(ptr + row, tl.where(counted, value, 0.0), exists)
 
 
 @triton.jit(do_not_specialize=["N", "T", "stride_b", "stride_t"])
@@ -114,48 +138,38 @@ def merge_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Merges the segments of ROWS rows in their order and writes each row's results, 0 where it does not count."""
+    """Merges the segments of ROWS rows and writes what the rows' pointers ask for; WIDTH >= SEGMENTS."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < N
     counted = exists
     if mask_ptr is not None:
         counted &= tl.load(mask_ptr + row, exists, other=0) != 0
-    segment = tl.arange(0, WIDTH)
-    part = counted[:, None] & (segment < SEGMENTS)[None, :]
+    segment = tl.arange(0, WIDTH)[None, :]
+    part = counted[:, None] & (segment < SEGMENTS)
+    part_ptr = partials_ptr + row[:, None].to(tl.int64) * SEGMENTS + segment
     field = N.to(tl.int64) * SEGMENTS
-    part_ptr = partials_ptr + row[:, None].to(tl.int64) * SEGMENTS + segment[None, :]
 
-    m = tl.load(part_ptr, part, other=LOWEST)
-    s = tl.load(part_ptr + field, part, other=0.0)
-    top = tl.max(m, 1)
-    shift = floored((m - top[:, None]) * scale)
-    total = tl.sum(moved_s(s, shift), 1)
-    log_total = tl.log2(total)
-    lse = top.to(tl.float64) * inv_temperature + (log_total * LN2).to(tl.float64)
-    tl.store(lse_ptr + row, tl.where(counted, lse, 0.0), exists)
+    top, log_sum, s, shift = merged(part_ptr, field, part, scale)
+    lse = top.to(tl.float64) * inv_temperature + (log_sum * LN2).to(tl.float64)
+    store_row(lse_ptr, row, lse, counted, exists)
     if targets_ptr is not None:
         target = tl.load(targets_ptr + row, counted, other=0)
         inside = (target >= 0) & (target < V)
         x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, False) + tl.where(inside, target, 0)
         x = tl.load(x_ptr, counted, other=0.0).to(tl.float32)
-        logprob = tl.where(inside, tl.fma(x - top, scale, -log_total) * LN2, float("nan"))
-        tl.store(logprobs_ptr + row, tl.where(counted, logprob, 0.0), exists)
+        logprob = tl.where(inside, tl.fma(x - top, scale, -log_sum) * LN2, float("nan"))
+        store_row(logprobs_ptr, row, logprob, counted, exists)
     if entropy_ptr is not None:
         w = tl.load(part_ptr + 2 * field, part, other=0.0)
-        entropy = (log_total - tl.sum(moved_w(w, s, shift), 1) / total) * LN2
-        tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0), exists)
-        part_ptr += field
+        mean_d = tl.sum(moved_w(w, s, shift), 1) / tl.exp2(log_sum)
+        store_row(entropy_ptr, row, (log_sum - mean_d) * LN2, counted, exists)
     if kl_ptr is not None:
-        ref_m = tl.load(part_ptr + 2 * field, part, other=LOWEST)
-        ref_s = tl.load(part_ptr + 3 * field, part, other=0.0)
-        k = tl.load(part_ptr + 4 * field, part, other=0.0)
-        ref_top = tl.max(ref_m, 1)
-        ref_shift = floored((ref_m - ref_top[:, None]) * scale)
-        ref_log_total = tl.log2(tl.sum(moved_s(ref_s, ref_shift), 1))
-        kl = (tl.sum(moved_k(k, s, shift, ref_shift), 1) / total - log_total + ref_log_total) * LN2
-        ref_lse = ref_top.to(tl.float64) * inv_temperature + (ref_log_total * LN2).to(tl.float64)
-        tl.store(kl_ptr + row, tl.where(counted, kl, 0.0), exists)
-        tl.store(ref_lse_ptr + row, tl.where(counted, ref_lse, 0.0), exists)
+        ref_top, ref_log_sum, _, ref_shift = merged(part_ptr + 3 * field, field, part, scale)
+        k = tl.load(part_ptr + 5 * field, part, other=0.0)
+        mean_gap = tl.sum(moved_k(k, s, shift, ref_shift), 1) / tl.exp2(log_sum)
+        store_row(kl_ptr, row, (mean_gap - log_sum + ref_log_sum) * LN2, counted, exists)
+        ref_lse = ref_top.to(tl.float64) * inv_temperature + (ref_log_sum * LN2).to(tl.float64)
+        store_row(ref_lse_ptr, row, ref_lse, counted, exists)
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -165,9 +179,37 @@ def aligned(*tensors: Tensor | None) -> bool:
     return all(x.data_ptr() % 16 == 0 for x in given) and all(n % 16 == 0 for n in strides)
 
 
-def group(logits: Tensor, block: int) -> int:
-    """Words per lane: a 16-byte access."""
-    return min(16 // logits.element_size(), block)
+def row_strides(x: Tensor | None) -> tuple[int, ...]:
+    """The strides of B and T; any, where there is no tensor."""
+    return (0, 0) if x is None else x.stride()[:2]
+
+
+def _partials(
+    logits: Tensor, ref_logits: Tensor | None, mask: Tensor | None, temperature: float, want_entropy: bool
+) -> Tensor:
+    """The partial results [fields, N, segments]."""
+    B, T, V = logits.shape
+    size = tuning.forward_tile(logits)
+    fields, segments = 3 if ref_logits is None else 6, triton.cdiv(V, size.segment)
+    partials = logits.new_empty(fields, B * T, segments, dtype=torch.float32)
+    segment_kernel[(B * T * segments,)](
+        logits,
+        ref_logits,
+        mask,
+        partials,
+        T,
+        V,
+        *row_strides(logits),
+        *row_strides(ref_logits),
+        LOG2_E.value / temperature,
+        ENTROPY=want_entropy,
+        ALIGNED=aligned(logits, ref_logits),
+        SEGMENT=size.segment,
+        BLOCK=size.block,
+        GROUP=tuning.group(logits),
+        num_warps=size.warps,
+    )
+    return partials
 
 
 def token_stats(
@@ -180,9 +222,6 @@ def token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T]; what is not asked for is empty."""
     B, T, V = logits.shape
-    tile = tuning.forward_tile(V, logits.device)
-    segments = triton.cdiv(V, tile.segment)
-    fields = 2 + want_entropy + 3 * (ref_logits is not None)
 
     def rows(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         return logits.new_empty((B, T) if wanted else (0,), dtype=dtype)
@@ -192,27 +231,11 @@ def token_stats(
     lse, ref_lse = rows(True, torch.float64), rows(has_ref, torch.float64)
     if B * T == 0:
         return logprobs, entropy, kl, lse, ref_lse
-    partials = logits.new_empty(fields, B * T * segments, dtype=torch.float32)
-    width = triton.next_power_of_2(segments)
-    rows_per_program = max(1, tuning.PARTIALS // width)
     with on_device_of(logits):
-        segment_kernel[(B * T * segments,)](
-            logits,
-            ref_logits,
-            mask,
-            partials,
-            T,
-            V,
-            *logits.stride()[:2],
-            *(ref_logits.stride()[:2] if has_ref else (0, 0)),
-            LOG2_E / temperature,
-            ENTROPY=want_entropy,
-            ALIGNED=aligned(logits, ref_logits),
-            SEGMENT=tile.segment,
-            BLOCK=tile.block,
-            GROUP=group(logits, tile.block),
-            num_warps=tile.warps,
-        )
+        partials = _partials(logits, ref_logits, mask, temperature, want_entropy)
+        segments = partials.shape[2]
+        width = triton.next_power_of_2(segments)
+        rows_per_program = max(1, tuning.PARTIALS // width)
         merge_kernel[(triton.cdiv(B * T, rows_per_program),)](
             partials,
             logits,
@@ -226,8 +249,8 @@ def token_stats(
             B * T,
             T,
             V,
-            *logits.stride()[:2],
-            LOG2_E / temperature,
+            *row_strides(logits),
+            LOG2_E.value / temperature,
             1.0 / temperature,
             SEGMENTS=segments,
             WIDTH=width,

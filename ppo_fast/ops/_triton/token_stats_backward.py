@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_fast.ops._triton import tuning
-from ppo_fast.ops._triton.device import LN2, LOG2_E, on_device_of, row_offset, tile_columns
-from ppo_fast.ops._triton.token_stats import aligned, group
+from ppo_fast.ops._triton.device import LN2, LOG2_E, on_device_of, row_offset, tile
+from ppo_fast.ops._triton.token_stats import aligned, row_strides
 
 
 @triton.jit
@@ -20,15 +20,15 @@ def upstream(ptr, row):
 
 
 @triton.jit
-def log2_softmax(x, lse_ptr, row, scale, inv_temperature):
+def log2_softmax(x, lse_ptr, row, scale, temperature, inv_temperature):
     """log2 of the probabilities of logits x, given the row's lse in float64.
 
     lse is split at the logit ``pivot`` nearest to it, so that an offset common to all logits cancels exactly.
     """
     lse = tl.load(lse_ptr + row)
-    pivot = (lse / inv_temperature).to(tl.float32)
-    rest = ((lse - pivot.to(tl.float64) * inv_temperature) / LN2).to(tl.float32)
-    return tl.fma(x - pivot, scale, -rest)
+    pivot = (lse * temperature).to(tl.float32)
+    rest = (lse - pivot.to(tl.float64) * inv_temperature).to(tl.float32)
+    return tl.fma(x - pivot, scale, -rest * LOG2_E)
 
 
 @triton.jit(
@@ -56,6 +56,7 @@ def gradient_kernel(
     out_stride_b: tl.int64,
     out_stride_t: tl.int64,
     scale,
+    temperature,
     inv_temperature,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -68,8 +69,9 @@ def gradient_kernel(
     """
     blocks = tl.cdiv(V, BLOCK)
     row = tl.program_id(0) // blocks
-    columns = (tl.program_id(0) - row * blocks) * BLOCK + tile_columns(BLOCK, GROUP, ALIGNED)
-    inside = columns < V
+    start = (tl.program_id(0) - row * blocks) * BLOCK
+    columns = tile(0, BLOCK, GROUP, ALIGNED)
+    inside = columns < V - start
     g, g_entropy, g_kl = upstream(g_ptr, row), upstream(g_entropy_ptr, row), upstream(g_kl_ptr, row)
     active = (g != 0.0) | (g_entropy != 0.0) | (g_kl != 0.0)
     if mask_ptr is not None:
@@ -77,15 +79,17 @@ def gradient_kernel(
     gradient = tl.zeros(columns.shape, tl.float32)
     if active:
         a, b = -g * inv_temperature, (g_kl - g_entropy) * (inv_temperature * LN2)
-        x = tl.load(logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED) + columns, inside, other=0.0)
-        u = log2_softmax(x.to(tl.float32), lse_ptr, row, scale, inv_temperature)
+        x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED) + start
+        x = tl.load(tile(x_ptr, BLOCK, GROUP, ALIGNED), inside, other=0.0)
+        u = log2_softmax(x.to(tl.float32), lse_ptr, row, scale, temperature, inv_temperature)
         p = tl.exp2(u)
         if g_entropy_ptr is not None:
             a -= g_entropy * tl.load(entropy_ptr + row) * inv_temperature
         if ref_ptr is not None:
             a -= g_kl * tl.load(kl_ptr + row) * inv_temperature
-            y = tl.load(ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED) + columns, inside, other=0.0)
-            w = log2_softmax(y.to(tl.float32), ref_lse_ptr, row, scale, inv_temperature)
+            y_ptr = ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED) + start
+            y = tl.load(tile(y_ptr, BLOCK, GROUP, ALIGNED), inside, other=0.0)
+            w = log2_softmax(y.to(tl.float32), ref_lse_ptr, row, scale, temperature, inv_temperature)
             gradient = a + b * u - g_kl * (inv_temperature * LN2) * w
         elif g_entropy_ptr is not None:
             gradient = a + b * u
@@ -94,10 +98,10 @@ def gradient_kernel(
         gradient = tl.where(p == 0.0, 0.0, p * gradient)
         if g_ptr is not None:
             target = tl.load(targets_ptr + row)
-            target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+            target = tl.where((target >= 0) & (target < V), target - start, -1).to(tl.int32)
             gradient = tl.where(columns == target, gradient + g * inv_temperature, gradient)
-    out_ptr += row_offset(row, T, out_stride_b, out_stride_t, ALIGNED)
-    tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), inside)
+    out_ptr += row_offset(row, T, out_stride_b, out_stride_t, ALIGNED) + start
+    tl.store(tile(out_ptr, BLOCK, GROUP, ALIGNED), gradient.to(out_ptr.dtype.element_ty), inside)
 
 
 def token_stats_backward(
@@ -125,9 +129,9 @@ def token_stats_backward(
     if B * T == 0:
         return out
     ref = None if g_kl is None else ref_logits
-    tile = tuning.backward_tile(V, logits.device)
+    size = tuning.backward_tile(logits)
     with on_device_of(logits):
-        gradient_kernel[(B * T * triton.cdiv(V, tile.block),)](
+        gradient_kernel[(B * T * triton.cdiv(V, size.block),)](
             out,
             logits,
             ref,
@@ -142,14 +146,15 @@ def token_stats_backward(
             kl,
             T,
             V,
-            *logits.stride()[:2],
-            *(ref.stride()[:2] if ref is not None else (0, 0)),
-            *out.stride()[:2],
-            LOG2_E / temperature,
+            *row_strides(logits),
+            *row_strides(ref),
+            *row_strides(out),
+            LOG2_E.value / temperature,
+            temperature,
             1.0 / temperature,
             ALIGNED=aligned(logits, ref, out),
-            BLOCK=tile.block,
-            GROUP=group(logits, tile.block),
-            num_warps=tile.warps,
+            BLOCK=size.block,
+            GROUP=tuning.group(logits),
+            num_warps=size.warps,
         )
     return out

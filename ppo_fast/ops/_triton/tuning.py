@@ -1,44 +1,45 @@
 """Block sizes and warps by architecture and vocabulary; numbers only, no arithmetic of the ops.
 
-A tile depends on the vocabulary and the device alone, never on the number of rows: so a row's bits do not either.
+A tile depends on the device, the vocabulary and the dtype, never on the number of rows: so a row's bits do not either.
 """
 
 from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 
 class Tile(NamedTuple):
     """How one program walks a row.
 
     Attributes:
-        block: words per step, a power of 2.
-        steps: steps per program; a row takes ceil(V / (block * steps)) programs.
+        block: words (or steps of a sequence) that it takes at once, a power of 2.
+        blocks: blocks per program, one after the other; a row takes ceil(V / (block * blocks)) programs.
         warps: warps per program.
     """
 
     block: int
-    steps: int
+    blocks: int
     warps: int
 
     @property
     def segment(self) -> int:
         """Words per program."""
-        return self.block * self.steps
+        return self.block * self.blocks
 
 
 _Table = dict[tuple[int, int], tuple[tuple[int, Tile], ...]]
-# By compute capability: (largest vocabulary, tile), the last line of each for every larger vocabulary.
+# By compute capability: (largest vocabulary, tile of 2-byte words); the last line serves every larger vocabulary.
 _FORWARD: _Table = {
     (8, 0): ((1 << 31, Tile(4096, 4, 4)),),
     (9, 0): ((1 << 31, Tile(4096, 4, 4)),),
     (10, 0): ((1 << 31, Tile(4096, 4, 4)),),
 }
 _BACKWARD: _Table = {
-    (8, 0): ((1 << 31, Tile(4096, 1, 8)),),
-    (9, 0): ((1 << 31, Tile(4096, 1, 8)),),
-    (10, 0): ((1 << 31, Tile(4096, 1, 8)),),
+    (8, 0): ((1 << 31, Tile(4096, 1, 4)),),
+    (9, 0): ((1 << 31, Tile(4096, 1, 4)),),
+    (10, 0): ((1 << 31, Tile(4096, 1, 4)),),
 }
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 512  # partial results per program of the kernel that merges them
@@ -49,25 +50,36 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _lookup(table: _Table, V: int, device: torch.device) -> Tile:
-    """The tile of the newest architecture in the table that is not newer than the device."""
-    found = capability(device)
+def _lookup(table: _Table, logits: Tensor) -> Tile:
+    """The tile of the newest architecture in the table that is not newer than the device, as many bytes a block."""
+    V, found = logits.shape[-1], capability(logits.device)
     known = max((known for known in table if known <= found), default=min(table))
     tile = next(tile for largest, tile in table[known] if largest >= V)
+    block = tile.block * 2 // logits.element_size()
+    return _fitted(tile._replace(block=block), V)
+
+
+def _fitted(tile: Tile, V: int) -> Tile:
+    """No larger than the row needs, with the same words per warp."""
     block = min(tile.block, max(16, triton.next_power_of_2(V)))
     return tile._replace(block=block, warps=max(1, tile.warps * block // tile.block))
 
 
-def forward_tile(V: int, device: torch.device) -> Tile:
+def forward_tile(logits: Tensor) -> Tile:
     """The tile of the kernel that reads the logits once."""
-    return _lookup(_FORWARD, V, device)
+    return _lookup(_FORWARD, logits)
 
 
-def backward_tile(V: int, device: torch.device) -> Tile:
-    """The tile of the kernel that writes their gradient; its programs take one step."""
-    return _lookup(_BACKWARD, V, device)
+def backward_tile(logits: Tensor) -> Tile:
+    """The tile of the kernel that writes their gradient; its programs take one block."""
+    return _lookup(_BACKWARD, logits)
+
+
+def group(logits: Tensor) -> int:
+    """Words of a 16-byte access: those that a lane takes from a block."""
+    return 16 // logits.element_size()
 
 
 def scan_tile(steps: int) -> Tile:
     """The tile of the reverse scans, for sequences of about ``steps`` steps."""
-    return Tile(128, 1, 1) if steps <= 128 else Tile(1024, 1, 4)
+    return Tile(128, 1, 1) if steps <= 128 else Tile(512, 1, 4)

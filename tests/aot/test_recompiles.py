@@ -1,0 +1,54 @@
+"""A kernel is compiled once for a vocabulary and a dtype: not again when shapes, strides or scalars change."""
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from tests.aot.offline import SM90, compiling
+
+V = 256
+# Rows in odd numbers, in multiples of 16, one alone, and sequences further apart than 2^31 elements.
+LAYOUTS = [(1, 1, None), (2, 3, None), (1, 16, None), (4, 40, None), (1, 3, (1 << 31) + 16)]
+
+
+def _logits(B: int, T: int, stride: int | None) -> Tensor:
+    logits = torch.zeros(B, T, V, dtype=torch.bfloat16)
+    return logits if stride is None else logits.as_strided((B, T, V), (stride, V, 1))
+
+
+def _names(kernels: list[object]) -> list[str]:
+    return sorted(kernel.name for kernel in {id(k): k for k in kernels}.values())  # type: ignore[attr-defined]
+
+
+def test_logits_kernels() -> None:
+    with compiling(SM90) as kernels:
+        for temperature, (B, T, stride) in enumerate(LAYOUTS, 1):
+            logits, x = _logits(B, T, stride), torch.zeros(B, T)
+            targets, lse = torch.zeros(B, T, dtype=torch.int64), x.double()
+            token_stats.token_stats(logits, targets, logits, None, temperature / 2, True)
+            arguments = (x, x, x, logits, targets, logits, None, lse, lse, x, x, temperature / 2)
+            token_stats_backward.token_stats_backward(*arguments)
+    assert len(kernels) == 3 * len(LAYOUTS)
+    assert _names(kernels) == ["gradient_kernel", "merge_kernel", "segment_kernel"]
+
+
+def test_per_token_kernels() -> None:
+    with compiling(SM90) as kernels:
+        for i, (B, T, _) in enumerate(LAYOUTS):
+            x, none, coef = torch.zeros(B, T), torch.empty(0), torch.tensor(float(i))
+            options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean")
+            policy_loss.policy_terms(x, x, none, None, x, x, x, None, None, None, coef, coef, coef, *options)
+            value_loss.value_loss(x, x, None, x, None, None, 0.1 * i, "token-mean")
+    assert len(kernels) == 4 * len(LAYOUTS)
+    # The totals of the two losses differ in their number of rows alone, and in which of them is a maximum.
+    assert _names(kernels) == ["terms_kernel", "totals_kernel", "totals_kernel", "value_kernel"]
+
+
+def test_gae_kernels() -> None:
+    with compiling(SM90) as kernels:
+        for i, (B, T, _) in enumerate(LAYOUTS):
+            x = torch.zeros(B, T)
+            gae.gae(x, x, None, torch.zeros(B), None, 1.0 - 0.1 * i, 0.9, "carry")
+            gae.gae(x.t().contiguous().t(), x, None, torch.zeros(B), None, 1.0, 0.9, "carry")
+    assert len(kernels) == 2 * len(LAYOUTS)
+    assert _names(kernels) == ["gae_kernel"]
