@@ -155,7 +155,8 @@ class BuildExtension(build_ext):
                 [*objects, *cuda_objects], str(target), extra_postargs=["-fopenmp", *link_args], target_lang="c++"
             )
         except (CCompilerError, OSError) as error:
-            self.leave_out("cpp", f"the C++ compiler failed: {error}")
+            print(error, file=sys.stderr)
+            self.leave_out("cpp", "the C++ compiler failed (`pip install -v` shows what it says)")
             self.report["cuda"] = self.report["cuda"] or "it needs the C++ part"
 
     def compile_cxx(self, unit: Unit) -> str:

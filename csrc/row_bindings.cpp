@@ -1,7 +1,9 @@
 #include "row_bindings.h"
 
+#include <pybind11/stl.h>
+
 #include <cstdint>
-#include <string>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/policy_loss.h"
@@ -127,6 +129,8 @@ void bind_rows(py::module_& m) {
   bind_token_stats(m);
   bind_policy_loss(m);
   bind_value_loss(m);
+  m.def("isas", &isas);
+  m.def("isa", &isa);
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def(
       "elementary",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -86,22 +85,49 @@ def train(argv: list[str]) -> None:
 
 
 def parse_train(argv: Sequence[str]) -> Any:
-    """The PPOConfig that the flags of `ppo-fast train` mean."""
+    """The PPOConfig that the arguments of `ppo-fast train` mean."""
     from ppo_fast.rlhf.config import PPOConfig, load_config, require
 
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config")
-    files.add_argument("--preset")
-    sources, flags = files.parse_known_args(list(argv))
-    config = load_config(sources.config, preset=sources.preset)
-    names = [flag.partition("=") for flag in flags]
-    return require("tyro").cli(
-        PPOConfig,
-        default=config,
-        args=[SHORT.get(name, name) + equals + value for name, equals, value in names],
-        prog="ppo-fast train",
-        description=TRAIN_HELP,
-    )
+    if {"-h", "--help"} & set(argv):
+        require("tyro").cli(PPOConfig, args=["--help"], prog="ppo-fast train", description=TRAIN_HELP)
+    flags = _read_flags(argv)
+    path, preset = (flags.pop(name, None) for name in ("config", "preset"))
+    return load_config(path, preset=preset, flags=flags)
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form."""
+    from ppo_fast.rlhf.config import UserError
+
+    given: dict[str, list[str]] = {}
+    for argument in argv:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            given[flag] = [value] if equals else []
+        elif given:
+            given[flag].append(argument)
+        else:
+            raise UserError(f"expected an option, got {argument!r}")
+    return dict(_read_flag(flag, values) for flag, values in given.items())
+
+
+def _read_flag(flag: str, values: list[str]) -> tuple[str, Any]:
+    from ppo_fast.rlhf.config import UserError, field_defaults, nearest_name
+
+    fields = field_defaults() | {"config": None, "preset": None}
+    name = SHORT.get(flag, flag)[2:].replace("-", "_")
+    group, dot, last = name.rpartition(".")
+    switch = group + dot + last.removeprefix("no_")
+    if name not in fields and isinstance(fields.get(switch), bool) and not values:
+        return switch, False
+    if name not in fields:
+        raise UserError(f"no option {flag!r}, the nearest is '--{nearest_name(name).replace('_', '-')}'")
+    if not values and not isinstance(fields[name], bool):
+        raise UserError(f"{flag}: expected a value, got none")
+    if len(values) > 1 and not isinstance(fields[name], tuple):
+        raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
+    texts = [None if value in ("None", "null") else value for value in values]
+    return name, True if not texts else texts[0] if len(texts) == 1 else texts
 
 
 def quickstart(argv: list[str]) -> None:

@@ -1,5 +1,5 @@
 // kLanes sequences are walked abreast, from their last step to their first, one tile at a time: a tile is
-// transposed into the L1 cache and the recursion runs on whole rows of it. Its latency is so shared by kLanes
+// transposed into scratch memory and the recursion runs on whole rows of it. Its latency is so shared by kLanes
 // sequences, and the strides of the inputs do not matter. Compiled with -ffp-contract=off: the results are
 // those of the plain recursion to the last bit.
 #include "gae.h"
@@ -41,46 +41,6 @@ struct Block {
     }
   }
 };
-
-// The tile of a block that ends `behind` steps before the ends of its sequences.
-struct Window {
-  int64_t start[kLanes];  // the step in row 0: negative where the sequence is shorter
-  bool whole = true;      // no lane starts before its sequence
-
-  template <class T>
-  Window(const Block<T>& block, int64_t behind) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      start[lane] = block.length[lane] - behind - kSteps;
-      whole = whole && start[lane] >= 0;
-    }
-  }
-};
-
-template <class T>
-void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Window& window) {
-  if (view.stride_b == 1 && window.whole) {  // never of packed rows: they have no sequence stride
-    load_rows(tile, rows[0] + window.start[0] * view.stride_t, view.stride_t);
-  } else if (view.stride_t == 1 && window.whole) {
-    for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
-      load_lanes(tile, lane, rows + lane, window.start + lane);
-    }
-  } else {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      load_lane(tile, lane, rows[lane], view.stride_t, window.start[lane]);
-    }
-  }
-}
-
-template <class T>
-void store(T* const* rows, const Tile<T>& tile, const Window& window) {
-  if (window.whole) {
-    for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
-      store_lanes(rows + lane, tile, lane, window.start + lane);
-    }
-  } else {
-    for (int64_t lane = 0; lane < kLanes; ++lane) store_lane(rows[lane], tile, lane, window.start[lane]);
-  }
-}
 
 template <class T>
 struct Tiles {
@@ -131,12 +91,12 @@ void gae_block(const GaeArguments& args, int64_t first) {
     std::copy_n(static_cast<const T*>(args.bootstrap) + first, block.lanes, states.next_value);
   }
   for (int64_t behind = 0; behind < block.longest; behind += kSteps) {
-    const Window window(block, behind);
+    const Window window(block.length, behind);
     load(tiles.rewards, block.rewards, args.rewards, window);
     load(tiles.values, block.values, args.values, window);
     if constexpr (kMask) load(tiles.counted, block.mask, args.mask, window);
     if constexpr (kDones) load(tiles.done, block.dones, args.dones, window);
-    for (int64_t i = kSteps - 1; i >= first_row(block.longest - behind - kSteps); --i) {
+    for (int64_t i = window.rows - 1; i >= 0; --i) {
       advance_row<T, kMask, kDones>(tiles, states, i, discounts, args.carry);
     }
     store(block.advantages, tiles.rewards, window);

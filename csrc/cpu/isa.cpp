@@ -106,9 +106,9 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
     const LogSumExps lse = saved_lse(args, group, !is_absent<Ref>);
     const Normalizers norm = gradient_normalizers(lse, args.in.temperature);
     if (!is_absent<Ref> || args.g_entropy != nullptr) {
-      gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out);
+      gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out, kPrefetchBytes);
     } else {
-      gradient_rows<T, Ref, false>(args.in, group, upstream, norm, target, args.out);
+      gradient_rows<T, Ref, false>(args.in, group, upstream, norm, target, args.out, kPrefetchBytes);
     }
   }
   end_stream();
@@ -139,15 +139,16 @@ template <class T, class Ref>
 void policy_gradient(const PolicyLossArguments& args, const Group& group, const PolicyTerms& terms,
                      const Normalizers& norm, const TargetLogits& target) {
   const Rows& in = args.stats.in;
+  const int64_t ahead = group.size * in.vocab * static_cast<int64_t>(sizeof(T));  // the next group
   if constexpr (!is_absent<Ref>) {
     if (args.kl_coef != nullptr) {
-      return gradient_rows<T, Ref, true>(in, group, terms.upstream, norm, target, args.gradient);
+      return gradient_rows<T, Ref, true>(in, group, terms.upstream, norm, target, args.gradient, ahead);
     }
   }
   if (args.ent_coef != nullptr) {
-    gradient_rows<T, Absent, true>(in, group, terms.upstream, norm, target, args.gradient);
+    gradient_rows<T, Absent, true>(in, group, terms.upstream, norm, target, args.gradient, ahead);
   } else {
-    gradient_rows<T, Absent, false>(in, group, terms.upstream, norm, target, args.gradient);
+    gradient_rows<T, Absent, false>(in, group, terms.upstream, norm, target, args.gradient, ahead);
   }
 }
 

@@ -2,54 +2,59 @@
 
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
 
 namespace ppo_fast::cpu {
 namespace {
 
-bool has_avx512() {
+struct Variant {
+  std::string name;
+  const Kernels* kernels;
+};
+
+// Widest first.
+std::vector<Variant> variants() {
+  std::vector<Variant> found;
 #ifdef __x86_64__
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back({"avx512", &avx512::kernels});
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &avx2::kernels});
 #endif
+  found.push_back({"baseline", &baseline::kernels});
+  return found;
 }
 
-bool has_avx2() {
-#ifdef __x86_64__
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
+Variant find(const std::string& name) {
+  std::string choices;
+  for (const Variant& variant : variants()) {
+    if (variant.name == name) return variant;
+    choices += (choices.empty() ? "" : ", ") + variant.name;
+  }
+  throw std::invalid_argument("PPO_FAST_ISA: expected an instruction set of this machine (" + choices + "), got " +
+                              name);
 }
 
-const Kernels* find(const std::string& name) {
-#ifdef __x86_64__
-  if (name == "avx512" && has_avx512()) return &avx512::kernels;
-  if (name == "avx2" && has_avx2()) return &avx2::kernels;
-#endif
-  if (name == "baseline") return &baseline::kernels;
-  throw std::invalid_argument("PPO_FAST_ISA: expected an instruction set of this machine (" +
-                              std::string(has_avx512() ? "avx512, " : "") + (has_avx2() ? "avx2, " : "") +
-                              "baseline), got " + name);
-}
-
-const Kernels* initial() {
-  const char* forced = std::getenv("PPO_FAST_ISA");
-  if (forced != nullptr) return find(forced);
-  return find(has_avx512() ? "avx512" : has_avx2() ? "avx2" : "baseline");
-}
-
-const Kernels*& current() {
-  static const Kernels* table = initial();
-  return table;
+Variant& current() {
+  static Variant variant = [] {
+    const char* forced = std::getenv("PPO_FAST_ISA");
+    return forced != nullptr ? find(forced) : variants().front();
+  }();
+  return variant;
 }
 
 }  // namespace
 
-const Kernels& kernels() { return *current(); }
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Variant& variant : variants()) names.push_back(variant.name);
+  return names;
+}
 
-void set_isa(const char* name) { current() = find(name); }
+std::string isa() { return current().name; }
+
+void set_isa(const std::string& name) { current() = find(name); }
+
+const Kernels& kernels() { return *current().kernels; }
 
 }  // namespace ppo_fast::cpu

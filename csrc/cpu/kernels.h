@@ -1,6 +1,9 @@
 // The row kernels of one instruction set, and the choice among those that this machine has.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "rows.h"
 
 namespace ppo_fast::cpu {
@@ -11,7 +14,7 @@ struct Kernels {
   void (*token_stats_backward)(const TokenStatsBackwardArguments& args, int64_t first, int64_t last);
   PolicySums (*policy_loss)(const PolicyLossArguments& args, int64_t first, int64_t last);
   ValueSums (*value_loss)(const ValueLossArguments& args, int64_t first, int64_t last);
-  // For tests: y[i] = f(x[i]) by the vector functions, f one of "exp2", "exp", "exp_excess", "log".
+  // For tests: y[i] = f(x[i]) by the vector function f: one of "exp2", "exp", "exp_excess", "log".
   void (*elementary)(const char* f, const float* x, float* y, int64_t n);
 };
 
@@ -25,11 +28,13 @@ namespace baseline {
 extern const Kernels kernels;
 }
 
-// The kernels in use. First use takes PPO_FAST_ISA from the environment, else the widest that the machine has.
-// Throws std::invalid_argument where the machine lacks the instruction set asked for.
-const Kernels& kernels();
+// The instruction sets that this machine has and the module was built for: of "avx512", "avx2", "baseline".
+std::vector<std::string> isas();
 
-// Uses "avx512", "avx2" or "baseline" from now on. Throws std::invalid_argument like kernels().
-void set_isa(const char* name);
+// The one in use: at first PPO_FAST_ISA of the environment, else the first of isas(). Throws
+// std::invalid_argument where it is none of them, as does set_isa.
+std::string isa();
+void set_isa(const std::string& name);
+const Kernels& kernels();
 
 }  // namespace ppo_fast::cpu

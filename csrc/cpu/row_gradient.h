@@ -124,6 +124,7 @@ struct RowGradient {
   float max, ref_max, constant, slope, ref_slope;
   int64_t target;  // -1: none
   float at_target;
+  int64_t ahead;  // bytes from here to where memory is read next
 };
 
 template <bool kSlope, bool kRef>
@@ -143,7 +144,7 @@ Vec gradient_of(Vec x, Vec y, const RowGradient& row) {
 // Streamed stores bypass the cache, where a gradient larger than it would be read before it is written. The
 // target's column is set before its vector is stored: afterwards its line would have to be fetched back.
 template <class T, class Ref, bool kSlope, bool kStream>
-void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGradient row) {
+[[gnu::always_inline]] inline void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGradient row) {
   constexpr bool kRef = !is_absent<Ref>;
   constexpr int64_t kBytes = kWidth * sizeof(T);
   int64_t i = 0;
@@ -163,24 +164,24 @@ void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGrad
     }
     i += kWidth;
   };
-  const auto whole = [&](int64_t end) {
-    while (i + kWidth <= end) {
-      prefetch(x + i);
-      if constexpr (kRef) prefetch(y + i);
-      put(gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row));
-    }
+  const auto gradient = [&] {
+    prefetch(x + i, row.ahead);
+    if constexpr (kRef) prefetch(y + i, row.ahead);
+    return gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row);
   };
   if constexpr (kStream) {
     const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kBytes);
     const int64_t head = (kBytes - misaligned) / static_cast<int64_t>(sizeof(T));
     if (misaligned != 0) part(head < vocab ? head : vocab);
   }
-  const int64_t before = row.target < i ? 0 : (row.target - i) / kWidth * kWidth;
-  whole(i + before);
-  if (row.target >= i && i + kWidth <= vocab) {
-    put(with_target(gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row)));
+  if (vocab <= kNarrow) {  // loops that end at a random target are mispredicted
+    while (i + kWidth <= vocab) put(with_target(gradient()));
+  } else {
+    const int64_t split = row.target < i ? i : row.target - (row.target - i) % kWidth;
+    while (i + kWidth <= split) put(gradient());
+    if (i + kWidth <= vocab) put(with_target(gradient()));
+    while (i + kWidth <= vocab) put(gradient());
   }
-  whole(vocab);
   if (i < vocab) part(vocab - i);
 }
 
@@ -192,7 +193,7 @@ void zero_row(const LogitsView& out, const Rows& in, int64_t row) {
 // Writes the rows of a group. One whose upstream gradients are all 0 is zeros and is not read.
 template <class T, class Ref, bool kSlope>
 void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const Normalizers& norm,
-                   const TargetLogits& target, const LogitsView& out) {
+                   const TargetLogits& target, const LogitsView& out, int64_t ahead) {
   const GradientCoefficients k = gradient_coefficients(up, norm, target, in.temperature);
   const Ints zero = up.all_zero();
   const Exponential exponential(in.temperature);
@@ -202,7 +203,7 @@ void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const
       continue;
     }
     const RowGradient row = {exponential, norm.max[i],    norm.ref_max[i],  k.constant[i],
-                             k.slope[i],  k.ref_slope[i], target.column[i], k.at_target[i]};
+                             k.slope[i],  k.ref_slope[i], target.column[i], k.at_target[i], ahead};
     T* const to = row_of<T>(out, group.row[i], in.steps);
     const T* const x = logits_row<T>(in, group.row[i]);
     const Ref* const y = ref_row<Ref>(in, group.row[i]);

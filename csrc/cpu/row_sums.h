@@ -34,7 +34,7 @@ struct LaneSums {
 inline float finite_shift(float max) { return max == -kInfinity ? 0.0f : max; }
 
 template <class T>
-Vec lane_max(const T* x, int64_t n) {
+[[gnu::always_inline]] inline Vec lane_max(const T* x, int64_t n) {
   Vec max0 = set(-kInfinity), max1 = max0;
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
@@ -45,9 +45,10 @@ Vec lane_max(const T* x, int64_t n) {
   return max(max0, max1);
 }
 
+// Fetches what is wanted `bytes` after x into the L2 cache.
 template <class T>
-void prefetch(const T* x) {
-  __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes);
+void prefetch(const T* x, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + bytes, 0, 2);
 }
 
 // exp(d / temperature) as a power of 2. The exponent is bounded below, where p is 0, so that p * d is 0 for d
@@ -77,15 +78,15 @@ void add(LaneSums& sums, Vec x, Vec y, float shift, float ref_shift, const Expon
 }
 
 template <class T, class Ref, bool kEntropy>
-LaneSums sums_of(const T* x, const Ref* y, int64_t n, float shift, float ref_shift,
-                 const Exponential& exponential) {
+[[gnu::always_inline]] inline LaneSums sums_of(const T* x, const Ref* y, int64_t n, float shift, float ref_shift,
+                 const Exponential& exponential, int64_t ahead) {
   constexpr bool kRef = !is_absent<Ref>;
   const Exponential local = exponential;  // in registers
   LaneSums sums;
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    prefetch(x + i);
-    if constexpr (kRef) prefetch(y + i);
+    prefetch(x + i, ahead);
+    if constexpr (kRef) prefetch(y + i, ahead);
     add<kEntropy, kRef>(sums, load(x + i), load_if(y, i), shift, ref_shift, local);
   }
   if (i < n) {
@@ -143,9 +144,9 @@ RunningSums<kEntropy, !is_absent<Ref>> wide_row(const T* x, const Ref* y, int64_
       if (any_greater(ref_highest, set(row.ref_max)))
         row.raise_ref(combine_lanes(ref_highest, Max()), exponential);
       row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max),
-                                         finite_shift(row.ref_max), exponential));
+                                         finite_shift(row.ref_max), exponential, kPrefetchBytes));
     } else {
-      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, exponential));
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, exponential, kPrefetchBytes));
     }
   }
   return row;
@@ -172,6 +173,7 @@ RowSums wide_rows(const Rows& in, const Group& group, const Exponential& exponen
 template <class T, class Ref, bool kEntropy>
 RowSums narrow_rows(const Rows& in, const Group& group, const Exponential& exponential) {
   constexpr bool kRef = !is_absent<Ref>;
+  const int64_t next_group_bytes = kWidth * in.vocab * static_cast<int64_t>(sizeof(T));
   RowSums out;
   Vec a[kWidth] = {}, b[kWidth] = {}, d[kWidth] = {}, e[kWidth] = {};
   for (int i = 0; i < group.size; ++i) {
@@ -183,7 +185,8 @@ RowSums narrow_rows(const Rows& in, const Group& group, const Exponential& expon
   for (int i = 0; i < group.size; ++i) {
     const LaneSums sums =
         sums_of<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]), in.vocab,
-                                  finite_shift(out.max[i]), finite_shift(out.ref_max[i]), exponential);
+                                  finite_shift(out.max[i]), finite_shift(out.ref_max[i]), exponential,
+                                  next_group_bytes);
     a[i] = sums.sum, b[i] = sums.weighted, d[i] = sums.ref_sum, e[i] = sums.cross;
   }
   out.sum = combine_rows(a, Add());

@@ -11,12 +11,12 @@
 
 namespace ppo_fast::cpu {
 
-constexpr int64_t kLanes = 16;   // a row of a float32 tile is one cache line
-constexpr int64_t kSteps = 128;  // two float32 tiles take half of a 32 KiB L1 cache
+constexpr int64_t kLanes = 16;    // a row of a float32 tile is one cache line
+constexpr int64_t kSteps = 1024;  // short runs of many rows outrun the hardware's prefetchers
 
 template <class T>
 struct alignas(64) Tile {
-  T at[kSteps][kLanes] = {};
+  T at[kSteps][kLanes];
 };
 
 // A 16-byte vector, which every target has, and flags of its width.
@@ -93,40 +93,84 @@ void transpose_square(const From& from, const To& to) {
   for (int i = 0; i < kWidth; ++i) write(to(i), square[i]);
 }
 
-// Row i of a tile is step `start + i` of a lane's sequence. Rows before its first step are left alone.
-inline int64_t first_row(int64_t start) { return std::clamp<int64_t>(-start, 0, kSteps); }
+// The steps of a tile that are loaded or stored: row i, of `rows`, is step start[lane] + i of a lane's sequence.
+struct Window {
+  int64_t rows;
+  int64_t start[kLanes];  // negative where a sequence is shorter than the others
+  bool whole = true;      // no start is negative
 
-// Reads one lane's steps, of any stride and any type.
-template <class T, class In>
-void load_lane(Tile<T>& tile, int64_t lane, const In* row, int64_t stride_t, int64_t start) {
-  for (int64_t i = first_row(start); i < kSteps; ++i) tile.at[i][lane] = row[(start + i) * stride_t];
+  // The tile that ends `behind` steps before the ends of the sequences.
+  Window(const int64_t (&lengths)[kLanes], int64_t behind)
+      : rows(std::min(kSteps, *std::max_element(lengths, lengths + kLanes) - behind)) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      start[lane] = lengths[lane] - behind - rows;
+      whole = whole && start[lane] >= 0;
+    }
+  }
+
+  // The first row that lies in a lane's sequence.
+  int64_t first(int64_t lane) const { return std::clamp<int64_t>(-start[lane], 0, rows); }
+};
+
+// One lane's rows up to `end`, of any stride. The rows before its sequence are 0.
+template <class T>
+void load_lane(Tile<T>& tile, int64_t lane, const T* row, int64_t stride_t, const Window& window, int64_t end) {
+  const int64_t first = window.first(lane);
+  for (int64_t i = 0; i < first; ++i) tile.at[i][lane] = T{};
+  for (int64_t i = first; i < end; ++i) tile.at[i][lane] = row[(window.start[lane] + i) * stride_t];
 }
 
-// Reads all lanes of steps whose lanes are contiguous; `row` points at row 0.
+// Whole windows of inputs whose lanes are contiguous: rows are copied.
 template <class T>
-void load_rows(Tile<T>& tile, const T* row, int64_t stride_t) {
-  for (int64_t i = 0; i < kSteps; ++i) std::copy_n(row + i * stride_t, kLanes, tile.at[i]);
+void load_rows(Tile<T>& tile, const T* row, int64_t stride_t, const Window& window) {
+  for (int64_t i = 0; i < window.rows; ++i) {
+    std::copy_n(row + (window.start[0] + i) * stride_t, kLanes, tile.at[i]);
+  }
 }
 
-// Reads kWidth lanes whose steps are contiguous; `rows` point at step 0, `starts` are not negative.
+// Squares of kWidth lanes reach from this row to the last one; what lies before it goes lane by lane.
 template <class T>
-void load_lanes(Tile<T>& tile, int64_t lane, const T* const* rows, const int64_t* starts) {
-  for (int64_t i = 0; i < kSteps; i += Vector<T>::kWidth) {
-    transpose_square<T>([&](int64_t k) { return rows[k] + starts[k] + i; },
-                        [&](int64_t k) { return &tile.at[i + k][lane]; });
+int64_t first_square(const Window& window, int64_t lane) {
+  int64_t first = 0;
+  for (int64_t k = 0; k < Vector<T>::kWidth; ++k) first = std::max(first, window.first(lane + k));
+  return first + (window.rows - first) % Vector<T>::kWidth;
+}
+
+// Reads inputs whose steps are contiguous; `rows` point at step 0.
+template <class T>
+void load_lanes(Tile<T>& tile, const T* const* rows, const Window& window) {
+  for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
+    const int64_t squares = first_square<T>(window, lane);
+    for (int64_t k = lane; k < lane + Vector<T>::kWidth; ++k) load_lane(tile, k, rows[k], 1, window, squares);
+    for (int64_t i = squares; i < window.rows; i += Vector<T>::kWidth) {
+      transpose_square<T>([&](int64_t k) { return rows[lane + k] + window.start[lane + k] + i; },
+                          [&](int64_t k) { return &tile.at[i + k][lane]; });
+    }
   }
 }
 
 template <class T>
-void store_lane(T* row, const Tile<T>& tile, int64_t lane, int64_t start) {
-  for (int64_t i = first_row(start); i < kSteps; ++i) row[start + i] = tile.at[i][lane];
+void load(Tile<T>& tile, const T* const* rows, const MatrixView& view, const Window& window) {
+  if (view.stride_b == 1 && window.whole) {  // never of packed rows: they have no sequence stride
+    load_rows(tile, rows[0], view.stride_t, window);
+  } else if (view.stride_t == 1) {
+    load_lanes(tile, rows, window);
+  } else {
+    for (int64_t lane = 0; lane < kLanes; ++lane) load_lane(tile, lane, rows[lane], view.stride_t, window, window.rows);
+  }
 }
 
 template <class T>
-void store_lanes(T* const* rows, const Tile<T>& tile, int64_t lane, const int64_t* starts) {
-  for (int64_t i = 0; i < kSteps; i += Vector<T>::kWidth) {
-    transpose_square<T>([&](int64_t k) { return &tile.at[i + k][lane]; },
-                        [&](int64_t k) { return rows[k] + starts[k] + i; });
+void store(T* const* rows, const Tile<T>& tile, const Window& window) {
+  for (int64_t lane = 0; lane < kLanes; lane += Vector<T>::kWidth) {
+    const int64_t squares = first_square<T>(window, lane);
+    for (int64_t k = lane; k < lane + Vector<T>::kWidth; ++k) {
+      for (int64_t i = window.first(k); i < squares; ++i) rows[k][window.start[k] + i] = tile.at[i][k];
+    }
+    for (int64_t i = squares; i < window.rows; i += Vector<T>::kWidth) {
+      transpose_square<T>([&](int64_t k) { return &tile.at[i + k][lane]; },
+                          [&](int64_t k) { return rows[lane + k] + window.start[lane + k] + i; });
+    }
   }
 }
 

@@ -3,6 +3,8 @@
 from ppo_fast.ops._registry import backends
 from ppo_fast.ops.config import PolicyLossConfig
 from ppo_fast.ops.gae import gae, gae_packed
+from ppo_fast.ops.linear_policy_loss import linear_policy_loss
+from ppo_fast.ops.linear_token_stats import linear_token_stats
 from ppo_fast.ops.masked import kl_estimate, masked_mean, whiten
 from ppo_fast.ops.policy_loss import policy_loss
 from ppo_fast.ops.results import LossOutput, TokenStats
@@ -14,6 +16,8 @@ __all__ = [
     "token_stats",
     "entropy",
     "policy_loss",
+    "linear_token_stats",
+    "linear_policy_loss",
     "value_loss",
     "gae",
     "gae_packed",

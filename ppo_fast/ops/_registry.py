@@ -38,9 +38,19 @@ class Implementation(NamedTuple):
 
 
 _TABLE: dict[str, dict[str, Implementation]] = {}
-_PUBLIC = ("token_logprobs", "token_stats", "entropy", "policy_loss", "value_loss", "gae", "gae_packed")
-# Public ops that are one registered op asked for different outputs.
-_SHARED = {"token_logprobs": "token_stats", "entropy": "token_stats"}
+_PUBLIC = (
+    "token_logprobs",
+    "token_stats",
+    "entropy",
+    "policy_loss",
+    "linear_token_stats",
+    "linear_policy_loss",
+    "value_loss",
+    "gae",
+    "gae_packed",
+)
+# Public ops that run on the kernels of another one, wherever those run.
+_SHARED = dict.fromkeys(("token_logprobs", "entropy", "linear_token_stats", "linear_policy_loss"), "token_stats")
 
 
 def register(op: str, backend: str, implementation: Implementation) -> None:

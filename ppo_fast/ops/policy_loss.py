@@ -1,6 +1,5 @@
 """The clipped policy-gradient loss of PPO with entropy bonus and KL terms, from logits."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops import _checks, _native_losses, _native_stats, _registry, _triton, reference
-from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, as_logits, as_rows
-from ppo_fast.ops.config import PolicyLossConfig, coefficient
-from ppo_fast.ops.results import LossOutput, TokenStats
+from ppo_fast.ops._layout import as_bools, as_logits, as_rows
+from ppo_fast.ops._policy_terms import check_config, check_terms, flat_terms, named_output
+from ppo_fast.ops.config import PolicyLossConfig
+from ppo_fast.ops.results import LossOutput
 from ppo_fast.ops.token_stats import token_stats_backward
 
 _OP = "policy_loss"
@@ -130,6 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         logits, targets, ref_logits, mask, lse, ref_lse, entropy, full_kl, d_logprobs, d_entropy, d_kl
     )
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _upstream(
@@ -245,49 +246,16 @@ def _check_inplace(logits: Tensor) -> None:
         reach = stride * size
 
 
-def _check_reference(
-    config: PolicyLossConfig, ref_logprobs: Tensor | None, other: Tensor | None, other_name: str
-) -> None:
-    """One reference at most, of the kind the estimator reads; some reference where kl_coef is not 0."""
-    if ref_logprobs is not None and other is not None:
-        raise ValueError(f"{_OP}: expected ref_logprobs or {other_name}, got both")
-    full = config.kl_estimator == "full"
-    wanted, wrong = (other_name, ref_logprobs) if full else ("ref_logprobs", other)
-    if wrong is not None:
-        got = "ref_logprobs" if full else other_name
-        raise ValueError(f"{_OP}: expected {wanted} with kl_estimator={config.kl_estimator!r}, got {got}")
-    weighted = isinstance(config.kl_coef, Tensor) or config.kl_coef != 0
-    if weighted and ref_logprobs is None and other is None:
-        raise ValueError(f"{_OP}: expected {wanted} with kl_coef={config.kl_coef}, got no reference")
-
-
 def _check(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
     ref_logits: Tensor | None,
-    per_token: dict[str, Tensor | None],
-    cu_seqlens: Tensor | None,
-    denominator: float | Tensor | None,
-    config: PolicyLossConfig,
 ) -> None:
-    if not isinstance(config, PolicyLossConfig):
-        raise ValueError(f"{_OP}: expected config to be a PolicyLossConfig, got {type(config).__name__}")
     _checks.logits(_OP, "logits", logits)
     _checks.targets(_OP, targets, logits)
-    shape = targets.shape
     _checks.ref_logits(_OP, ref_logits, logits)
-    _check_reference(config, per_token["ref_logprobs"], ref_logits, "ref_logits")
-    _checks.boolean(_OP, "mask", mask, "targets", targets, shape)
-    _checks.tensor(_OP, "advantages", per_token["advantages"])
-    for name, value in per_token.items():
-        per_sequence = name in ("advantages", "importance_weights")
-        _checks.per_token(_OP, name, value, "targets", targets, shape, broadcast=per_sequence)
-    _checks.cu_seqlens(_OP, cu_seqlens, "targets", targets, shape)
-    _checks.denominator(_OP, denominator)
-    if config.needs_sequences and cu_seqlens is None and targets.dim() < 2:
-        option = f"ratio={config.ratio!r}, aggregation={config.aggregation!r}"
-        raise ValueError(f"{_OP}: expected cu_seqlens beside packed [N] targets with {option}, got None")
+    _checks.boolean(_OP, "mask", mask, "targets", targets, targets.shape)
 
 
 def policy_loss(
@@ -355,37 +323,23 @@ def policy_loss(
         "ref_logprobs": ref_logprobs,
         "importance_weights": importance_weights,
     }
-    _check(logits, targets, mask, ref_logits, per_token, cu_seqlens, denominator, config)
+    check_config(_OP, config)
+    _check(logits, targets, mask, ref_logits)
+    check_terms(_OP, config, targets, per_token, ref_logits, "ref_logits", cu_seqlens, denominator)
     backend = _registry.resolve(_OP, backend, logits.device, logits.dtype)
     inplace = inplace and torch.is_grad_enabled() and logits.requires_grad
     if inplace:
         _check_inplace(logits)
-    shape, dtype = targets.shape, _checks.accumulation_dtype(logits.dtype)
-    rows = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
+    shape = targets.shape
     flat_logits = as_logits(logits)
     run = _entry(flat_logits, inplace, backend)
-    loss, metrics, logprobs, entropy, kl, *_ = run(
+    results = run(
         flat_logits,
         as_rows(targets, shape),
         as_bools(mask, shape),
         None if ref_logits is None else as_logits(ref_logits.detach()),
         float(config.temperature),
-        rows["old_logprobs"],
-        rows["advantages"],
-        rows["ref_logprobs"],
-        rows["importance_weights"],
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        as_denominator(denominator, logits),
-        coefficient(config.penalty_coef, logits),
-        coefficient(config.ent_coef, logits),
-        coefficient(config.kl_coef, logits),
-        math.inf if config.clip_low is None else float(config.clip_low),
-        math.inf if config.clip_high is None else float(config.clip_high),
-        math.inf if config.dual_clip is None else float(config.dual_clip),
-        config.ratio,
-        config.kl_estimator,
-        config.aggregation,
+        *flat_terms(config, logits, shape, per_token, cu_seqlens, denominator),
         backend,
     )
-    stats = TokenStats(logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else None)
-    return LossOutput(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)), stats)
+    return named_output(results, shape)

@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .config import require
-from .models import Models
-
-VALUE_FILE = "value_model.safetensors"
+from .models import VALUE_CONFIG, VALUE_FILE, Models, no_progress_bars
 
 
 def save_models(models: Models, directory: Path) -> Path:
-    """Write policy and tokenizer as `from_pretrained` reads them, and the value model's state dict beside them."""
-    with atomic_directory(directory) as scratch, _no_progress_bars():
+    """Write policy and tokenizer as `from_pretrained` reads them, and beside them what `model.value_path` reads."""
+    with atomic_directory(directory) as scratch, no_progress_bars():
         models.policy.save_pretrained(scratch)
         models.tokenizer.save_pretrained(scratch)
         state = {name: value.contiguous() for name, value in models.value.state_dict().items()}
         require("safetensors.torch").save_file(state, scratch / VALUE_FILE)
+        models.value.backbone.config.to_json_file(scratch / VALUE_CONFIG)
     return directory
 
 
@@ -28,7 +27,7 @@ def save_models(models: Models, directory: Path) -> Path:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A scratch directory beside `target` that takes its place, flushed to disk, when the block succeeds.
 
-    When the block fails nothing changes. An earlier `target` is moved aside first and removed last.
+    When the block or the exchange fails nothing changes. An earlier `target` is moved aside first and removed last.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch, aside = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
@@ -44,21 +43,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         scratch.rename(target)
         _fsync(target.parent)
     finally:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep the bar that transformers draws while it writes out of the console of the run."""
-    bars = require("transformers.utils.logging")
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _fsync(path: Path) -> None:

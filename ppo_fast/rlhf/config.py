@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from ppo_fast.ops import PolicyLossConfig
 
@@ -25,10 +25,13 @@ class ModelConfig:
     """Where the weights come from. The reference is a frozen copy of the policy."""
 
     path: str | None = None  # causal LM to train: a local directory or a hub id
-    value_path: str | None = None  # start of the value model: a causal LM or sequence-classification directory
+    value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
+
+    def __post_init__(self) -> None:
+        _check_choices("model", self)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     shuffle: bool = True  # a new order every epoch
 
+    def __post_init__(self) -> None:
+        _positive("data.max_prompt_tokens", self.max_prompt_tokens)
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -46,7 +52,7 @@ class RolloutConfig:
 
     batch_size: int = 64  # responses per update
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
-    micro_batch_size: int | None = None  # sequences per forward pass; None: batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
@@ -73,6 +79,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.clip is not None:
             _positive("reward.clip", self.clip)
+        _not_negative("reward.missing_eos_penalty", self.missing_eos_penalty)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class KLConfig:
     """KL(policy || reference): a per-token reward, a loss term, or both."""
 
     coef: float = 0.05  # start value when adaptive
-    placement: Literal["reward", "loss", "both"] = "reward"
+    placement: Literal["reward", "loss", "both"] = "reward"  # where it is charged
     reward_estimator: str = "k1"  # k1 alone is right in the reward
     loss_estimator: str = "k2"  # k2, full (exact, by the reference logits), or k3 for parity with GRPO
     adaptive: bool = False  # steer coef towards the target
@@ -88,7 +95,8 @@ class KLConfig:
     horizon: int = 10_000  # sequences; larger is slower
 
     def __post_init__(self) -> None:
-        _check(self.coef >= 0, "kl.coef", "a number >= 0", self.coef)
+        _check_choices("kl", self)
+        _not_negative("kl.coef", self.coef)
         _check(
             self.reward_estimator == "k1",
             "kl.reward_estimator",
@@ -134,8 +142,8 @@ class LossConfig:
     clip_low: float | None = 0.2  # ratio lower bound 1 - clip_low; null: open
     clip_high: float | None = 0.2  # ratio upper bound 1 + clip_high; null: open
     dual_clip: float | None = None  # c > 1: bound c * A on the objective where A < 0
-    ratio: Literal["token", "sequence"] = "token"
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    ratio: Literal["token", "sequence"] = "token"  # sequence: one length-normalised ratio per response
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"  # over a minibatch
     ent_coef: float = 0.0  # entropy bonus
     penalty_coef: float = 0.0  # PPO-penalty: coefficient of KL(old policy || policy)
     penalty_target: float | None = None  # nats per token: adapt penalty_coef by factors of 2; null: fixed
@@ -143,7 +151,7 @@ class LossConfig:
     value_clip: float | None = 0.2  # new values stay within +-value_clip of the old ones; null: plain
 
     def __post_init__(self) -> None:
-        _check(self.vf_coef >= 0, "loss.vf_coef", "a number >= 0", self.vf_coef)
+        _not_negative("loss.vf_coef", self.vf_coef)
         if self.value_clip is not None:
             _positive("loss.value_clip", self.value_clip)
         if self.penalty_target is not None:
@@ -168,10 +176,10 @@ class OptimConfig:
     """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
 
     lr: float = 1e-6  # policy; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
-    value_lr: float = 5e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    weight_decay: float = 0.0
+    value_lr: float = 5e-6  # value model
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
+    eps: float = 1e-5  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled
     max_grad_norm: float = 1.0  # of policy and value separately, once per optimizer step
     warmup_frac: float = 0.03  # of all optimizer steps
     final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
@@ -186,6 +194,8 @@ class OptimConfig:
         for name in ("warmup_frac", "final_lr_frac"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
+        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
+        _not_negative("optim.weight_decay", self.weight_decay)
         if self.target_kl is not None:
             _positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
@@ -198,12 +208,16 @@ class LogConfig:
 
     dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
     overwrite: bool = False  # write over an earlier run in dir
-    tensorboard: bool = True
+    tensorboard: bool = True  # event files
     console: bool = True  # progress bar, a line per update, tables of samples
     print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
     samples_every: int = 10  # updates between tables of samples; 0: never
     samples: int = 4  # rows of the table
     save_every: int = 0  # updates between saved model directories; 0: only the final one
+
+    def __post_init__(self) -> None:
+        for name in ("print_every", "samples_every", "samples", "save_every"):
+            _not_negative(f"log.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -234,8 +248,10 @@ class PPOConfig:
         return self.rollout.batch_size // self.optim.minibatch_size
 
 
-def load_config(path: str | Path | None = None, *, preset: str | None = None) -> PPOConfig:
-    """Read a YAML or TOML file over a preset over the defaults.
+def load_config(
+    path: str | Path | None = None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
+) -> PPOConfig:
+    """Take flags {"optim.lr": "1e-5"} over a YAML or TOML file over a preset over the defaults.
 
     Raises UserError for a missing file, an unknown key (naming the nearest one) or a value of the wrong type.
     """
@@ -247,15 +263,19 @@ def load_config(path: str | Path | None = None, *, preset: str | None = None) ->
         values = _read(PRESETS / f"{preset}.yaml")
     if path is not None:
         values = _merge(values, _read(Path(path)))
-    return config_from_dict(values, source=str(path or preset or "config"))
+    for name, value in (flags or {}).items():
+        group, _, field_name = name.rpartition(".")
+        values = _merge(values, {group: {field_name: value}} if group else {field_name: value})
+    sources = [str(path or preset)] if path or preset else []
+    return config_from_dict(values, source=" and ".join(sources + ["flags"] * bool(flags)) or "config")
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> PPOConfig:
     """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
-    known = list(_names(PPOConfig))
-    for name in _names(values):
+    known = field_defaults()
+    for name, _ in _leaves(values):
         if name not in known and not any(k.startswith(name + ".") for k in known):
-            raise UserError(f"{source}: unknown key {name!r}, the nearest is {_nearest(name, known)!r}")
+            raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name)!r}")
     pydantic = require("pydantic")
     try:
         return pydantic.TypeAdapter(PPOConfig).validate_python(values)
@@ -289,7 +309,7 @@ def _read(path: Path) -> dict[str, Any]:
         parse, failure = yaml.safe_load, yaml.YAMLError
     try:
         values = parse(path.read_text(encoding="utf-8")) or {}
-    except failure as error:
+    except (failure, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
@@ -319,27 +339,28 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _names(tree: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted leaf names of a mapping, or of a dataclass whose groups are dataclasses."""
-    if isinstance(tree, Mapping):
-        items = list(tree.items())
-    else:
-        items = [(f.name, f.default_factory) for f in dataclasses.fields(tree)]
-    for key, value in items:
-        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
-            yield from _names(value, f"{prefix}{key}.")
+def field_defaults() -> dict[str, Any]:
+    """Dotted names of the fields of PPOConfig with their defaults."""
+    return dict(_leaves(dataclasses.asdict(PPOConfig())))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what nested mappings hold."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    """The known dotted name most like `name`, as a whole or in its last part."""
+def nearest_name(name: str) -> str:
+    """The dotted field of PPOConfig most like `name`, as a whole or in its last part."""
 
     def likeness(candidate: str) -> float:
         pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return max(known, key=likeness)
+    return max(field_defaults(), key=likeness)
 
 
 def _check(ok: bool, name: str, expected: str, got: Any) -> None:
@@ -347,8 +368,20 @@ def _check(ok: bool, name: str, expected: str, got: Any) -> None:
         raise UserError(f"{name}: expected {expected}, got {got!r}")
 
 
+def _check_choices(group: str, config: Any) -> None:
+    """Refuse what no Literal of the fields lists; a config made in Python is checked by nobody else."""
+    for name, kind in get_type_hints(type(config)).items():
+        choices, value = get_args(kind), getattr(config, name)
+        if getattr(kind, "__origin__", None) is Literal:
+            _check(value in choices, f"{group}.{name}", f"one of {', '.join(map(repr, choices))}", value)
+
+
 def _positive(name: str, value: float) -> None:
     _check(value > 0 and math.isfinite(value), name, "a number > 0", value)
+
+
+def _not_negative(name: str, value: float) -> None:
+    _check(value >= 0 and math.isfinite(value), name, "a number >= 0", value)
 
 
 def _divides(name: str, part: int, whole_name: str, whole: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DataConfig, UserError
+from .config import DataConfig, UserError, require
 
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -108,7 +108,7 @@ def make_batch(prompts: Prompts, rows: list[int], pad_id: int, device: torch.dev
 def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise UserError(f"data.prompts: no such file {str(path)!r}")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}:{number}"
@@ -116,6 +116,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     yield where, _row(json.loads(line), where)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8") from error
 
 
 def _memory_rows(source: Iterable[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -146,7 +148,15 @@ def _tokenise(row: Mapping[str, Any], tokenizer: Any, where: str) -> list[int]:
     elif tokenizer.chat_template is None:
         raise UserError(f"{where}: the prompt is a list of messages, but the tokenizer has no chat template")
     else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = _apply_template(prompt, tokenizer, where)
     if not ids:
         raise UserError(f"{where}: the prompt has no tokens")
     return list(ids)
+
+
+def _apply_template(messages: Any, tokenizer: Any, where: str) -> Any:
+    template_error = require("jinja2").TemplateError
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except template_error as error:
+        raise UserError(f"{where}: the chat template refuses the messages: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from torch import Tensor, nn
 
 from .config import ModelConfig, UserError, require
 
+VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
+
 
 class ValueModel(nn.Module):
     """A transformer backbone with a scalar head: values [B, L] float32 from token ids [B, L]."""
 
     def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.head = head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -62,6 +66,7 @@ def load_models(
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: expected an EOS token, got none")
     policy = disable_dropout(policy.to(generator.device))
+    _make_saveable(policy)
     value = disable_dropout(make_value_model(config, policy, generator))
     pad_id = tokenizer.pad_token_id
     return Models(
@@ -78,12 +83,17 @@ def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generato
     """A copy of the policy's backbone with a new head, or the model at `value_path` with its head if it has one.
 
     A new head is N(0, 1/sqrt(D+1)) or zero; its bias is zero. The head is float32.
+
+    Raises UserError for a `value_path` that is no such model or knows fewer tokens than the policy.
     """
     if config.value_path is None:
         backbone, scores = copy.deepcopy(policy.base_model), None
     else:
-        backbone, scores = _load_backbone(config, policy.dtype)
-    head = nn.Linear(backbone.config.hidden_size, 1)
+        backbone, scores = _load_backbone(config.value_path, policy.dtype)
+    known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
+    if known < needed:
+        raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
+    head = nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)
     with torch.no_grad():
         if scores is not None:
             head.weight.copy_(scores.weight)
@@ -140,9 +150,40 @@ def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor
     return model(input_ids, attention_mask)[:, -length - 1 : -1]
 
 
-def _load_backbone(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, nn.Linear | None]:
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep the bars that transformers draws while it loads and writes out of the console of the run."""
+    bars = require("transformers.utils.logging")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _make_saveable(policy: Any) -> None:
+    """Find out before the run, not after it, whether `save_pretrained` will take the generation config.
+
+    It refuses a temperature or top-p beside do_sample = False, which many published models have.
+    """
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:
+        policy.generation_config.do_sample = True
+        try:
+            policy.generation_config.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.path: its generation config cannot be saved: {reason}") from error
+
+
+def _load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, nn.Linear | None]:
+    """The backbone at `path`, and its scalar head if it has one."""
     transformers = require("transformers")
-    path = config.value_path
+    if (Path(path) / VALUE_FILE).is_file():
+        return _load_saved_value(Path(path), dtype)
     architectures = _pretrained(transformers.AutoConfig, path).architectures or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
         return _pretrained(transformers.AutoModel, path, dtype=dtype), None
@@ -153,10 +194,21 @@ def _load_backbone(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, nn.Lin
     return model.base_model, head
 
 
+def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Linear]:
+    """The value model that a run left beside its policy."""
+    shape = _pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
+    backbone = require("transformers").AutoModel.from_config(shape, dtype=dtype)
+    saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32))
+    saved.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
+    return saved.backbone, saved.head
+
+
 def _pretrained(loader: Any, path: str | None, **options: Any) -> Any:
+    failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
     try:
-        return loader.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+        with no_progress_bars():
+            return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error

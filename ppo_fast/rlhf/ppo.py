@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,10 @@ class Run:
         self.sampler = PromptSampler(len(self.data.token_ids), self.generator, shuffle=self.config.data.shuffle)
         self.learner = Learner(self.models, self.config)
         self.kl = KLCoefficient(self.config.kl, self.models.device)
+        # Scored in the batches of the update, the logits of the whole rollout never exist.
+        optim, rollout = self.config.optim, self.config.rollout
+        width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
+        self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
 
     def step(self, update: int, log: RunLog) -> None:
         """Update number `update`, counted from 1: sample, score, improve, report."""
@@ -54,7 +60,7 @@ class Run:
         with clock("rollout"):
             generation = generate(self.models, self._next_prompts(), config.rollout, self.generator)
         with clock("logprobs"):
-            rollout = score(self.models, generation, config.rollout)
+            rollout = score(self.models, generation, self.scoring)
             require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
         with clock("score"):
             rewards = compute_rewards(rollout, self.models.tokenizer, self.reward_fn, self.kl, config.reward)
@@ -106,7 +112,9 @@ def train_ppo(
         reward_fn = reward_fn or load_reward_function(config.reward.function)
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
+        _check_vocabulary(models, data)
         _check_context(config, models, data)
+        _warn_about_precision(models, config)
         run = Run(config, models, data, reward_fn, generator)
         with log:
             save_config(config, log.directory / "config.yaml")
@@ -155,9 +163,10 @@ def _threads(count: int | None) -> Iterator[None]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    usable = name == "cpu" or (name.partition(":")[0] == "cuda" and torch.cuda.is_available())
-    if not usable:
-        raise UserError(f"model.device: expected 'auto', 'cpu' or, on a machine with one, 'cuda', got {name!r}")
+    usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in usable:
+        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
     return torch.device(name)
 
 
@@ -166,6 +175,22 @@ def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
     if source is None:
         raise UserError("data.prompts: expected a JSONL file, got null")
     return source
+
+
+def _check_vocabulary(models: Models, data: Prompts) -> None:
+    known = len(models.policy.get_input_embeddings().weight)
+    highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
+    if highest >= known:
+        raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
+
+
+def _warn_about_precision(models: Models, config: PPOConfig) -> None:
+    if models.policy.dtype == torch.bfloat16:
+        warnings.warn(
+            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.optim.lr:g}; "
+            "set model.dtype to float32 unless the reward rises",
+            stacklevel=3,
+        )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

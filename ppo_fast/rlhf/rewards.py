@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ class KLCoefficient:
 
     def __init__(self, config: KLConfig, device: torch.device) -> None:
         self.config = config
-        self.coef: float | Tensor = torch.tensor(config.coef, device=device) if config.adaptive else config.coef
+        self.coef: float | Tensor = config.coef
+        if config.adaptive:
+            self.coef = torch.tensor(config.coef, dtype=torch.float32, device=device)
 
     def update(self, kl: Tensor) -> None:
         """Steer by the KL [B, T] of the rollout just used."""
@@ -52,19 +55,20 @@ class KLCoefficient:
 
 
 def load_reward_function(spec: str | None) -> RewardFunction:
-    """Load "path/to/file.py:function"; UserError when there is no such file or function."""
+    """Load "path/to/file.py:function"; UserError when there is no such file or function, or the file fails."""
     path, separator, name = (spec or "").rpartition(":")
     if not separator:
         raise UserError(f"reward.function: expected 'path/to/file.py:function', got {spec!r}")
     if not Path(path).is_file():
         raise UserError(f"reward.function: no such file {path!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"reward.function: expected a Python file, got {path!r}")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward.function: {path!r} does not import: {_told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -91,7 +95,7 @@ def compute_rewards(
     rewards = spread + torch.where(_is_last(mask), -penalty[:, None], 0.0)
     scores = rewards.sum(dim=1)
     k1 = torch.where(mask, ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, kl.config.reward_estimator), 0.0)
-    if kl.config.in_reward and not (isinstance(kl.coef, float) and kl.coef == 0):
+    if kl.config.in_reward and (isinstance(kl.coef, Tensor) or kl.coef != 0):
         rewards = rewards - kl.coef * k1
     return Rewards(rewards, scores, k1, torch.as_tensor(kl.coef, device=mask.device), ids, completions)
 
@@ -104,23 +108,25 @@ def _call(function: RewardFunction, **arguments: Any) -> Any:
         raise UserError(f"the reward function {name!r} failed with {_told(error)}") from error
 
 
-def _told(error: Exception) -> str:
-    """Type, message and innermost place of an error in the user's code, in one line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno})"
+def _told(error: BaseException) -> str:
+    """Type and message of an error in the user's code, and the innermost line of the user's file, in one line."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    lines = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename]
+    return f"{message} ({Path(theirs[0].filename).name}:{lines[-1]})" if theirs else message
 
 
 def _validated(answer: Any, ids: list[list[int]]) -> list[float | list[float]]:
     """A number per response or a list of numbers per response, all finite."""
     try:
-        answer = answer.tolist() if isinstance(answer, Tensor) else list(answer)
+        answer = list(_plain(answer))
     except TypeError as error:
         raise UserError(f"reward function: expected a list of {len(ids)} scores, got {answer!r}") from error
     if len(answer) != len(ids):
         raise UserError(f"reward function: expected {len(ids)} scores, one per completion, got {len(answer)}")
     checked: list[float | list[float]] = []
-    for sample, (score, tokens) in enumerate(zip(answer, ids, strict=True)):
+    for sample, (score, tokens) in enumerate(zip(map(_plain, answer), ids, strict=True)):
         per_token = isinstance(score, list | tuple)
         values = [_number(value, sample) for value in (score if per_token else [score])]
         if per_token and len(values) != len(tokens):
@@ -131,14 +137,20 @@ def _validated(answer: Any, ids: list[list[int]]) -> list[float | list[float]]:
     return checked
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and lists of tensors and of NumPy arrays."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _number(value: Any, sample: int) -> float:
+    value = _plain(value)
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        finite = math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
         raise UserError(f"reward function: expected a finite score for sample {sample}, got {value!r}")
-    return number
+    return float(value)
 
 
 def _spread(scores: list[float | list[float]], lengths: list[int], mask: Tensor, clip: float | None) -> Tensor:

@@ -19,13 +19,14 @@ from .rollout import Rollout
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 TENSORBOARD, CHECKPOINTS, FINAL = "tensorboard", "checkpoints", "final"
+REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL)
 
 
 class RunLog:
     """Writes every metric of every update at once, so that a crashed run leaves a readable file.
 
     Use as a context manager; `history` keeps the metrics of the updates so far. UserError, before anything is
-    written, for a directory that holds an earlier run and `overwrite` off.
+    written, for a directory that holds what the run would replace, with `overwrite` off.
     """
 
     def __init__(self, config: PPOConfig, console: Console | None = None) -> None:
@@ -33,9 +34,10 @@ class RunLog:
         self.directory = Path(config.log.dir)
         self.history: list[dict[str, float]] = []
         self.console = console or Console(quiet=not config.log.console)
-        if (self.directory / METRICS).exists() and not self.log.overwrite:
+        held = [name for name in REPLACED if (self.directory / name).exists()]
+        if held and not self.log.overwrite:
             raise UserError(
-                f"log.dir: {str(self.directory)!r} holds an earlier run; choose another or set log.overwrite"
+                f"log.dir: {str(self.directory)!r} already holds {held[0]!r}; choose another or set log.overwrite"
             )
 
     def __enter__(self) -> RunLog:

@@ -105,7 +105,7 @@ class PenaltyCoefficient:
         self.target = config.penalty_target
         self.coef: float | Tensor = config.penalty_coef
         if self.target is not None:
-            self.coef = torch.tensor(config.penalty_coef, device=device)
+            self.coef = torch.tensor(config.penalty_coef, dtype=torch.float32, device=device)
 
     def update(self, approx_kl: Tensor) -> None:
         """Adapt by the 0-d mean KL per token of the last epoch."""
@@ -190,6 +190,7 @@ class Learner:
             micro.mask,
             config=self.config.loss.policy_loss(**settings),
             denominator=count,
+            inplace=True,
             **reference,
         )
         output.loss.backward()

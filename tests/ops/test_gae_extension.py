@@ -54,7 +54,9 @@ def _assert_bitwise(ours: tuple[Tensor, Tensor], plain: tuple[Any, Any]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 64), (16, 64), (17, 65), (33, 200), (2, 4), (20, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 1), (1, 64), (16, 64), (17, 65), (33, 200), (2, 4), (16, 127), (18, 2051)], ids=str
+)
 def test_native_is_the_plain_recursion_to_the_last_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for mask_mode in MODES:
         for flags in range(4):
@@ -66,7 +68,7 @@ def test_native_is_the_plain_recursion_to_the_last_bit(shape: tuple[int, int], d
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("mask_mode", MODES)
 def test_native_packed_is_the_plain_recursion_to_the_last_bit(mask_mode: str, index: torch.dtype) -> None:
-    lengths = [0, 1, 63, 64, 65, 0, 200, 3, *range(20), 0]
+    lengths = [0, 1, 1023, 1024, 1026, 0, 200, 3, *range(20), 2500, 0]
     cu_seqlens = _offsets(lengths)
     inputs = _inputs((sum(lengths),), len(lengths), torch.float32, mask=True, dones=True)
     arguments = {"gamma": GAMMA, "lam": LAM, "mask_mode": mask_mode}
@@ -105,9 +107,9 @@ class _Dispatched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("B", [5, 40])
-def test_strided_inputs_are_read_in_place(B: int, layout: str) -> None:
-    inputs = _inputs((B, 130), B, torch.float32, mask=True, dones=True)
+@pytest.mark.parametrize(("B", "T"), [(5, 130), (40, 1100)])
+def test_strided_inputs_are_read_in_place(B: int, T: int, layout: str) -> None:
+    inputs = _inputs((B, T), B, torch.float32, mask=True, dones=True)
     expected = gae(**inputs, gamma=GAMMA, lam=LAM, backend="native")
     strided = {k: LAYOUTS[layout](x) if x.dim() == 2 else x for k, x in inputs.items()}
     assert not strided["rewards"].is_contiguous()

@@ -279,3 +279,15 @@ def test_per_token_inputs_of_any_dtype(backend: str, dtype: torch.dtype) -> None
     wide = case._replace(**{name: getattr(narrow, name).float() for name in names})
     (ours, grad), (theirs, same_grad) = run(narrow, EVERYTHING, backend), run(wide, EVERYTHING, backend)
     assert_same((ours.loss, ours.metrics, grad), (theirs.loss, theirs.metrics, same_grad))
+
+
+@each_backend("policy_loss")
+@pytest.mark.parametrize("shift", [25.0, -25.0])
+def test_k3_is_clamped_and_carries_no_gradient_outside(backend: str, shift: float) -> None:
+    case = make_case("padded")._replace(advantages=torch.zeros(B, T))
+    far = case._replace(ref_logprobs=case.ref_logprobs + shift)
+    config = pf.PolicyLossConfig(kl_coef=0.2)
+    out, grad = run(far, config, backend)
+    assert not grad.any()
+    assert_near_truth(out.loss, truth(far, config).loss, dtype=torch.float32)
+    assert run(case, config, backend)[1].any()

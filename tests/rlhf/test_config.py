@@ -1,6 +1,8 @@
 """Config: one source for file and flags; mistakes are one sentence."""
 
 import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from ppo_fast.rlhf.config import (
+    KLConfig,
     LossConfig,
+    ModelConfig,
     PPOConfig,
     UserError,
     config_from_dict,
@@ -16,6 +20,8 @@ from ppo_fast.rlhf.config import (
     require,
     save_config,
 )
+
+GROUPS = [field.default_factory for field in dataclasses.fields(PPOConfig) if field.default is dataclasses.MISSING]
 
 
 def test_defaults_are_the_published_ones():
@@ -37,6 +43,13 @@ def test_defaults_are_the_published_ones():
     assert (config.kl.target, config.kl.horizon) == (6.0, 10_000)
     assert (config.reward.clip, config.reward.missing_eos_penalty) == (10.0, 1.0)
     assert (config.optim.epochs, config.optim.max_grad_norm, config.optim.warmup_frac) == (4, 1.0, 0.03)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_field_has_a_line_of_help(group):
+    source = inspect.getsource(group)
+    for name in (f.name for f in dataclasses.fields(group)):
+        assert re.search(rf"^    {name}: [^#\n]+  # \S", source, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(
@@ -134,12 +147,27 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"warmup_frac": 1.5}}, "optim.warmup_frac: expected 0 <= warmup_frac <= 1, got 1.5"),
         ({"loss": {"penalty_target": 0.01}}, "loss.penalty_coef: expected a number > 0, got 0.0"),
         ({"updates": 0}, "updates: expected a number > 0, got 0"),
+        ({"kl": {"coef": float("inf")}}, "kl.coef: expected a number >= 0, got inf"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: expected two numbers 0 <= beta < 1, got (0.9, 1.0)"),
+        ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
+        ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
+        ({"data": {"max_prompt_tokens": 0}}, "data.max_prompt_tokens: expected a number > 0, got 0"),
+        ({"log": {"save_every": -1}}, "log.save_every: expected a number >= 0, got -1"),
     ],
 )
 def test_values_out_of_range(values, message):
     with pytest.raises(UserError) as error:
         config_from_dict(values)
     assert str(error.value) == f"config: {message}"
+
+
+def test_choices_are_checked_in_a_config_made_in_python_too():
+    with pytest.raises(UserError, match=r"^kl\.placement: expected one of 'reward', 'loss', 'both', got 'rewards'$"):
+        KLConfig(placement="rewards")
+    with pytest.raises(UserError, match=r"^model\.value_head: expected one of 'normal', 'zero', got 'zeros'$"):
+        ModelConfig(value_head="zeros")
+    with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', 'bfloat16', got 'float16'$"):
+        ModelConfig(dtype="float16")
 
 
 def test_the_loss_config_is_checked_by_the_op_it_configures():
@@ -158,6 +186,9 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"broken\.yaml: while parsing"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"log: {dir: \xfc}")
+    with pytest.raises(UserError, match=r"latin\.yaml: 'utf-8' codec can't decode"):
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_a_missing_dependency_names_the_install_command():

@@ -37,6 +37,21 @@ def test_messages_go_through_the_chat_template(tokenizer, monkeypatch):
     assert data.token_ids == [tokenizer("w1 w2 w59")["input_ids"]]
 
 
+def test_a_template_that_refuses_the_messages_names_the_line(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"prompts\[1\]: the chat template refuses the messages: roles must alternate"):
+        load_prompts(["w1", {"prompt": [{"role": "user", "content": "w1"}]}], tokenizer, DataConfig())
+
+
+def test_only_utf_8_is_read(tmp_path, tokenizer):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('{"prompt": "w1", "topic": "über"}\n'.encode())
+    assert load_prompts(path, tokenizer, DataConfig()).columns == {"topic": ["über"]}
+    path.write_bytes(b'{"prompt": "w1"}\n{"prompt": "w2 \xfc"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:2: not UTF-8"):
+        load_prompts(path, tokenizer, DataConfig())
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -224,13 +224,21 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
         log.write(1, collected())
     (log.directory / "final").mkdir()
     with pytest.raises(
-        UserError, match=r"log\.dir: '.*run' holds an earlier run; choose another or set log\.overwrite"
+        UserError, match=r"log\.dir: '.*run' already holds 'metrics\.jsonl'; choose another or set log\.overwrite"
     ):
         logged()
     assert (log.directory / "metrics.jsonl").read_text()
     with logged(overwrite=True)[0]:
         assert (log.directory / "metrics.jsonl").read_text() == ""
         assert not (log.directory / "final").exists()
+
+
+@pytest.mark.parametrize("name", ["final", "checkpoints", "tensorboard", "samples.jsonl"])
+def test_what_others_left_in_the_directory_is_never_removed_unasked(logged, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"log\.dir: '.*run' already holds '{name}'"):
+        logged()
+    assert (tmp_path / "run" / name).exists()
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(logged, tmp_path):

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.checkpoint import save_models
 from ppo_fast.rlhf.config import ModelConfig, UserError
 from ppo_fast.rlhf.models import disable_dropout, load_models, model_inputs, response_logits, response_values
 
@@ -108,6 +109,28 @@ def test_the_value_model_may_start_from_another_causal_model(make_models, make_c
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_value_model_may_start_from_that_of_another_run(make_models, make_config, tmp_path, arch):
+    first = make_models(make_config(seed=1), arch=arch)
+    with torch.no_grad():
+        for parameter in first.value.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    save_models(first, tmp_path / "final")
+    second = make_models(make_config(model={"value_path": str(tmp_path / "final")}), arch=arch)
+    ours, theirs = second.value.state_dict(), first.value.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(parameter.requires_grad for parameter in second.value.parameters())
+    _, ids, mask = padded(2)
+    assert torch.equal(second.value(ids, mask), first.value(ids, mask))
+
+
+def test_a_value_model_that_knows_too_few_tokens_is_refused(make_models, make_config, tmp_path):
+    tiny.make_model(63, hidden=32, layers=1, heads=2).save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=r"model\.value_path: expected a model of at least 64 tokens, .* got 63"):
+        make_models(make_config(model={"value_path": str(tmp_path / "small")}))
+
+
 def test_the_reference_is_a_frozen_copy(make_models, make_config):
     models = make_models(make_config())
     for mine, frozen in zip(models.policy.parameters(), models.reference.parameters(), strict=True):
@@ -134,6 +157,10 @@ def test_models_that_cannot_be_used(make_models, make_config, tmp_path, tokenize
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"AutoModelForCausalLM: cannot load directory '.*empty': "):
         load_models(ModelConfig(path=str(tmp_path / "empty")), generator)
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"AutoModelForCausalLM: cannot load directory '.*cut': "):
+        load_models(ModelConfig(path=str(tmp_path / "cut")), generator, tokenizer=tokenizer)
     headless = tiny.make_tokenizer(["w1"])
     headless.eos_token = None
     with pytest.raises(UserError, match=r"tokenizer: expected an EOS token, got none"):

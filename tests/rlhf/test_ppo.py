@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.rlhf import PPOConfig, UserError, load_config, tiny, train_ppo
+from ppo_fast.rlhf.models import response_logits
 from ppo_fast.rlhf.ppo import _device
 from tests.rlhf.conftest import PROMPTS
 
@@ -79,6 +80,22 @@ def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
     assert result.history[1]["objective/kl"] != 0
 
 
+@pytest.mark.parametrize(
+    ("values", "width"), [({"optim": {"minibatch_size": 4}}, 4), ({"optim": {"micro_batch_size": 2}}, 2)]
+)
+def test_the_logits_of_the_whole_rollout_never_exist(run, monkeypatch, values, width):
+    seen = []
+
+    def spy(*arguments):
+        seen.append(len(arguments[1]))
+        return response_logits(*arguments)
+
+    monkeypatch.setattr("ppo_fast.rlhf.rollout.response_logits", spy)
+    monkeypatch.setattr("ppo_fast.rlhf.update.response_logits", spy)
+    run(updates=1, **values)
+    assert set(seen) == {width}
+
+
 def test_samples_per_prompt_share_a_prompt(run):
     seen = []
 
@@ -140,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
     ("values", "message"),
     [
         ({"rollout": {"max_new_tokens": 124}}, r"rollout\.max_new_tokens: expected at most 123 .* got 124"),
-        ({"model": {"device": "abacus"}}, r"model\.device: expected 'auto', 'cpu' or, .* got 'abacus'"),
+        ({"model": {"device": "abacus"}}, r"model\.device: expected 'auto' or one of 'cpu'.*, got 'abacus'"),
         ({"prompts": None}, r"data\.prompts: expected a JSONL file, got null"),
         ({"reward_fn": None}, r"reward\.function: expected 'path/to/file\.py:function', got None"),
     ],
@@ -170,10 +187,28 @@ def test_threads_are_set_for_the_run_alone(run):
 def test_the_device_is_chosen(monkeypatch):
     assert _device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _device("auto") == torch.device("cuda")
     assert _device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"expected 'auto' or one of 'cpu', 'cuda', 'cuda:0', 'cuda:1', got 'cuda:2'"):
+        _device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert _device("auto") == torch.device("cpu")
+
+
+def test_bfloat16_weights_train_under_a_warning(run):
+    policy = tiny.make_model(64, hidden=32, layers=1, heads=2).bfloat16()
+    with pytest.warns(UserWarning, match=r"a bfloat16 weight w keeps no step below .* optim\.lr = 0\.001"):
+        result = run(policy=policy)
+    assert result.models.value.backbone.dtype == torch.bfloat16
+    assert result.history[1]["objective/kl"] != 0
+
+
+def test_a_tokenizer_of_another_model_is_refused(run):
+    policy = tiny.make_model(10, hidden=32, layers=1, heads=2)
+    with pytest.raises(UserError, match=r"^tokenizer: expected ids below 10, the tokens that the model knows, got 15$"):
+        run(policy=policy)
 
 
 def test_filters_warn_once_at_the_start(run):

@@ -1,5 +1,8 @@
 """Rewards: where the score lands, what the KL costs, and what a bad reward function is told."""
 
+import json
+
+import numpy
 import pytest
 import torch
 
@@ -44,10 +47,11 @@ def test_rule_07_the_reward_pays_for_kl_only_where_it_is_placed_there(rewarded, 
     assert rewards.kl.abs().sum() > 0
 
 
-def test_a_coefficient_of_0_leaves_the_kl_out_of_the_reward(rewarded):
+@pytest.mark.parametrize("coef", [0.0, 0])
+def test_a_coefficient_of_0_leaves_the_kl_out_of_the_reward(rewarded, coef):
     rollout = made_rollout([2])
     rollout.ref_logprobs[0, 0] = -torch.inf
-    assert rewarded(rollout, scores(1.0), kl={"coef": 0.0}).rewards.tolist() == [[0.0, 1.0]]
+    assert rewarded(rollout, scores(1.0), kl={"coef": coef}).rewards.tolist() == [[0.0, 1.0]]
 
 
 def test_rule_10_garbage_in_masked_positions_changes_nothing(rewarded):
@@ -79,6 +83,15 @@ def test_a_tensor_of_scores_is_taken(rewarded):
     assert rewarded(made_rollout([1, 2]), lambda **_: torch.tensor([1.0, 2.0])).scores.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array])
+def test_arrays_of_scores_are_taken_per_response_and_per_token(rewarded, kind):
+    rollout = made_rollout([2, 3])
+    single = rewarded(rollout, scores(kind(1.0), kind([2.0])[0]), kl={"coef": 0.0})
+    assert single.scores.tolist() == [1.0, 2.0]
+    spread = rewarded(rollout, scores(kind([1.0, 2.0]), kind([0.5, 0.0, 0.25])), kl={"coef": 0.0})
+    assert spread.rewards.tolist() == [[1.0, 2.0, 0.0], [0.5, 0.0, 0.25]]
+
+
 def test_the_function_sees_prompts_completions_tokens_and_columns(rewarded):
     seen = {}
 
@@ -97,6 +110,10 @@ def broken(**_):
     raise KeyError("topic")
 
 
+def broken_below(**_):
+    json.loads("{")
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -104,6 +121,9 @@ def broken(**_):
         (scores(1.0), "reward function: expected 2 scores, one per completion, got 1"),
         (scores(1.0, float("nan")), "reward function: expected a finite score for sample 1, got nan"),
         (scores(None, 1.0), "reward function: expected a finite score for sample 0, got None"),
+        (scores("1.0", 1.0), "reward function: expected a finite score for sample 0, got '1.0'"),
+        (scores(1.0, 1e39), "reward function: expected a finite score for sample 1, got 1e+39"),
+        (lambda **_: 1.0, "reward function: expected a list of 2 scores, got 1.0"),
         (scores([1.0], 1.0), "reward function: expected 2 scores for the tokens of sample 0, got 1"),
         (scores(1.0, [0.0, float("inf"), 0.0]), "reward function: expected a finite score for sample 1, got inf"),
     ],
@@ -119,6 +139,20 @@ def test_a_failing_function_is_named_with_its_line(rewarded):
         UserError, match=r"the reward function 'broken' failed with KeyError: 'topic' \(test_rewards\.py:\d+\)"
     ):
         rewarded(made_rollout([2]), broken)
+    with pytest.raises(UserError, match=r"JSONDecodeError: .* \(test_rewards\.py:\d+\)$"):
+        rewarded(made_rollout([2]), broken_below)
+    with pytest.raises(UserError, match=r"failed with TypeError: .* unexpected keyword argument 'completions'$"):
+        rewarded(made_rollout([2]), lambda prompts, completion_ids: [0.0])
+
+
+def test_a_reward_file_may_hold_dataclasses(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import KW_ONLY, dataclass\n"
+        "@dataclass\nclass Weights:\n    _: KW_ONLY\n    length: float = 2.0\n"
+        "def f(completions, **_):\n    return [Weights().length] * len(completions)\n"
+    )
+    assert load_reward_function(f"{path}:f")(completions=["a"]) == [2.0]
 
 
 def test_a_function_is_loaded_from_a_file(tmp_path):

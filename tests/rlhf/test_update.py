@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from ppo_fast import PolicyLossConfig, ops
-from ppo_fast.rlhf.advantages import Targets
+from ppo_fast.ops import _native, _registry
+from ppo_fast.rlhf.advantages import Targets, compute_targets
 from ppo_fast.rlhf.config import LossConfig
 from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.update import Learner, Minibatch, Network, PenaltyCoefficient, combine, schedule
 
 CPU = torch.device("cpu")
@@ -24,6 +26,11 @@ def random_targets(rollout, seed=3):
     shape = rollout.mask.shape
     advantages, returns = (torch.randn(shape, generator=generator) for _ in range(2))
     return Targets(torch.where(rollout.mask, advantages, 0.0), torch.where(rollout.mask, returns, 0.0))
+
+
+def made_rewards(rollout):
+    zero = torch.zeros(rollout.mask.shape)
+    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [])
 
 
 @pytest.fixture
@@ -231,6 +238,32 @@ def test_only_the_trained_networks_change(setup):
     assert all(torch.equal(p, before[n]) for n, p in models.reference.named_parameters())
     assert not all(torch.equal(*pair) for pair in zip(policy, models.policy.parameters(), strict=True))
     assert not all(torch.equal(*pair) for pair in zip(value, models.value.parameters(), strict=True))
+
+
+def test_scoring_and_update_run_on_the_backend_of_this_machine(setup, monkeypatch):
+    ran, lookup = set(), _registry.implementation
+    monkeypatch.setattr(_registry, "implementation", lambda *names: ran.add(names) or lookup(*names))
+    learner, rollout, _ = setup()
+    compute_targets(rollout, made_rewards(rollout), learner.config.advantage)
+    learner.update(rollout, random_targets(rollout), 0.0, 0, torch.Generator())
+    expected = "torch" if _native.load_error else "native"
+    assert ran >= {(op, expected) for op in ("token_stats", "gae", "policy_loss", "value_loss")}
+    assert {backend for _, backend in ran} == {expected}
+
+
+def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
+    seen, op = [], ops.policy_loss
+    monkeypatch.setattr(
+        ops,
+        "policy_loss",
+        lambda logits, *rest, **named: (
+            seen.append((logits.detach(), logits.detach().clone())) or op(logits, *rest, **named)
+        ),
+    )
+    learner, rollout, targets = setup()
+    learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    ((logits, before),) = seen
+    assert not torch.equal(logits, before)
 
 
 def test_vf_coef_scales_the_value_gradient(setup):

@@ -152,10 +152,12 @@ def policy_terms(
     ratio: str,
     kl_estimator: str,
     aggregation: str,
+    weights: Tensor | None = None,
 ) -> reference.PolicyTerms:
     """The loss of per-token ratios and its gradient in the per-token statistics, as ``reference.policy_terms``."""
-    counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    weights = reference.token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
+    if weights is None:
+        counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+        weights = reference.token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
     full = full_kl.numel() > 0
 
     def rows(wanted: bool) -> Tensor:

@@ -95,19 +95,17 @@ def segment_kernel(
             y = tl.load(tile(y_ptr + start, BLOCK, GROUP, ALIGNED), inside, other=-float("inf")).to(tl.float32)
             ref_m, ref_s, ref_shift, ref_d, _ = fold(y, ref_m, ref_s, scale, AXIS)
             k = moved_k(k, old_s, shift, ref_shift) + tl.sum(e * tl.where(e == 0.0, 0.0, d - ref_d), AXIS)
-    store_segment(
-        partials_ptr + tl.program_id(0), m, s, w, ref_m, ref_s, k, scale, ENTROPY, ref_ptr is not None
-    )
+    store_segment(partials_ptr + tl.program_id(0), m, s, w, ref_m, ref_s, k, scale, ENTROPY, ref_ptr is not None)
 
 
 @triton.jit
 def merged(part_ptr, field, part, scale):
-    """(max, log2 of the sum, the segments' s, their shifts to the max) of rows, from the fields m and s."""
+    """(max, sum, the segments' s, their shifts to the max) of rows, from the fields m and s."""
     m = tl.load(part_ptr, part, other=LOWEST)
     s = tl.load(part_ptr + field, part, other=0.0)
     top = tl.max(m, 1)
     shift = floored((m - top[:, None]) * scale)
-    return top, tl.log2(tl.sum(moved_s(s, shift), 1)), s, shift
+    return top, tl.sum(moved_s(s, shift), 1), s, shift
 
 
 @triton.jit
@@ -149,7 +147,8 @@ def merge_kernel(
     part_ptr = partials_ptr + row[:, None].to(tl.int64) * SEGMENTS + segment
     field = N.to(tl.int64) * SEGMENTS
 
-    top, log_sum, s, shift = merged(part_ptr, field, part, scale)
+    top, total, s, shift = merged(part_ptr, field, part, scale)
+    log_sum = tl.log2(total)
     lse = top.to(tl.float64) * inv_temperature + (log_sum * LN2).to(tl.float64)
     store_row(lse_ptr, row, lse, counted, exists)
     if targets_ptr is not None:
@@ -161,12 +160,13 @@ def merge_kernel(
         store_row(logprobs_ptr, row, logprob, counted, exists)
     if entropy_ptr is not None:
         w = tl.load(part_ptr + 2 * field, part, other=0.0)
-        mean_d = tl.sum(moved_w(w, s, shift), 1) / tl.exp2(log_sum)
+        mean_d = tl.sum(moved_w(w, s, shift), 1) / total
         store_row(entropy_ptr, row, (log_sum - mean_d) * LN2, counted, exists)
     if kl_ptr is not None:
-        ref_top, ref_log_sum, _, ref_shift = merged(part_ptr + 3 * field, field, part, scale)
+        ref_top, ref_total, _, ref_shift = merged(part_ptr + 3 * field, field, part, scale)
+        ref_log_sum = tl.log2(ref_total)
         k = tl.load(part_ptr + 5 * field, part, other=0.0)
-        mean_gap = tl.sum(moved_k(k, s, shift, ref_shift), 1) / tl.exp2(log_sum)
+        mean_gap = tl.sum(moved_k(k, s, shift, ref_shift), 1) / total
         store_row(kl_ptr, row, (mean_gap - log_sum + ref_log_sum) * LN2, counted, exists)
         ref_lse = ref_top.to(tl.float64) * inv_temperature + (ref_log_sum * LN2).to(tl.float64)
         store_row(ref_lse_ptr, row, ref_lse, counted, exists)
@@ -189,7 +189,8 @@ def _partials(
 ) -> Tensor:
     """The partial results [fields, N, segments]."""
     B, T, V = logits.shape
-    size = tuning.forward_tile(logits)
+    whole_groups = aligned(logits, ref_logits)
+    size = tuning.forward_tile(logits, whole_groups)
     fields, segments = 3 if ref_logits is None else 6, triton.cdiv(V, size.segment)
     partials = logits.new_empty(fields, B * T, segments, dtype=torch.float32)
     segment_kernel[(B * T * segments,)](
@@ -203,7 +204,7 @@ def _partials(
         *row_strides(ref_logits),
         LOG2_E.value / temperature,
         ENTROPY=want_entropy,
-        ALIGNED=aligned(logits, ref_logits),
+        ALIGNED=whole_groups,
         SEGMENT=size.segment,
         BLOCK=size.block,
         GROUP=tuning.group(logits),

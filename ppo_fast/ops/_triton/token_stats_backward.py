@@ -80,21 +80,21 @@ def gradient_kernel(
     if active:
         a, b = -g * inv_temperature, (g_kl - g_entropy) * (inv_temperature * LN2)
         x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED) + start
-        x = tl.load(tile(x_ptr, BLOCK, GROUP, ALIGNED), inside, other=0.0)
-        u = log2_softmax(x.to(tl.float32), lse_ptr, row, scale, temperature, inv_temperature)
-        p = tl.exp2(u)
+        x = tl.load(tile(x_ptr, BLOCK, GROUP, ALIGNED), inside, other=0.0).to(tl.float32)
+        u = log2_softmax(x, lse_ptr, row, scale, temperature, inv_temperature)
         if g_entropy_ptr is not None:
             a -= g_entropy * tl.load(entropy_ptr + row) * inv_temperature
         if ref_ptr is not None:
             a -= g_kl * tl.load(kl_ptr + row) * inv_temperature
             y_ptr = ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED) + start
-            y = tl.load(tile(y_ptr, BLOCK, GROUP, ALIGNED), inside, other=0.0)
-            w = log2_softmax(y.to(tl.float32), ref_lse_ptr, row, scale, temperature, inv_temperature)
+            y = tl.load(tile(y_ptr, BLOCK, GROUP, ALIGNED), inside, other=0.0).to(tl.float32)
+            w = log2_softmax(y, ref_lse_ptr, row, scale, temperature, inv_temperature)
             gradient = a + b * u - g_kl * (inv_temperature * LN2) * w
         elif g_entropy_ptr is not None:
             gradient = a + b * u
         else:
             gradient += a
+        p = tl.exp2(u)
         gradient = tl.where(p == 0.0, 0.0, p * gradient)
         if g_ptr is not None:
             target = tl.load(targets_ptr + row)
@@ -129,7 +129,8 @@ def token_stats_backward(
     if B * T == 0:
         return out
     ref = None if g_kl is None else ref_logits
-    size = tuning.backward_tile(logits)
+    whole_groups = aligned(logits, ref, out)
+    size = tuning.backward_tile(logits, whole_groups)
     with on_device_of(logits):
         gradient_kernel[(B * T * triton.cdiv(V, size.block),)](
             out,
@@ -152,7 +153,7 @@ def token_stats_backward(
             LOG2_E.value / temperature,
             temperature,
             1.0 / temperature,
-            ALIGNED=aligned(logits, ref, out),
+            ALIGNED=whole_groups,
             BLOCK=size.block,
             GROUP=tuning.group(logits),
             num_warps=size.warps,

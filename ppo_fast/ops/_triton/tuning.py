@@ -50,13 +50,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _lookup(table: _Table, logits: Tensor) -> Tile:
-    """The tile of the newest architecture in the table that is not newer than the device, as many bytes a block."""
+def _lookup(table: _Table, logits: Tensor, aligned: bool) -> Tile:
+    """The tile of the newest architecture in the table that is not newer than the device, as many bytes a block.
+
+    Unaligned rows are read word by word, each with a predicate of its own: more than 16 a thread spill.
+    """
     V, found = logits.shape[-1], capability(logits.device)
     known = max((known for known in table if known <= found), default=min(table))
     tile = next(tile for largest, tile in table[known] if largest >= V)
     block = tile.block * 2 // logits.element_size()
-    return _fitted(tile._replace(block=block), V)
+    return _fitted(tile._replace(block=block if aligned else min(block, 16 * 32 * tile.warps)), V)
 
 
 def _fitted(tile: Tile, V: int) -> Tile:
@@ -65,14 +68,14 @@ def _fitted(tile: Tile, V: int) -> Tile:
     return tile._replace(block=block, warps=max(1, tile.warps * block // tile.block))
 
 
-def forward_tile(logits: Tensor) -> Tile:
+def forward_tile(logits: Tensor, aligned: bool) -> Tile:
     """The tile of the kernel that reads the logits once."""
-    return _lookup(_FORWARD, logits)
+    return _lookup(_FORWARD, logits, aligned)
 
 
-def backward_tile(logits: Tensor) -> Tile:
+def backward_tile(logits: Tensor, aligned: bool) -> Tile:
     """The tile of the kernel that writes their gradient; its programs take one block."""
-    return _lookup(_BACKWARD, logits)
+    return _lookup(_BACKWARD, logits, aligned)
 
 
 def group(logits: Tensor) -> int:

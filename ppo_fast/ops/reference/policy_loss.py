@@ -78,11 +78,13 @@ def policy_terms(
     ratio: str,
     kl_estimator: str,
     aggregation: str,
+    weights: Tensor | None = None,
 ) -> PolicyTerms:
     """aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H), with its gradient.
 
     objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A), and max(objective, dual_clip*A) where A < 0.
-    An open clip and no dual clip are infinite here; a coefficient of None leaves its term out.
+    An open clip and no dual clip are infinite here; a coefficient of None leaves its term out. ``weights`` of the
+    tokens come from the aggregation unless they are given, as for some rows of a larger batch.
     """
     counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     adv = torch.where(counted, advantages, 0.0)
@@ -98,7 +100,8 @@ def policy_terms(
     is_dual = bound > objective
     objective = torch.maximum(objective, bound)
 
-    weights = token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
+    if weights is None:
+        weights = token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
     importance = torch.ones_like(adv) if importance_weights is None else torch.where(counted, importance_weights, 0.0)
     per_token = -importance * objective
     d_log_r = torch.where(is_clipped | is_dual, 0.0, -importance * unclipped)

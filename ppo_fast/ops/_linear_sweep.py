@@ -1,0 +1,264 @@
+"""Hidden states to logits, statistics and gradients a chunk of rows at a time: the work of both linear ops.
+
+The logits of all rows never exist. Those of a tile of rows are computed into a buffer, reduced by the row kernels of a
+backend and overwritten with their gradient; a chunk of gradients then gives its part of the gradients of hidden states,
+weight and bias. Rows that do not count are left out before any product.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops import _registry
+from ppo_fast.ops._checks import accumulation_dtype
+from ppo_fast.ops._linear_call import LinearCall
+
+# Rows per chunk. On a CPU 256 to 512 rows keep the products at full speed and the chunk at 1/8 of 2048 rows or more.
+_CPU_CHUNK = (256, 512)
+# On a GPU each chunk reads and writes the float32 gradient of the weight, so chunks are as large as 1 GiB allows.
+_GPU_CHUNK = (2048, 4096)
+_GPU_CHUNK_BYTES = 2**30
+_GPU_CHUNK_FROZEN = 1024
+# Rows whose logits exist at one time where their gradient has a buffer of its own, in another dtype.
+_GPU_TILE = 512
+# Words per partial product, where a product cannot add to a float32 sum: 4096 x 512 fit a cache.
+_BLOCK = 4096
+
+
+class RowStats(NamedTuple):
+    """What the row kernels make of each row: see ``reference.token_stats``. [B, T], or [1, n] for a tile."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    lse: Tensor
+    ref_lse: Tensor
+
+    @staticmethod
+    def zeros(call: LinearCall, has_ref: bool) -> "RowStats":
+        """Room for all rows; those that do not count stay 0."""
+        shape, dtype = call.targets.shape, accumulation_dtype(call.hidden.dtype)
+
+        def rows(wanted: bool, dtype: torch.dtype) -> Tensor:
+            return call.hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
+
+        wide = torch.float64
+        return RowStats(
+            rows(True, dtype), rows(True, dtype), rows(has_ref, dtype), rows(True, wide), rows(has_ref, wide)
+        )
+
+    def put(self, rows: Tensor, values: "RowStats") -> None:
+        """Write a tile's values to its rows."""
+        for mine, theirs in zip(self, values, strict=True):
+            if mine.numel():
+                mine.view(-1).index_copy_(0, rows, theirs.view(-1))
+
+    def take(self, rows: Tensor) -> "RowStats":
+        """The values of some rows."""
+        return RowStats(*(take(x, rows) for x in self))
+
+
+class Upstream(NamedTuple):
+    """Gradients [1, n] of logprob, entropy and KL; None leaves one out."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Of hidden [N, D], weight [V, D] and bias [V], the last two in the accumulation dtype; empty where not wanted."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def zeros(call: LinearCall, wanted: Wanted) -> "Gradients":
+        """Sums of nothing yet."""
+        hidden, weight, dtype = call.hidden, call.weight, accumulation_dtype(call.hidden.dtype)
+        return Gradients(
+            hidden.new_zeros(hidden.shape if wanted.hidden else (0,)),
+            weight.new_zeros(weight.shape if wanted.weight else (0,), dtype=dtype),
+            weight.new_zeros(weight.shape[0] if wanted.bias else (0,), dtype=dtype),
+        )
+
+    def add(self, call: LinearCall, rows: Tensor, dlogits: Tensor) -> None:
+        """Add what the logits' gradient [n, V] of some rows gives."""
+        if self.hidden.numel():
+            self.hidden.index_copy_(0, rows, dlogits @ call.weight)
+        if self.weight.numel():
+            _add_product(self.weight, dlogits.T, call.hidden[rows])
+        if self.bias.numel():
+            self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a per-token tensor, as [1, n]; empty stays empty."""
+    return x.reshape(-1)[rows][None] if x.numel() else x
+
+
+def _product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out = x @ weight.T + bias; in float32 from half operands where ``out`` is float32 (CUDA)."""
+    if out.dtype != x.dtype:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out.add_(bias)
+    elif bias is not None:
+        torch.addmm(bias, x, weight.T, out=out)
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the dtype of ``total``."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        # A partial product in float16 could overflow.
+        wide = torch.float32 if a.dtype == torch.float16 else a.dtype
+        for part, rows in zip(total.split(_BLOCK), a.split(_BLOCK), strict=True):
+            part.add_(rows.to(wide) @ b.to(wide))
+
+
+def chunk_rows(call: LinearCall, count: int, trained: bool) -> int:
+    """Rows whose logits or gradient are held at one time, of ``count`` that count; at least 1."""
+    V, itemsize = call.weight.shape[0], call.hidden.element_size()
+    if call.chunk_size is not None:
+        rows = call.chunk_size
+    elif call.hidden.is_cuda:
+        low, high = _GPU_CHUNK
+        by_bytes = _GPU_CHUNK_BYTES // (V * itemsize) // 128 * 128
+        rows = min(high, max(low, by_bytes)) if trained else _GPU_CHUNK_FROZEN
+    else:
+        low, high = _CPU_CHUNK
+        buffers = 1 + (call.ref_hidden is not None) + (call.softcap is not None)
+        rows = max(low, min(count // 8, high)) // buffers
+    return max(1, min(rows, count))
+
+
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """float32 from half operands costs a GPU nothing; a CPU has no such product."""
+    return accumulation_dtype(hidden.dtype) if hidden.is_cuda else hidden.dtype
+
+
+class Sweep:
+    """The rows that count, the buffers of a chunk, and the row kernels on them.
+
+    With softcap the buffers hold t = tanh(x / softcap), whose temperature is temperature / softcap.
+    """
+
+    def __init__(self, call: LinearCall, wanted: Wanted) -> None:
+        self.call, self.wanted = call, wanted
+        hidden = call.hidden
+        if call.mask is None:
+            self.rows = torch.arange(hidden.shape[0], device=hidden.device)
+        else:
+            self.rows = call.mask.flatten().nonzero()[:, 0]
+        self.temperature = call.temperature / (call.softcap or 1.0)
+        self.chunk = chunk_rows(call, len(self.rows), wanted.weight)
+        dtype = _logits_dtype(hidden)
+        apart = any(wanted) and (dtype != hidden.dtype or call.softcap is not None)
+        self.tile = min(self.chunk, _GPU_TILE) if apart and hidden.is_cuda else self.chunk
+        V = call.weight.shape[0]
+        self.logits = hidden.new_empty(self.tile, V, dtype=dtype)
+        self.gradient = hidden.new_empty(self.chunk, V) if apart else self.logits
+        ref = call.ref_hidden
+        self.ref_logits = None if ref is None else ref.new_empty(self.tile, V, dtype=_logits_dtype(ref))
+        self._loaded: tuple[int, int] | None = None
+
+    def stats(self, into: RowStats) -> None:
+        """The statistics of every row that counts."""
+        for first, last in spans(0, len(self.rows), self.tile):
+            self._load(first, last)
+            rows = self.rows[first:last]
+            into.put(rows, self.row_stats(rows))
+
+    def gradients(self, upstream: Callable[[Tensor], tuple[Upstream, RowStats]]) -> Gradients:
+        """The gradients, of a loss whose upstream gradients and statistics ``upstream`` gives for each tile's rows."""
+        total = Gradients.zeros(self.call, self.wanted)
+        for start, stop in spans(0, len(self.rows), self.chunk):
+            for first, last in spans(start, stop, self.tile):
+                self._load(first, last)
+                self._write_gradient(first - start, self.rows[first:last], *upstream(self.rows[first:last]))
+                self._loaded = None
+            total.add(self.call, self.rows[start:stop], self.gradient[: stop - start])
+        return total
+
+    def row_stats(self, rows: Tensor) -> RowStats:
+        """The statistics [1, n] of the tile that is loaded."""
+        run = _registry.implementation("token_stats", self.call.backend)
+        logits, ref_logits = self._views(len(rows))
+        return RowStats(*run(logits, take(self.call.targets, rows), ref_logits, None, self.temperature, True))
+
+    def _views(self, count: int) -> tuple[Tensor, Tensor | None]:
+        return self.logits[None, :count], None if self.ref_logits is None else self.ref_logits[None, :count]
+
+    def _load(self, first: int, last: int) -> None:
+        """Compute the logits of a tile, unless they are there."""
+        if self._loaded == (first, last):
+            return
+        call, rows = self.call, self.rows[first:last]
+        logits, ref_logits = self.logits[: last - first], self.ref_logits
+        _product(logits, call.hidden[rows], call.weight, call.bias)
+        _squash(logits, call.softcap)
+        if call.ref_hidden is not None and ref_logits is not None:
+            ref_weight = call.weight if call.ref_weight is None else call.ref_weight
+            _product(ref_logits[: last - first], call.ref_hidden[rows], ref_weight, call.ref_bias)
+            _squash(ref_logits[: last - first], call.softcap)
+        self._loaded = (first, last)
+
+    def _write_gradient(self, offset: int, rows: Tensor, g: Upstream, stats: RowStats) -> None:
+        """The gradient of x, the logits before softcap, in the chunk's buffer from row ``offset`` on."""
+        run = _registry.implementation("token_stats_backward", self.call.backend)
+        logits, ref_logits = self._views(len(rows))
+        out = self.gradient[None, offset : offset + len(rows)]
+        targets = take(self.call.targets, rows)
+        saved = (stats.lse, stats.ref_lse, stats.entropy, stats.kl)
+        run(*g, logits, targets, ref_logits, None, *saved, self.temperature, out)
+        if self.call.softcap is not None:
+            # d tanh(x / softcap) / dx = (1 - t^2) / softcap
+            out.mul_(logits.square_().neg_().add_(1.0).div_(self.call.softcap))
+
+
+def _squash(logits: Tensor, softcap: float | None) -> None:
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+
+
+def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive pieces of at most ``size``."""
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def unit_scale(like: Tensor, *weights: Tensor | None) -> Tensor:
+    """The power of two above the largest magnitude, 1 where all are 0: dividing by it is exact.
+
+    A loss's 1/denominator, kept out of a half-precision gradient of the logits, cannot make it underflow.
+    """
+    given = [w.abs().amax() for w in weights if w is not None and w.numel()]
+    if not given:
+        return like.new_ones((), dtype=accumulation_dtype(like.dtype))
+    largest = torch.stack(given).amax()
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(mantissa == 0, 1.0, largest / mantissa)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor``, rounded once to ``dtype``, by blocks of rows: no second float32 copy exists."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    for source, target in zip(gradient.split(_BLOCK), out.split(_BLOCK), strict=True):
+        target.copy_(source.to(factor.dtype) * factor)
+    return out

@@ -1,0 +1,258 @@
+"""The policy loss from hidden states and the head's weight: no more than a chunk of logits exists at any time."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops import _checks, _linear_call, _registry, _triton, reference
+from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._linear_sweep import Gradients, RowStats, Sweep, Upstream, Wanted, scaled, take, unit_scale
+from ppo_fast.ops._policy_terms import Terms, check_config, check_terms, flat_terms, named_output
+from ppo_fast.ops.config import PolicyLossConfig
+from ppo_fast.ops.linear_token_stats import saved_rows
+from ppo_fast.ops.results import LossOutput
+
+_OP = "linear_policy_loss"
+_DEFAULT = PolicyLossConfig()
+_TERMS = (
+    "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? cu_seqlens, "
+    "Tensor? denominator, Tensor? penalty_coef, Tensor? ent_coef, Tensor? kl_coef, float clip_low, float clip_high, "
+    "float dual_clip, str ratio, str kl_estimator, str aggregation"
+)
+
+
+class _Results(NamedTuple):
+    """What the registered op returns; the gradients are those of loss / scale, still to be multiplied by scale."""
+
+    loss: Tensor
+    metrics: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    scale: Tensor
+
+
+def _terms(
+    backend: str, stats: RowStats, mask: Tensor | None, terms: Terms, **weights: Tensor
+) -> reference.PolicyTerms:
+    run = _registry.implementation("policy_terms", backend)
+    return run(stats.logprobs, stats.entropy, stats.kl, mask, *terms, **weights)
+
+
+def _token_ratio(call: LinearCall, wanted: Wanted, terms: Terms, stats: RowStats) -> tuple[Gradients, Tensor]:
+    """One pass: a token's share of the loss depends on its own row alone, and its weight on the mask."""
+    counted = torch.ones_like(stats.logprobs, dtype=torch.bool) if call.mask is None else call.mask
+    weights = reference.token_weights(
+        counted, terms.cu_seqlens, terms.denominator, terms.aggregation, stats.logprobs.dtype
+    )
+    scale = unit_scale(call.hidden, weights)
+    weights = weights / scale
+    sweep = Sweep(call, wanted)
+
+    def upstream(rows: Tensor) -> tuple[Upstream, RowStats]:
+        values = sweep.row_stats(rows)
+        stats.put(rows, values)
+        chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
+        return _upstream(_terms(call.backend, values, None, chosen, weights=take(weights, rows))), values
+
+    return sweep.gradients(upstream), scale
+
+
+def _sequence_ratio(call: LinearCall, wanted: Wanted, terms: Terms, stats: RowStats) -> tuple[Gradients, Tensor]:
+    """Two passes, since a sequence's ratio needs all its tokens; a single tile's logits are still there."""
+    sweep = Sweep(call, wanted)
+    sweep.stats(stats)
+    upstream = _upstream(_terms(call.backend, stats, call.mask, terms))
+    scale = unit_scale(call.hidden, *upstream)
+    unit = Upstream(*(None if x is None else x / scale for x in upstream))
+    return sweep.gradients(saved_rows(stats, unit)), scale
+
+
+def _at(terms: Terms, rows: Tensor) -> dict[str, Any]:
+    """The per-token terms of some rows, by name."""
+    per_token = zip(Terms._fields[:4], terms[:4], strict=True)
+    return {name: take(x, rows) for name, x in per_token if x is not None}
+
+
+def _upstream(terms: reference.PolicyTerms) -> Upstream:
+    return Upstream(*(x.contiguous() if x.numel() else None for x in (terms.d_logprobs, terms.d_entropy, terms.d_kl)))
+
+
+def _launch(call: LinearCall, wanted: Wanted, terms: Terms) -> _Results:
+    """Statistics of every row, and the gradients where any is wanted; then the loss of the statistics."""
+    stats = RowStats.zeros(call, call.ref_hidden is not None)
+    if any(wanted):
+        run = _token_ratio if terms.ratio == "token" else _sequence_ratio
+        gradients, scale = run(call, wanted, terms, stats)
+    else:
+        Sweep(call, wanted).stats(stats)
+        gradients, scale = Gradients.zeros(call, wanted), stats.logprobs.new_ones(())
+    out = _terms(call.backend, stats, call.mask, terms)
+    kl = out.kl if terms.ref_logprobs is not None else stats.kl
+    return _Results(out.loss, out.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
+
+
+_registry.register("policy_terms", "torch", _registry.Implementation(reference.policy_terms))
+_registry.register("policy_terms", "native", _registry.Implementation(reference.policy_terms))
+_registry.register("policy_terms", "triton", _triton.implementation("policy_terms", "policy_loss"))
+
+
+@torch.library.custom_op(
+    "ppo_fast::linear_policy_loss",
+    mutates_args=(),
+    schema=f"({_linear_call.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, {_TERMS}) -> "
+    f"({', '.join(['Tensor'] * len(_Results._fields))})",
+)
+def _linear_policy_loss(*inputs: Any) -> tuple[Tensor, ...]:
+    call, wanted, terms = _unpacked(inputs)
+    _checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
+    _checks.cu_seqlens_values(_OP, terms.cu_seqlens, call.targets.numel())
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        return _launch(call, wanted, terms)
+
+
+@_linear_policy_loss.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    call, wanted, terms = _unpacked(inputs)
+    stats = RowStats.zeros(call, call.ref_hidden is not None or terms.ref_logprobs is not None)
+    scalar = terms.advantages.new_empty
+    gradients = Gradients.zeros(call, wanted)
+    return scalar(()), scalar(len(reference.METRICS)), stats.logprobs, stats.entropy, stats.kl, *gradients, scalar(())
+
+
+def _unpacked(inputs: tuple[Any, ...]) -> tuple[LinearCall, Wanted, Terms]:
+    """The groups of arguments of the registered op."""
+    n = len(LinearCall._fields)
+    return LinearCall(*inputs[:n]), Wanted(*inputs[n : n + 3]), Terms(*inputs[n + 3 :])
+
+
+@torch.library.custom_op("ppo_fast::linear_policy_loss_backward", mutates_args=())
+def _scaled_gradient(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
+    """``gradient * scale * grad_loss`` in the dtype of ``like``."""
+    return scaled(gradient, scale * grad_loss, like.dtype)
+
+
+@_scaled_gradient.register_fake
+def _(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=like.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    results = _Results(*output)
+    ctx.inputs, ctx.like = len(inputs), inputs[0].new_empty(0)
+    ctx.wanted = _unpacked(inputs)[1]
+    ctx.save_for_backward(results.d_hidden, results.d_weight, results.d_bias, results.scale)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *gradients, scale = ctx.saved_tensors
+    found = (
+        _scaled_gradient(x, scale, grad_loss, ctx.like) if wanted else None
+        for x, wanted in zip(gradients, ctx.wanted, strict=True)
+    )
+    return *found, *((None,) * (ctx.inputs - 3))
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    config: PolicyLossConfig = _DEFAULT,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """:func:`ppo_fast.policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist all at once.
+
+    With x = hidden @ weight.T + bias and logits = x, or softcap*tanh(x / softcap), it equals
+    ``policy_loss(logits, targets, ...)``, for 6*N*D*V operations in forward and backward together: the gradients are
+    made in the forward pass, while a chunk's logits are there, and multiplied by the loss's own gradient in backward.
+    ``ratio="sequence"`` computes the logits twice, 8*N*D*V, unless one chunk holds all rows.
+
+    Args:
+        hidden: [..., T, D] or packed [N, D]; float32, bfloat16, float16 or float64: what the model's head takes.
+        weight: [V, D], the head's weight, in the dtype of ``hidden``. Under autocast both are cast as
+            ``torch.nn.functional.linear`` would. Not a DTensor, not quantised. A frozen weight costs no product.
+        targets: [..., T], int32 or int64: the tokens that were sampled.
+        old_logprobs: [..., T] under the policy that sampled them; None means ``logprobs.detach()`` (r = 1).
+        advantages: [..., T] or [..., 1].
+        mask: [..., T], bool, True = counts; None counts every position. Other rows are left out of every product.
+            Their number is read from the GPU: the op's one host sync.
+        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        bias: [V], or None.
+        softcap: > 0, the final-logit softcapping of Gemma 2; None: none.
+        ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
+        ref_hidden: [..., T, D of the reference], for kl_estimator "full"; softcap and temperature apply to it too.
+        ref_weight: [V, D of the reference]; None: ``weight`` and ``bias`` serve the reference too.
+        ref_bias: [V], or None.
+        importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
+        cu_seqlens: int32 or int64 [S + 1], the sequence offsets of packed [N] inputs.
+        denominator: replaces the outer count of the aggregation.
+        chunk_size: rows per chunk; None chooses by shape and device. Memory beside inputs and gradients: chunk_size*V
+            elements, as many again for ``ref_hidden`` and for softcap, and weight's gradient in float32.
+        backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.
+
+    Returns:
+        LossOutput, as :func:`ppo_fast.policy_loss` returns it. Gradients come back in the dtype of their inputs.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, kinds of weight, references or values that do not fit.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(1, 2, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+        >>> out = linear_policy_loss(hidden, weight, torch.tensor([[1, 2]]), None, torch.ones(1, 2), None)
+        >>> out.loss.backward()
+        >>> out.loss.item(), weight.grad.shape
+        (-1.0, torch.Size([5, 8]))
+
+    Source: the loss as in :func:`ppo_fast.policy_loss`; gradients by chunk in the forward pass: Hsu et al. 2024, "Liger
+    Kernel: Efficient Triton Kernels for LLM Training", section 3.2.
+    """
+    check_config(_OP, config)
+    call = _linear_call.prepare(
+        _OP,
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        softcap=softcap,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        mask=mask,
+        temperature=config.temperature,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    per_token = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "ref_logprobs": ref_logprobs,
+        "importance_weights": importance_weights,
+    }
+    check_terms(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
+    heads = (call.hidden, call.weight, call.bias)
+    wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads)
+    terms = flat_terms(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
+    return named_output(_linear_policy_loss(*call, *wanted, *terms), targets.shape)
