@@ -1,5 +1,5 @@
 # CI and people call the same targets. `make check` is everything; each stage prints its seconds.
-.PHONY: check format lint types test test-full interpreter aot docs bench-smoke package bench tables gpu clean
+.PHONY: check format lint types test test-full interpreter aot docs bench-smoke package bench tables gpu mutants clean
 
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -q -m "not gpu and not peers and not slow"
@@ -45,6 +45,9 @@ test-full:
 
 gpu:
 	$(PYTHON) -m pytest -m gpu tests
+
+mutants:
+	$(PYTHON) -m tests.mutants
 
 bench:
 	$(PYTHON) -m benchmarks.run

@@ -1,4 +1,4 @@
-// exp2, exp, exp(x) - 1 - x and log of a vector, within 2 units in the last place.
+// exp2, exp and log of a vector within 2 units in the last place, and exp(x) - 1 - x within 4.
 #pragma once
 
 #include "simd.h"

@@ -101,7 +101,7 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
                                group.load(args.entropy), group.load(args.kl)};
     TargetLogits target;
     if (args.in.targets.data != nullptr) {
-      target = target_logits<T, Ref>(args.in, group);
+      target = target_logits<T, Ref>(args.in, group, upstream.all_zero());
     }
     const LogSumExps lse = saved_lse(args, group, !is_absent<Ref>);
     const Normalizers norm = gradient_normalizers(lse, args.in.temperature);

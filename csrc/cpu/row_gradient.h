@@ -74,9 +74,10 @@ struct TargetLogits {
 };
 
 template <class T, class Ref>
-TargetLogits target_logits(const Rows& in, const Group& group) {
+TargetLogits target_logits(const Rows& in, const Group& group, Ints unread = Ints{}) {
   TargetLogits out;
   for (int i = 0; i < group.size; ++i) {
+    if (unread[i]) continue;
     const int64_t target = out.column[i] = target_of(in, group.row[i]);
     if (target < 0) continue;
     out.x[i] = load(logits_row<T>(in, group.row[i]) + target, 1, 0.0f)[0];

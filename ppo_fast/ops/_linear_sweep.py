@@ -21,10 +21,12 @@ _CPU_CHUNK = (256, 512)
 _GPU_CHUNK = (2048, 4096)
 _GPU_CHUNK_BYTES = 2**30
 _GPU_CHUNK_FROZEN = 1024
-# Rows whose logits exist at one time where their gradient has a buffer of its own, in another dtype.
-_GPU_TILE = 512
-# Words per partial product, where a product cannot add to a float32 sum: 4096 x 512 fit a cache.
-_BLOCK = 4096
+# Rows whose logits exist at one time, by device, where their gradient has a buffer of its own; elsewhere a chunk's.
+_TILE = {"cuda": 512}
+# Words per partial product, where a product cannot add to a float32 sum.
+_WORDS = 4096
+# Elements of a temporary: a block that fits a CPU's cache; few launches, 64 MiB on a GPU.
+_CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 
 
 class RowStats(NamedTuple):
@@ -109,11 +111,13 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """out = x @ weight.T + bias; in float32 from half operands where ``out`` is float32 (CUDA)."""
-    if out.dtype != x.dtype:
+    """out = x @ weight.T + bias; float32 from half operands is not rounded to half on a GPU."""
+    if out.dtype != x.dtype and out.is_cuda:
         torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
         if bias is not None:
             out.add_(bias)
+    elif out.dtype != x.dtype:
+        out.copy_(torch.nn.functional.linear(x, weight, bias))
     elif bias is not None:
         torch.addmm(bias, x, weight.T, out=out)
     else:
@@ -129,7 +133,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         # A partial product in float16 could overflow.
         wide = torch.float32 if a.dtype == torch.float16 else a.dtype
-        for part, rows in zip(total.split(_BLOCK), a.split(_BLOCK), strict=True):
+        for part, rows in zip(total.split(_WORDS), a.split(_WORDS), strict=True):
             part.add_(rows.to(wide) @ b.to(wide))
 
 
@@ -149,9 +153,10 @@ def chunk_rows(call: LinearCall, count: int, trained: bool) -> int:
     return max(1, min(rows, count))
 
 
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """float32 from half operands costs a GPU nothing; a CPU has no such product."""
-    return accumulation_dtype(hidden.dtype) if hidden.is_cuda else hidden.dtype
+def _logits_dtype(hidden: Tensor, softcap: float | None) -> torch.dtype:
+    """float32 from half operands costs a GPU nothing; a CPU has no such product, but 1 - t^2 needs the digits."""
+    wide = hidden.is_cuda or softcap is not None
+    return accumulation_dtype(hidden.dtype) if wide else hidden.dtype
 
 
 class Sweep:
@@ -169,14 +174,14 @@ class Sweep:
             self.rows = call.mask.flatten().nonzero()[:, 0]
         self.temperature = call.temperature / (call.softcap or 1.0)
         self.chunk = chunk_rows(call, len(self.rows), wanted.weight)
-        dtype = _logits_dtype(hidden)
+        dtype = _logits_dtype(hidden, call.softcap)
         apart = any(wanted) and (dtype != hidden.dtype or call.softcap is not None)
-        self.tile = min(self.chunk, _GPU_TILE) if apart and hidden.is_cuda else self.chunk
+        self.tile = min(self.chunk, _TILE.get(hidden.device.type, self.chunk)) if apart else self.chunk
         V = call.weight.shape[0]
         self.logits = hidden.new_empty(self.tile, V, dtype=dtype)
         self.gradient = hidden.new_empty(self.chunk, V) if apart else self.logits
         ref = call.ref_hidden
-        self.ref_logits = None if ref is None else ref.new_empty(self.tile, V, dtype=_logits_dtype(ref))
+        self.ref_logits = None if ref is None else ref.new_empty(self.tile, V, dtype=_logits_dtype(ref, call.softcap))
         self._loaded: tuple[int, int] | None = None
 
     def stats(self, into: RowStats) -> None:
@@ -224,13 +229,15 @@ class Sweep:
         """The gradient of x, the logits before softcap, in the chunk's buffer from row ``offset`` on."""
         run = _registry.implementation("token_stats_backward", self.call.backend)
         logits, ref_logits = self._views(len(rows))
-        out = self.gradient[None, offset : offset + len(rows)]
-        targets = take(self.call.targets, rows)
+        out, softcap = self.gradient[offset : offset + len(rows)], self.call.softcap
+        if softcap is not None:
+            # The slope d t / d x, before the gradient in t takes the place of t.
+            by_rows(out, lambda t: (1.0 - t * t) / softcap, logits[0])
+        given = (*g, logits, take(self.call.targets, rows), ref_logits, None)
         saved = (stats.lse, stats.ref_lse, stats.entropy, stats.kl)
-        run(*g, logits, targets, ref_logits, None, *saved, self.temperature, out)
-        if self.call.softcap is not None:
-            # d tanh(x / softcap) / dx = (1 - t^2) / softcap
-            out.mul_(logits.square_().neg_().add_(1.0).div_(self.call.softcap))
+        run(*given, *saved, self.temperature, logits if softcap is not None else out[None])
+        if softcap is not None:
+            by_rows(out, torch.mul, out, logits[0])
 
 
 def _squash(logits: Tensor, softcap: float | None) -> None:
@@ -256,9 +263,16 @@ def unit_scale(like: Tensor, *weights: Tensor | None) -> Tensor:
     return torch.where(mantissa == 0, 1.0, largest / mantissa)
 
 
+def by_rows(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """``out = function(*inputs)``, rounded once to its dtype, by blocks of rows: no temporary of their size exists."""
+    block = _GPU_BLOCK if out.is_cuda else _CPU_BLOCK
+    rows = max(1, block // out.shape[1:].numel())
+    for target, *parts in zip(*(x.split(rows) for x in (out, *inputs)), strict=True):
+        target.copy_(function(*parts))
+
+
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor``, rounded once to ``dtype``, by blocks of rows: no second float32 copy exists."""
+    """``gradient * factor``, rounded once to ``dtype``."""
     out = torch.empty_like(gradient, dtype=dtype)
-    for source, target in zip(gradient.split(_BLOCK), out.split(_BLOCK), strict=True):
-        target.copy_(source.to(factor.dtype) * factor)
+    by_rows(out, lambda x: x.to(factor.dtype) * factor, gradient)
     return out

@@ -144,7 +144,9 @@ def _upstream(
     )
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.inputs
     upstream = _upstream(grad_loss, *ctx.saved_tensors[-3:])
     dlogits = token_stats_backward(*upstream, *ctx.saved_tensors[:-3], ctx.temperature, ctx.backend)
     return dlogits, *((None,) * (ctx.inputs - 1))
@@ -177,7 +179,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * ctx.inputs
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None or grad_loss != 1:
             dlogits = _write_gradient(ctx, grad_loss, ctx.saved_tensors[0], dlogits)
@@ -206,7 +210,9 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * ctx.inputs
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_fast.ops._triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
 
 B, T = 1, 2
-VOCABULARIES = {"tiny": 32, "byte": 256, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
+VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

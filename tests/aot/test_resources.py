@@ -32,10 +32,11 @@ def test_no_spills_and_room_for_two_programs(case: str, target: GPUTarget) -> No
 def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(op: str) -> None:
     for kernel in _compiled(op, SM90):
         if kernel.name != "merge_kernel":
-            accesses = re.findall(r"(?:ld|st)\.global\S*(\.v4\.b32)?", kernel.asm["ptx"])
+            accesses = re.findall(r"\b(?:ld|st)\.global\S*", kernel.asm["ptx"])
             words = 4096 // (32 * kernel.metadata.num_warps)
-            assert accesses.count(".v4.b32") >= words // 8, kernel.name
-            assert len(accesses) < words, kernel.name
+            wide = sum("v4.b32" in access for access in accesses)
+            assert wide >= words // 8, kernel.name
+            assert len(accesses) - wide < words, kernel.name
 
 
 def test_kernels_compile_for_amd() -> None:

@@ -291,3 +291,25 @@ def test_k3_is_clamped_and_carries_no_gradient_outside(backend: str, shift: floa
     assert not grad.any()
     assert_near_truth(out.loss, truth(far, config).loss, dtype=torch.float32)
     assert run(case, config, backend)[1].any()
+
+
+@each_backend("policy_loss")
+def test_a_second_backward_repeats_the_first(backend: str) -> None:
+    case = make_case("padded")
+    logits = case.logits.clone().requires_grad_()
+    loss = pf.policy_loss(logits, *case[1:5], config=pf.PolicyLossConfig(ent_coef=0.1), backend=backend).loss
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    assert_same(torch.autograd.grad(loss, logits, retain_graph=True)[0], kept)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, logits)[0], 3 * kept)
+
+
+@each_backend("policy_loss")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_undefined_gradient_of_the_loss_gives_none(backend: str, inplace: bool) -> None:
+    case = make_case("padded")
+    logits = case.logits.clone().requires_grad_()
+    loss = pf.policy_loss(logits * 1.5, *case[1:5], inplace=inplace, backend=backend).loss
+    undefined = torch._C._functions.UndefinedGrad()(loss)
+    assert torch.autograd.grad(undefined, logits, allow_unused=True) == (None,)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.rlhf import PPOConfig, UserError, load_config, tiny, train_ppo
 from ppo_fast.rlhf.models import response_logits
 from ppo_fast.rlhf.ppo import _device
+from ppo_fast.rlhf.update import Learner
 from tests.rlhf.conftest import PROMPTS
 
 
@@ -115,6 +116,18 @@ def test_the_adaptive_coefficient_is_steered_after_use(run):
     assert coefficients[0] == pytest.approx(0.1)
     # KL is 0 in the first update: error -0.2, n = 8.
     assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))
+
+
+def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch):
+    seen, update = [], Learner.update
+
+    def spy(self, rollout, targets, kl_coef, index, generator):
+        seen.append((kl_coef, index))
+        return update(self, rollout, targets, kl_coef, index, generator)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    run(updates=3, kl={"coef": 0.25, "placement": "loss"})
+    assert seen == [(0.25, 0), (0.25, 1), (0.25, 2)]
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])

@@ -139,7 +139,8 @@ def test_a_failing_function_is_named_with_its_line(rewarded):
         UserError, match=r"the reward function 'broken' failed with KeyError: 'topic' \(test_rewards\.py:\d+\)"
     ):
         rewarded(made_rollout([2]), broken)
-    with pytest.raises(UserError, match=r"JSONDecodeError: .* \(test_rewards\.py:\d+\)$"):
+    line = broken_below.__code__.co_firstlineno + 1
+    with pytest.raises(UserError, match=rf"JSONDecodeError: .* \(test_rewards\.py:{line}\)$"):
         rewarded(made_rollout([2]), broken_below)
     with pytest.raises(UserError, match=r"failed with TypeError: .* unexpected keyword argument 'completions'$"):
         rewarded(made_rollout([2]), lambda prompts, completion_ids: [0.0])

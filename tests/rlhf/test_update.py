@@ -150,6 +150,16 @@ def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
     assert policy["kl"] > 1e-3
 
 
+@pytest.mark.parametrize(("placement", "charged"), [("reward", False), ("both", True), ("loss", True)])
+def test_rule_07_the_loss_pays_for_kl_only_where_it_is_placed_there(setup, placement, charged):
+    learner, rollout, targets = setup(kl={"placement": placement})
+    with torch.no_grad():
+        learner.models.policy.get_output_embeddings().weight.mul_(2)
+    flat = Targets(torch.zeros_like(targets.advantages), targets.returns)
+    policy, _ = learner.backward(Minibatch.whole(rollout, flat), 0.3)
+    assert bool(policy["loss"] > 0) is charged
+
+
 def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make_config):
     weight = torch.nn.Parameter(torch.zeros(2))
     module = torch.nn.Module()
@@ -292,6 +302,15 @@ def test_the_penalty_doubles_above_and_halves_below_the_target():
     fixed = PenaltyCoefficient(LossConfig(penalty_coef=1.0), CPU)
     fixed.update(torch.tensor(9.0))
     assert fixed.coef == 1.0
+
+
+def test_the_penalty_is_adapted_by_the_kl_of_the_last_epoch(setup, monkeypatch):
+    learner, rollout, targets = setup(optim={"minibatch_size": 8, "epochs": 3})
+    seen = []
+    monkeypatch.setattr(learner.penalty, "update", seen.append)
+    learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    (kl,) = seen
+    assert kl > 0  # in the first epoch, of one step, it is 0
 
 
 def test_the_adapted_penalty_reaches_the_loss(setup):

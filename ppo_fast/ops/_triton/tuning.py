@@ -42,7 +42,7 @@ _BACKWARD: _Table = {
     (10, 0): ((1 << 31, Tile(4096, 1, 4)),),
 }
 ROWS = 256  # rows per program of the per-token kernels
-PARTIALS = 512  # partial results per program of the kernel that merges them
+PARTIALS = 256  # partial results per program of the kernel that merges them
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -1,0 +1,139 @@
+"""Deliberate faults, each of which some test must notice: ``make mutants`` prints one line per fault.
+
+Every fault is made in a copy of the tree, and the tests named beside it are run there; the run fails when one survives.
+A fault in C++ rebuilds the extension of the copy.
+
+    python -m tests.mutants [WORD ...]     # only those whose path or fault contains a word
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE, TRITON, CPU = "ppo_fast/ops/reference", "ppo_fast/ops/_triton", "csrc/cpu"
+
+
+class Mutant(NamedTuple):
+    """In ``path`` the only occurrence of ``old`` becomes ``new``; ``tests`` must fail."""
+
+    path: str
+    old: str
+    new: str
+    tests: str
+
+
+STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
+TRAPS, MASKED, METRICS = (f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics"))
+
+MUTANTS = [
+    # token_logprobs, token_stats, entropy: the definition and the op around it
+    Mutant(f"{REFERENCE}/token_stats.py", "torch.where(p == 0, 0.0, p * x)", "(p * x)", TRAPS),
+    Mutant(f"{REFERENCE}/token_stats.py", "(entropy[..., None] + u)", "(u - entropy[..., None])", STATS),
+    Mutant(f"{REFERENCE}/token_stats.py", "(u - w - kl[..., None])", "(u - w)", STATS),
+    Mutant(f"{REFERENCE}/token_stats.py", "(grad / temperature)", "grad", STATS),
+    Mutant(f"{REFERENCE}/token_stats.py", "torch.where(mask[..., None], grad, 0.0)", "grad * mask[..., None]", TRAPS),
+    # policy_loss
+    Mutant(
+        f"{REFERENCE}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped != unclipped", POLICY
+    ),
+    Mutant(
+        f"{REFERENCE}/policy_loss.py",
+        "torch.where(adv < 0, dual_clip * adv",
+        "torch.where(adv > 0, dual_clip * adv",
+        POLICY,
+    ),
+    Mutant(
+        f"{REFERENCE}/policy_loss.py",
+        "r.clamp(1.0 - clip_low, 1.0 + clip_high)",
+        "r.clamp(1.0 - clip_high, 1.0 + clip_low)",
+        POLICY,
+    ),
+    Mutant(f"{REFERENCE}/policy_loss.py", "d_log_r = d_log_r + penalty_coef * (r - 1)", "pass", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * ent_coef", "d_entropy = weights * ent_coef", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "torch.where(inside, d_log_r, 0.0)", "d_log_r", POLICY),
+    Mutant(f"{REFERENCE}/sequences.py", "(lengths > 0).sum()", "torch.ones_like(lengths).sum()", POLICY),
+    # value_loss
+    Mutant(f"{REFERENCE}/value_loss.py", "torch.maximum(", "torch.minimum(", VALUE),
+    Mutant(
+        f"{REFERENCE}/value_loss.py",
+        "torch.clamp(v, old - clip, old + clip)",
+        "torch.clamp(v, old - clip, old + 2 * clip)",
+        VALUE,
+    ),
+    Mutant("ppo_fast/ops/value_loss.py", "(d_values * grad_loss)", "d_values", VALUE),
+    # gae
+    Mutant(f"{REFERENCE}/gae.py", "(gamma * lam) * torch.where(done[:, t], 0.0, adv)", "(gamma * lam) * adv", GAE),
+    Mutant(f"{REFERENCE}/gae.py", "torch.where(step, values[:, t], next_value)", "values[:, t]", GAE),
+    Mutant(f"{REFERENCE}/gae.py", "boot[:, -1] = bootstrap.to(dtype)", "pass", GAE),
+    # whiten, kl_estimate
+    Mutant("ppo_fast/ops/masked.py", "(count - 1).clamp(min=1)", "count.clamp(min=1)", MASKED),
+    Mutant(f"{REFERENCE}/policy_loss.py", "return rise - clamped, ", "return rise + clamped, ", MASKED),
+    # the Triton kernels, interpreted
+    Mutant(f"{TRITON}/device.py", "(w + shift * s) * tl.exp2(shift)", "w * tl.exp2(shift)", STATS),
+    Mutant(f"{TRITON}/device.py", "tl.constexpr(-3.4028234663852886e38)", "tl.constexpr(0.0)", TRAPS),
+    Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
+    Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
+    Mutant(f"{TRITON}/policy_loss.py", "slope += penalty_coef * rise", "slope += 0.0", POLICY),
+    Mutant(f"{TRITON}/gae.py", "tl.where(passes1, b2, 0.0)", "b2", GAE),
+    # the C++ kernels
+    Mutant(f"{CPU}/row_sums.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", STATS),
+    Mutant(f"{CPU}/row_sums.h", "sums.cross += delta * sums.sum;", ";", STATS),
+    Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", STATS),
+]
+
+
+def _environment(mutant: Mutant) -> dict[str, str]:
+    interpreted = {"TRITON_INTERPRET": "1"} if mutant.path.startswith(TRITON) else {}
+    return os.environ | interpreted | {"OMP_NUM_THREADS": "1", "PPO_FAST_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _passes(mutant: Mutant, tree: Path) -> bool:
+    """Whether the mutant's tests pass in ``tree`` as it stands."""
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
+    run = subprocess.run([*command, mutant.tests], cwd=tree, env=_environment(mutant), capture_output=True, check=False)
+    if run.returncode not in (0, 1):
+        sys.exit(f"{mutant.tests}: pytest ended with {run.returncode}")
+    return run.returncode == 0
+
+
+def survives(mutant: Mutant, tree: Path) -> bool:
+    """Whether the tests pass in spite of the fault."""
+    path = tree / mutant.path
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        sys.exit(f"{mutant.path}: expected one {mutant.old!r}, found {source.count(mutant.old)}")
+    path.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        if mutant.path.startswith("csrc"):
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=tree, env=_environment(mutant), check=True, capture_output=True)
+        return _passes(mutant, tree)
+    finally:
+        path.write_text(source)
+
+
+def main(words: list[str]) -> int:
+    """Make each fault in turn; 1 when one survives."""
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.path} {m.old}" for word in words)]
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "*.egg-info", ".*_cache"))
+        for mutant in {(m.tests, m.path.startswith(TRITON)): m for m in chosen}.values():
+            if not _passes(mutant, tree):
+                sys.exit(f"{mutant.tests}: expected to pass without a fault")
+        alive = 0
+        for mutant in sorted(chosen, key=lambda m: m.path.startswith("csrc")):
+            survived = survives(mutant, tree)
+            alive += survived
+            print(f"{'SURVIVED' if survived else 'caught'}  {mutant.path}: {mutant.old} -> {mutant.new}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} caught")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
