@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/policy_loss.h"
 #include "cpu/token_stats.h"
@@ -39,8 +40,8 @@ void bind_views(py::module_& m) {
   py::class_<Rows> rows(m, "Rows");
   rows.def(py::init([](const LogitsView& logits, const LogitsView& ref_logits, const TargetsView& targets,
                        std::uintptr_t mask, int64_t rows, int64_t steps, int64_t vocab, float temperature) {
-             return Rows{logits, ref_logits, targets, reinterpret_cast<const uint8_t*>(mask), rows, steps, vocab,
-                         temperature};
+             return Rows{logits, ref_logits, targets, reinterpret_cast<const uint8_t*>(mask),
+                         rows,   steps,      vocab,   temperature};
            }),
            py::arg("logits"), py::arg("ref_logits"), py::arg("targets"), py::arg("mask"), py::arg("rows"),
            py::arg("steps"), py::arg("vocab"), py::arg("temperature"));
@@ -99,8 +100,7 @@ void bind_policy_loss(py::module_& m) {
   def_pointer<&Args::d_kl>(args, "d_kl");
   def_pointer<&Args::loss>(args, "loss");
   def_pointer<&Args::metrics>(args, "metrics");
-  m.def("policy_loss", &policy_loss, py::arg("args"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def("policy_loss", &policy_loss, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_value_loss(py::module_& m) {
@@ -129,6 +129,10 @@ void bind_rows(py::module_& m) {
   bind_token_stats(m);
   bind_policy_loss(m);
   bind_value_loss(m);
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      py::arg("data"), py::arg("bytes"));
   m.def("isas", &isas);
   m.def("isa", &isa);
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -23,16 +23,16 @@ alignas(64) constexpr int32_t kTable[32] = {
     0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 inline Ints table(Ints k) {
-  return reinterpret_cast<Ints>(_mm512_permutex2var_epi32(
-      _mm512_load_si512(kTable), reinterpret_cast<__m512i>(k), _mm512_load_si512(kTable + 16)));
+  return reinterpret_cast<Ints>(_mm512_permutex2var_epi32(_mm512_load_si512(kTable), reinterpret_cast<__m512i>(k),
+                                                          _mm512_load_si512(kTable + 16)));
 }
 #elif defined(__AVX2__)
 constexpr int kTableBits = 3;
 alignas(32) constexpr int32_t kTable[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                            0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 inline Ints table(Ints k) {
-  return reinterpret_cast<Ints>(_mm256_permutevar8x32_epi32(
-      _mm256_load_si256(reinterpret_cast<const __m256i*>(kTable)), reinterpret_cast<__m256i>(k)));
+  return reinterpret_cast<Ints>(_mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(kTable)),
+                                                            reinterpret_cast<__m256i>(k)));
 }
 #else
 constexpr int kTableBits = 0;

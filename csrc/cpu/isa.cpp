@@ -25,8 +25,7 @@ Vec logprobs_of(const Normalizers& norm, const TargetLogits& target, float tempe
   return (target.x - norm.max) / temperature - norm.log_sum;
 }
 
-TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec logprob, bool has_ref,
-                           float temperature) {
+TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec logprob, bool has_ref, float temperature) {
   const Vec entropy = norm.log_sum - sums.weighted / (norm.sum * temperature);
   const Vec kl = has_ref ? sums.cross / (norm.sum * temperature) - norm.log_sum + norm.ref_log_sum : Vec{};
   return {logprob, entropy, kl};
@@ -116,8 +115,7 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
 
 void token_stats_backward(const TokenStatsBackwardArguments& args, int64_t first, int64_t last) {
   with_types(args.in, [&](auto logits, auto ref) {
-    token_stats_backward_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first,
-                                                                                             last);
+    token_stats_backward_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first, last);
   });
 }
 

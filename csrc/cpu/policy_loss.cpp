@@ -24,9 +24,9 @@ PolicySums operator+(const PolicySums& a, const PolicySums& b) {
 void write_results(const PolicyLossArguments& args, const PolicySums& sums, int64_t tokens) {
   const double n = static_cast<double>(std::max<int64_t>(tokens, 1));
   const double ratio_max = std::isnan(sums.ratio) ? sums.ratio : sums.ratio_max;
-  const double metrics[] = {sums.policy_loss,      sums.entropy / n, sums.kl / n,
-                            sums.approx_kl / n,    sums.clipped / n, sums.dual_clipped / n,
-                            sums.ratio / n,        ratio_max,        static_cast<double>(tokens)};
+  const double metrics[] = {sums.policy_loss,   sums.entropy / n, sums.kl / n,
+                            sums.approx_kl / n, sums.clipped / n, sums.dual_clipped / n,
+                            sums.ratio / n,     ratio_max,        static_cast<double>(tokens)};
   std::transform(std::begin(metrics), std::end(metrics), args.metrics, [](double x) { return static_cast<float>(x); });
   *args.loss = static_cast<float>(sums.loss);
 }

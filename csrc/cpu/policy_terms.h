@@ -112,9 +112,9 @@ struct PolicyLaneSums {
   }
 
   PolicySums total() const {
-    return {lane_total(loss),      lane_total(policy_loss), lane_total(entropy),
-            lane_total(kl),        lane_total(approx_kl),   lane_total(clipped),
-            lane_total(dual_clipped), lane_total(ratio),    combine_lanes(ratio_max, Max())};
+    return {lane_total(loss),         lane_total(policy_loss), lane_total(entropy),
+            lane_total(kl),           lane_total(approx_kl),   lane_total(clipped),
+            lane_total(dual_clipped), lane_total(ratio),       combine_lanes(ratio_max, Max())};
   }
 };
 

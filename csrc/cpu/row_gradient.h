@@ -101,9 +101,7 @@ struct GradientCoefficients {
 
 inline GradientCoefficients gradient_coefficients(const Upstream& up, const Normalizers& norm,
                                                   const TargetLogits& target, float temperature) {
-  const auto kl_part = [&](Vec x) {
-    return up.g_kl == 0.0f ? Vec{} : up.g_kl * x;
-  };  // unused, x may be infinite
+  const auto kl_part = [&](Vec x) { return up.g_kl == 0.0f ? Vec{} : up.g_kl * x; };  // unused, x may be infinite
   const Vec a = -up.g - up.g_entropy * up.entropy - kl_part(up.kl);
   const Vec b = up.g_kl - up.g_entropy;
   const Vec scale = 1.0f / (norm.sum * temperature);
@@ -145,7 +143,8 @@ Vec gradient_of(Vec x, Vec y, const RowGradient& row) {
 // Streamed stores bypass the cache, where a gradient larger than it would be read before it is written. The
 // target's column is set before its vector is stored: afterwards its line would have to be fetched back.
 template <class T, class Ref, bool kSlope, bool kStream>
-[[gnu::always_inline]] inline void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGradient row) {
+[[gnu::always_inline]] inline void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab,
+                                                const RowGradient row) {
   constexpr bool kRef = !is_absent<Ref>;
   constexpr int64_t kBytes = kWidth * sizeof(T);
   int64_t i = 0;
@@ -203,8 +202,8 @@ void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const
       zero_row<T>(out, in, group.row[i]);
       continue;
     }
-    const RowGradient row = {exponential, norm.max[i],    norm.ref_max[i],  k.constant[i],
-                             k.slope[i],  k.ref_slope[i], target.column[i], k.at_target[i], ahead};
+    const RowGradient row = {exponential,    norm.max[i],      norm.ref_max[i], k.constant[i], k.slope[i],
+                             k.ref_slope[i], target.column[i], k.at_target[i],  ahead};
     T* const to = row_of<T>(out, group.row[i], in.steps);
     const T* const x = logits_row<T>(in, group.row[i]);
     const Ref* const y = ref_row<Ref>(in, group.row[i]);

@@ -58,8 +58,8 @@ inline int64_t target_of(const Rows& in, int64_t row) {
   const int64_t at = view.stride_b == in.steps * view.stride_t
                          ? row * view.stride_t
                          : row / in.steps * view.stride_b + row % in.steps * view.stride_t;
-  const int64_t target = view.is_int64 ? static_cast<const int64_t*>(view.data)[at]
-                                             : static_cast<const int32_t*>(view.data)[at];
+  const int64_t target =
+      view.is_int64 ? static_cast<const int64_t*>(view.data)[at] : static_cast<const int32_t*>(view.data)[at];
   return target >= 0 && target < in.vocab ? target : -1;
 }
 

@@ -79,7 +79,7 @@ void add(LaneSums& sums, Vec x, Vec y, float shift, float ref_shift, const Expon
 
 template <class T, class Ref, bool kEntropy>
 [[gnu::always_inline]] inline LaneSums sums_of(const T* x, const Ref* y, int64_t n, float shift, float ref_shift,
-                 const Exponential& exponential, int64_t ahead) {
+                                               const Exponential& exponential, int64_t ahead) {
   constexpr bool kRef = !is_absent<Ref>;
   const Exponential local = exponential;  // in registers
   LaneSums sums;
@@ -141,10 +141,9 @@ RunningSums<kEntropy, !is_absent<Ref>> wide_row(const T* x, const Ref* y, int64_
     if (any_greater(highest, set(row.max))) row.raise(combine_lanes(highest, Max()), exponential);
     if constexpr (!is_absent<Ref>) {
       const Vec ref_highest = lane_max(y + begin, n);
-      if (any_greater(ref_highest, set(row.ref_max)))
-        row.raise_ref(combine_lanes(ref_highest, Max()), exponential);
-      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max),
-                                         finite_shift(row.ref_max), exponential, kPrefetchBytes));
+      if (any_greater(ref_highest, set(row.ref_max))) row.raise_ref(combine_lanes(ref_highest, Max()), exponential);
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max), finite_shift(row.ref_max),
+                                         exponential, kPrefetchBytes));
     } else {
       row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, exponential, kPrefetchBytes));
     }
@@ -156,8 +155,8 @@ template <class T, class Ref, bool kEntropy>
 RowSums wide_rows(const Rows& in, const Group& group, const Exponential& exponential) {
   RowSums out;
   for (int i = 0; i < group.size; ++i) {
-    const auto row = wide_row<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]),
-                                                ref_row<Ref>(in, group.row[i]), in.vocab, exponential);
+    const auto row = wide_row<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]),
+                                                in.vocab, exponential);
     out.max[i] = row.max;
     out.sum[i] = combine_lanes(row.sums.sum, Add());
     if constexpr (kEntropy) out.weighted[i] = combine_lanes(row.sums.weighted, Add());
@@ -183,10 +182,9 @@ RowSums narrow_rows(const Rows& in, const Group& group, const Exponential& expon
   out.max = combine_rows(a, Max());
   if constexpr (kRef) out.ref_max = combine_rows(b, Max());
   for (int i = 0; i < group.size; ++i) {
-    const LaneSums sums =
-        sums_of<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]), in.vocab,
-                                  finite_shift(out.max[i]), finite_shift(out.ref_max[i]), exponential,
-                                  next_group_bytes);
+    const LaneSums sums = sums_of<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]),
+                                                    in.vocab, finite_shift(out.max[i]), finite_shift(out.ref_max[i]),
+                                                    exponential, next_group_bytes);
     a[i] = sums.sum, b[i] = sums.weighted, d[i] = sums.ref_sum, e[i] = sums.cross;
   }
   out.sum = combine_rows(a, Add());

@@ -48,40 +48,40 @@ struct TokenStatsArguments {
 
 struct TokenStatsBackwardArguments {
   Rows in;
-  const float* g;          // upstream gradients; null leaves a term out
+  const float* g;  // upstream gradients; null leaves a term out
   const float* g_entropy;
   const float* g_kl;
   const double* lse;
   const double* ref_lse;
   const float* entropy;
   const float* kl;
-  LogitsView out;          // in the dtype of the logits; may be the logits
+  LogitsView out;  // in the dtype of the logits; may be the logits
 };
 
 enum class KlEstimator : int { kK1, kK2, kK3, kFull };
 
 struct PolicyLossArguments {
   TokenStatsArguments stats;
-  const float* old_logprobs;        // null: the logprobs themselves
+  const float* old_logprobs;  // null: the logprobs themselves
   const float* advantages;
   const float* ref_logprobs;
   const float* importance_weights;
-  const float* token_weights;       // null: `weight` for each counted token
-  float weight;                     // 1 / denominator, else 1 / the number of counted tokens
-  const float* denominator;         // one number; null: that number
-  const float* penalty_coef;        // one number each; null leaves the term out
+  const float* token_weights;  // null: `weight` for each counted token
+  float weight;                // 1 / denominator, else 1 / the number of counted tokens
+  const float* denominator;    // one number; null: that number
+  const float* penalty_coef;   // one number each; null leaves the term out
   const float* ent_coef;
   const float* kl_coef;
-  float low;                        // the ratio is clipped to [low, high]
+  float low;  // the ratio is clipped to [low, high]
   float high;
-  float dual_clip;                  // infinite: none
+  float dual_clip;  // infinite: none
   KlEstimator kl_estimator;
   float* d_logprobs;
   float* d_entropy;
   float* d_kl;
-  LogitsView gradient;              // of the logits, for a loss gradient of 1; data null: not wanted
-  float* loss;                      // results: one number
-  float* metrics;                   // [9]: those of PolicySums from policy_loss on, as means, and the count
+  LogitsView gradient;  // of the logits, for a loss gradient of 1; data null: not wanted
+  float* loss;          // results: one number
+  float* metrics;       // [9]: those of PolicySums from policy_loss on, as means, and the count
 };
 
 // Sums over counted tokens, in float64.

@@ -166,8 +166,8 @@ template <int kDistance, class Combine>
 Vec combine_tree(Vec* rows, Combine combine) {
   if constexpr (kDistance < kWidth) {
     for (int i = 0; i < kWidth / kDistance / 2; ++i) {
-      rows[i] = combine_pair<kDistance>(rows[2 * i], rows[2 * i + 1], combine,
-                                        std::make_integer_sequence<int, kWidth>());
+      rows[i] =
+          combine_pair<kDistance>(rows[2 * i], rows[2 * i + 1], combine, std::make_integer_sequence<int, kWidth>());
     }
     return combine_tree<2 * kDistance>(rows, combine);
   } else {

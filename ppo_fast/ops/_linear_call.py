@@ -78,9 +78,8 @@ def _check_alike(op: str, name: str, value: Tensor, like_name: str, like: Tensor
 def _autocast(x: Tensor) -> Tensor:
     """``x`` as ``torch.nn.functional.linear`` would take it: under autocast in its dtype, float64 excepted."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on and x.dtype != torch.float64 else x
 
 
 def _check_targets(op: str, targets: Tensor, hidden: Tensor) -> None:
@@ -89,7 +88,7 @@ def _check_targets(op: str, targets: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{op}: expected targets to be int32 or int64, got {targets.dtype}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"{op}: expected targets to match hidden {list(hidden.shape)} without its last dimension, "
+            f"{op}: expected targets to match hidden {list(hidden.shape)} without the last dimension, "
             f"got {list(targets.shape)}"
         )
     _checks.same_device(op, "targets", targets, "hidden", hidden)

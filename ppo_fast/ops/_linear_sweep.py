@@ -23,7 +23,7 @@ _GPU_CHUNK_BYTES = 2**30
 _GPU_CHUNK_FROZEN = 1024
 # Rows whose logits exist at one time, by device, where their gradient has a buffer of its own; elsewhere a chunk's.
 _TILE = {"cuda": 512}
-# Words per partial product, where a product cannot add to a float32 sum.
+# Words per partial product on a CPU, where a half-precision product cannot add to a float32 sum: it is rounded first.
 _WORDS = 4096
 # Elements of a temporary: a block that fits a CPU's cache; few launches, 64 MiB on a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24

@@ -61,9 +61,9 @@ def _two_passes(
     result = reference.policy_terms(logprobs, entropy, full_kl, mask, *terms)
     upstream = result.d_logprobs, result.d_entropy, result.d_kl
     if out is not None:
-        used = (x.contiguous() if x.numel() else None for x in upstream)
+        g, g_entropy, g_kl = (x.contiguous() if x.numel() else None for x in upstream)
         saved = (lse, ref_lse, entropy, full_kl)
-        token_stats_backward(*used, logits, targets, ref_logits, mask, *saved, temperature, out)
+        token_stats_backward(g, g_entropy, g_kl, logits, targets, ref_logits, mask, *saved, temperature, out)
     return result.loss, result.metrics, logprobs, entropy, result.kl, lse, ref_lse, *upstream
 
 

@@ -15,7 +15,7 @@ from ppo_fast.ops._registry import Implementation
 
 # A larger gradient has left the cache before anyone reads it, so it is written past the cache. But only in whole
 # lines, of which short rows of an odd size have few.
-_STREAMED_BYTES = 8 << 20
+_LARGE = 8 << 20
 _LINE, _PAGE = 64, 4096
 
 
@@ -58,11 +58,11 @@ def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
     """Where the gradient goes: nowhere, over the logits, or into a buffer of its own."""
     if gradient is None:
         return _logits_view(None)
-    apart = gradient.data_ptr() != logits.data_ptr()
+    large = gradient.data_ptr() != logits.data_ptr() and gradient.nbytes >= _LARGE
+    if large:
+        extension.advise_huge_pages(gradient.data_ptr(), gradient.nbytes)
     row_bytes = gradient.shape[2] * gradient.element_size()
-    whole_lines = row_bytes >= _PAGE or row_bytes % _LINE == 0
-    streamed = apart and whole_lines and gradient.nbytes >= _STREAMED_BYTES
-    return _logits_view(gradient, streamed)
+    return _logits_view(gradient, streamed=large and (row_bytes >= _PAGE or row_bytes % _LINE == 0))
 
 
 def rows_of(

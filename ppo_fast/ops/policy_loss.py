@@ -21,7 +21,7 @@ _registry.register(_OP, "triton", _triton.implementation(_OP, "policy_loss"))
 _registry.register(_OP, "native", _native_stats.implementation(_native_losses.policy_loss, fuses_backward=True))
 
 
-def _launch(*inputs: Any, **out: Tensor) -> tuple[Tensor, ...]:
+def _launch(*inputs: Any, **out: Tensor) -> Any:
     """Checks what depends on values, then runs the backend, the last of the inputs of the registered op."""
     *arguments, backend = inputs
     logits, targets, mask, cu_seqlens = *arguments[:3], arguments[9]
@@ -155,18 +155,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _write_gradient(ctx: Any, grad_loss: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
-    """The gradient from the saved statistics, in ``out``; below autograd, and so only for once-differentiable rules."""
-    saved = ctx.saved_tensors
-    run = _registry.implementation("token_stats_backward", ctx.backend)
-    return run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=out)
-
-
 class _Fused(torch.autograd.Function):
     """The same loss where the backend writes its gradient in the forward pass; eager only.
 
     The gradient is kept until the backward pass and handed out once. For a loss that arrives there scaled, or a second
-    time, it is computed from the logits, so that it is rounded once and nobody holds the same storage.
+    time, or to be differentiated again, the registered backward computes it from the logits: it is rounded once, and
+    nobody else holds its storage.
     """
 
     @staticmethod
@@ -178,13 +172,13 @@ class _Fused(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * ctx.inputs
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None or grad_loss != 1:
-            dlogits = _write_gradient(ctx, grad_loss, ctx.saved_tensors[0], dlogits)
+        if dlogits is None or grad_loss != 1 or torch.is_grad_enabled():
+            del dlogits
+            return _backward(ctx, grad_loss)
         return dlogits, *((None,) * (ctx.inputs - 1))
 
 
@@ -209,16 +203,17 @@ class _InPlace(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * ctx.inputs
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
-        logits = ctx.saved_tensors[0].detach()
+        saved = ctx.saved_tensors
+        logits = saved[0].detach()
         if not ctx.written:
-            _write_gradient(ctx, grad_loss, logits, logits)
+            run = _registry.implementation("token_stats_backward", ctx.backend)
+            run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=logits)
         elif grad_loss != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)

@@ -10,7 +10,7 @@ from torch import Tensor
 import ppo_fast as pf
 from tests.helpers import backends_under_test
 
-B, T, V = 3, 5, 11
+B, T, V, D = 3, 5, 11, 4
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
 CU_SEQLENS = torch.tensor([0, 3, 3, 8, 11, 15])
 ALL_TERMS = pf.PolicyLossConfig(dual_clip=2.0, penalty_coef=0.1, ent_coef=0.02, kl_coef=0.05, temperature=0.8)
@@ -57,6 +57,9 @@ _PACKED = {k: v.flatten(0, 1) for k, v in _POLICY.items() if k != "ref_logprobs"
 _VALUE = {"mask": MASK, **_rows("values", "returns", "old_values", shape=(B, T))}
 _GAE = {"mask": MASK, "dones": _DONES, **_rows("rewards", "values", shape=(B, T)), "bootstrap": _normal(B)}
 _GAE_PACKED = {k: v.flatten() for k, v in _GAE.items() if k != "bootstrap"}
+_HIDDEN = {"hidden": 2 * _normal(B, T, D), "weight": _normal(V, D), "bias": _normal(V)}
+_REFERENCE = {"ref_hidden": _normal(B, T, D), "ref_weight": _normal(V, D), "ref_bias": _normal(V)}
+_LINEAR = {**_HIDDEN, **{k: v for k, v in _POLICY.items() if k != "logits"}}
 _PER_TOKEN = ("logits", "targets", "old_logprobs", "advantages", "importance_weights")
 
 EXAMPLES: dict[str, Example] = {
@@ -82,6 +85,31 @@ EXAMPLES: dict[str, Example] = {
         {**_PACKED, "ref_logits": _normal(B * T, V), "cu_seqlens": CU_SEQLENS},
         "logits",
         (*_PER_TOKEN, "ref_logits"),
+    ),
+    "linear_token_stats": Example(
+        "linear_token_stats",
+        lambda **k: pf.linear_token_stats(**k, softcap=4.0, chunk_size=4),
+        {**_HIDDEN, **_REFERENCE, "targets": _TARGETS, "mask": MASK},
+        "hidden",
+        ("hidden", "targets", "ref_hidden"),
+    ),
+    "linear_policy_loss": Example(
+        "linear_policy_loss",
+        lambda **k: pf.linear_policy_loss(**k, config=ALL_TERMS, chunk_size=4),
+        _LINEAR,
+        "hidden",
+        ("hidden", *_PER_TOKEN[1:], "ref_logprobs"),
+    ),
+    "linear_policy_loss-packed": Example(
+        "linear_policy_loss",
+        lambda **k: pf.linear_policy_loss(**k, config=SEQUENCES, chunk_size=4),
+        {
+            **{k: v if k in ("weight", "bias") else v.flatten(0, 1) for k, v in _LINEAR.items() if k != "ref_logprobs"},
+            "ref_hidden": _normal(B * T, D),
+            "cu_seqlens": CU_SEQLENS,
+        },
+        "hidden",
+        ("hidden", *_PER_TOKEN[1:], "ref_hidden"),
     ),
     "value_loss": Example(
         "value_loss",

@@ -11,7 +11,17 @@ from ppo_fast.ops import _native, _registry
 from tests.helpers import INTERPRETED, backends_under_test, each_backend, raises_exactly
 from tests.ops.examples import EXAMPLES, each_example, fresh_inputs, run_with_gradient
 
-OPS = ("token_logprobs", "token_stats", "entropy", "policy_loss", "value_loss", "gae", "gae_packed")
+OPS = (
+    "token_logprobs",
+    "token_stats",
+    "entropy",
+    "policy_loss",
+    "linear_token_stats",
+    "linear_policy_loss",
+    "value_loss",
+    "gae",
+    "gae_packed",
+)
 
 
 @pytest.fixture

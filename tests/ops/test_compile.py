@@ -110,10 +110,54 @@ def gae_packed_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     yield rewards[:0], values[:0], offsets[:1], None, None, None, 1.0, 0.95, "carry", backend
 
 
+def linear_calls(backend: str) -> Iterator[tuple[Any, ...]]:
+    """The arguments that the linear ops share: nothing optional, everything, strided and frozen."""
+    hidden, weight, none = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), (None,) * 4
+    yield hidden, weight, None, TARGETS.clamp(min=0), *none, None, 1.0, None, backend
+    bias, rest = torch.randn(5, requires_grad=True), (3.0, 0.7, 2, backend)
+    yield hidden, weight, bias, TARGETS, MASK, torch.randn(6, 3), torch.randn(5, 3), torch.randn(5), *rest
+    strided = torch.randn(4, 6).T, torch.randn(4, 5).T.detach().requires_grad_()
+    yield *strided, None, TARGETS.int(), MASK, None, None, None, None, 1.0, 2, backend
+
+
+def linear_backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of linear_token_stats_backward: all upstream gradients, each alone."""
+    rows = torch.randn(2, 3)
+    for call in linear_calls(backend):
+        call = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)
+        stats = OPS.linear_token_stats(*call)
+        yield *call, True, True, call[2] is not None, rows, rows, rows if call[5] is not None else None, *stats
+        yield *call, True, False, False, rows, None, None, *stats
+        yield *call, False, True, False, None, rows, None, *stats
+
+
+def linear_policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of linear_policy_loss: nothing optional, everything, with a frozen head."""
+    one, rows = torch.tensor(0.1), torch.randn(2, 3)
+    plain, everything, strided = linear_calls(backend)
+    tail = (0.2, 0.2, 2.0)
+    nothing = (None, rows, *(None,) * 7, math.inf, math.inf, math.inf, "token", "k3", "token-mean")
+    yield *plain, True, True, False, *nothing
+    full = (rows, rows, None, rows, None, one, one, one, one, *tail, "token", "full", "seq-mean-token-mean")
+    yield *everything, True, True, True, *full
+    sequence = (rows, rows, rows, rows, None, one, one, one, one, *tail, "sequence", "k3", "seq-mean-token-sum")
+    yield *strided, False, True, False, *sequence
+    yield *(x.detach() if isinstance(x, Tensor) else x for x in plain), False, False, False, *nothing
+
+
+def linear_scaling_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of linear_policy_loss_backward, whose backends are one."""
+    yield torch.randn(5, 4), torch.tensor(0.5), torch.tensor(3.0), torch.empty(0, dtype=torch.bfloat16)
+
+
 ARGUMENTS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
     "token_stats": stats_arguments,
     "token_stats_backward": backward_arguments,
     "policy_loss": policy_arguments,
+    "linear_token_stats": linear_calls,
+    "linear_token_stats_backward": linear_backward_arguments,
+    "linear_policy_loss": linear_policy_arguments,
+    "linear_policy_loss_backward": linear_scaling_arguments,
     "value_loss": value_arguments,
     "gae": gae_arguments,
     "gae_packed": gae_packed_arguments,

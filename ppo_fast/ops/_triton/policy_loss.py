@@ -154,7 +154,16 @@ def policy_terms(
     aggregation: str,
     weights: Tensor | None = None,
 ) -> reference.PolicyTerms:
-    """The loss of per-token ratios and its gradient in the per-token statistics, as ``reference.policy_terms``."""
+    """The loss and its gradient in the per-token statistics, as ``reference.policy_terms``.
+
+    A sequence ratio couples the tokens of a sequence: its terms are the torch ones, on [B, T].
+    """
+    if ratio == "sequence":
+        return reference.policy_terms(
+            *(logprobs, entropy, full_kl, mask, old_logprobs, advantages, ref_logprobs, importance_weights),
+            *(cu_seqlens, denominator, penalty_coef, ent_coef, kl_coef, clip_low, clip_high, dual_clip),
+            *(ratio, kl_estimator, aggregation, weights),
+        )
     if weights is None:
         counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
         weights = reference.token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
@@ -204,12 +213,7 @@ def policy_loss(
     temperature: float,
     *terms: Any,
 ) -> tuple[Tensor, ...]:
-    """:func:`token_stats`, then the terms of them; ``terms`` are the arguments of policy_terms from old_logprobs on.
-
-    A sequence ratio couples the tokens of a sequence: its terms are the torch ones, on [B, T].
-    """
+    """:func:`token_stats`, then :func:`policy_terms` of them; ``terms`` are its arguments from old_logprobs on."""
     logprobs, entropy, full_kl, lse, ref_lse = token_stats(logits, targets, ref_logits, mask, temperature, True)
-    ratio = terms[-3]
-    make_terms = policy_terms if ratio == "token" else reference.policy_terms
-    out = make_terms(logprobs, entropy, full_kl, mask, *terms)
+    out = policy_terms(logprobs, entropy, full_kl, mask, *terms)
     return out.loss, out.metrics, logprobs, entropy, out.kl, lse, ref_lse, out.d_logprobs, out.d_entropy, out.d_kl

@@ -1,0 +1,172 @@
+"""Every ValueError that the linear ops alone raise, word for word; and that no raise statement is missing here."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor
+
+import ppo_fast as pf
+from tests.helpers import raises_exactly
+from tests.ops.test_errors import FLOATS, META, line_of, raise_statements
+
+HIDDEN, WEIGHT, BIAS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
+TARGETS, ROWS = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
+REF = torch.zeros(2, 3, 7)
+STATS, LOSS = "linear_token_stats", "linear_policy_loss"
+
+
+def stats(**changes: Any) -> Callable[[], Any]:
+    """A linear_token_stats call with one thing wrong."""
+    return lambda: pf.linear_token_stats(**{"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **changes})
+
+
+def loss(**changes: Any) -> Callable[[], Any]:
+    """A linear_policy_loss call with one thing wrong."""
+    inputs = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "old_logprobs": ROWS, "advantages": ROWS}
+    return lambda: pf.linear_policy_loss(**{**inputs, "mask": None, **changes})
+
+
+def quantised(package: str) -> Tensor:
+    """A weight of a class of that package, which says it is float32."""
+    kind = type("PackedWeight", (Tensor,), {"__module__": f"{package}.tensors"})
+    return WEIGHT.as_subclass(kind)
+
+
+UNQUANTISED = f"to be an unquantised {FLOATS} tensor"
+
+TABLE: list[tuple[Callable[[], Any], str]] = [
+    # hidden states and head
+    (stats(hidden=[1.0]), f"{STATS}: expected hidden to be a tensor, got list"),
+    (stats(weight=None), f"{STATS}: expected weight to be a tensor, got NoneType"),
+    (loss(bias=0.0), f"{LOSS}: expected bias to be a tensor, got float"),
+    (
+        stats(hidden=HIDDEN.int()),
+        f"{STATS}: expected hidden {UNQUANTISED}, got Tensor of torch.int32: pass it dequantised",
+    ),
+    (
+        loss(weight=WEIGHT.to(torch.float8_e4m3fn)),
+        f"{LOSS}: expected weight {UNQUANTISED}, got Tensor of torch.float8_e4m3fn: pass it dequantised",
+    ),
+    (
+        loss(weight=quantised("torchao")),
+        f"{LOSS}: expected weight {UNQUANTISED}, got PackedWeight of torch.float32: pass it dequantised",
+    ),
+    (
+        loss(weight=quantised("bitsandbytes")),
+        f"{LOSS}: expected weight {UNQUANTISED}, got PackedWeight of torch.float32: pass it dequantised",
+    ),
+    (
+        stats(hidden=torch.tensor(0.0)),
+        f"{STATS}: expected hidden of shape [..., D] with D >= 1, got []",
+    ),
+    (
+        stats(hidden=HIDDEN[..., :0]),
+        f"{STATS}: expected hidden of shape [..., D] with D >= 1, got [2, 3, 0]",
+    ),
+    (
+        stats(weight=WEIGHT.T),
+        f"{STATS}: expected weight of shape [V, 4] to match hidden [2, 3, 4], got [4, 5]",
+    ),
+    (
+        loss(weight=WEIGHT[:0]),
+        f"{LOSS}: expected weight of shape [V, 4] to match hidden [2, 3, 4], got [0, 4]",
+    ),
+    (
+        loss(weight=WEIGHT[0]),
+        f"{LOSS}: expected weight of shape [V, 4] to match hidden [2, 3, 4], got [4]",
+    ),
+    (
+        stats(weight=WEIGHT.bfloat16()),
+        f"{STATS}: expected weight in the dtype of hidden (torch.float32), got torch.bfloat16",
+    ),
+    (stats(weight=WEIGHT.to(META)), f"{STATS}: expected weight on the device of hidden (cpu), got meta"),
+    (stats(bias=BIAS[:4]), f"{STATS}: expected bias to match the words of weight [5], got [4]"),
+    (stats(bias=BIAS.double()), f"{STATS}: expected bias in the dtype of hidden (torch.float32), got torch.float64"),
+    # targets
+    (stats(targets=None), f"{STATS}: expected targets to be a tensor, got NoneType"),
+    (stats(targets=ROWS), f"{STATS}: expected targets to be int32 or int64, got torch.float32"),
+    (
+        loss(targets=TARGETS[:, :2]),
+        f"{LOSS}: expected targets to match hidden [2, 3, 4] without the last dimension, got [2, 2]",
+    ),
+    (stats(targets=TARGETS.to(META)), f"{STATS}: expected targets on the device of hidden (cpu), got meta"),
+    (stats(targets=TARGETS + 5), f"{STATS}: expected targets in [0, 5) where mask is True, got 5"),
+    (loss(targets=TARGETS - 1), f"{LOSS}: expected targets in [0, 5) where mask is True, got -1"),
+    # the reference
+    (stats(ref_weight=WEIGHT), f"{STATS}: expected ref_hidden beside ref_weight, got None"),
+    (loss(ref_bias=BIAS), f"{LOSS}: expected ref_hidden beside ref_bias, got None"),
+    (
+        stats(ref_hidden=REF),
+        f"{STATS}: expected ref_weight of shape [V, 7] to match ref_hidden [2, 3, 7], got [5, 4]",
+    ),
+    (
+        stats(ref_hidden=HIDDEN[:1]),
+        f"{STATS}: expected ref_hidden to match hidden [2, 3, 4] but for the last dimension, got [1, 3, 4]",
+    ),
+    (
+        stats(ref_hidden=REF, ref_weight=torch.zeros(6, 7)),
+        f"{STATS}: expected ref_weight of as many words as weight, 5, got 6",
+    ),
+    (
+        stats(ref_hidden=REF.to(META), ref_weight=torch.zeros(5, 7, device=META)),
+        f"{STATS}: expected ref_hidden on the device of hidden (cpu), got meta",
+    ),
+    (loss(ref_hidden=HIDDEN), f"{LOSS}: expected ref_logprobs with kl_estimator='k3', got ref_hidden"),
+    (
+        loss(config=pf.PolicyLossConfig(kl_estimator="full", kl_coef=0.1)),
+        f"{LOSS}: expected ref_hidden with kl_coef=0.1, got no reference",
+    ),
+    (loss(ref_hidden=HIDDEN, ref_logprobs=ROWS), f"{LOSS}: expected ref_logprobs or ref_hidden, got both"),
+    # the rest
+    (stats(mask=ROWS), f"{STATS}: expected mask to be bool, got torch.float32"),
+    (stats(temperature=0), f"{STATS}: expected temperature to be a finite number > 0, got 0"),
+    (stats(softcap=-1.0), f"{STATS}: expected softcap to be a finite number > 0, got -1.0"),
+    (stats(chunk_size=0), f"{STATS}: expected chunk_size to be an integer >= 1, got 0"),
+    (loss(chunk_size=2.0), f"{LOSS}: expected chunk_size to be an integer >= 1, got 2.0"),
+    (loss(chunk_size=True), f"{LOSS}: expected chunk_size to be an integer >= 1, got True"),
+    (loss(config=None), f"{LOSS}: expected config to be a PolicyLossConfig, got NoneType"),
+    (loss(advantages=ROWS[0]), f"{LOSS}: expected advantages to match targets [2, 3] or [2, 1], got [3]"),
+    (
+        loss(
+            hidden=HIDDEN[0], targets=TARGETS[0], old_logprobs=None, advantages=ROWS[0], cu_seqlens=torch.tensor([0, 2])
+        ),
+        f"{LOSS}: expected cu_seqlens to rise from 0 to 3, got [0, 2]",
+    ),
+    (
+        stats(backend="cuda"),
+        f"{STATS}: expected a usable backend, got 'cuda': {STATS} has no cuda implementation",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), TABLE, ids=[message for _, message in TABLE])
+def test_message(call: Callable[[], Any], message: str) -> None:
+    with raises_exactly(message):
+        call()
+
+
+@pytest.fixture
+def sharded() -> Iterator[Tensor]:
+    """The weight as a DTensor, over a process group of one."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield distribute_tensor(WEIGHT, init_device_mesh("cpu", (1,)), [Shard(0)])
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_weight(sharded: Tensor) -> None:
+    message = "expected weight to be a whole tensor, got a DTensor: pass weight.full_tensor()"
+    for op, call in ((STATS, stats), (LOSS, loss)):
+        with raises_exactly(f"{op}: {message}"):
+            call(weight=sharded)()
+        call(weight=sharded.full_tensor())()
+    assert line_of(stats(weight=sharded)) in raise_statements("_linear_*.py")
+
+
+def test_no_raise_statement_is_missing(sharded: Tensor) -> None:
+    reached = {line_of(call) for call, _ in TABLE} | {line_of(stats(weight=sharded))}
+    assert raise_statements("_linear_*.py") <= reached
