@@ -7,7 +7,8 @@ import pytest
 import ppo_fast
 from ppo_fast import doctor
 
-OPS = {"token_logprobs", "token_stats", "entropy", "policy_loss", "value_loss", "gae", "gae_packed"}
+LOSSES = {"policy_loss", "linear_policy_loss", "value_loss"}
+OPS = LOSSES | {"token_logprobs", "token_stats", "linear_token_stats", "entropy", "gae", "gae_packed"}
 
 
 def test_json_holds_versions_devices_and_every_op(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,8 +197,9 @@ class _InPlace(torch.autograd.Function):
         logits = inputs[0].detach()
         ctx.written = _registry.fuses_backward(_OP, inputs[-1])
         output = _launch(logits, *inputs[1:], **({"out": logits} if ctx.written else {}))
-        torch.autograd.graph.increment_version(inputs[0])
-        _setup_context(ctx, inputs, output)
+        torch.autograd.graph.increment_version(logits)
+        # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
+        _setup_context(ctx, (logits, *inputs[1:]), output)
         ctx.spent = False
         return output
 

@@ -1,5 +1,7 @@
 """policy_loss(inplace=True): the same numbers, the gradient in the storage of the logits, and every refusal."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -132,3 +134,25 @@ def test_no_effect_without_a_gradient(backend: str, why: str) -> None:
     assert_same(out.loss, loss_of(before, case, CONFIGS["k3"], backend, inplace=False).loss)
     assert_same(logits.detach(), before)
     assert logits._version == version
+
+
+class _Identity(torch.autograd.Function):
+    """A layer of somebody's own that returns a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@each_backend("policy_loss")
+def test_a_view_made_by_a_custom_function(backend: str) -> None:
+    case, gradients = make_case("padded"), []
+    for inplace in (False, True):
+        leaf = case.logits.clone().requires_grad_()
+        loss_of(_Identity.apply(leaf * 1.5), case, CONFIGS["k3"], backend, inplace).loss.backward()
+        gradients.append(leaf.grad)
+    assert_same(*gradients)
