@@ -4,8 +4,8 @@ Peers run where they can be imported: liger-kernel (chunked GRPO loss), cut-cros
 the same loss) and TRL's selective_log_softmax (on materialised logits). None of them has an entropy bonus.
 """
 
+import contextlib
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,12 +28,17 @@ PRODUCTS = "matrix products alone"
 CLIP, KL_COEF = 0.2, 0.05
 
 
-def _imported(module: str) -> Any:
-    """The peer's module, or None where it or something it needs is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
+def _imported(**modules: str) -> dict[str, Any]:
+    """The peers' modules by name, but for those that are not installed or miss something they need."""
+    found = {}
+    for name, module in modules.items():
+        with contextlib.suppress(ImportError):
+            found[name] = importlib.import_module(module)
+    return found
+
+
+MODULES = _imported(liger="liger_kernel.chunked_loss", cce="cut_cross_entropy", trl="trl.trainer.utils")
+PEERS = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
 
 
 class Case:
@@ -61,20 +66,13 @@ class Case:
         self.moved = 2 * (self.hidden.nbytes + self.weight.nbytes)
         self.compiled = harness.compiled(self._eager)
 
-    def contenders(self) -> dict[str, Callable[..., Tensor]]:
-        """(hidden, weight, number of rows) -> the loss, or the log-probabilities."""
-        found: dict[str, Callable[..., Tensor]] = {"eager": self._eager, "torch.compile": self.compiled}
-        for backend in BACKENDS:
-            found[backend] = lambda *inputs, backend=backend: self._ours(backend, *inputs)
-        liger = _imported("liger_kernel.chunked_loss")
-        if liger is not None and self.variant == "no entropy":
-            found["liger-kernel"] = lambda *inputs: self._liger(liger, *inputs)
-        cce, trl = _imported("cut_cross_entropy"), _imported("trl.trainer.utils")
-        if cce is not None and self.variant != "entropy":
-            found["cut-cross-entropy"] = lambda *inputs: self._cce(cce, *inputs)
-        if trl is not None and self.variant != "entropy":
-            found["trl"] = lambda *inputs: self._trl(trl, *inputs)
-        return found
+    def value(self, contender: str, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
+        """The loss, or the log-probabilities, of the first ``n`` rows."""
+        named = {"eager": self._eager, "torch.compile": self.compiled, "liger-kernel": self._liger}
+        named |= {"cut-cross-entropy": self._cce, "trl": self._trl}
+        if contender in named:
+            return named[contender](hidden, weight, n)
+        return self._ours(contender, hidden, weight, n)
 
     def _eager(self, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
         logits = torch.nn.functional.linear(hidden, weight)
@@ -106,21 +104,21 @@ class Case:
         kl = ppo_fast.kl_estimate(logprobs, self.ref_logprobs[:n], "k3")
         return ppo_fast.masked_mean(KL_COEF * kl - objective, mask)
 
-    def _cce(self, cce: Any, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
+    def _cce(self, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
         options = {} if harness.DEVICE == "cuda" else {"impl": "torch_compile"}
-        loss = cce.linear_cross_entropy(hidden, weight, self.targets[:n], reduction="none", **options)
+        loss = MODULES["cce"].linear_cross_entropy(hidden, weight, self.targets[:n], reduction="none", **options)
         return self._loss_of(-loss.float(), n)
 
-    def _trl(self, trl: Any, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
+    def _trl(self, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
         logits = torch.nn.functional.linear(hidden, weight)
-        return self._loss_of(trl.selective_log_softmax(logits, self.targets[:n]).float(), n)
+        return self._loss_of(MODULES["trl"].selective_log_softmax(logits, self.targets[:n]).float(), n)
 
-    def _liger(self, liger: Any, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
+    def _liger(self, hidden: Tensor, weight: Tensor, n: int) -> Tensor:
         old, advantages, mask = (x[:n, None] for x in self.rows)
-        loss = liger.LigerFusedLinearGRPOLoss(
+        loss = MODULES["liger"].LigerFusedLinearGRPOLoss(
             beta=KL_COEF, loss_type="bnpo", use_ref_model=True, chunk_size=256, compiled=not harness.SMOKE
         )
-        inputs = (hidden, weight, self.targets[:n, None], mask.float(), advantages[:, 0])
+        inputs = (hidden[:, None], weight, self.targets[:n, None], mask.float(), advantages[:, 0])
         reference = {"ref_per_token_logps": self.ref_logprobs[:n, None], "old_per_token_logps": old}
         return loss(*inputs, **reference)[0]
 
@@ -129,14 +127,14 @@ class Case:
         n = len(self.targets) if n is None else n
         if contender == PRODUCTS:
             return self._products()
-        return self._answer(self.contenders()[contender], self.hidden[:n], self.weight, n)
+        return self._answer(contender, self.hidden[:n], self.weight, n)
 
-    def _answer(self, contender: Callable[..., Tensor], hidden: Tensor, weight: Tensor, n: int) -> tuple[Tensor, ...]:
+    def _answer(self, contender: str, hidden: Tensor, weight: Tensor, n: int) -> tuple[Tensor, ...]:
         if self.variant == "scoring":
             with torch.no_grad():
-                return (contender(hidden, weight, n),)
+                return (self.value(contender, hidden, weight, n),)
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        return torch.autograd.grad(contender(*leaves, n), leaves)
+        return torch.autograd.grad(self.value(contender, *leaves, n), leaves)
 
     def _products(self) -> tuple[Tensor, ...]:
         """The products that every contender needs, on all rows at once."""
@@ -150,7 +148,7 @@ class Case:
         if contender == PRODUCTS:
             return 0.0
         few = min(few, len(self.targets))
-        truth = self._answer(self._eager, self.hidden[:few].double(), self.weight.double(), few)
+        truth = self._answer("eager", self.hidden[:few].double(), self.weight.double(), few)
         return max(harness.relative_error(a, t) for a, t in zip(self.run(contender, few), truth, strict=True))
 
 
@@ -161,15 +159,20 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 CASES = [(shape, dtype, variant) for shape in SHAPES for dtype in DTYPES for variant in ("entropy", "no entropy")]
 CASES += [(next(iter(SHAPES)), dtype, "scoring") for dtype in DTYPES]
-PEERS = ("liger-kernel", "cut-cross-entropy", "trl")
+OWN = ["eager", "torch.compile", PRODUCTS, *BACKENDS]
+RUNS = [pytest.param(case, name, id="-".join((*case, name))) for case in CASES for name in OWN]
+RUNS += [
+    pytest.param(case, PEERS[peer], id="-".join((*case, PEERS[peer])), marks=pytest.mark.peers)
+    for case in CASES
+    for peer in MODULES
+    if case[2] == "no entropy" or (case[2] == "scoring" and peer != "liger")
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=["-".join(c) for c in CASES], indirect=True, scope="module")
-@pytest.mark.parametrize("contender", ["eager", "torch.compile", PRODUCTS, *BACKENDS, *PEERS])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("case", "contender"), RUNS, indirect=["case"], scope="module")
 def test_linear(benchmark: Any, case: Case, contender: str, request: pytest.FixtureRequest) -> None:
     shape, dtype, variant = request.node.callspec.params["case"]
-    if contender in PEERS and contender not in case.contenders():
-        pytest.skip(f"{contender} is not importable, or has no such loss")
     benchmark.group = f"{variant}, {shape} {dtype}"
     others = {name: lambda name=name: case.run(name) for name in ("eager", "torch.compile", PRODUCTS)}
     harness.measure(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What needs a GPU, in phases of minutes each, from the repository root; no network needed.
 #
-#   benchmarks/gpu.sh test  [OUT]   build with CUDA, the tests marked gpu, and the op suites on the Triton backend
+#   benchmarks/gpu.sh test  [OUT]   build with CUDA, then the tests marked gpu
 #   benchmarks/gpu.sh bench [OUT]   every benchmark suite; JSON under benchmarks/results/DEVICE/
 #   benchmarks/gpu.sh tune  [OUT]   block sizes of the Triton kernels against the bandwidth limit
 #

@@ -33,13 +33,14 @@ def test_logits_kernels() -> None:
 
 
 def test_per_token_kernels() -> None:
+    shapes = [(1, 1), (2, 3), (3, 100), (64, 64)]  # one, two and sixteen programs
     with compiling(SM90) as kernels:
-        for i, (B, T, _) in enumerate(LAYOUTS):
+        for i, (B, T) in enumerate(shapes):
             x, none, coef = torch.zeros(B, T), torch.empty(0), torch.tensor(float(i))
             options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean")
             policy_loss.policy_terms(x, x, none, None, x, x, x, None, None, None, coef, coef, coef, *options)
             value_loss.value_loss(x, x, None, x, None, None, 0.1 * i, "token-mean")
-    assert len(kernels) == 4 * len(LAYOUTS)
+    assert len(kernels) == 4 * len(shapes)
     # The totals of the two losses differ in their number of rows alone, and in which of them is a maximum.
     assert _names(kernels) == ["terms_kernel", "totals_kernel", "totals_kernel", "value_kernel"]
 

@@ -9,9 +9,9 @@ import transformers
 from torch import Tensor
 
 import ppo_fast as pf
-from tests.helpers import assert_same, each_backend
+from tests.helpers import INTERPRETED, assert_same, each_backend
 
-V, B, L = 37, 3, 7
+V, B, L = 37, 2, 4
 
 
 def gpt2() -> Any:
@@ -111,7 +111,7 @@ def test_compiled_with_a_trained_head(backend: str) -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     leaves = (projection, weight, bias)
-    for length in (L, L + 1, L + 2):
+    for length in (L, L + 1) if INTERPRETED else (L, L + 1, L + 2):
         rows = torch.randn(B, length) - 3.6, torch.randn(B, length), torch.rand(B, length) < 0.7
         given = torch.randn(B, length, 16), torch.randint(V, (B, length)), *rows
         ours, theirs = compiled(*given), loss(*given)

@@ -19,11 +19,12 @@ def _double(x: object) -> object:
 
 
 def _terms(estimator: str, *, masked: bool, penalty: bool, aggregation: str) -> tuple[object, ...]:
-    """Arguments of policy_terms with log ratios and reference gaps beyond +-20 and NaN where masked."""
+    """Arguments of policy_terms, NaN where masked; without penalty also log ratios and reference gaps beyond +-20."""
     logprobs, advantages = -torch.rand(SHAPE) * 3, torch.randn(SHAPE)
     old, ref = logprobs - torch.randn(SHAPE) * 0.3, logprobs - torch.randn(SHAPE) * 0.1
-    old[0, :3] += torch.tensor([25.0, -25.0, 20.0])
-    ref[0, 3:6] += torch.tensor([25.0, -25.0, 20.0])
+    if not penalty:
+        old[0, :3] += torch.tensor([25.0, -25.0, 20.0])
+        ref[0, 3:6] += torch.tensor([25.0, -25.0, 20.0])
     mask = torch.rand(SHAPE) > 0.3 if masked else None
     weights = torch.rand(SHAPE)
     if mask is not None:
@@ -100,6 +101,7 @@ def test_scans_over_block_borders(T: int, mode: str, monkeypatch: pytest.MonkeyP
     rewards, values = torch.randn(2, T, 6).transpose(1, 2).unbind()
     mask, dones = torch.rand(6, T) > 0.4, torch.rand(6, T) > 0.8
     mask[0], mask[1], dones[2] = True, False, False
+    mask[3], mask[3, 4:30], dones[3] = True, False, False  # a whole block that passes the state on
     values = values.masked_fill(~mask, math.nan)
     arguments = (mask, torch.randn(6), dones, 0.97, 0.9, mode)
     truth = reference.gae(rewards.double(), values.double(), *arguments)

@@ -1,0 +1,58 @@
+"""The tools beside the benchmarks: tuning runs (interpreted), the GPU script refuses what it does not know."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_tuning_times_every_candidate(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.tune", "--smoke", "--json", str(tmp_path / "tune.json")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "tune.json").read_text())
+    assert {(r["kernel"], tuple(r["tile"])) for r in results} == {
+        ("forward", (1024, 1, 4)),
+        ("forward", (1024, 4, 4)),
+        ("backward", (1024, 1, 4)),
+    }
+    assert all(r["ms"] > 0 for r in results)
+    assert "forward gpt2" in run.stdout
+
+
+def test_the_gpu_script_names_its_phases() -> None:
+    run = subprocess.run(["benchmarks/gpu.sh", "fly"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.strip() == "phase: expected test, bench or tune, got fly"
+
+
+def test_a_table_shows_machine_commit_command_and_every_result(tmp_path: Path) -> None:
+    result = {
+        "machine_info": {"device": "A CPU", "threads": 1, "torch": "2.13.0", "copy_bandwidth": 2e9},
+        "commit_info": {"id": "0123456789abcdef"},
+        "benchmarks": [
+            {
+                "group": "gae 2x3",
+                "stats": {"median": 0.002, "iqr": 0.0001},
+                "extra_info": {
+                    "contender": "native",
+                    "bytes": 2e6,
+                    "ratios": {"Python loop": 40.0},
+                    "peak_bytes": 2**21,
+                    "error": 1e-7,
+                },
+            }
+        ],
+    }
+    path = tmp_path / "gae.json"
+    path.write_text(json.dumps(result))
+    shown = tables.table(path)
+    assert "| gae 2x3 | native | 2 ms | 0.1 ms | 40x Python loop | 1 | 50 | 2 MiB | 1.0e-07 |" in shown
+    assert "A CPU, 1 thread, torch 2.13.0, measured copy bandwidth 2 GB/s, commit 0123456789" in shown
+    assert "`python -m benchmarks.run gae`" in shown
