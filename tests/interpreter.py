@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 
 _Builder = interpreter.InterpreterBuilder
 _cast_impl, _binary_op, _launch = _Builder.cast_impl, _Builder.binary_op, interpreter.GridExecutor.__call__
+_patch_tensor = interpreter._patch_lang_tensor
 _patched: set[int] = set()
 
 
@@ -63,6 +64,12 @@ def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
+def _patch_loop_bounds(tensor: Any, scope: Any) -> None:
+    """A run-time bound of a loop is an array of one element, which NumPy 2.4 no longer takes for an int."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def _nothing_to_copy_back(self: Any, *_: Any) -> None:
     """CPU tensors were written in place; the interpreter copies each storage onto itself, untouched pages too."""
 
@@ -84,6 +91,7 @@ def repair() -> None:
     _Builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     _Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     interpreter.ScanOps.generic_scan = _scan
+    interpreter._patch_lang_tensor = _patch_loop_bounds
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.GridExecutor._restore_args_dev = _nothing_to_copy_back
     interpreter.GridExecutor.__call__ = _quiet_launch

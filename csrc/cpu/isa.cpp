@@ -56,9 +56,8 @@ template <class T, class Ref, bool kEntropy>
 void token_stats_rows(const TokenStatsArguments& args, int64_t first, int64_t last) {
   constexpr bool kRef = !is_absent<Ref>;
   const auto skip = [&](int64_t row) { zero_statistics(args, row); };
-  for (int64_t next = first; next < last;) {
-    const Group group = next_group(args.in, &next, last, skip);
-    if (group.size == 0) break;
+  for (Groups groups(args.in, first, last, skip); !groups.done(); groups.advance()) {
+    const Group& group = groups.group();
     const RowSums sums = row_sums<T, Ref, kEntropy>(args.in, group);
     const Normalizers norm = normalizers(sums, kRef);
     Vec logprob{};
@@ -93,9 +92,8 @@ LogSumExps saved_lse(const TokenStatsBackwardArguments& args, const Group& group
 template <class T, class Ref>
 void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t first, int64_t last) {
   const auto skip = [&](int64_t row) { zero_row<T>(args.out, args.in, row); };
-  for (int64_t next = first; next < last;) {
-    const Group group = next_group(args.in, &next, last, skip);
-    if (group.size == 0) break;
+  for (Groups groups(args.in, first, last, skip); !groups.done(); groups.advance()) {
+    const Group& group = groups.group();
     const Upstream upstream = {group.load(args.g), group.load(args.g_entropy), group.load(args.g_kl),
                                group.load(args.entropy), group.load(args.kl)};
     TargetLogits target;
@@ -105,9 +103,9 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
     const LogSumExps lse = saved_lse(args, group, !is_absent<Ref>);
     const Normalizers norm = gradient_normalizers(lse, args.in.temperature);
     if (!is_absent<Ref> || args.g_entropy != nullptr) {
-      gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out, kPrefetchBytes);
+      gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out);
     } else {
-      gradient_rows<T, Ref, false>(args.in, group, upstream, norm, target, args.out, kPrefetchBytes);
+      gradient_rows<T, Ref, false>(args.in, group, upstream, norm, target, args.out);
     }
   }
   end_stream();
@@ -137,16 +135,15 @@ template <class T, class Ref>
 void policy_gradient(const PolicyLossArguments& args, const Group& group, const PolicyTerms& terms,
                      const Normalizers& norm, const TargetLogits& target) {
   const Rows& in = args.stats.in;
-  const int64_t ahead = group.size * in.vocab * static_cast<int64_t>(sizeof(T));  // the next group
   if constexpr (!is_absent<Ref>) {
     if (args.kl_coef != nullptr) {
-      return gradient_rows<T, Ref, true>(in, group, terms.upstream, norm, target, args.gradient, ahead);
+      return gradient_rows<T, Ref, true>(in, group, terms.upstream, norm, target, args.gradient);
     }
   }
   if (args.ent_coef != nullptr) {
-    gradient_rows<T, Absent, true>(in, group, terms.upstream, norm, target, args.gradient, ahead);
+    gradient_rows<T, Absent, true>(in, group, terms.upstream, norm, target, args.gradient);
   } else {
-    gradient_rows<T, Absent, false>(in, group, terms.upstream, norm, target, args.gradient, ahead);
+    gradient_rows<T, Absent, false>(in, group, terms.upstream, norm, target, args.gradient);
   }
 }
 
@@ -156,9 +153,8 @@ PolicySums policy_loss_rows(const PolicyLossArguments& args, int64_t first, int6
   const Rows& in = args.stats.in;
   const auto skip = [&](int64_t row) { skip_policy_row<T>(args, row); };
   PolicyLaneSums total;
-  for (int64_t next = first; next < last;) {
-    const Group group = next_group(in, &next, last, skip);
-    if (group.size == 0) break;
+  for (Groups groups(in, first, last, skip); !groups.done(); groups.advance()) {
+    const Group& group = groups.group();
     const RowSums sums = row_sums<T, Ref, true>(in, group);
     const Normalizers norm = normalizers(sums, kRef);
     const TargetLogits target = target_logits<T, Ref>(in, group);

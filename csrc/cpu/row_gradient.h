@@ -123,7 +123,6 @@ struct RowGradient {
   float max, ref_max, constant, slope, ref_slope;
   int64_t target;  // -1: none
   float at_target;
-  int64_t ahead;  // bytes from here to where memory is read next
 };
 
 template <bool kSlope, bool kRef>
@@ -143,8 +142,8 @@ Vec gradient_of(Vec x, Vec y, const RowGradient& row) {
 // Streamed stores bypass the cache, where a gradient larger than it would be read before it is written. The
 // target's column is set before its vector is stored: afterwards its line would have to be fetched back.
 template <class T, class Ref, bool kSlope, bool kStream>
-[[gnu::always_inline]] inline void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab,
-                                                const RowGradient row) {
+[[gnu::always_inline]] inline void gradient_row(const T* x, const Ref* y, T* out, int64_t vocab, const RowGradient& row,
+                                                int64_t ahead) {
   constexpr bool kRef = !is_absent<Ref>;
   constexpr int64_t kBytes = kWidth * sizeof(T);
   int64_t i = 0;
@@ -165,8 +164,8 @@ template <class T, class Ref, bool kSlope, bool kStream>
     i += kWidth;
   };
   const auto gradient = [&] {
-    prefetch(x + i, row.ahead);
-    if constexpr (kRef) prefetch(y + i, row.ahead);
+    prefetch(x + i, ahead);
+    prefetch(y + i, ahead);
     return gradient_of<kSlope, kRef>(load(x + i), load_if(y, i), row);
   };
   if constexpr (kStream) {
@@ -193,7 +192,7 @@ void zero_row(const LogitsView& out, const Rows& in, int64_t row) {
 // Writes the rows of a group. One whose upstream gradients are all 0 is zeros and is not read.
 template <class T, class Ref, bool kSlope>
 void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const Normalizers& norm,
-                   const TargetLogits& target, const LogitsView& out, int64_t ahead) {
+                   const TargetLogits& target, const LogitsView& out) {
   const GradientCoefficients k = gradient_coefficients(up, norm, target, in.temperature);
   const Ints zero = up.all_zero();
   const Exponential exponential(in.temperature);
@@ -202,15 +201,16 @@ void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const
       zero_row<T>(out, in, group.row[i]);
       continue;
     }
-    const RowGradient row = {exponential,    norm.max[i],      norm.ref_max[i], k.constant[i], k.slope[i],
-                             k.ref_slope[i], target.column[i], k.at_target[i],  ahead};
+    const RowGradient row = {exponential, norm.max[i],    norm.ref_max[i],  k.constant[i],
+                             k.slope[i],  k.ref_slope[i], target.column[i], k.at_target[i]};
     T* const to = row_of<T>(out, group.row[i], in.steps);
     const T* const x = logits_row<T>(in, group.row[i]);
     const Ref* const y = ref_row<Ref>(in, group.row[i]);
+    const int64_t ahead = words_to_next(in, group, i);
     if (out.streamed) {
-      gradient_row<T, Ref, kSlope, true>(x, y, to, in.vocab, row);
+      gradient_row<T, Ref, kSlope, true>(x, y, to, in.vocab, row, ahead);
     } else {
-      gradient_row<T, Ref, kSlope, false>(x, y, to, in.vocab, row);
+      gradient_row<T, Ref, kSlope, false>(x, y, to, in.vocab, row, ahead);
     }
   }
 }

@@ -67,27 +67,26 @@ struct Group {
   int size = 0;
   bool adjacent = false;  // the rows are kWidth consecutive ones
   int64_t row[kWidth] = {};
+  int64_t step[kWidth] = {};  // rows from here to the one that the next group has in this lane, to be prefetched
 
   // One number per row; 0 in lanes without a row, and from an array that is not there.
   Vec load(const float* per_row, float absent = 0.0f) const {
     if (per_row == nullptr) return set(absent);
     if (adjacent) return PPO_FAST_ISA::load(per_row + row[0]);
-    Vec x{};
-    for (int i = 0; i < size; ++i) x[i] = per_row[row[i]];
-    return x;
+    float lanes[kWidth] = {};
+    for (int i = 0; i < size; ++i) lanes[i] = per_row[row[i]];
+    return PPO_FAST_ISA::load(lanes);
   }
 
   void store(float* per_row, Vec x) const {
     if (per_row == nullptr) return;
     if (adjacent) return PPO_FAST_ISA::store(per_row + row[0], x);
-    for (int i = 0; i < size; ++i) per_row[row[i]] = x[i];
+    float lanes[kWidth];
+    PPO_FAST_ISA::store(lanes, x);
+    for (int i = 0; i < size; ++i) per_row[row[i]] = lanes[i];
   }
 
-  Ints active() const {
-    Ints lanes{};
-    for (int i = 0; i < size; ++i) lanes[i] = -1;
-    return lanes;
-  }
+  Ints active() const { return lane_numbers() < size; }
 };
 
 // So many rows that the row kernels find them in the cache a second time. Which rows share a group changes no result.
@@ -97,21 +96,47 @@ inline int group_capacity(int64_t vocab) {
   return rows < 1 ? 1 : rows < kWidth ? static_cast<int>(rows) : kWidth;
 }
 
-// The next counted rows from `*next` on, before `last`. Calls skip(row) for each uncounted one that it passes.
+// Walks the counted rows of [next, last) group by group. Calls skip(row) for each uncounted one.
 template <class Skip>
-Group next_group(const Rows& in, int64_t* next, int64_t last, const Skip& skip) {
-  const int capacity = group_capacity(in.vocab);
-  Group group;
-  for (; *next < last && group.size < capacity; ++*next) {
-    if (in.mask != nullptr && in.mask[*next] == 0) {
-      skip(*next);
-    } else {
-      group.row[group.size++] = *next;
+class Groups {
+ public:
+  Groups(const Rows& in, int64_t first, int64_t last, const Skip& skip)
+      : in_(in), next_(first), last_(last), skip_(skip), following_(take()) {
+    advance();
+  }
+
+  bool done() const { return group_.size == 0; }
+  const Group& group() const { return group_; }
+
+  void advance() {
+    group_ = following_;
+    following_ = take();
+    const int64_t fallback = group_.size;
+    for (int i = 0; i < group_.size; ++i) {
+      group_.step[i] = i < following_.size ? following_.row[i] - group_.row[i] : fallback;
     }
   }
-  group.adjacent = group.size == kWidth && group.row[kWidth - 1] - group.row[0] == kWidth - 1;
-  return group;
-}
+
+ private:
+  Group take() {
+    const int capacity = group_capacity(in_.vocab);
+    Group group;
+    for (; next_ < last_ && group.size < capacity; ++next_) {
+      if (in_.mask != nullptr && in_.mask[next_] == 0) {
+        skip_(next_);
+      } else {
+        group.row[group.size++] = next_;
+      }
+    }
+    group.adjacent = group.size == kWidth && group.row[kWidth - 1] - group.row[0] == kWidth - 1;
+    return group;
+  }
+
+  const Rows& in_;
+  int64_t next_, last_;
+  const Skip& skip_;
+  Group group_, following_;
+};
 
 }  // namespace
 }  // namespace ppo_fast::cpu::PPO_FAST_ISA

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kNarrow = 256;
 constexpr int64_t kBlock = 1024;  // folding sums once a block keeps their rounding error that of short sums
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kAhead = 512;   // words: about the latency of memory, at its bandwidth
 
 // Lane i is that of row i of a group.
 struct RowSums {
@@ -45,11 +45,17 @@ template <class T>
   return max(max0, max1);
 }
 
-// Fetches what is wanted `bytes` after x into the L2 cache.
+// Fetches what is wanted `words` after x into the L2 cache.
 template <class T>
-void prefetch(const T* x, int64_t bytes) {
-  __builtin_prefetch(reinterpret_cast<const char*>(x) + bytes, 0, 2);
+void prefetch(const T* x, int64_t words) {
+  if constexpr (!is_absent<T>) {
+    const auto address = reinterpret_cast<uintptr_t>(x) + static_cast<uintptr_t>(words) * sizeof(T);
+    __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+  }
 }
+
+// Words from a row to the one that the next group has in its lane.
+inline int64_t words_to_next(const Rows& in, const Group& group, int i) { return group.step[i] * in.logits.stride_t; }
 
 // exp(d / temperature) as a power of 2. The exponent is bounded below, where p is 0, so that p * d is 0 for d
 // = -inf.
@@ -86,7 +92,7 @@ template <class T, class Ref, bool kEntropy>
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     prefetch(x + i, ahead);
-    if constexpr (kRef) prefetch(y + i, ahead);
+    prefetch(y + i, ahead);
     add<kEntropy, kRef>(sums, load(x + i), load_if(y, i), shift, ref_shift, local);
   }
   if (i < n) {
@@ -143,9 +149,9 @@ RunningSums<kEntropy, !is_absent<Ref>> wide_row(const T* x, const Ref* y, int64_
       const Vec ref_highest = lane_max(y + begin, n);
       if (any_greater(ref_highest, set(row.ref_max))) row.raise_ref(combine_lanes(ref_highest, Max()), exponential);
       row.fold(sums_of<T, Ref, kEntropy>(x + begin, y + begin, n, finite_shift(row.max), finite_shift(row.ref_max),
-                                         exponential, kPrefetchBytes));
+                                         exponential, kAhead));
     } else {
-      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, exponential, kPrefetchBytes));
+      row.fold(sums_of<T, Ref, kEntropy>(x + begin, y, n, finite_shift(row.max), 0.0f, exponential, kAhead));
     }
   }
   return row;
@@ -172,7 +178,6 @@ RowSums wide_rows(const Rows& in, const Group& group, const Exponential& exponen
 template <class T, class Ref, bool kEntropy>
 RowSums narrow_rows(const Rows& in, const Group& group, const Exponential& exponential) {
   constexpr bool kRef = !is_absent<Ref>;
-  const int64_t next_group_bytes = kWidth * in.vocab * static_cast<int64_t>(sizeof(T));
   RowSums out;
   Vec a[kWidth] = {}, b[kWidth] = {}, d[kWidth] = {}, e[kWidth] = {};
   for (int i = 0; i < group.size; ++i) {
@@ -184,7 +189,7 @@ RowSums narrow_rows(const Rows& in, const Group& group, const Exponential& expon
   for (int i = 0; i < group.size; ++i) {
     const LaneSums sums = sums_of<T, Ref, kEntropy>(logits_row<T>(in, group.row[i]), ref_row<Ref>(in, group.row[i]),
                                                     in.vocab, finite_shift(out.max[i]), finite_shift(out.ref_max[i]),
-                                                    exponential, next_group_bytes);
+                                                    exponential, words_to_next(in, group, i));
     a[i] = sums.sum, b[i] = sums.weighted, d[i] = sums.ref_sum, e[i] = sums.cross;
   }
   out.sum = combine_rows(a, Add());

@@ -56,6 +56,14 @@ def overflow_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr, tl.max(x / x, 0))
 
 
+@triton.jit
+def count_kernel(out_ptr, first, last, STEP: tl.constexpr):
+    count = 0
+    for _ in range(first, last, STEP):
+        count += 1
+    tl.store(out_ptr, count)
+
+
 def test_bfloat16_stores_round_to_nearest_even() -> None:
     x = torch.cat([torch.randn(1014) * 3, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, 3e38, 3.4e38])])
     x = torch.cat([x, torch.tensor([float("inf"), -float("inf"), float("nan"), 1e-40])])
@@ -92,6 +100,12 @@ def test_scan_of_an_operator_that_does_not_commute() -> None:
         state = expected_b[i] = state * a[i] + b[i]
     scan_kernel[(1,)](a, b, SIZE=64)
     torch.testing.assert_close((a, b), (expected_a, expected_b))
+
+
+def test_loops_over_run_time_bounds() -> None:
+    out = torch.empty(1, dtype=torch.int32)
+    count_kernel[(1,)](out, 3, 10, STEP=2)
+    assert out.item() == 4
 
 
 def test_infinities_and_nan_raise_no_warning() -> None:

@@ -28,8 +28,8 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 @triton.jit
 def floored(x):
-    """max(x, FLOOR); NaN stays NaN."""
-    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    """max(x, FLOOR)."""
+    return tl.maximum(x, FLOOR)
 
 
 @triton.jit

@@ -44,6 +44,20 @@ def clipped_objective(r, adv, clip_low, clip_high, dual_clip):
     return tl.where(is_dual, bound, objective), unclipped, is_clipped, is_dual
 
 
+@triton.jit
+def store_metrics(partials_ptr, counted, entropy, kl, approx_kl, is_clipped, is_dual, r):
+    """Partial sums 2 to 9: the metrics after policy_loss, in the order of the op."""
+    largest_ptr = partials_ptr + 8 * tl.num_programs(0) + tl.program_id(0)
+    store_partial(partials_ptr, 2, entropy)
+    store_partial(partials_ptr, 3, tl.where(counted, kl, 0.0))
+    store_partial(partials_ptr, 4, approx_kl)
+    store_partial(partials_ptr, 5, (is_clipped & counted).to(tl.float32))
+    store_partial(partials_ptr, 6, (is_dual & counted).to(tl.float32))
+    store_partial(partials_ptr, 7, tl.where(counted, r, 0.0))
+    tl.store(largest_ptr, tl.max(tl.where(counted, r, 0.0), 0))
+    store_partial(partials_ptr, 9, counted.to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["N"])
 def terms_kernel(
     logprobs_ptr,
@@ -122,14 +136,7 @@ def terms_kernel(
     tl.store(d_logprobs_ptr + row, tl.where(counted, d_logprob, 0.0), exists)
 
     store_partial(partials_ptr, 0, tl.where(counted, weight * loss, 0.0))
-    store_partial(partials_ptr, 2, entropy)
-    store_partial(partials_ptr, 3, tl.where(counted, kl, 0.0))
-    store_partial(partials_ptr, 4, rise - log_r)
-    store_partial(partials_ptr, 5, (is_clipped & counted).to(tl.float32))
-    store_partial(partials_ptr, 6, (is_dual & counted).to(tl.float32))
-    store_partial(partials_ptr, 7, tl.where(counted, r, 0.0))
-    tl.store(partials_ptr + 8 * tl.num_programs(0) + tl.program_id(0), tl.max(tl.where(counted, r, 0.0), 0))
-    store_partial(partials_ptr, 9, counted.to(tl.float32))
+    store_metrics(partials_ptr, counted, entropy, kl, rise - log_r, is_clipped, is_dual, r)
 
 
 def policy_terms(

@@ -31,7 +31,7 @@ def totals_kernel(partials_ptr, loss_ptr, metrics_ptr, P, MAXIMUM: tl.constexpr,
         part = tl.load(partials_ptr + index * P + start + column, exists, other=0.0)
         sums += part
         tokens += tl.load(partials_ptr + tokens_row * P + start + column, exists, other=0.0)
-        largest = tl.maximum(largest, part, propagate_nan=tl.PropagateNan.ALL)
+        largest = tl.maximum(largest, part)
     total = tl.sum(sums, 0)
     if (index >= 2) & (index < tokens_row):
         total /= tl.maximum(tl.sum(tokens, 0), 1.0)
