@@ -19,7 +19,16 @@ def main(suites: list[str]) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     for suite in suites or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")):
         target = directory / f"{suite}.json"
-        command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_{suite}.py", f"--benchmark-json={target}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-W",
+            "default",
+            f"benchmarks/bench_{suite}.py",
+            f"--benchmark-json={target}",
+        ]
         code = subprocess.run(command, cwd=HERE.parent, check=False).returncode
         if code:
             return code
