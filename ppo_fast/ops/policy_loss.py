@@ -334,6 +334,11 @@ def policy_loss(
         _check_inplace(logits)
     shape = targets.shape
     flat_logits = as_logits(logits)
+    if inplace and flat_logits.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"{_OP}: expected logits that need no copy (unit stride over V) with inplace=True, "
+            f"got shape {list(logits.shape)} with strides {list(logits.stride())}"
+        )
     run = _entry(flat_logits, inplace, backend)
     results = run(
         flat_logits,

@@ -187,6 +187,11 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         "policy_loss: expected logits that are no leaf with inplace=True, got a leaf that requires grad",
     ),
     (
+        policy(logits=(torch.zeros(2, 4, 3, requires_grad=True) * 1).mT, inplace=True),
+        "policy_loss: expected logits that need no copy (unit stride over V) with inplace=True, "
+        "got shape [2, 3, 4] with strides [12, 1, 3]",
+    ),
+    (
         policy(logits=(torch.zeros(4, requires_grad=True) * 1).expand(2, 3, 4), inplace=True),
         "policy_loss: expected logits without overlapping memory with inplace=True, "
         "got shape [2, 3, 4] with strides [0, 0, 1]",
