@@ -182,5 +182,6 @@ def test_linear(benchmark: Any, case: Case, contender: str, request: pytest.Fixt
         contender=contender,
         moved=case.moved,
         error=case.error(contender),
-        allowed_error=1e-4 if dtype == "float32" else 5e-2,
+        # A bfloat16 logit of 8 is off by up to 0.03, and so is the log-ratio: some tokens change sides of the clip.
+        allowed_error=1e-4 if dtype == "float32" else 0.25,
     )

@@ -19,10 +19,10 @@ Run = Callable[[], Any]
 
 
 def rows(vocabulary: int) -> int:
-    """Rows of a shape: 8192 on a GPU; on a CPU as many as make 128 MiB of float32 logits, far beyond its caches."""
+    """Rows of a shape: 8192 on a GPU; on a CPU as many as make 64 MiB of float32 logits, beyond its caches."""
     if SMOKE:
         return 8
-    elements = 2**33 if DEVICE == "cuda" else 2**25
+    elements = 2**33 if DEVICE == "cuda" else 2**24
     return max(1, min(8192 if DEVICE == "cuda" and vocabulary > 1024 else 2**20, elements // vocabulary))
 
 
@@ -41,7 +41,7 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def paired_ratio(contender: Run, baseline: Run, rounds: int = 9) -> float:
+def paired_ratio(contender: Run, baseline: Run, rounds: int = 7) -> float:
     """Median of baseline / contender over interleaved rounds: the machine's drift falls on both alike."""
     contender(), baseline()
     return statistics.median(seconds(baseline) / seconds(contender) for _ in range(rounds))
@@ -114,4 +114,4 @@ def measure(
         run()
         synchronize()
 
-    benchmark.pedantic(timed, rounds=9, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(timed, rounds=7, iterations=1, warmup_rounds=1)
