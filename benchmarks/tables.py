@@ -1,7 +1,7 @@
-"""Write the tables of README.md from the committed benchmark results.
+"""Write the tables of README.md and docs/benchmarks.md from the committed benchmark results.
 
-    python benchmarks/tables.py            # rewrite README.md
-    python benchmarks/tables.py --check    # exit 1 if README.md is not what the results say
+    python benchmarks/tables.py            # rewrite them
+    python benchmarks/tables.py --check    # exit 1 if one is not what the results say
     python benchmarks/tables.py --print RESULT.json ...
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->`` and is made from every
@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -55,31 +56,30 @@ def table(path: Path) -> str:
     return "\n".join([*head, *(_row(bench, machine["copy_bandwidth"]) for bench in benches), "", note, ""])
 
 
-def render(readme: str) -> str:
-    """``readme`` with every table block made anew."""
+def render(document: str) -> str:
+    """``document`` with every table block made anew."""
 
     def block(match: re.Match[str]) -> str:
         found = sorted(RESULTS.glob(f"*/{match[2]}.json"))
         return match[1] + "\n" + "\n".join(table(path) for path in found) + "\n" + match[3]
 
-    return _BLOCK.sub(block, readme)
+    return _BLOCK.sub(block, document)
 
 
 def main() -> int:
-    """Rewrite or check README.md, or print the tables of some results."""
-    parser = argparse.ArgumentParser(description="Write the tables of README.md from the benchmark results.")
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not what the results say")
+    """Rewrite or check the documents, or print the tables of some results."""
+    parser = argparse.ArgumentParser(description="Write the tables of the documents from the benchmark results.")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a document is not what the results say")
     parser.add_argument("--print", nargs="+", type=Path, metavar="RESULT", help="print these results as tables")
     arguments = parser.parse_args()
     if arguments.print:
         print("\n".join(table(path) for path in arguments.print))
         return 0
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
+    made = {path: render(path.read_text()) for path in DOCUMENTS}
     if arguments.check:
-        return 0 if new == old else 1
-    readme.write_text(new)
+        return 0 if all(path.read_text() == text for path, text in made.items()) else 1
+    for path, text in made.items():
+        path.write_text(text)
     return 0
 
 
