@@ -28,6 +28,7 @@ class Mutant(NamedTuple):
 
 
 STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
+NATIVE = "tests/ops/test_native_rows.py"
 TRAPS, MASKED, METRICS = (f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics"))
 
 MUTANTS = [
@@ -81,9 +82,9 @@ MUTANTS = [
     Mutant(f"{TRITON}/policy_loss.py", "slope += penalty_coef * rise", "slope += 0.0", POLICY),
     Mutant(f"{TRITON}/gae.py", "tl.where(passes1, b2, 0.0)", "b2", GAE),
     # the C++ kernels
-    Mutant(f"{CPU}/row_sums.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", STATS),
-    Mutant(f"{CPU}/row_sums.h", "sums.cross += delta * sums.sum;", ";", STATS),
-    Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", STATS),
+    Mutant(f"{CPU}/row_sums.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
+    Mutant(f"{CPU}/row_sums.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
+    Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
 ]
 
 

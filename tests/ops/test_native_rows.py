@@ -71,6 +71,17 @@ def test_against_float64(isa: str, vocab: int, dtype: torch.dtype) -> None:
 
 
 @each_isa
+@each_dtype
+def test_a_peak_in_a_late_block_is_seen_in_every_lane(isa: str, dtype: torch.dtype) -> None:
+    rows, vocab = 32, 2100
+    peaks = 1500 + torch.arange(rows)
+    logits = torch.full((rows, vocab), -900.0).scatter(1, peaks[:, None], 900.0).to(dtype)
+    with using(isa):
+        stats = pf.token_stats(logits, peaks, ref_logits=logits, backend="native")
+    assert not any(x.any() for x in stats)
+
+
+@each_isa
 def test_a_bfloat16_gradient_is_the_float32_one_rounded_once(isa: str) -> None:
     rows, vocab = 400, 1000  # one float32 in 65,536 lies half way between two bfloat16
     logits, targets = logits_of(rows, vocab, torch.bfloat16), torch.randint(vocab, (rows,))
