@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from ppo_fast.rlhf.config import UserError
+    from ppo_fast.rlhf.errors import UserError
 
     try:
         COMMANDS[command](arguments)
@@ -86,7 +86,9 @@ def train(argv: list[str]) -> None:
 
 def parse_train(argv: Sequence[str]) -> Any:
     """The PPOConfig that the arguments of `ppo-fast train` mean."""
-    from ppo_fast.rlhf.config import PPOConfig, load_config, require
+    from ppo_fast.rlhf.config import PPOConfig
+    from ppo_fast.rlhf.configfile import load_config
+    from ppo_fast.rlhf.errors import require
 
     if {"-h", "--help"} & set(argv):
         require("tyro").cli(PPOConfig, args=["--help"], prog="ppo-fast train", description=TRAIN_HELP)
@@ -97,7 +99,7 @@ def parse_train(argv: Sequence[str]) -> Any:
 
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form."""
-    from ppo_fast.rlhf.config import UserError
+    from ppo_fast.rlhf.errors import UserError
 
     given: dict[str, list[str]] = {}
     for argument in argv:
@@ -112,7 +114,8 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_flag(flag: str, values: list[str]) -> tuple[str, Any]:
-    from ppo_fast.rlhf.config import UserError, field_defaults, nearest_name
+    from ppo_fast.rlhf.configfile import field_defaults, nearest_name
+    from ppo_fast.rlhf.errors import UserError
 
     fields = field_defaults() | {"config": None, "preset": None}
     name = SHORT.get(flag, flag)[2:].replace("-", "_")

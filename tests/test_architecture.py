@@ -9,7 +9,9 @@ import ppo_fast
 
 ROOT = Path(ppo_fast.__file__).parent
 STAGES = [
+    "errors",
     "config",
+    "configfile",
     "data",
     "models",
     "rollout",

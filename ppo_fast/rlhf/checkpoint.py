@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import require
+from .errors import require
 from .models import VALUE_CONFIG, VALUE_FILE, Models, no_progress_bars
 
 

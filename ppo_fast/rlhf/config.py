@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
-import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from ppo_fast.ops import PolicyLossConfig
 
-PRESETS = Path(__file__).parent / "presets"
-
-
-class UserError(ValueError):
-    """An input the user can correct: one sentence; the command line prints it without a traceback."""
+from .errors import UserError, check, check_choices, divides, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -31,7 +21,7 @@ class ModelConfig:
     device: str = "auto"  # "auto": cuda when there is one, else cpu
 
     def __post_init__(self) -> None:
-        _check_choices("model", self)
+        check_choices("model", self)
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class DataConfig:
     shuffle: bool = True  # a new order every epoch
 
     def __post_init__(self) -> None:
-        _positive("data.max_prompt_tokens", self.max_prompt_tokens)
+        positive("data.max_prompt_tokens", self.max_prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -59,13 +49,13 @@ class RolloutConfig:
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
 
     def __post_init__(self) -> None:
-        _divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
-        _positive("rollout.max_new_tokens", self.max_new_tokens)
-        _positive("rollout.temperature", self.temperature)
-        _check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
-        _check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
+        divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
+        positive("rollout.max_new_tokens", self.max_new_tokens)
+        positive("rollout.temperature", self.temperature)
+        check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
+        check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
         if self.micro_batch_size is not None:
-            _positive("rollout.micro_batch_size", self.micro_batch_size)
+            positive("rollout.micro_batch_size", self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -78,8 +68,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.clip is not None:
-            _positive("reward.clip", self.clip)
-        _not_negative("reward.missing_eos_penalty", self.missing_eos_penalty)
+            positive("reward.clip", self.clip)
+        not_negative("reward.missing_eos_penalty", self.missing_eos_penalty)
 
 
 @dataclass(frozen=True)
@@ -95,23 +85,23 @@ class KLConfig:
     horizon: int = 10_000  # sequences; larger is slower
 
     def __post_init__(self) -> None:
-        _check_choices("kl", self)
-        _not_negative("kl.coef", self.coef)
-        _check(
+        check_choices("kl", self)
+        not_negative("kl.coef", self.coef)
+        check(
             self.reward_estimator == "k1",
             "kl.reward_estimator",
             "'k1' (other estimators bias the objective when used as a reward)",
             self.reward_estimator,
         )
-        _check(
+        check(
             self.loss_estimator in ("k2", "k3", "full"),
             "kl.loss_estimator",
             "'k2', 'full' or 'k3' (the gradient of k1 is zero in expectation)",
             self.loss_estimator,
         )
-        _positive("kl.target", self.target)
-        _positive("kl.horizon", self.horizon)
-        _check(not self.adaptive or self.coef > 0, "kl.coef", "a number > 0 when kl.adaptive", self.coef)
+        positive("kl.target", self.target)
+        positive("kl.horizon", self.horizon)
+        check(not self.adaptive or self.coef > 0, "kl.coef", "a number > 0 when kl.adaptive", self.coef)
 
     @property
     def in_reward(self) -> bool:
@@ -131,8 +121,8 @@ class AdvantageConfig:
     whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
 
     def __post_init__(self) -> None:
-        _check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
-        _check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
+        check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
+        check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
 
 
 @dataclass(frozen=True)
@@ -151,12 +141,12 @@ class LossConfig:
     value_clip: float | None = 0.2  # new values stay within +-value_clip of the old ones; null: plain
 
     def __post_init__(self) -> None:
-        _not_negative("loss.vf_coef", self.vf_coef)
+        not_negative("loss.vf_coef", self.vf_coef)
         if self.value_clip is not None:
-            _positive("loss.value_clip", self.value_clip)
+            positive("loss.value_clip", self.value_clip)
         if self.penalty_target is not None:
-            _positive("loss.penalty_target", self.penalty_target)
-            _positive("loss.penalty_coef", self.penalty_coef)
+            positive("loss.penalty_target", self.penalty_target)
+            positive("loss.penalty_coef", self.penalty_coef)
         try:
             self.policy_loss()
         except ValueError as error:
@@ -190,16 +180,16 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "value_lr", "eps", "max_grad_norm", "epochs"):
-            _positive(f"optim.{name}", getattr(self, name))
+            positive(f"optim.{name}", getattr(self, name))
         for name in ("warmup_frac", "final_lr_frac"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
-        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
-        _not_negative("optim.weight_decay", self.weight_decay)
+            check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
+        check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
+        not_negative("optim.weight_decay", self.weight_decay)
         if self.target_kl is not None:
-            _positive("optim.target_kl", self.target_kl)
+            positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
-            _divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
+            divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
 
 
 @dataclass(frozen=True)
@@ -217,7 +207,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         for name in ("print_every", "samples_every", "samples", "save_every"):
-            _not_negative(f"log.{name}", getattr(self, name))
+            not_negative(f"log.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -238,153 +228,11 @@ class PPOConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _positive("updates", self.updates)
-        _divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
+        positive("updates", self.updates)
+        divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         if self.threads is not None:
-            _positive("threads", self.threads)
+            positive("threads", self.threads)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.rollout.batch_size // self.optim.minibatch_size
-
-
-def load_config(
-    path: str | Path | None = None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
-) -> PPOConfig:
-    """Take flags {"optim.lr": "1e-5"} over a YAML or TOML file over a preset over the defaults.
-
-    Raises UserError for a missing file, an unknown key (naming the nearest one) or a value of the wrong type.
-    """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-        if preset not in known:
-            raise UserError(f"preset: expected one of {', '.join(known)}, got {preset!r}")
-        values = _read(PRESETS / f"{preset}.yaml")
-    if path is not None:
-        values = _merge(values, _read(Path(path)))
-    for name, value in (flags or {}).items():
-        group, _, field_name = name.rpartition(".")
-        values = _merge(values, {group: {field_name: value}} if group else {field_name: value})
-    sources = [str(path or preset)] if path or preset else []
-    return config_from_dict(values, source=" and ".join(sources + ["flags"] * bool(flags)) or "config")
-
-
-def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> PPOConfig:
-    """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
-    known = field_defaults()
-    for name, _ in _leaves(values):
-        if name not in known and not any(k.startswith(name + ".") for k in known):
-            raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name)!r}")
-    pydantic = require("pydantic")
-    try:
-        return pydantic.TypeAdapter(PPOConfig).validate_python(values)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(error.errors()[0])}") from error
-
-
-def save_config(config: PPOConfig, path: Path) -> None:
-    """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
-    path.write_text(require("yaml").safe_dump(dataclasses.asdict(config), sort_keys=False))
-
-
-def require(module: str) -> Any:
-    """Import an optional dependency on use; UserError with the install command when it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"this command needs {error.name}, which is not installed: pip install 'ppo-fast[train]'"
-        ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"config: no such file {str(path)!r}")
-    if path.suffix == ".toml":
-        toml = _toml()
-        parse, failure = toml.loads, toml.TOMLDecodeError
-    else:
-        yaml = require("yaml")
-        parse, failure = yaml.safe_load, yaml.YAMLError
-    try:
-        values = parse(path.read_text(encoding="utf-8")) or {}
-    except (failure, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
-    return values
-
-
-def _first_problem(problem: Mapping[str, Any]) -> str:
-    """One entry of pydantic's error list in one line; our own messages already name the field."""
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}, got {problem['input']!r}"
-
-
-def _toml() -> Any:
-    try:
-        return importlib.import_module("tomllib")
-    except ModuleNotFoundError:
-        return require("tomli")
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def field_defaults() -> dict[str, Any]:
-    """Dotted names of the fields of PPOConfig with their defaults."""
-    return dict(_leaves(dataclasses.asdict(PPOConfig())))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of what nested mappings hold."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def nearest_name(name: str) -> str:
-    """The dotted field of PPOConfig most like `name`, as a whole or in its last part."""
-
-    def likeness(candidate: str) -> float:
-        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    return max(field_defaults(), key=likeness)
-
-
-def _check(ok: bool, name: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise UserError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _check_choices(group: str, config: Any) -> None:
-    """Refuse what no Literal of the fields lists; a config made in Python is checked by nobody else."""
-    for name, kind in get_type_hints(type(config)).items():
-        choices, value = get_args(kind), getattr(config, name)
-        if getattr(kind, "__origin__", None) is Literal:
-            _check(value in choices, f"{group}.{name}", f"one of {', '.join(map(repr, choices))}", value)
-
-
-def _positive(name: str, value: float) -> None:
-    _check(value > 0 and math.isfinite(value), name, "a number > 0", value)
-
-
-def _not_negative(name: str, value: float) -> None:
-    _check(value >= 0 and math.isfinite(value), name, "a number >= 0", value)
-
-
-def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
-    _positive(name, part)
-    _positive(whole_name, whole)
-    _check(whole % part == 0, name, f"a divisor of {whole_name} = {whole}", part)

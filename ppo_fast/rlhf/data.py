@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DataConfig, UserError, require
+from .config import DataConfig
+from .errors import UserError, require
 
 RESERVED = ("prompts", "completions", "completion_ids")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ppo_fast import ops
 
 from .advantages import Targets
-from .config import PPOConfig, UserError
+from .config import PPOConfig
+from .errors import UserError
 from .rewards import Rewards
 from .rollout import Rollout
 from .update import UpdateStats

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, UserError, require
+from .config import ModelConfig
+from .errors import UserError, require
 
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
 

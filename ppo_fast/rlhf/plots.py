@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import UserError, require
+from .errors import UserError, require
 
 History = Sequence[Mapping[str, float]]  # one mapping of metric names to numbers per update
 

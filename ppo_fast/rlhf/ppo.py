@@ -15,8 +15,10 @@ import torch
 
 from .advantages import compute_targets
 from .checkpoint import save_models
-from .config import PPOConfig, UserError, save_config
+from .config import PPOConfig
+from .configfile import save_config
 from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
+from .errors import UserError
 from .metrics import collect, require_finite
 from .models import Models, load_models
 from .rewards import KLCoefficient, RewardFunction, compute_rewards, load_reward_function

@@ -27,8 +27,10 @@ from rich.text import Text
 from ppo_fast import ops
 
 from . import plots, reviews, tiny
-from .config import DataConfig, ModelConfig, RolloutConfig, UserError, load_config, require
+from .config import DataConfig, ModelConfig, RolloutConfig
+from .configfile import load_config
 from .data import load_prompts, make_batch
+from .errors import UserError, require
 from .models import load_models
 from .ppo import train_ppo
 from .rollout import generate, score

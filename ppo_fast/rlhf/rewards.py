@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ppo_fast import ops
 
-from .config import KLConfig, RewardConfig, UserError
+from .config import KLConfig, RewardConfig
+from .errors import UserError
 from .rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[Any]]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ppo_fast import ops
 
-from .config import RolloutConfig, require
+from .config import RolloutConfig
 from .data import PromptBatch
+from .errors import require
 from .models import Models, response_logits, response_values
 
 

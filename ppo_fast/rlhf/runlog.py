@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .config import PPOConfig, UserError, require
+from .config import PPOConfig
+from .errors import UserError, require
 from .rewards import Rewards
 from .rollout import Rollout
 

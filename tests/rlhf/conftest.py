@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf import PPOConfig, tiny
-from ppo_fast.rlhf.config import config_from_dict
+from ppo_fast.rlhf.configfile import config_from_dict
 from ppo_fast.rlhf.data import load_prompts, make_batch
 from ppo_fast.rlhf.models import Models, load_models
 from ppo_fast.rlhf.rollout import Rollout, Sampler, generate, score

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ppo_fast import __version__, cli
-from ppo_fast.rlhf import config as config_module
 from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.configfile import load_config
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_train_runs_from_a_file_and_flags_win(files, capsys):
     assert printed.out.endswith("model: out/final\n")
     assert printed.err == ""  # no progress bar of another package
     AutoModelForCausalLM.from_pretrained("out/final")
-    resolved = config_module.load_config("out/config.yaml")
+    resolved = load_config("out/config.yaml")
     assert (resolved.updates, resolved.optim.lr, resolved.optim.minibatch_size) == (1, 1e-4, 4)
 
 

@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ppo_fast.rlhf.config import (
-    KLConfig,
-    LossConfig,
-    ModelConfig,
-    PPOConfig,
-    UserError,
-    config_from_dict,
-    load_config,
-    require,
-    save_config,
-)
+from ppo_fast.rlhf.config import KLConfig, LossConfig, ModelConfig, PPOConfig
+from ppo_fast.rlhf.configfile import config_from_dict, load_config, save_config
+from ppo_fast.rlhf.errors import UserError, require
 
 GROUPS = [field.default_factory for field in dataclasses.fields(PPOConfig) if field.default is dataclasses.MISSING]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppo_fast.rlhf.config import DataConfig, UserError
+from ppo_fast.rlhf.config import DataConfig
 from ppo_fast.rlhf.data import PromptSampler, load_prompts, make_batch
+from ppo_fast.rlhf.errors import UserError
 
 
 def write(path: Path, *lines) -> Path:

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from ppo_fast.rlhf.advantages import Targets
-from ppo_fast.rlhf.config import PPOConfig, UserError
+from ppo_fast.rlhf.config import PPOConfig
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.metrics import collect, explained_variance, require_finite
 from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.runlog import RunLog

@@ -6,7 +6,8 @@ import transformers
 
 from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.checkpoint import save_models
-from ppo_fast.rlhf.config import ModelConfig, UserError
+from ppo_fast.rlhf.config import ModelConfig
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import disable_dropout, load_models, model_inputs, response_logits, response_values
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]

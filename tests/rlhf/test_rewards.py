@@ -6,7 +6,8 @@ import numpy
 import pytest
 import torch
 
-from ppo_fast.rlhf.config import KLConfig, RewardConfig, UserError
+from ppo_fast.rlhf.config import KLConfig, RewardConfig
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.rewards import KLCoefficient, compute_rewards, load_reward_function
 from tests.rlhf.made import EOS, made_rollout
 

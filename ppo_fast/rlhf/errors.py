@@ -1,0 +1,48 @@
+"""Errors that the user can correct, and the checks of fields that raise them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, Literal, get_args, get_type_hints
+
+
+class UserError(ValueError):
+    """An input the user can correct: one sentence; the command line prints it without a traceback."""
+
+
+def require(module: str) -> Any:
+    """Import an optional dependency on use; UserError with the install command when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this command needs {error.name}, which is not installed: pip install 'ppo-fast[train]'"
+        ) from error
+
+
+def check(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise UserError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_choices(group: str, config: Any) -> None:
+    """Refuse what no Literal of the fields lists; a config made in Python is checked by nobody else."""
+    for name, kind in get_type_hints(type(config)).items():
+        choices, value = get_args(kind), getattr(config, name)
+        if getattr(kind, "__origin__", None) is Literal:
+            check(value in choices, f"{group}.{name}", f"one of {', '.join(map(repr, choices))}", value)
+
+
+def positive(name: str, value: float) -> None:
+    check(value > 0 and math.isfinite(value), name, "a number > 0", value)
+
+
+def not_negative(name: str, value: float) -> None:
+    check(value >= 0 and math.isfinite(value), name, "a number >= 0", value)
+
+
+def divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    positive(name, part)
+    positive(whole_name, whole)
+    check(whole % part == 0, name, f"a divisor of {whole_name} = {whole}", part)
