@@ -37,8 +37,7 @@ def _result_dtype(rewards: Tensor, values: Tensor) -> torch.dtype:
     return _checks.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
 
 
-@torch.library.custom_op("ppo_fast::gae", mutates_args=())
-def _gae(
+def _launch(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor | None,
@@ -53,8 +52,7 @@ def _gae(
     return run(rewards, values, mask, bootstrap, dones, gamma, lam, mask_mode)
 
 
-@torch.library.custom_op("ppo_fast::gae_packed", mutates_args=())
-def _gae_packed(
+def _launch_packed(
     rewards: Tensor,
     values: Tensor,
     cu_seqlens: Tensor,
@@ -69,6 +67,10 @@ def _gae_packed(
     _checks.cu_seqlens_values("gae_packed", cu_seqlens, rewards.shape[0])
     run = _registry.implementation("gae_packed", backend)
     return run(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode)
+
+
+_gae = torch.library.custom_op("ppo_fast::gae", _launch, mutates_args=())
+_gae_packed = torch.library.custom_op("ppo_fast::gae_packed", _launch_packed, mutates_args=())
 
 
 @_gae.register_fake
@@ -126,6 +128,12 @@ def _check(
     _checks.one_of(op, "mask_mode", mask_mode, MASK_MODES)
 
 
+def _as_matrix(x: Tensor) -> Tensor:
+    """[..., T] as [B, T], without gradient. A call on the tensor takes longer than a short scan: none without need."""
+    x = x.detach() if x.requires_grad else x
+    return x if x.dim() == 2 else x.reshape(grid(x.shape))
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -179,9 +187,10 @@ def gae(
         raise ValueError("gae: expected rewards of shape [..., T], got []")
     _check("gae", rewards, values, mask, bootstrap, shape[:-1], dones, gamma, lam, mask_mode)
     backend = _registry.resolve("gae", backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
-    advantages, returns = _gae(
-        rewards.detach().reshape(grid(shape)),
-        values.detach().reshape(grid(shape)),
+    run = _launch if _registry.runs_directly(rewards) else _gae
+    advantages, returns = run(
+        _as_matrix(rewards),
+        _as_matrix(values),
         as_rows(mask, shape),
         None if bootstrap is None else bootstrap.detach().reshape(grid(shape)[0]),
         as_rows(dones, shape),
@@ -190,7 +199,7 @@ def gae(
         mask_mode,
         backend,
     )
-    return advantages.view(shape), returns.view(shape)
+    return (advantages, returns) if len(shape) == 2 else (advantages.view(shape), returns.view(shape))
 
 
 def gae_packed(
@@ -242,7 +251,8 @@ def gae_packed(
     sequences = torch.Size([cu_seqlens.shape[0] - 1])
     _check(op, rewards, values, mask, bootstrap, sequences, dones, gamma, lam, mask_mode)
     backend = _registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
-    return _gae_packed(
+    run = _launch_packed if _registry.runs_directly(rewards) else _gae_packed
+    return run(
         rewards.detach(),
         values.detach(),
         cu_seqlens.contiguous(),

@@ -226,8 +226,7 @@ def _entry(logits: Tensor, inplace: bool, backend: str) -> Callable[..., tuple[T
     if inplace:
         return _InPlace.apply
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    eager = not torch.compiler.is_compiling() and type(logits) is Tensor
-    if wants_gradient and eager and _registry.fuses_backward(_OP, backend):
+    if wants_gradient and _registry.fuses_backward(_OP, backend) and _registry.runs_directly(logits):
         return _Fused.apply
     return _policy_loss
 

@@ -23,8 +23,7 @@ _registry.register("token_stats", "native", _native_stats.implementation(_native
 _registry.register("token_stats_backward", "native", _native_stats.implementation(_native_stats.token_stats_backward))
 
 
-@torch.library.custom_op("ppo_fast::token_stats", mutates_args=())
-def _token_stats(
+def _launch(
     logits: Tensor,
     targets: Tensor | None,
     ref_logits: Tensor | None,
@@ -37,6 +36,9 @@ def _token_stats(
         _checks.target_values("token_stats", targets, mask, logits.shape[-1])
     run = _registry.implementation("token_stats", backend)
     return run(logits, targets, ref_logits, mask, temperature, want_entropy)
+
+
+_token_stats = torch.library.custom_op("ppo_fast::token_stats", _launch, mutates_args=())
 
 
 @_token_stats.register_fake
@@ -151,7 +153,9 @@ def _run(
     backend = _registry.resolve(op, backend, logits.device, logits.dtype)
     ref = None if ref_logits is None else as_logits(ref_logits.detach())
     rows = None if targets is None else as_rows(targets, shape)
-    logprobs, ent, kl, _, _ = _token_stats(
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    run = _launch if not differentiable and _registry.runs_directly(logits) else _token_stats
+    logprobs, ent, kl, _, _ = run(
         as_logits(logits), rows, ref, as_bools(mask, shape), float(temperature), want_entropy, backend
     )
     return logprobs, ent, kl if ref is None else kl.view(shape)
