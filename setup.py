@@ -69,7 +69,7 @@ CXX_UNITS = [
     Unit("csrc/row_bindings.cpp"),
     Unit("csrc/cpu/parallel.cpp"),
     Unit("csrc/cpu/gae.cpp", (EXACT,)),
-    *(Unit(f"csrc/cpu/{name}.cpp") for name in ("huge_pages", "kernels", "token_stats", "policy_loss", "value_loss")),
+    *(Unit(f"csrc/cpu/{name}.cpp") for name in ("dispatch", "huge_pages", "token_stats", "policy_loss", "value_loss")),
 ]
 BINDINGS = {False: Unit("csrc/bindings.cpp"), True: Unit("csrc/bindings.cpp", ("-DPPO_FAST_CUDA",), "cuda")}
 CUDA_SOURCES = ["csrc/cuda/gae.cu"]

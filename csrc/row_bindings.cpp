@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/dispatch.h"
 #include "cpu/huge_pages.h"
-#include "cpu/kernels.h"
 #include "cpu/policy_loss.h"
 #include "cpu/token_stats.h"
 #include "cpu/value_loss.h"

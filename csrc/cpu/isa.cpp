@@ -32,13 +32,13 @@ TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec log
 }
 
 void store_statistics(const TokenStatsArguments& args, const Group& group, const TokenStatistics& token,
-                      const LogSumExps& norm) {
+                      const LogSumExps& sums) {
   group.store(args.logprobs, token.logprob);
   group.store(args.entropy, token.entropy);
   group.store(args.kl, token.kl);
   for (int i = 0; i < group.size; ++i) {
-    args.lse[group.row[i]] = norm.lse[i];
-    if (args.ref_lse != nullptr) args.ref_lse[group.row[i]] = norm.ref_lse[i];
+    args.lse[group.row[i]] = sums.lse[i];
+    if (args.ref_lse != nullptr) args.ref_lse[group.row[i]] = sums.ref_lse[i];
   }
 }
 

@@ -1,8 +1,6 @@
-// The row kernels of one instruction set, and the choice among those that this machine has.
+// The row kernels, once for each instruction set. Included by their translation units, and so without the standard
+// library: an inline function of it, compiled for AVX-512, could be the one that the linker keeps for all.
 #pragma once
-
-#include <string>
-#include <vector>
 
 #include "rows.h"
 
@@ -27,14 +25,5 @@ extern const Kernels kernels;
 namespace baseline {
 extern const Kernels kernels;
 }
-
-// The instruction sets that this machine has and the module was built for: of "avx512", "avx2", "baseline".
-std::vector<std::string> isas();
-
-// The one in use: at first PPO_FAST_ISA of the environment, else the first of isas(). Throws
-// std::invalid_argument where it is none of them, as does set_isa.
-std::string isa();
-void set_isa(const std::string& name);
-const Kernels& kernels();
 
 }  // namespace ppo_fast::cpu

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "chunks.h"
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace ppo_fast::cpu {
 namespace {

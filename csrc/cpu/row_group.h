@@ -69,7 +69,7 @@ struct Group {
   int64_t row[kWidth] = {};
   int64_t step[kWidth] = {};  // rows from here to the one that the next group has in this lane, to be prefetched
 
-  // One number per row; 0 in lanes without a row, and from an array that is not there.
+  // One number per row, 0 in lanes without one; `absent` from an array that is not there.
   Vec load(const float* per_row, float absent = 0.0f) const {
     if (per_row == nullptr) return set(absent);
     if (adjacent) return PPO_FAST_ISA::load(per_row + row[0]);

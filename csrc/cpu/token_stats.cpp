@@ -1,7 +1,7 @@
 #include "token_stats.h"
 
 #include "chunks.h"
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace ppo_fast::cpu {
 
