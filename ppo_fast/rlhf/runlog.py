@@ -63,6 +63,8 @@ class RunLog:
             self._progress = resources.enter_context(Progress(*columns, console=self.console))
             self._resources = resources.pop_all()
         done = self.resume["update"] if self.resume else 0
+        if self.resume:
+            self.console.print(f"resumed after update {done}", highlight=False)
         self._task = self._progress.add_task("updates", total=self.config.updates, completed=done)
         return self
 

@@ -114,6 +114,17 @@ def test_a_longer_run_is_a_resumed_shorter_one(run, tmp_path):
     assert left_by(again.directory) == left_by(whole.directory)
 
 
+def test_tensorboard_shows_each_update_once(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = {"tensorboard": True}
+    with pytest.raises(Stop):
+        run(stops_in(4), updates=5, log=log)  # update 3 is written, update 2 saved
+    run(updates=5, resume=True, log=log)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4, 5]
+
+
 def test_a_checkpoint_is_a_model_directory_and_holds_no_pickle(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -147,6 +158,16 @@ def test_the_state_of_a_reward_function_is_saved(run, tmp_path):
         run(updates=4, reward=plain, resume=True)
 
 
+def test_the_count_of_skipped_batches_goes_on(run):
+    def fails_once(completions, **_):
+        return [float("nan") if not calls.append(1) and len(calls) == 1 else 0.5] * len(completions)
+
+    calls = []
+    run(fails_once, updates=2, on_nan="skip")
+    resumed = run(fails_once, updates=3, on_nan="skip", resume=True)
+    assert [metrics["nan/skipped_batches"] for metrics in resumed.history] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -165,7 +186,7 @@ def test_another_run_is_not_resumed(run, values, message):
 def test_the_policy_given_to_a_resumed_run_is_the_one_at_the_start(run):
     policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
     run(updates=2, policy=policy)
-    with pytest.raises(UserError, match=r"^resume: expected the reference weights that the run was begun with, got"):
+    with pytest.raises(UserError, match=r"^resume: expected the model weights that the run was begun with, got"):
         run(updates=4, policy=policy, resume=True)
 
 
