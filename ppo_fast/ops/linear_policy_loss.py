@@ -147,9 +147,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.wanted = _unpacked(inputs)[1]
     ctx.save_for_backward(results.d_hidden, results.d_weight, results.d_bias, results.scale)
     ctx.mark_non_differentiable(*output[1:])
+    # Else the backward pass would be given zeros in the shape of every output, the weight's gradient included.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.inputs
     *gradients, scale = ctx.saved_tensors
     found = (
         _scaled_gradient(x, scale, grad_loss, ctx.like) if wanted else None
