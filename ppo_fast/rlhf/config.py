@@ -19,6 +19,7 @@ class ModelConfig:
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
+    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
 
     def __post_init__(self) -> None:
         check_choices("model", self)
