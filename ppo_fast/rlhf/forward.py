@@ -41,7 +41,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     """Arguments of a forward pass over left-padded ids [B, L]; positions only where the model takes them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-    if "position_ids" in _parameters(type(model)):
+    if "position_ids" in _parameters(model.__class__):
         inputs["position_ids"] = position_ids(attention_mask)
     return inputs
 
@@ -65,7 +65,7 @@ def backbone_of(model: Any) -> Any:
 def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
     """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
     inputs: dict[str, Any] = model_inputs(unwrapped(model), input_ids, attention_mask)
-    if "logits_to_keep" in _parameters(type(unwrapped(model))):
+    if "logits_to_keep" in _parameters(unwrapped(model).__class__):
         inputs["logits_to_keep"] = length + 1
     return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
 
