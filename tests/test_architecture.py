@@ -11,6 +11,7 @@ ROOT = Path(ppo_fast.__file__).parent
 STAGES = [
     "errors",
     "config",
+    "runtime",
     "configfile",
     "data",
     "models",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import require
 from .models import VALUE_CONFIG, VALUE_FILE, Models, no_progress_bars
@@ -20,6 +22,16 @@ def save_models(models: Models, directory: Path) -> Path:
         state = {name: value.contiguous() for name, value in models.value.state_dict().items()}
         require("safetensors.torch").save_file(state, scratch / VALUE_FILE)
         models.value.backbone.config.to_json_file(scratch / VALUE_CONFIG)
+    return directory
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a model and its tokenizer as `from_pretrained` reads them, and beside them `extra`: file name -> JSON."""
+    with atomic_directory(directory) as scratch, no_progress_bars():
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for name, content in (extra or {}).items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return directory
 
 

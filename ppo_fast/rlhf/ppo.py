@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from .models import Models, load_models
 from .rewards import KLCoefficient, RewardFunction, compute_rewards, load_reward_function
 from .rollout import generate, score, warn_about_filters
 from .runlog import CHECKPOINTS, FINAL, RunLog
+from .runtime import Stopwatch, find_device, named, threads, warn_about_precision
 from .update import Learner
 
 
@@ -109,67 +107,22 @@ def train_ppo(
     """
     log = RunLog(config)
     warn_about_filters(config.rollout)
-    generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
-    with _threads(config.threads):
+    generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
+    with threads(config.threads):
         reward_fn = reward_fn or load_reward_function(config.reward.function)
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         _check_vocabulary(models, data)
         _check_context(config, models, data)
-        _warn_about_precision(models, config)
+        warn_about_precision(models.policy, config.optim)
         run = Run(config, models, data, reward_fn, generator)
         with log:
             save_config(config, log.directory / "config.yaml")
             for update in range(1, config.updates + 1):
-                with _named(f"update {update}"):
+                with named(f"update {update}"):
                     run.step(update, log)
             final = save_models(models, log.directory / FINAL)
     return PPOResult(log.directory, final, log.history, models)
-
-
-class Stopwatch:
-    """Wall seconds by stage name; waits for the device at the end of a stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] = time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Put `where` in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name not in usable:
-        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
-    return torch.device(name)
 
 
 def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
@@ -184,15 +137,6 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
-
-
-def _warn_about_precision(models: Models, config: PPOConfig) -> None:
-    if models.policy.dtype == torch.bfloat16:
-        warnings.warn(
-            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.optim.lr:g}; "
-            "set model.dtype to float32 unless the reward rises",
-            stacklevel=3,
-        )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppo_fast import ops
 
 from .advantages import Targets
-from .config import LossConfig, OptimConfig, PPOConfig
+from .config import AdamWConfig, LossConfig, PPOConfig
 from .models import Models, response_logits, response_values
 from .rollout import Rollout
 
@@ -73,7 +73,7 @@ class UpdateStats:
 class Network:
     """A trained module with its own AdamW and its own gradient-norm clip."""
 
-    def __init__(self, module: nn.Module, lr: float, config: OptimConfig) -> None:
+    def __init__(self, module: nn.Module, lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -122,6 +122,7 @@ class Learner:
         self.policy = Network(models.policy, config.optim.lr, config.optim)
         self.value = Network(models.value, config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
+        self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 
     def update(
         self,
@@ -145,7 +146,7 @@ class Learner:
             if note is not None:
                 self._discard_gradients()
                 break
-            lr_factor = schedule(first + len(norms), self.config)
+            lr_factor = schedule(first + len(norms), self.steps, self.config.optim)
             norms.append(torch.stack([self.policy.step(lr_factor), self.value.step(lr_factor)]))
         last_epoch = next(epoch for epoch in reversed(epochs) if epoch)
         self.penalty.update(combine(last_epoch)["approx_kl"])
@@ -228,13 +229,12 @@ class Learner:
         return f"stopped in epoch {epoch + 1} of {self.config.optim.epochs}: {reason}"
 
 
-def schedule(step: int, config: PPOConfig) -> float:
-    """Learning-rate factor of optimizer step `step` (from 0): linear warm-up, then linear to `final_lr_frac`."""
-    total = config.updates * config.optim.epochs * config.steps_per_epoch
-    warmup = math.ceil(config.optim.warmup_frac * total)
+def schedule(step: int, total: int, config: AdamWConfig) -> float:
+    """Learning-rate factor of step `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
+    warmup = math.ceil(config.warmup_frac * total)
     if step < warmup:
         return (step + 1) / warmup
-    return 1 - (1 - config.optim.final_lr_frac) * (step - warmup) / max(1, total - warmup)
+    return 1 - (1 - config.final_lr_frac) * (step - warmup) / max(1, total - warmup)
 
 
 def combine(parts: list[Metrics], losses: Any = torch.mean) -> Metrics:
