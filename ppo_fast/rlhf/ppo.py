@@ -128,7 +128,7 @@ def train_ppo(
 def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
     source = config.data.prompts if prompts is None else prompts
     if source is None:
-        raise UserError("data.prompts: expected a JSONL file, got null")
+        raise UserError("data.prompts: expected a file of prompts, got null")
     return source
 
 

@@ -41,7 +41,7 @@ def test_train_runs_from_a_file_and_flags_win(files, capsys):
 
 
 def test_flags_over_file_over_preset_over_defaults(files):
-    config = cli.parse_train(["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
+    config = cli.parse("train", ["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
     assert config.optim.epochs == 7
     assert config.optim.lr == 1e-3
     assert config.optim.value_lr == 1e-3
@@ -50,7 +50,7 @@ def test_flags_over_file_over_preset_over_defaults(files):
 
 
 def test_short_flags():
-    config = cli.parse_train(["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
+    config = cli.parse("train", ["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
     assert (config.model.path, config.data.prompts, config.reward.function, config.log.dir) == (
         "m",
         "p.jsonl",
@@ -62,7 +62,7 @@ def test_short_flags():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trane"], "no command 'trane'; the commands are train, quickstart, doctor"),
+        (["trane"], "no command 'trane'; the commands are sft, reward, train, dpo, quickstart, doctor"),
         (["train", "--config", "none.yaml"], "config: no such file 'none.yaml'"),
         (
             ["train", "--config", "run.yaml", "--log.dir", "o", "--reward", "r.py:g"],
@@ -106,7 +106,8 @@ def test_mistakes_are_one_line_and_status_2(files, capsys, arguments, message):
 
 def test_flags_say_every_kind_of_value():
     flags = "--log.no-console --log.overwrite --log.tensorboard False --threads None --optim.betas 0.5 0.75"
-    config = cli.parse_train([*flags.split(), "--loss.clip-high=null", "--updates", "7", "--optim.weight_decay=1e-2"])
+    more = ["--loss.clip-high=null", "--updates", "7", "--optim.weight_decay=1e-2"]
+    config = cli.parse("train", [*flags.split(), *more])
     assert (config.log.console, config.log.overwrite, config.log.tensorboard) == (False, True, False)
     assert (config.threads, config.optim.betas, config.loss.clip_high) == (None, (0.5, 0.75), None)
     assert (config.updates, config.optim.weight_decay) == (7, 0.01)
