@@ -366,11 +366,7 @@ def test_dpo_compares_with_the_frozen_reference():
     ("stage", "values", "message"),
     [
         ("sft", {"log": {"dir": "taken"}}, r"log\.dir: 'taken' already holds 'final'; choose another"),
-        (
-            "sft",
-            {"model": make_model(max_positions=4)},
-            r"data\.max_tokens: expected at most 4, the model's context, fo",
-        ),
+        ("sft", {"policy": make_model(max_positions=4)}, r"data\.max_tokens: expected at most 4, the model's context"),
         ("dpo", {"policy": tiny.make_model(20, hidden=32, heads=2)}, r"tokenizer: expected ids below 20, .* got 63"),
         ("sft", {"data": {"held_out_frac": 0.99}}, r"data\.held_out_frac: expected a share that leaves examples to"),
         ("reward", {"init": "taken"}, r"AutoConfig: cannot load directory 'taken': "),
