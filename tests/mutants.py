@@ -29,7 +29,9 @@ class Mutant(NamedTuple):
 
 STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
 NATIVE = "tests/ops/test_native_rows.py"
-TRAPS, MASKED, METRICS = (f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics"))
+TRAPS, MASKED, METRICS, PREFERENCE = (
+    f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
+)
 
 MUTANTS = [
     # token_logprobs, token_stats, entropy: the definition and the op around it
@@ -67,6 +69,13 @@ MUTANTS = [
         VALUE,
     ),
     Mutant("ppo_fast/ops/value_loss.py", "(d_values * grad_loss)", "d_values", VALUE),
+    # preference_loss, dpo_loss
+    Mutant("ppo_fast/ops/preference.py", "gap - margin.detach()", "gap + margin.detach()", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "margin.detach()", "margin", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "beta * (chosen - old_chosen.detach())", "beta * chosen", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "(rejected - old_rejected.detach())", "(rejected - old_rejected)", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "(gap > 0)", "(gap >= 0)", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "max(x.numel(), 1)", "x.numel()", PREFERENCE),
     # gae
     Mutant(f"{REFERENCE}/gae.py", "(gamma * lam) * torch.where(done[:, t], 0.0, adv)", "(gamma * lam) * adv", GAE),
     Mutant(f"{REFERENCE}/gae.py", "torch.where(step, values[:, t], next_value)", "values[:, t]", GAE),

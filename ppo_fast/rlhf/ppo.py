@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from .resume import failed_writes_told, inputs, load_start
 from .rewards import KLCoefficient, RewardFunction, compute_rewards, load_reward_function
 from .rollout import Generation, generate, score, warn_about_filters
 from .runlog import CHECKPOINTS, FAILED, FINAL, RunLog
+from .runtime import Stopwatch, find_device, named, threads, warn_about_precision
 from .signals import Interrupted, StopSignals
 from .update import Learner
 
@@ -66,7 +65,7 @@ class Run:
         """The updates still to do, each a safe point to save and to stop at."""
         updates, save_every = self.config.updates, self.config.log.save_every
         while self.done < updates:
-            with _named(f"update {self.done + 1}"):
+            with named(f"update {self.done + 1}"):
                 self.step(self.done + 1, log)
             self.done += 1
             if save_every and (self.done % save_every == 0 or self.done == updates):
@@ -144,7 +143,7 @@ class Run:
             part.load_state_dict(state["parts"][name])
         load_weights(self.models, start.directory)
         restore_rng(state["rng"], self.generator)
-        self.done, self.skipped = state["log"]["update"], state["skipped"]
+        self.done, self.skipped = state["log"]["done"], state["skipped"]
 
     def _parts(self) -> dict[str, Any]:
         """What changes during a run, the weights of policy and value model aside."""
@@ -192,14 +191,14 @@ def train_ppo(
     start = load_start(config) if resume else None
     log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
-    generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
-    with _threads(config.threads):
+    generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
+    with threads(config.threads):
         reward_fn = reward_fn or load_reward_function(config.reward.function)
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         _check_vocabulary(models, data)
         _check_context(config, models, data)
-        _warn_about_precision(models, config)
+        warn_about_precision(models.policy, config.optim)
         run = Run(config, models, data, reward_fn, generator)
         if start is not None:
             run.restore(start)
@@ -210,55 +209,10 @@ def train_ppo(
     return PPOResult(log.directory, final, log.history, models)
 
 
-class Stopwatch:
-    """Wall seconds by stage name; waits for the device at the end of a stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] = time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Put `where` in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name not in usable:
-        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
-    return torch.device(name)
-
-
 def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
     source = config.data.prompts if prompts is None else prompts
     if source is None:
-        raise UserError("data.prompts: expected a JSONL file, got null")
+        raise UserError("data.prompts: expected a file of prompts, got null")
     return source
 
 
@@ -267,15 +221,6 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
-
-
-def _warn_about_precision(models: Models, config: PPOConfig) -> None:
-    if models.policy.dtype == torch.bfloat16:
-        warnings.warn(
-            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.optim.lr:g}; "
-            "set model.dtype to float32 unless the reward rises",
-            stacklevel=3,
-        )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:
