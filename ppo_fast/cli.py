@@ -12,6 +12,8 @@ usage: ppo-fast COMMAND [options]
 
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
   quickstart  watch a tiny model learn, on a CPU, without a download
+  plot        draw the curves of runs over each other  ppo-fast plot runs/a runs/b --out curves.svg
+  report      one page of a run: curves, samples, warnings, a blind comparison to rate
   doctor      versions, devices, and which backend of each op is usable
 
   ppo-fast COMMAND --help lists the options of a command.
@@ -140,6 +142,20 @@ def quickstart(argv: list[str]) -> None:
     run(argv)
 
 
+def plot(argv: list[str]) -> None:
+    """`ppo-fast plot`."""
+    from ppo_fast.rlhf.plots import main as run
+
+    run(argv)
+
+
+def report(argv: list[str]) -> None:
+    """`ppo-fast report`."""
+    from ppo_fast.rlhf.report import main as run
+
+    run(argv)
+
+
 def doctor(argv: list[str]) -> None:
     """`ppo-fast doctor`."""
     from ppo_fast.doctor import main as run
@@ -147,7 +163,7 @@ def doctor(argv: list[str]) -> None:
     run(argv)
 
 
-COMMANDS = {"train": train, "quickstart": quickstart, "doctor": doctor}
+COMMANDS = {"train": train, "quickstart": quickstart, "plot": plot, "report": report, "doctor": doctor}
 
 
 def _fail(message: str) -> int:
