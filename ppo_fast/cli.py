@@ -17,6 +17,8 @@ usage: ppo-fast COMMAND [options]
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
   dpo         the same without a reward model   ppo-fast dpo --model runs/sft/final --data pairs.jsonl
   quickstart  watch a tiny model learn, on a CPU, without a download
+  plot        draw runs over each other         ppo-fast plot runs/a runs/b --out curves.svg
+  report      one page of a run: curves, samples, warnings, a blind comparison to rate
   doctor      versions, devices, and which backend of each op is usable
 
   ppo-fast COMMAND --help lists the options of a command.
@@ -195,6 +197,20 @@ def quickstart(argv: list[str]) -> None:
     run(argv)
 
 
+def plot(argv: list[str]) -> None:
+    """`ppo-fast plot`."""
+    from ppo_fast.rlhf.plots import main as run
+
+    run(argv)
+
+
+def report(argv: list[str]) -> None:
+    """`ppo-fast report`."""
+    from ppo_fast.rlhf.report import main as run
+
+    run(argv)
+
+
 def doctor(argv: list[str]) -> None:
     """`ppo-fast doctor`."""
     from ppo_fast.doctor import main as run
@@ -205,6 +221,8 @@ def doctor(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: functools.partial(train, name) for name in STAGES},
     "quickstart": quickstart,
+    "plot": plot,
+    "report": report,
     "doctor": doctor,
 }
 

@@ -34,7 +34,14 @@ STAGES = [
     "reward_model",
     "dpo",
 ]
-TOOLS = ["tiny", "reviews", "plots", "quickstart", "__init__"]  # what stands around the stages; no stage imports them
+TOOLS = [
+    "tiny",
+    "reviews",
+    "plots",
+    "report",
+    "quickstart",
+    "__init__",
+]  # what stands around the stages; no stage imports them
 
 
 def imports(path: Path) -> set[str]:
