@@ -107,8 +107,9 @@ def parse_train(argv: Sequence[str]) -> Any:
     if RESUME not in argv:
         return load_config(path, preset=preset, flags=flags)
     given = read_values(path, preset=preset, flags=flags)
-    directory = merge({"log": {"dir": field_defaults()["log.dir"]}}, given)["log"]["dir"]
-    saved = load_latest(Path(directory) / CHECKPOINTS, tensors=False).state["config"]
+    log = given.get("log")
+    directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults()["log.dir"]
+    saved = load_latest(Path(str(directory)) / CHECKPOINTS, tensors=False).state["config"]
     return config_from_dict(merge(saved, given), source="resume")
 
 

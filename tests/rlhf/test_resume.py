@@ -342,6 +342,7 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
     ("arguments", "message"),
     [
         (["--out", "none"], "resume: expected a complete checkpoint in 'none/checkpoints', got none"),
+        (["--config", "null.yaml"], "resume: expected a complete checkpoint in 'runs/ppo/checkpoints', got none"),
         (["--config", "run.yaml", "--optim.lr", "1"], "resume: optim.lr: expected 0.001 as in {}, got 1.0"),
         (["--out", "run", "--seed", "7"], "resume: seed: expected 0 as in {}, got 7"),
         (
@@ -352,6 +353,7 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
 )
 def test_what_resume_refuses_is_one_line_and_status_2(files, capsys, arguments, message):
     assert cli.main(["train", "--config", "run.yaml", "--updates", "1"]) == 0
+    Path("null.yaml").write_text("log:\n")
     capsys.readouterr()
     assert cli.main(["train", "--resume", *arguments]) == 2
     assert capsys.readouterr().err == f"ppo-fast: {message.format(repr('run/checkpoints/update-000001'))}\n"
