@@ -147,9 +147,11 @@ def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
     """The config that the newest checkpoint was saved with, under what the file and the flags say."""
     from ppo_fast.rlhf.checkpoint import load_latest
     from ppo_fast.rlhf.configfile import config_from_dict, field_defaults, merge
+    from ppo_fast.rlhf.runlog import CHECKPOINTS
 
-    directory = given.get("log", {}).get("dir", field_defaults(kind)["log.dir"])
-    saved = load_latest(Path(directory) / "checkpoints", tensors=False).state["config"]
+    log = given.get("log")
+    directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
+    saved = load_latest(Path(str(directory)) / CHECKPOINTS, tensors=False).state["config"]
     return config_from_dict(merge(saved, given), source="resume", kind=kind)
 
 

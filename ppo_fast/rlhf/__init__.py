@@ -7,10 +7,12 @@ from .errors import UserError
 from .ppo import PPOResult, train_ppo
 from .reward_model import train_reward_model
 from .sft import train_sft
+from .signals import Interrupted
 from .supervised import SupervisedResult
 from .supervised_config import DPOConfig, RewardModelConfig, SFTConfig
 
 __all__ = [
+    "Interrupted",
     "PPOConfig",
     "PPOResult",
     "train_ppo",

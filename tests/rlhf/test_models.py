@@ -205,3 +205,21 @@ def test_code_of_a_model_runs_only_when_trusted(make_config, remote_code):
     trusted = make_config(model={"path": str(directory), "trust_remote_code": True}).model
     assert type(load_models(trusted, torch.Generator()).policy).__name__ == "Model"
     assert ran.exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_tokenizer_and_model_are_told_the_same_trust(make_config, tokenizer, tmp_path, monkeypatch, trust):
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    seen = []
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        real = loader.from_pretrained
+
+        def spy(path, real=real, **options):
+            seen.append(options["trust_remote_code"])
+            return real(path, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    config = make_config(model={"path": str(tmp_path / "model")} | ({"trust_remote_code": True} if trust else {}))
+    load_models(config.model, torch.Generator())
+    assert seen == [trust, trust]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.rlhf import UserError, tiny, train_ppo
+from ppo_fast.rlhf import UserError, ppo, tiny, train_ppo
 from ppo_fast.rlhf.update import Learner, Network
 from tests.rlhf.conftest import PROMPTS
 
@@ -161,20 +161,28 @@ def test_a_bad_reward_is_told_with_its_batch_or_skipped(run, tmp_path, bad):
     assert not (tmp_path / "run" / "failed").exists()
 
 
-def test_a_broken_reference_is_named_by_its_log_probabilities(run, monkeypatch, tmp_path):
-    from ppo_fast.rlhf import ppo
+@pytest.mark.parametrize(
+    ("stage", "tensor", "name"),
+    [
+        ("score", "logprobs", "logprobs"),
+        ("score", "ref_logprobs", "ref_logprobs"),
+        ("score", "values", "values"),
+        ("compute_rewards", "rewards", "rewards"),
+    ],
+)
+def test_what_the_update_is_made_of_is_checked_and_named(run, monkeypatch, tmp_path, stage, tensor, name):
+    real = getattr(ppo, stage)
 
-    score = ppo.score
+    def broken(*arguments):
+        output = real(*arguments)
+        getattr(output, tensor)[1, 0] = float("-inf")
+        return output
 
-    def broken(models, generation, config):
-        rollout = score(models, generation, config)
-        rollout.ref_logprobs[1, 0] = float("-inf")
-        return rollout
-
-    monkeypatch.setattr(ppo, "score", broken)
-    with pytest.raises(UserError, match=r"^update 1: ref_logprobs is not finite: -inf; the batch and the weights"):
+    monkeypatch.setattr(ppo, stage, broken)
+    with pytest.raises(UserError, match=rf"^update 1: {name} is not finite: -inf; the batch and the weights"):
         run()
-    assert load_file(tmp_path / "run/failed/update-000001/batch.safetensors")["rollout.ref_logprobs"][1, 0] < -1e30
+    saved = load_file(tmp_path / "run/failed/update-000001/batch.safetensors")
+    assert sum(bool(values.isinf().any()) for values in saved.values()) == 1
 
 
 def test_a_step_that_target_kl_would_stop_is_checked_too(run, poison):
