@@ -26,7 +26,7 @@ from ppo_fast.rlhf.examples import Example, Pair, collate, completion_example, p
 from ppo_fast.rlhf.models import disable_dropout
 from ppo_fast.rlhf.reward_model import RewardModel, add_score_head, calibration_error, reliability, sequence_scores
 from ppo_fast.rlhf.sft import SFT
-from ppo_fast.rlhf.supervised import completion_logprobs
+from ppo_fast.rlhf.supervised import completion_logprobs, load_data
 from tests.rlhf.conftest import WORDS
 
 EOS = 2
@@ -217,6 +217,15 @@ def test_held_out_examples_may_have_their_own_file(run, tmp_path):
     assert result.history[-1]["eval/loss"] == pytest.approx(loss, rel=1e-6)
     without = run("sft", rows(16), data={"held_out_frac": 0}, log={"overwrite": True, "dir": str(tmp_path / "sft")})
     assert "eval/loss" not in without.history[-1]
+
+
+def test_held_out_examples_are_never_trained_on():
+    config, generator = SFTConfig(), torch.Generator().manual_seed(0)
+    data = load_data(config, completion_example, make_tokenizer(), generator, rows(40), None)
+    assert (len(data.train), len(data.held_out)) == (36, 4)
+    everything = [completion_example(row, make_tokenizer(), "") for row in rows(40)]
+    assert sorted([*data.train, *data.held_out], key=str) == sorted(everything, key=str)
+    assert data.held_out != everything[:4]  # drawn
 
 
 def test_the_reward_model_learns_a_separable_preference(run):
