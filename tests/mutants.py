@@ -29,7 +29,8 @@ class Mutant(NamedTuple):
 
 STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
 NATIVE = "tests/ops/test_native_rows.py"
-RLHF, SUPERVISED, EXAMPLES = "ppo_fast/rlhf", "tests/rlhf/test_supervised.py", "tests/rlhf/test_examples.py"
+RLHF = "ppo_fast/rlhf"
+SUPERVISED, REWARD, EXAMPLES = (f"tests/rlhf/test_{name}.py" for name in ("supervised", "reward_model", "examples"))
 TRAPS, MASKED, METRICS, PREFERENCE = (
     f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
 )
@@ -109,21 +110,21 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
     Mutant(f"{RLHF}/supervised.py", "        require_finite(**metrics)\n", "", SUPERVISED),
     Mutant(
-        f"{RLHF}/reward_model.py",
+        f"{RLHF}/models.py",
         "torch.where(attention_mask, position, 0)",
         "torch.where(attention_mask, 0, 0)",
-        SUPERVISED,
+        REWARD,
     ),
-    Mutant(f"{RLHF}/reward_model.py", "weight / (config.hidden_size + 1) ** 0.5", "weight", SUPERVISED),
-    Mutant(f"{RLHF}/reward_model.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", SUPERVISED),
+    Mutant(f"{RLHF}/reward_model.py", "weight / (config.hidden_size + 1) ** 0.5", "weight", REWARD),
+    Mutant(f"{RLHF}/reward_model.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", REWARD),
     Mutant(
         f"{RLHF}/reward_model.py",
         "(*self.scores(pairs), margin=self._margins(pairs))",
         "(*self.scores(pairs))",
-        SUPERVISED,
+        REWARD,
     ),
-    Mutant(f"{RLHF}/reward_model.py", "chosen, rejected, margin=self._margins(pairs)", "chosen, rejected", SUPERVISED),
-    Mutant(f"{RLHF}/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", SUPERVISED),
+    Mutant(f"{RLHF}/reward_model.py", "chosen, rejected, margin=self._margins(pairs)", "chosen, rejected", REWARD),
+    Mutant(f"{RLHF}/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
     Mutant(f"{RLHF}/dpo.py", "completion_logprobs(self.reference", "completion_logprobs(self.model", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(model)", "model", SUPERVISED),
