@@ -86,6 +86,22 @@ def load_policy(config: WeightsConfig, device: torch.device, model: Any, tokeniz
     return model, load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
 
 
+def load_reward_model(field: str, path: str, dtype: torch.dtype, trust: bool = False) -> Any:
+    """The sequence classification model at `path`, None when there is another kind of model.
+
+    Raises UserError naming `field` unless it has a linear head "score" with one output.
+    """
+    transformers = require("transformers")
+    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return None
+    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
+    return model
+
+
 def load_tokenizer(path: str | None, trust: bool = False) -> Any:
     """The tokenizer at `path`; UserError when it has no EOS token."""
     return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
@@ -152,6 +168,14 @@ def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor
     return model(input_ids, attention_mask)[:, -length - 1 : -1]
 
 
+def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Scores [B] of a reward model at the last counted token of rows [B, L], padded on either side."""
+    scores = ValueModel(model.base_model, model.score)(input_ids, attention_mask)
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = torch.where(attention_mask, position, 0).argmax(dim=1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)
+
+
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep the bars that transformers draws while it loads and writes out of the console of the run."""
@@ -186,14 +210,10 @@ def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.
     transformers = require("transformers")
     if (Path(path) / VALUE_FILE).is_file():
         return _load_saved_value(Path(path), dtype)
-    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
+    model = load_reward_model("model.value_path", path, dtype, trust)
+    if model is None:
         return load_pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
-    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"model.value_path: expected a linear head 'score' with one output, got {head} in {path!r}")
-    return model.base_model, head
+    return model.base_model, model.score
 
 
 def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Linear]:

@@ -13,13 +13,13 @@ from ppo_fast import ops
 from .errors import UserError, require
 from .examples import Pair, chunks, collate, preference_pair
 from .models import (
-    ValueModel,
     checked_tokenizer,
     disable_dropout,
     load_policy,
-    load_pretrained,
+    load_reward_model,
     load_tokenizer,
     padding_id,
+    sequence_scores,
 )
 from .supervised import Objective, Source, SupervisedResult, fit, load_data, prepared
 from .supervised_config import RewardModelConfig
@@ -40,9 +40,10 @@ class RewardModel(Objective[Pair]):
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
         return ops.preference_loss(*self.scores(pairs), margin=self._margins(pairs))
 
-    @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        chosen, rejected = self._all_scores(pairs)
+        return self._metrics(pairs, *self._all_scores(pairs))
+
+    def _metrics(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> dict[str, float]:
         output = ops.preference_loss(chosen, rejected, margin=self._margins(pairs))
         scores = torch.cat([chosen, rejected])
         return {
@@ -57,7 +58,8 @@ class RewardModel(Objective[Pair]):
         """Mean and std of the scores of the held-out completions, chosen and rejected alike, and how good they are."""
         if not pairs:
             return {}
-        metrics, (chosen, rejected) = self.evaluate(pairs), self._all_scores(pairs)
+        chosen, rejected = self._all_scores(pairs)
+        metrics = self._metrics(pairs, chosen, rejected)
         quantiles = torch.cat([chosen, rejected]).quantile(torch.tensor(QUANTILES).to(chosen))
         stats = {
             "mean": metrics.pop("score_mean"),
@@ -108,19 +110,14 @@ def train_reward_model(
             causal, tokenizer = load_policy(config.model, generator.device, model, tokenizer)
             model = add_score_head(causal, tokenizer, generator)
         else:
-            model = load_reward_model(config.init, config.model.dtype).to(generator.device)
+            model = load_reward_model("init", config.init, getattr(torch, config.model.dtype))
+            if model is None:
+                raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
+            model = disable_dropout(model.to(generator.device))
             tokenizer = load_tokenizer(config.init) if tokenizer is None else checked_tokenizer(tokenizer)
         data = load_data(config, preference_pair, tokenizer, generator, train, held_out)
         objective = RewardModel(model, padding_id(tokenizer), config.optim.width)
         return fit(config, "reward model", objective, data, tokenizer, generator)
-
-
-def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Scores [B] at the last counted token of rows [B, L], padded on either side."""
-    scores = ValueModel(model.base_model, model.score)(input_ids, attention_mask)
-    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = torch.where(attention_mask, position, 0).argmax(dim=1, keepdim=True)
-    return scores.gather(1, last).squeeze(1)
 
 
 def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> Any:
@@ -141,19 +138,6 @@ def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> A
     model.score = nn.Linear(config.hidden_size, 1, bias=False, device=generator.device, dtype=causal.dtype)
     with torch.no_grad():
         model.score.weight.copy_(weight / (config.hidden_size + 1) ** 0.5)
-    return disable_dropout(model)
-
-
-def load_reward_model(path: str, dtype: str) -> Any:
-    """The reward model at `path`; UserError when it is none."""
-    transformers = require("transformers")
-    found = (load_pretrained(transformers.AutoConfig, path).architectures or ["a model without architecture"])[0]
-    if not found.endswith("ForSequenceClassification"):
-        raise UserError(f"init: expected a reward model, got {found} in {path!r}")
-    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, dtype=getattr(torch, dtype))
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"init: expected a linear head 'score' with one output, got {head} in {path!r}")
     return disable_dropout(model)
 
 

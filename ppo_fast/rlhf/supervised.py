@@ -44,11 +44,8 @@ class Objective(ABC, Generic[Kind]):
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Kind]) -> dict[str, float]:
         """Loss and metrics of held-out examples, however many."""
-        shares, outputs = [], []
-        for share, part in weighted(examples, self.width):
-            shares.append(share)
-            outputs.append(self.loss(part))
-        return {name: value.item() for name, value in mean_metrics(shares, outputs).items()}
+        parts = [(share, metrics_of(self.loss(part))) for share, part in weighted(examples, self.width)]
+        return {name: value.item() for name, value in mean_metrics(parts).items()}
 
     def extra_files(self, examples: Sequence[Kind]) -> dict[str, Any]:
         """File name -> JSON to save beside the model; `examples` are the held-out ones."""
@@ -94,13 +91,12 @@ class Run(Generic[Kind]):
         """One optimizer step, and an evaluation when one is due; the metrics of both."""
         start = time.perf_counter()
         examples = [self.data.train[row] for row in self.batches.take()]
-        shares, outputs = [], []
+        parts = []
         for share, micro in weighted(examples, self.config.optim.width):
             output = self.objective.loss(micro)
             (share * output.loss).backward()
-            shares.append(share)
-            outputs.append(output)
-        metrics = mean_metrics(shares, outputs)
+            parts.append((share, metrics_of(output)))
+        metrics = mean_metrics(parts)
         require_finite(**metrics)
         factor = schedule(self.taken, self.total, self.config.optim)
         norm = self.network.clip()
@@ -182,11 +178,14 @@ def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequ
         yield sum(example.weight for example in micro) / total, micro
 
 
-def mean_metrics(shares: Sequence[float], outputs: Sequence[ops.LossOutput]) -> dict[str, Tensor]:
-    """Loss and metrics of several micro-batches as those of all of them: 0-d detached tensors."""
-    parts = [{"loss": output.loss.detach()} | output.metrics for output in outputs]
-    weights = torch.tensor(shares, device=parts[0]["loss"].device)
-    return {name: (weights * torch.stack([part[name] for part in parts])).sum() for name in parts[0]}
+def metrics_of(output: ops.LossOutput) -> dict[str, Tensor]:
+    """The loss among its metrics: 0-d detached tensors."""
+    return {"loss": output.loss.detach()} | output.metrics
+
+
+def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Metrics of several micro-batches, each with its share, as those of all of them."""
+    return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
 
 def completion_logprobs(model: Any, batch: Batch) -> Tensor:

@@ -144,6 +144,8 @@ def test_pairs_without_a_prompt_share_a_beginning(chatty):
     assert preference_pair(texts, chatty, "") == preference_pair(explicit, chatty, "")
     shorter = {"chosen": "w1 w2", "rejected": "w1 w2 w3"}
     assert preference_pair(shorter, chatty, "").chosen.start == 1
+    begun = {"chosen": [user("w1"), assistant("w2")], "rejected": [user("w1"), assistant("w2"), user("w3")]}
+    assert preference_pair(begun, chatty, "").chosen.ids == ids(chatty, "w50 w1 w51 w2 <eos>")
     talks = {"chosen": [user("w1"), assistant("w2")], "rejected": [user("w1"), assistant("w3")]}
     explicit = {"prompt": [user("w1")], "chosen": [assistant("w2")], "rejected": [assistant("w3")]}
     assert preference_pair(talks, chatty, "") == preference_pair(explicit, chatty, "")
@@ -221,9 +223,10 @@ def test_long_and_repeated_examples_are_dropped_and_counted(tokenizer):
 
 
 def test_repeated_prompts_are_dropped(tokenizer):
+    rows = [{"prompt": prompt, "row": row} for row, prompt in enumerate(("w1", "w2", "w1"))]
     with pytest.warns(UserWarning, match=r"^dropped 1 of 3 prompts that repeat another$"):
-        data = load_prompts(["w1", "w2", "w1"], tokenizer, DataConfig(deduplicate=True))
-    assert (data.prompts, data.dropped) == (["w1", "w2"], 1)
+        data = load_prompts(rows, tokenizer, DataConfig(deduplicate=True))
+    assert (data.prompts, data.columns, data.dropped) == (["w1", "w2"], {"row": [0, 1]}, 1)
     assert load_prompts(["w1", "w2", "w1"], tokenizer, DataConfig()).prompts == ["w1", "w2", "w1"]
 
 
