@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 USAGE = """\
@@ -23,11 +24,14 @@ SHORT = {
     "--reward": "--reward.function",
     "--out": "--log.dir",
 }
+RESUME = "--resume"
 TRAIN_HELP = """\
 Train a causal language model by PPO.
 
 Values come from --preset NAME, then --config FILE (YAML or TOML, the same names, nested), then the flags below.
-Short flags: --model, --prompts, --reward FILE.py:FUNCTION, --out."""
+Short flags: --model, --prompts, --reward FILE.py:FUNCTION, --out.
+
+--resume continues the newest checkpoint in --out; config and flags may then change `updates` and `log.*` alone."""
 OPTIONAL = {
     "matplotlib",
     "pydantic",
@@ -62,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     from ppo_fast.rlhf.errors import UserError
+    from ppo_fast.rlhf.signals import Interrupted
 
     try:
         COMMANDS[command](arguments)
@@ -71,6 +76,9 @@ def _run(command: str, arguments: list[str]) -> int:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
         return _fail(f"{command} needs {error.name}, which is not installed: pip install 'ppo-fast[train]'")
+    except Interrupted as stopped:
+        print(f"ppo-fast: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
     return 0
@@ -80,21 +88,27 @@ def train(argv: list[str]) -> None:
     """`ppo-fast train`: preset, then file, then flags, into one PPOConfig."""
     from ppo_fast.rlhf.ppo import train_ppo
 
-    result = train_ppo(parse_train(argv))
+    result = train_ppo(parse_train(argv), resume=RESUME in argv)
     print(f"model: {result.model}")
 
 
 def parse_train(argv: Sequence[str]) -> Any:
     """The PPOConfig that the arguments of `ppo-fast train` mean."""
+    from ppo_fast.rlhf.checkpoint import load_latest
     from ppo_fast.rlhf.config import PPOConfig
-    from ppo_fast.rlhf.configfile import load_config
+    from ppo_fast.rlhf.configfile import config_from_dict, field_defaults, load_config, merge, read_values
     from ppo_fast.rlhf.errors import require
 
     if {"-h", "--help"} & set(argv):
         require("tyro").cli(PPOConfig, args=["--help"], prog="ppo-fast train", description=TRAIN_HELP)
-    flags = _read_flags(argv)
+    flags = _read_flags([argument for argument in argv if argument != RESUME])
     path, preset = (flags.pop(name, None) for name in ("config", "preset"))
-    return load_config(path, preset=preset, flags=flags)
+    if RESUME not in argv:
+        return load_config(path, preset=preset, flags=flags)
+    given = read_values(path, preset=preset, flags=flags)
+    directory = given.get("log", {}).get("dir", field_defaults()["log.dir"])
+    saved = load_latest(Path(directory) / "checkpoints", tensors=False).state["config"]
+    return config_from_dict(merge(saved, given), source="resume")
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:

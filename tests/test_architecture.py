@@ -21,6 +21,9 @@ STAGES = [
     "metrics",
     "runlog",
     "checkpoint",
+    "failures",
+    "signals",
+    "resume",
     "ppo",
 ]
 TOOLS = ["tiny", "reviews", "plots", "quickstart", "__init__"]  # what stands around the stages; no stage imports them

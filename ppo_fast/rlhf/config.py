@@ -19,6 +19,7 @@ class ModelConfig:
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
+    trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
 
     def __post_init__(self) -> None:
         check_choices("model", self)
@@ -203,10 +204,11 @@ class LogConfig:
     print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
     samples_every: int = 10  # updates between tables of samples; 0: never
     samples: int = 4  # rows of the table
-    save_every: int = 0  # updates between saved model directories; 0: only the final one
+    save_every: int = 0  # updates between checkpoints, which a run resumes from; 0: only when a signal stops it
+    keep_last: int = 2  # checkpoints kept; 0: all
 
     def __post_init__(self) -> None:
-        for name in ("print_every", "samples_every", "samples", "save_every"):
+        for name in ("print_every", "samples_every", "samples", "save_every", "keep_last"):
             not_negative(f"log.{name}", getattr(self, name))
 
 
@@ -217,6 +219,7 @@ class PPOConfig:
     updates: int = 100  # rollout batches
     seed: int = 0  # of every random number of the run
     threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
+    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -228,6 +231,7 @@ class PPOConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
         positive("updates", self.updates)
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         if self.threads is not None:

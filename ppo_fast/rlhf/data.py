@@ -70,13 +70,19 @@ def load_prompts(source: str | Path | Iterable[Any], tokenizer: Any, config: Dat
 class PromptSampler:
     """Endless batches of row numbers; every prompt once per epoch, a new order in each.
 
-    `order` and `position` are its whole state.
+    `order` and `position` are its whole state, the generator aside.
     """
 
     def __init__(self, size: int, generator: torch.Generator, *, shuffle: bool = True) -> None:
         self.size, self.generator, self.shuffle = size, generator, shuffle
         self.order: list[int] = []
         self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.position = state["order"], state["position"]
 
     def take(self, count: int) -> list[int]:
         """The next `count` row numbers; a batch may straddle two epochs."""

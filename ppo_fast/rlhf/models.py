@@ -59,11 +59,11 @@ def load_models(
     transformers = require("transformers")
     if (policy is None or tokenizer is None) and config.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
-    dtype = getattr(torch, config.dtype)
+    dtype, trust = getattr(torch, config.dtype), config.trust_remote_code
     if policy is None:
-        policy = _pretrained(transformers.AutoModelForCausalLM, config.path, dtype=dtype)
+        policy = _pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
     if tokenizer is None:
-        tokenizer = _pretrained(transformers.AutoTokenizer, config.path)
+        tokenizer = _pretrained(transformers.AutoTokenizer, config.path, trust)
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: expected an EOS token, got none")
     policy = disable_dropout(policy.to(generator.device))
@@ -90,7 +90,7 @@ def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generato
     if config.value_path is None:
         backbone, scores = copy.deepcopy(policy.base_model), None
     else:
-        backbone, scores = _load_backbone(config.value_path, policy.dtype)
+        backbone, scores = _load_backbone(config.value_path, policy.dtype, config.trust_remote_code)
     known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
     if known < needed:
         raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
@@ -180,15 +180,15 @@ def _make_saveable(policy: Any) -> None:
             raise UserError(f"model.path: its generation config cannot be saved: {reason}") from error
 
 
-def _load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, nn.Linear | None]:
+def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.Linear | None]:
     """The backbone at `path`, and its scalar head if it has one."""
     transformers = require("transformers")
     if (Path(path) / VALUE_FILE).is_file():
         return _load_saved_value(Path(path), dtype)
-    architectures = _pretrained(transformers.AutoConfig, path).architectures or [""]
+    architectures = _pretrained(transformers.AutoConfig, path, trust).architectures or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
-        return _pretrained(transformers.AutoModel, path, dtype=dtype), None
-    model = _pretrained(transformers.AutoModelForSequenceClassification, path, dtype=dtype)
+        return _pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
+    model = _pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(f"model.value_path: expected a linear head 'score' with one output, got {head} in {path!r}")
@@ -204,11 +204,11 @@ def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Line
     return saved.backbone, saved.head
 
 
-def _pretrained(loader: Any, path: str | None, **options: Any) -> Any:
+def _pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
     failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
     try:
         with no_progress_bars():
-            return loader.from_pretrained(path, trust_remote_code=False, **options)
+            return loader.from_pretrained(path, trust_remote_code=trust, **options)
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]

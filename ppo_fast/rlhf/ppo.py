@@ -14,16 +14,19 @@ from typing import Any
 import torch
 
 from .advantages import compute_targets
-from .checkpoint import save_models
+from .checkpoint import Checkpoint, load_weights, restore_rng, rng_state, save_checkpoint, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
 from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
-from .errors import UserError
+from .errors import NotFiniteError, UserError
+from .failures import save_failure
 from .metrics import collect, require_finite
 from .models import Models, load_models
+from .resume import failed_writes_told, inputs, load_start
 from .rewards import KLCoefficient, RewardFunction, compute_rewards, load_reward_function
-from .rollout import generate, score, warn_about_filters
-from .runlog import CHECKPOINTS, FINAL, RunLog
+from .rollout import Generation, generate, score, warn_about_filters
+from .runlog import CHECKPOINTS, FAILED, FINAL, RunLog
+from .signals import Interrupted, StopSignals
 from .update import Learner
 
 
@@ -46,6 +49,8 @@ class Run:
     data: Prompts
     reward_fn: RewardFunction
     generator: torch.Generator  # every random number of the run
+    done: int = 0  # updates
+    skipped: int = 0  # updates whose batch was given up, on_nan = "skip"
 
     def __post_init__(self) -> None:
         self.sampler = PromptSampler(len(self.data.token_ids), self.generator, shuffle=self.config.data.shuffle)
@@ -56,25 +61,96 @@ class Run:
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
 
+    def loop(self, log: RunLog, stop: StopSignals) -> None:
+        """The updates still to do, each a safe point to save and to stop at."""
+        updates, save_every = self.config.updates, self.config.log.save_every
+        while self.done < updates:
+            with _named(f"update {self.done + 1}"):
+                self.step(self.done + 1, log)
+            self.done += 1
+            if save_every and (self.done % save_every == 0 or self.done == updates):
+                self.save(log)
+            if stop.number is not None:
+                raise Interrupted(stop.number, self.done, self.save(log))
+
     def step(self, update: int, log: RunLog) -> None:
         """Update number `update`, counted from 1: sample, score, improve, report."""
         config, clock = self.config, Stopwatch(self.models.device)
         with clock("rollout"):
             generation = generate(self.models, self._next_prompts(), config.rollout, self.generator)
-        with clock("logprobs"):
-            rollout = score(self.models, generation, self.scoring)
-            require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
-        with clock("score"):
-            rewards = compute_rewards(rollout, self.models.tokenizer, self.reward_fn, self.kl, config.reward)
-        with clock("update"):
-            targets = compute_targets(rollout, rewards, config.advantage)
-            stats = self.learner.update(rollout, targets, self.kl.coef, update - 1, self.generator)
-            self.kl.update(rewards.kl)
-        metrics = collect(rollout, rewards, targets, stats, config, clock.seconds)
-        log.write(update, metrics, stats.note)
-        log.write_samples(update, rollout, rewards)
-        if config.log.save_every and update % config.log.save_every == 0:
-            save_models(self.models, log.directory / CHECKPOINTS / f"update-{update:06d}")
+        with self._on_nan(update, log, generation) as seen:
+            with clock("logprobs"):
+                rollout = score(self.models, generation, self.scoring)
+                seen.append(rollout)
+                require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
+            with clock("score"):
+                rewards = compute_rewards(rollout, self.models.tokenizer, self.reward_fn, self.kl, config.reward)
+                seen.append(rewards)
+                require_finite(rewards=rewards.rewards)
+            with clock("update"):
+                targets = compute_targets(rollout, rewards, config.advantage)
+                seen.append(targets)
+                stats = self.learner.update(rollout, targets, self.kl.coef, update - 1, self.generator)
+                self.kl.update(rewards.kl)
+            metrics = collect(rollout, rewards, targets, stats, config, clock.seconds)
+            log.write(update, metrics | {"nan/skipped_batches": float(self.skipped)}, stats.note)
+            log.write_samples(update, rollout, rewards)
+
+    @contextlib.contextmanager
+    def _on_nan(self, update: int, log: RunLog, generation: Generation) -> Iterator[list[Any]]:
+        """Stop at a number that is not finite, with all that was `seen` saved, or give the batch up and count it."""
+        seen: list[Any] = []
+        try:
+            yield seen
+        except NotFiniteError as error:
+            if self.config.on_nan == "skip":
+                self.skipped += 1
+                log.note(update, f"batch skipped: {error}")
+                return
+            target = log.directory / FAILED / f"update-{update:06d}"
+            saved = save_failure(target, self.models, generation, seen, error)
+            raise UserError(f"{error}; the batch and the weights before it are in {str(saved)!r}") from error
+
+    def save(self, log: RunLog) -> Path:
+        """A checkpoint of the run as it is."""
+        target = log.directory / CHECKPOINTS / f"update-{self.done:06d}"
+        if target.is_dir():
+            return target
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "log": log.position(self.done),
+            "skipped": self.skipped,
+            "inputs": inputs(self.models, self.data),
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "rng": rng_state(self.generator),
+        }
+
+        def write(directory: Path) -> None:
+            write_models(self.models, directory)
+
+        return save_checkpoint(target, write, state, keep_last=self.config.log.keep_last)
+
+    def restore(self, start: Checkpoint) -> None:
+        """Go back to a checkpoint; UserError when the run was begun with another model or other prompts."""
+        state = start.state
+        parts = self._parts()
+        if parts.keys() != state["parts"].keys():
+            raise UserError(f"resume: expected a run of {sorted(state['parts'])}, got {sorted(parts)}")
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        for name, found in inputs(self.models, self.data).items():
+            if found != state["inputs"][name]:
+                raise UserError(f"resume: expected the {name} that the run was begun with, got others")
+        load_weights(self.models, start.directory)
+        restore_rng(state["rng"], self.generator)
+        self.done, self.skipped = state["log"]["update"], state["skipped"]
+
+    def _parts(self) -> dict[str, Any]:
+        """What changes during a run, the weights of policy and value model aside."""
+        parts = {"sampler": self.sampler, "learner": self.learner, "kl": self.kl}
+        if hasattr(self.reward_fn, "load_state_dict"):
+            parts["reward"] = self.reward_fn
+        return parts
 
     def _next_prompts(self) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt
@@ -90,6 +166,7 @@ def train_ppo(
     prompts: Iterable[Any] | None = None,
     policy: Any = None,
     tokenizer: Any = None,
+    resume: bool = False,
 ) -> PPOResult:
     """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
 
@@ -100,14 +177,19 @@ def train_ppo(
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
         tokenizer: the one the policy was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped. The
+            inputs are those the run was begun with; of the config, `updates` and `log` may differ. Another number of
+            updates stretches the learning-rate schedule.
 
     Raises:
-        UserError: an input that cannot be used, a failing reward function, a NaN; one sentence, which names the
-            update. What was saved before stays as it is.
+        UserError: an input that cannot be used, a failing reward function, a NaN, a full disk; one sentence, which
+            names the update. What was saved before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the update when a checkpoint is saved.
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
-    log = RunLog(config)
+    start = load_start(config) if resume else None
+    log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
     generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
     with _threads(config.threads):
@@ -118,11 +200,11 @@ def train_ppo(
         _check_context(config, models, data)
         _warn_about_precision(models, config)
         run = Run(config, models, data, reward_fn, generator)
-        with log:
+        if start is not None:
+            run.restore(start)
+        with failed_writes_told(log.directory), log, StopSignals() as stop:
             save_config(config, log.directory / "config.yaml")
-            for update in range(1, config.updates + 1):
-                with _named(f"update {update}"):
-                    run.step(update, log)
+            run.loop(log, stop)
             final = save_models(models, log.directory / FINAL)
     return PPOResult(log.directory, final, log.history, models)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ppo_fast import ops
 
 from .config import KLConfig, RewardConfig
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[Any]]
@@ -53,6 +53,13 @@ class KLCoefficient:
         if self.config.adaptive:
             error = (kl.sum(dim=1).mean() / self.config.target - 1).clamp(-0.2, 0.2)
             self.coef = self.coef * (1 + error * len(kl) / self.config.horizon)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        coef = state["coef"]
+        self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
 
 
 def load_reward_function(spec: str | None) -> RewardFunction:
@@ -150,7 +157,8 @@ def _number(value: Any, sample: int) -> float:
     except (TypeError, OverflowError):
         finite = False
     if not finite:
-        raise UserError(f"reward function: expected a finite score for sample {sample}, got {value!r}")
+        kind = NotFiniteError if isinstance(value, int | float) else UserError
+        raise kind(f"reward function: expected a finite score for sample {sample}, got {value!r}")
     return float(value)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,40 +21,49 @@ from .rewards import Rewards
 from .rollout import Rollout
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-TENSORBOARD, CHECKPOINTS, FINAL = "tensorboard", "checkpoints", "final"
-REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL)
+TENSORBOARD, CHECKPOINTS, FINAL, FAILED = "tensorboard", "checkpoints", "final", "failed"
+REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL, FAILED)
 
 
 class RunLog:
     """Writes every metric of every update at once, so that a crashed run leaves a readable file.
 
     Use as a context manager; `history` keeps the metrics of the updates so far. UserError, before anything is
-    written, for a directory that holds what the run would replace, with `overwrite` off.
+    written, for a directory that holds what the run would replace, with `overwrite` off. `resume` is what `position`
+    returned at a checkpoint: the files are cut back to it and go on from there.
     """
 
-    def __init__(self, config: PPOConfig, console: Console | None = None) -> None:
+    def __init__(
+        self, config: PPOConfig, console: Console | None = None, *, resume: Mapping[str, int] | None = None
+    ) -> None:
+        self.resume = resume
         self.config, self.log = config, config.log
         self.directory = Path(config.log.dir)
         self.history: list[dict[str, float]] = []
         self.console = console or Console(quiet=not config.log.console)
         held = [name for name in REPLACED if (self.directory / name).exists()]
-        if held and not self.log.overwrite:
+        if held and not self.log.overwrite and resume is None:
             raise UserError(
                 f"log.dir: {str(self.directory)!r} already holds {held[0]!r}; choose another or set log.overwrite"
             )
 
     def __enter__(self) -> RunLog:
-        self._empty_directory()
+        if self.resume is None:
+            self._empty_directory()
+        else:
+            self._cut_back(self.resume)
+        mode = "w" if self.resume is None else "a"
         with contextlib.ExitStack() as resources:
             self._board = self._open_board(resources)
             self._metrics, self._samples = (
-                resources.enter_context((self.directory / name).open("w", encoding="utf-8"))
+                resources.enter_context((self.directory / name).open(mode, encoding="utf-8"))
                 for name in (METRICS, SAMPLES)
             )
             columns = (TextColumn("PPO"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = resources.enter_context(Progress(*columns, console=self.console))
             self._resources = resources.pop_all()
-        self._task = self._progress.add_task("updates", total=self.config.updates)
+        done = self.resume["update"] if self.resume else 0
+        self._task = self._progress.add_task("updates", total=self.config.updates, completed=done)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -69,9 +80,20 @@ class RunLog:
             self._board.flush()
         if self.log.print_every and update % self.log.print_every == 0:
             self.console.print(self._summary(update, metrics), highlight=False, soft_wrap=True)
+        self.note(update, note)
+        self._progress.update(self._task, completed=update)
+
+    def note(self, update: int, note: str | None) -> None:
+        """Show a remark, if there is one."""
         if note:
             self.console.print(f"update {update}: {note}", style="yellow", highlight=False, soft_wrap=True)
-        self._progress.advance(self._task)
+
+    def position(self, update: int) -> dict[str, int]:
+        """The update done last and the bytes in each file, flushed to disk: where a resumed run goes on."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
+        sizes = {name: (self.directory / name).stat().st_size for name in (METRICS, SAMPLES)}
+        return {"update": update} | sizes
 
     def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
         """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
@@ -87,19 +109,31 @@ class RunLog:
 
     def _empty_directory(self) -> None:
         """Make the directory, without what an earlier run left there."""
-        for name in (TENSORBOARD, CHECKPOINTS, FINAL):
+        for name in (TENSORBOARD, CHECKPOINTS, FINAL, FAILED):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
 
+    def _cut_back(self, position: Mapping[str, int]) -> None:
+        """Drop what was written after the checkpoint, and read the history before it."""
+        for name in (METRICS, SAMPLES):
+            path = self.directory / name
+            size = path.stat().st_size if path.is_file() else 0
+            if size < position[name]:
+                raise UserError(f"resume: expected {position[name]} bytes or more in {str(path)!r}, got {size}")
+            os.truncate(path, position[name])
+        records = map(json.loads, (self.directory / METRICS).read_text(encoding="utf-8").splitlines())
+        self.history = [{k: v for k, v in record.items() if k not in ("update", "note")} for record in records]
+
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
         if not self.log.tensorboard:
             return None
         require("tensorboard")
         writer = require("torch.utils.tensorboard").SummaryWriter
-        return resources.enter_context(writer(str(self.directory / TENSORBOARD)))
+        after = self.resume["update"] + 1 if self.resume else None
+        return resources.enter_context(writer(str(self.directory / TENSORBOARD), purge_step=after))
 
     def _summary(self, update: int, metrics: dict[str, float]) -> str:
         loss = self.config.loss

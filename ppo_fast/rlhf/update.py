@@ -14,6 +14,7 @@ from ppo_fast import ops
 
 from .advantages import Targets
 from .config import LossConfig, OptimConfig, PPOConfig
+from .errors import NotFiniteError
 from .models import Models, response_logits, response_values
 from .rollout import Rollout
 
@@ -67,7 +68,33 @@ class UpdateStats:
     value: Metrics  # metrics of `value_loss`, the same
     grad_norms: Tensor  # [2] float32: policy, value; before clipping, mean over the optimizer steps; 0: no step
     lr: float  # of the policy at the last step
-    note: str | None  # why the epochs stopped early
+    note: str | None  # why the epochs stopped early, or which steps were skipped
+    skipped: int = 0  # optimizer steps left out because a number was not finite
+
+
+@dataclass(frozen=True)
+class Step:
+    """One minibatch, by its numbers; all on the device."""
+
+    epoch: int  # from 0
+    number: int  # of the minibatch in its epoch, from 0
+    rows: Tensor  # [b] int64: rows of the rollout batch
+    policy: Metrics
+    value: Metrics
+    norms: Tensor  # [2] float32: gradient norms of policy and value before clipping
+    taken: bool  # False: target_kl stopped the epochs here
+
+    def checked(self) -> dict[str, Tensor]:
+        """What must be finite for the step to be taken, 0-d each, by the name of its metric."""
+        return {
+            "loss/policy": self.policy["policy_loss"],
+            "loss/value": self.value["value_loss"],
+            "loss/total": self.policy["loss"],
+            "policy/approxkl": self.policy["approx_kl"],
+            "policy/ratio_max": self.policy["ratio_max"],
+            "grad_norm/policy": self.norms[0],
+            "grad_norm/value": self.norms[1],
+        }
 
 
 class Network:
@@ -76,7 +103,7 @@ class Network:
     def __init__(self, module: nn.Module, lr: float, config: OptimConfig) -> None:
         self.config, self.lr = config, lr
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: Any = torch.optim.AdamW(
             self.parameters,
             lr=lr,
             betas=config.betas,
@@ -85,14 +112,27 @@ class Network:
             fused=True,
         )
 
-    def step(self, lr_factor: float) -> Tensor:
-        """Clip, step, clear; returns the 0-d gradient norm from before the clip."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their 0-d norm from before."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+
+    def step(self, lr_factor: float, failed: Tensor) -> None:
+        """Step and clear the gradients; where `failed`, a 0-d bool, weights and moments stay as they are.
+
+        The fused kernel reads the flag on the device, as it does for `torch.amp.GradScaler`: the host waits for
+        nothing.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
+        self.optimizer.found_inf = failed.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
 
 
 class PenaltyCoefficient:
@@ -113,6 +153,13 @@ class PenaltyCoefficient:
             up, down = approx_kl > 1.5 * self.target, approx_kl < self.target / 1.5
             self.coef = self.coef * torch.where(up, 2.0, torch.where(down, 0.5, 1.0))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        coef = state["coef"]
+        self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
+
 
 class Learner:
     """The trained networks with their optimizers and the steps taken so far."""
@@ -131,30 +178,39 @@ class Learner:
         index: int,
         generator: torch.Generator,
     ) -> UpdateStats:
-        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate."""
+        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
+
+        A step with a number that is not finite changes nothing. With on_nan = "skip" it is left out and counted;
+        else, or when no step is left, NotFiniteError tells the first one, and no later step changes anything either.
+        """
+        whole, steps = Minibatch.whole(rollout, targets), list[Step]()
         first = index * self.config.optim.epochs * self.config.steps_per_epoch
-        epochs: list[list[Metrics]] = [[] for _ in range(self.config.optim.epochs)]
-        value: list[Metrics] = []
-        norms: list[Tensor] = []
+        stop = self.config.on_nan == "stop"
+        failed = torch.zeros((), dtype=torch.bool, device=rollout.mask.device)
         lr_factor, note = 0.0, None
-        for number, minibatch in self._minibatches(Minibatch.whole(rollout, targets), generator):
-            policy_metrics, value_metrics = self.backward(minibatch, kl_coef)
-            epochs[number].append(policy_metrics)
-            value.append(value_metrics)
-            note = self._stop_note(policy_metrics["approx_kl"], number)
+        for epoch, number, rows in self._minibatches(len(whole.mask), generator):
+            policy, value = self.backward(whole.rows(rows), kl_coef)
+            note = self._stop_note(policy["approx_kl"], epoch)
+            norm = torch.stack([self.policy.clip(), self.value.clip()])
+            steps.append(Step(epoch, number, rows, policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
                 break
-            lr_factor = schedule(first + len(norms), self.config)
-            norms.append(torch.stack([self.policy.step(lr_factor), self.value.step(lr_factor)]))
-        last_epoch = next(epoch for epoch in reversed(epochs) if epoch)
-        self.penalty.update(combine(last_epoch)["approx_kl"])
+            not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
+            failed = failed | not_finite if stop else not_finite
+            lr_factor = schedule(first + len(steps) - 1, self.config)
+            self.policy.step(lr_factor, failed)
+            self.value.step(lr_factor, failed)
+        good, skipped = finite_steps(steps, stop=stop)
+        norms = [step.norms for step in good if step.taken]
+        self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
         return UpdateStats(
-            policy=combine([metrics for epoch in epochs for metrics in epoch]),
-            value=combine(value),
+            policy=combine([step.policy for step in good]),
+            value=combine([step.value for step in good]),
             grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, device=rollout.mask.device),
             lr=self.config.optim.lr * lr_factor,
-            note=note,
+            note="; ".join(filter(None, [note, *skipped])) or None,
+            skipped=len(skipped),
         )
 
     def backward(self, batch: Minibatch, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
@@ -208,12 +264,20 @@ class Learner:
         (self.config.loss.vf_coef * output.loss).backward()
         return output.metrics
 
-    def _minibatches(self, batch: Minibatch, generator: torch.Generator) -> Iterator[tuple[int, Minibatch]]:
-        """(epoch, minibatch) in a new order every epoch."""
+    def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Tensor]]:
+        """(epoch, number in it, rows of the minibatch), in a new order every epoch."""
         for epoch in range(self.config.optim.epochs):
-            order = torch.randperm(len(batch.mask), generator=generator, device=generator.device)
-            for rows in order.split(self.config.optim.minibatch_size):
-                yield epoch, batch.rows(rows)
+            order = torch.randperm(size, generator=generator, device=generator.device)
+            for number, rows in enumerate(order.split(self.config.optim.minibatch_size)):
+                yield epoch, number, rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers and penalty coefficient; the weights are the models' own."""
+        return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
 
     def _discard_gradients(self) -> None:
         self.policy.optimizer.zero_grad()
@@ -226,6 +290,26 @@ class Learner:
             return None
         reason = f"approx_kl {approx_kl.item():.4f} > target_kl {target}"
         return f"stopped in epoch {epoch + 1} of {self.config.optim.epochs}: {reason}"
+
+
+def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str]]:
+    """The steps whose numbers are all finite, and a remark on each other; one read from the device for all.
+
+    NotFiniteError for the first that is not when `stop`, or when no step is left.
+    """
+    values = torch.stack([torch.stack([*step.checked().values()]) for step in steps]).tolist()
+    good, remarks, first = [], [], None
+    for step, numbers in zip(steps, values, strict=True):
+        found = [(name, x) for name, x in zip(step.checked(), numbers, strict=True) if not math.isfinite(x)]
+        if not found:
+            good.append(step)
+            continue
+        told = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
+        first = first or NotFiniteError(told, step.rows.tolist())
+        remarks.append(f"skipped {told}")
+    if first is not None and (stop or not good):
+        raise first
+    return good, remarks
 
 
 def schedule(step: int, config: PPOConfig) -> float:
