@@ -13,6 +13,7 @@ STAGES = [
     "config",
     "configfile",
     "data",
+    "forward",
     "models",
     "rollout",
     "rewards",

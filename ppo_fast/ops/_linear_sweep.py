@@ -15,8 +15,9 @@ from ppo_fast.ops import _registry
 from ppo_fast.ops._checks import accumulation_dtype
 from ppo_fast.ops._linear_call import LinearCall
 
-# Rows per chunk. On a CPU 256 to 512 rows keep the products at full speed and the chunk at 1/8 of 2048 rows or more.
-_CPU_CHUNK = (256, 512)
+# Rows per chunk on a CPU: the products are at full speed from 256 on. Of _CPU_MANY rows or more, 1/8 at most.
+_CPU_CHUNK = 512
+_CPU_MANY = 2048
 # On a GPU each chunk reads and writes the float32 gradient of the weight, so chunks are as large as 1 GiB allows.
 _GPU_CHUNK = (2048, 4096)
 _GPU_CHUNK_BYTES = 2**30
@@ -24,7 +25,7 @@ _GPU_CHUNK_FROZEN = 1024
 # Rows whose logits exist at one time, by device, where their gradient has a buffer of its own; elsewhere a chunk's.
 _TILE = {"cuda": 512}
 # Words per partial product on a CPU, where a half-precision product cannot add to a float32 sum: it is rounded first.
-_WORDS = 4096
+_WORDS = 1024
 # Elements of a temporary: a block that fits a CPU's cache; few launches, 64 MiB on a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 
@@ -147,9 +148,8 @@ def chunk_rows(call: LinearCall, count: int, trained: bool) -> int:
         by_bytes = _GPU_CHUNK_BYTES // (V * itemsize) // 128 * 128
         rows = min(high, max(low, by_bytes)) if trained else _GPU_CHUNK_FROZEN
     else:
-        low, high = _CPU_CHUNK
         buffers = 1 + (call.ref_hidden is not None) + (call.softcap is not None)
-        rows = max(low, min(count // 8, high)) // buffers
+        rows = min(_CPU_CHUNK, count // 8 if count >= _CPU_MANY else _CPU_CHUNK) // buffers
     return max(1, min(rows, count))
 
 

@@ -20,6 +20,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
+    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
 
     def __post_init__(self) -> None:
         check_choices("model", self)

@@ -1,10 +1,9 @@
-"""Policy, frozen reference and value model, and the one forward pass that scoring and update share."""
+"""Policy, frozen reference and value model."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .errors import UserError, require
+from .forward import backbone_of, check_linear, model_inputs
 
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
 
@@ -42,6 +42,7 @@ class Models:
     tokenizer: Any
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
     eos_id: int  # ends a response
+    linear: bool  # scoring and update use the linear ops; False: the policy's own logits
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +69,8 @@ def load_models(
         raise UserError("tokenizer: expected an EOS token, got none")
     policy = disable_dropout(policy.to(generator.device))
     _make_saveable(policy)
+    if config.logits == "linear":
+        check_linear(policy)
     value = disable_dropout(make_value_model(config, policy, generator))
     pad_id = tokenizer.pad_token_id
     return Models(
@@ -77,6 +80,7 @@ def load_models(
         tokenizer=tokenizer,
         pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
         eos_id=tokenizer.eos_token_id,
+        linear=config.logits == "linear",
     )
 
 
@@ -88,7 +92,7 @@ def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generato
     Raises UserError for a `value_path` that is no such model or knows fewer tokens than the policy.
     """
     if config.value_path is None:
-        backbone, scores = copy.deepcopy(policy.base_model), None
+        backbone, scores = copy.deepcopy(backbone_of(policy)), None
     else:
         backbone, scores = _load_backbone(config.value_path, policy.dtype, config.trust_remote_code)
     known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
@@ -123,27 +127,6 @@ def disable_dropout(model: Any) -> Any:
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
     return model.eval()
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """cumsum(mask) - 1 [B, L] int64: the first real token is position 0, however much padding is before it."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a forward pass over left-padded ids [B, L]; positions only where the model takes them."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = position_ids(attention_mask)
-    return inputs
-
-
-def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
-    inputs: dict[str, Any] = model_inputs(model, input_ids, attention_mask)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = length + 1
-    return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
 
 
 def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:

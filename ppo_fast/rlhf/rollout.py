@@ -16,7 +16,8 @@ from ppo_fast import ops
 from .config import RolloutConfig
 from .data import PromptBatch
 from .errors import require
-from .models import Models, response_logits, response_values
+from .forward import response_stats
+from .models import Models, response_values
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
     columns = []
     for ids, attention, responses, mask in zip(*(field.split(width) for field in fields), strict=True):
         inputs = (ids, attention, mask.shape[1])
-        counted: dict[str, Any] = {"mask": mask, "temperature": config.temperature}
-        stats = ops.token_stats(response_logits(models.policy, *inputs), responses, **counted)
-        reference = ops.token_logprobs(response_logits(models.reference, *inputs), responses, **counted)
+        options: dict[str, Any] = {"linear": models.linear, "mask": mask, "temperature": config.temperature}
+        stats, reference = (
+            response_stats(model, inputs, responses, **options) for model in (models.policy, models.reference)
+        )
         values = torch.where(mask, response_values(models.value, *inputs), 0.0)
-        columns.append((stats.logprobs, reference, stats.entropy, values))
+        columns.append((stats.logprobs, reference.logprobs, stats.entropy, values))
     return Rollout(generation, *(torch.cat(column) for column in zip(*columns, strict=True)))
 
 

@@ -15,7 +15,8 @@ from ppo_fast import ops
 from .advantages import Targets
 from .config import LossConfig, OptimConfig, PPOConfig
 from .errors import NotFiniteError
-from .models import Models, response_logits, response_values
+from .forward import response_loss
+from .models import Models, response_values
 from .rollout import Rollout
 
 Metrics = dict[str, Tensor]
@@ -225,7 +226,6 @@ class Learner:
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
     def _policy_backward(self, micro: Minibatch, kl_coef: float | Tensor, count: Tensor) -> Metrics:
-        inputs = (micro.input_ids, micro.attention_mask, micro.mask.shape[1])
         settings: dict[str, Any] = {
             "penalty_coef": self.penalty.coef,
             "temperature": self.config.rollout.temperature,
@@ -234,19 +234,19 @@ class Learner:
         if self.config.kl.in_loss:
             settings |= {"kl_coef": kl_coef, "kl_estimator": self.config.kl.loss_estimator}
             if self.config.kl.loss_estimator == "full":
-                with torch.no_grad():
-                    reference["ref_logits"] = response_logits(self.models.reference, *inputs)
+                reference["reference"] = self.models.reference
             else:
                 reference["ref_logprobs"] = micro.ref_logprobs
-        output = ops.policy_loss(
-            response_logits(self.models.policy, *inputs),
+        output = response_loss(
+            self.models.policy,
+            (micro.input_ids, micro.attention_mask, micro.mask.shape[1]),
             micro.responses,
             micro.logprobs,
             micro.advantages,
             micro.mask,
             config=self.config.loss.policy_loss(**settings),
+            linear=self.models.linear,
             denominator=count,
-            inplace=True,
             **reference,
         )
         output.loss.backward()

@@ -8,7 +8,8 @@ from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.checkpoint import save_models
 from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.models import disable_dropout, load_models, model_inputs, response_logits, response_values
+from ppo_fast.rlhf.forward import model_inputs, response_logits
+from ppo_fast.rlhf.models import disable_dropout, load_models, response_values
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.rlhf import PPOConfig, UserError, load_config, tiny, train_ppo
-from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf import PPOConfig, UserError, forward, load_config, tiny, train_ppo
 from ppo_fast.rlhf.ppo import _device
 from ppo_fast.rlhf.update import Learner
 from tests.rlhf.conftest import PROMPTS
@@ -84,16 +83,17 @@ def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
 @pytest.mark.parametrize(
     ("values", "width"), [({"optim": {"minibatch_size": 4}}, 4), ({"optim": {"micro_batch_size": 2}}, 2)]
 )
-def test_the_logits_of_the_whole_rollout_never_exist(run, monkeypatch, values, width):
-    seen = []
+@pytest.mark.parametrize(("path", "name"), [("linear", "response_hidden"), ("materialised", "response_logits")])
+def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, values, width, path, name):
+    policy, seen, made = tiny.make_model(64, hidden=32, layers=1, heads=2), [], getattr(forward, name)
 
-    def spy(*arguments):
-        seen.append(len(arguments[1]))
-        return response_logits(*arguments)
+    def spy(model, *inputs):
+        seen.append(len(inputs[0]))
+        return made(model, *inputs)
 
-    monkeypatch.setattr("ppo_fast.rlhf.rollout.response_logits", spy)
-    monkeypatch.setattr("ppo_fast.rlhf.update.response_logits", spy)
-    run(updates=1, **values)
+    monkeypatch.setattr("ppo_fast.rlhf.models.check_linear", lambda model: None)
+    monkeypatch.setattr(forward, name, spy)
+    run(policy=policy, updates=1, model={"logits": path}, **values)
     assert set(seen) == {width}
 
 

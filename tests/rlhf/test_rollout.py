@@ -6,7 +6,7 @@ import torch
 from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.config import DataConfig, RolloutConfig
 from ppo_fast.rlhf.data import load_prompts, make_batch
-from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf.forward import response_logits
 from ppo_fast.rlhf.rollout import Sampler, first_eos, generate, score, warn_about_filters
 
 PAD, EOS = 0, 2

@@ -7,7 +7,7 @@ from ppo_fast import PolicyLossConfig, ops
 from ppo_fast.ops import _native, _registry
 from ppo_fast.rlhf.advantages import Targets, compute_targets
 from ppo_fast.rlhf.config import LossConfig
-from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf.forward import response_logits
 from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.update import Learner, Minibatch, Network, PenaltyCoefficient, combine, schedule
 
@@ -249,14 +249,22 @@ def test_only_the_trained_networks_change(setup):
     assert not all(torch.equal(*pair) for pair in zip(value, models.value.parameters(), strict=True))
 
 
-def test_scoring_and_update_run_on_the_backend_of_this_machine(setup, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "kernels"),
+    [
+        ("linear", {"token_stats", "policy_terms", "token_stats_backward"}),
+        ("materialised", {"token_stats", "policy_loss"}),
+    ],
+)
+def test_scoring_and_update_run_on_the_backend_of_this_machine(setup, monkeypatch, path, kernels):
     ran, lookup = set(), _registry.implementation
     monkeypatch.setattr(_registry, "implementation", lambda *names: ran.add(names) or lookup(*names))
-    learner, rollout, _ = setup()
+    learner, rollout, _ = setup(model={"logits": path})
     compute_targets(rollout, made_rewards(rollout), learner.config.advantage)
     learner.update(rollout, random_targets(rollout), 0.0, 0, torch.Generator())
     expected = "torch" if _native.load_error else "native"
-    assert ran >= {(op, expected) for op in ("token_stats", "gae", "policy_loss", "value_loss")}
+    sampling = {"token_logprobs"}
+    assert {op for op, _ in ran} - sampling == {"gae", "value_loss", *kernels}
     assert {backend for _, backend in ran} == {expected}
 
 
@@ -269,7 +277,7 @@ def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
             seen.append((logits.detach(), logits.detach().clone())) or op(logits, *rest, **named)
         ),
     )
-    learner, rollout, targets = setup()
+    learner, rollout, targets = setup(model={"logits": "materialised"})
     learner.backward(Minibatch.whole(rollout, targets), 0.0)
     ((logits, before),) = seen
     assert not torch.equal(logits, before)
