@@ -10,24 +10,38 @@ import ppo_fast
 ROOT = Path(ppo_fast.__file__).parent
 STAGES = [
     "errors",
+    "callables",
     "config",
     "configfile",
     "data",
+    "curriculum",
     "forward",
     "models",
     "rollout",
+    "reward_sources",
     "rewards",
     "advantages",
     "update",
+    "reference",
     "metrics",
+    "monitors",
     "runlog",
     "checkpoint",
+    "evaluation",
     "failures",
     "signals",
     "resume",
     "ppo",
 ]
-TOOLS = ["tiny", "reviews", "plots", "quickstart", "__init__"]  # what stands around the stages; no stage imports them
+TOOLS = [
+    "tiny",
+    "reviews",
+    "plots",
+    "judge",
+    "export",
+    "quickstart",
+    "__init__",
+]  # what stands around the stages; no stage imports them
 
 
 def imports(path: Path) -> set[str]:

@@ -62,9 +62,9 @@ def load_models(
         raise UserError("model.path: expected a model directory or hub id, got null")
     dtype, trust = getattr(torch, config.dtype), config.trust_remote_code
     if policy is None:
-        policy = _pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
+        policy = load_pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
     if tokenizer is None:
-        tokenizer = _pretrained(transformers.AutoTokenizer, config.path, trust)
+        tokenizer = load_pretrained(transformers.AutoTokenizer, config.path, trust)
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: expected an EOS token, got none")
     policy = disable_dropout(policy.to(generator.device))
@@ -168,10 +168,10 @@ def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.
     transformers = require("transformers")
     if (Path(path) / VALUE_FILE).is_file():
         return _load_saved_value(Path(path), dtype)
-    architectures = _pretrained(transformers.AutoConfig, path, trust).architectures or [""]
+    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
-        return _pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
-    model = _pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
+        return load_pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
+    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(f"model.value_path: expected a linear head 'score' with one output, got {head} in {path!r}")
@@ -180,18 +180,19 @@ def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.
 
 def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Linear]:
     """The value model that a run left beside its policy."""
-    shape = _pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
+    shape = load_pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
     backbone = require("transformers").AutoModel.from_config(shape, dtype=dtype)
     saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32))
     saved.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
     return saved.backbone, saved.head
 
 
-def _pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
+def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
+    """What `loader.from_pretrained` makes of a directory or hub id; UserError when it cannot."""
     failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
     try:
         with no_progress_bars():
-            return loader.from_pretrained(path, trust_remote_code=trust, **options)
+            return loader.fromload_pretrained(path, trust_remote_code=trust, **options)
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]

@@ -21,8 +21,8 @@ from .rewards import Rewards
 from .rollout import Rollout
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-TENSORBOARD, CHECKPOINTS, FINAL, FAILED = "tensorboard", "checkpoints", "final", "failed"
-REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL, FAILED)
+TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
+REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
 class RunLog:
@@ -97,19 +97,21 @@ class RunLog:
 
     def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
         """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
-        if not self.log.samples_every or update % self.log.samples_every:
+        shown = self.log.samples_every > 0 and update % self.log.samples_every == 0
+        prompts, scores = rollout.generation.prompts.prompts, rewards.scores.tolist()
+        kept = len(scores) if self.log.all_samples else self.log.samples * shown
+        for prompt, response, value in zip(prompts[:kept], rewards.completions, scores, strict=False):
+            _line(self._samples, {"update": update, "prompt": prompt, "completion": response, "score": value})
+        if not shown:
             return
         table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")
-        prompts = rollout.generation.prompts.prompts
-        scores = rewards.scores[: self.log.samples].tolist()
-        for prompt, response, value in zip(prompts, rewards.completions, scores, strict=False):
-            _line(self._samples, {"update": update, "prompt": prompt, "completion": response, "score": value})
+        for prompt, response, value in zip(prompts[: self.log.samples], rewards.completions, scores, strict=False):
             table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
         self.console.print(table)
 
     def _empty_directory(self) -> None:
         """Make the directory, without what an earlier run left there."""
-        for name in (TENSORBOARD, CHECKPOINTS, FINAL, FAILED):
+        for name in REPLACED[2:]:
             shutil.rmtree(self.directory / name, ignore_errors=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ LENGTHS = [2, 5, 1, 4]
 def rewards_for(rollout, seed=7, fill=0.0):
     made = made_rollout(LENGTHS, seed=seed, width=rollout.mask.shape[1], fill=fill)
     zeros = torch.zeros(len(LENGTHS))
-    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [])
+    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [], [True] * 4, None)
 
 
 def double_sum(rewards, values, gamma, lam):

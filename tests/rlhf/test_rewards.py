@@ -6,9 +6,11 @@ import numpy
 import pytest
 import torch
 
+from ppo_fast.rlhf.callables import load_callable
 from ppo_fast.rlhf.config import KLConfig, RewardConfig
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.rewards import KLCoefficient, compute_rewards, load_reward_function
+from ppo_fast.rlhf.reward_sources import FunctionSource
+from ppo_fast.rlhf.rewards import KLCoefficient, Scorer, compute_rewards
 from tests.rlhf.made import EOS, made_rollout
 
 CPU = torch.device("cpu")
@@ -16,11 +18,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def rewarded(tokenizer):
-    """rewarded(rollout, function, reward={...}, kl={...}) -> Rewards."""
+    """rewarded(rollout, function or list of them, reward={...}, kl={...}, filter_fn=...) -> Rewards."""
 
-    def compute(rollout, function, *, reward=None, kl=None):
-        coefficient = KLCoefficient(KLConfig(**(kl or {})), CPU)
-        return compute_rewards(rollout, tokenizer, function, coefficient, RewardConfig(**(reward or {})))
+    def compute(rollout, function, *, reward=None, kl=None, filter_fn=None):
+        functions = function if isinstance(function, list) else [function]
+        scorer = Scorer([FunctionSource(f) for f in functions], RewardConfig(**(reward or {})), filter_fn)
+        return compute_rewards(rollout, tokenizer, scorer, KLCoefficient(KLConfig(**(kl or {})), CPU))
 
     return compute
 
@@ -119,7 +122,7 @@ def broken_below(**_):
     ("function", "message"),
     [
         (lambda **_: None, "reward function: expected a list of 2 scores, got None"),
-        (scores(1.0), "reward function: expected 2 scores, one per completion, got 1"),
+        (scores(1.0), "reward function: expected 2 scores, got 1"),
         (scores(1.0, float("nan")), "reward function: expected a finite score for sample 1, got nan"),
         (scores(None, 1.0), "reward function: expected a finite score for sample 0, got None"),
         (scores("1.0", 1.0), "reward function: expected a finite score for sample 0, got '1.0'"),
@@ -154,25 +157,25 @@ def test_a_reward_file_may_hold_dataclasses(tmp_path):
         "@dataclass\nclass Weights:\n    _: KW_ONLY\n    length: float = 2.0\n"
         "def f(completions, **_):\n    return [Weights().length] * len(completions)\n"
     )
-    assert load_reward_function(f"{path}:f")(completions=["a"]) == [2.0]
+    assert load_callable(f"{path}:f", "reward.function")(completions=["a"]) == [2.0]
 
 
 def test_a_function_is_loaded_from_a_file(tmp_path):
     path = tmp_path / "r.py"
     path.write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
-    assert load_reward_function(f"{path}:length")(completions=["ab"]) == [2]
+    assert load_callable(f"{path}:length", "reward.function")(completions=["ab"]) == [2]
     with pytest.raises(UserError, match=r"reward\.function: no function 'width' in"):
-        load_reward_function(f"{path}:width")
+        load_callable(f"{path}:width", "reward.function")
     with pytest.raises(UserError, match=r"reward\.function: no such file 'none\.py'"):
-        load_reward_function("none.py:f")
+        load_callable("none.py:f", "reward.function")
     with pytest.raises(UserError, match=r"reward\.function: expected 'path/to/file\.py:function', got None"):
-        load_reward_function(None)
+        load_callable(None, "reward.function")
     path.write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"reward\.function: .*r\.py.* ModuleNotFoundError: .*no_such_module"):
-        load_reward_function(f"{path}:length")
+        load_callable(f"{path}:length", "reward.function")
     (tmp_path / "r.txt").write_text("")
     with pytest.raises(UserError, match=r"reward\.function: expected a Python file, got"):
-        load_reward_function(f"{tmp_path / 'r.txt'}:f")
+        load_callable(f"{tmp_path / 'r.txt'}:f", "reward.function")
 
 
 def test_rule_13_the_coefficient_follows_the_published_rule():
