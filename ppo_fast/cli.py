@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ USAGE = """\
 usage: ppo-fast COMMAND [options]
 
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
+  export      a run's samples as preference pairs   ppo-fast export runs/ppo --out pairs.jsonl
   quickstart  watch a tiny model learn, on a CPU, without a download
   doctor      versions, devices, and which backend of each op is usable
 
@@ -144,7 +146,18 @@ def _read_flag(flag: str, values: list[str]) -> tuple[str, Any]:
     if len(values) > 1 and not isinstance(fields[name], tuple):
         raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
     texts = [None if value in ("None", "null") else value for value in values]
-    return name, True if not texts else texts[0] if len(texts) == 1 else texts
+    return name, True if not texts else texts if isinstance(fields[name], tuple) else texts[0]
+
+
+def export(argv: list[str]) -> None:
+    """`ppo-fast export RUN [--out FILE]`."""
+    parser = argparse.ArgumentParser("ppo-fast export", description="Write a run's scored samples as preference pairs.")
+    parser.add_argument("run", help="directory of a run with rollout.samples_per_prompt > 1 and log.all_samples")
+    parser.add_argument("--out", help="JSONL file; RUN/pairs.jsonl when not given")
+    options = parser.parse_args(argv)
+    from ppo_fast.rlhf.export import export_pairs
+
+    print(f"pairs: {export_pairs(options.run, options.out)}")
 
 
 def quickstart(argv: list[str]) -> None:
@@ -161,7 +174,7 @@ def doctor(argv: list[str]) -> None:
     run(argv)
 
 
-COMMANDS = {"train": train, "quickstart": quickstart, "doctor": doctor}
+COMMANDS = {"train": train, "export": export, "quickstart": quickstart, "doctor": doctor}
 
 
 def _fail(message: str) -> int:

@@ -33,15 +33,8 @@ STAGES = [
     "resume",
     "ppo",
 ]
-TOOLS = [
-    "tiny",
-    "reviews",
-    "plots",
-    "judge",
-    "export",
-    "quickstart",
-    "__init__",
-]  # what stands around the stages; no stage imports them
+# What stands around the stages; no stage imports them.
+TOOLS = ["tiny", "reviews", "plots", "judge", "export", "quickstart", "__init__"]
 
 
 def imports(path: Path) -> set[str]:

@@ -192,7 +192,7 @@ def load_pretrained(loader: Any, path: str | None, trust: bool = False, **option
     failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
     try:
         with no_progress_bars():
-            return loader.fromload_pretrained(path, trust_remote_code=trust, **options)
+            return loader.from_pretrained(path, trust_remote_code=trust, **options)
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]

@@ -13,7 +13,7 @@ from ppo_fast import ops
 
 from .callables import call, listed
 from .config import KLConfig, RewardConfig
-from .errors import check
+from .errors import UserError, check
 from .reward_sources import Responses, Score
 from .rollout import Rollout, select
 
@@ -204,7 +204,8 @@ def without_masked(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards
     rows = [row for row, verdict in enumerate(rewards.verdicts) if verdict != "mask"]
     if len(rows) == len(rewards.verdicts):
         return rollout, rewards
-    check(bool(rows), "filter", "one response or more to be kept", f"'mask' for all {len(rewards.verdicts)}")
+    if not rows:
+        raise UserError(f"filter: expected one response or more to be kept, got 'mask' for all {len(rewards.verdicts)}")
     return select(rollout, rows), select(rewards, rows)
 
 

@@ -62,7 +62,7 @@ def test_short_flags():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trane"], "no command 'trane'; the commands are train, quickstart, doctor"),
+        (["trane"], "no command 'trane'; the commands are train, export, quickstart, doctor"),
         (["train", "--config", "none.yaml"], "config: no such file 'none.yaml'"),
         (
             ["train", "--config", "run.yaml", "--log.dir", "o", "--reward", "r.py:g"],
