@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import warnings
@@ -16,6 +17,7 @@ usage: ppo-fast COMMAND [options]
   reward      train a reward model              ppo-fast reward --model runs/sft/final --data pairs.jsonl
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
   dpo         the same without a reward model   ppo-fast dpo --model runs/sft/final --data pairs.jsonl
+  export      samples as preference pairs       ppo-fast export runs/ppo --out pairs.jsonl
   quickstart  watch a tiny model learn, on a CPU, without a download
   plot        draw runs over each other         ppo-fast plot runs/a runs/b --out curves.svg
   report      one page of a run: curves, samples, warnings, a blind comparison to rate
@@ -189,7 +191,18 @@ def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]
     if len(values) > 1 and not isinstance(fields[name], tuple):
         raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
     texts = [None if value in ("None", "null") else value for value in values]
-    return name, True if not texts else texts[0] if len(texts) == 1 else texts
+    return name, True if not texts else texts if isinstance(fields[name], tuple) else texts[0]
+
+
+def export(argv: list[str]) -> None:
+    """`ppo-fast export RUN [--out FILE]`."""
+    parser = argparse.ArgumentParser("ppo-fast export", description="Write a run's scored samples as preference pairs.")
+    parser.add_argument("run", help="directory of a run with rollout.samples_per_prompt > 1 and log.all_samples")
+    parser.add_argument("--out", help="JSONL file; RUN/pairs.jsonl when not given")
+    options = parser.parse_args(argv)
+    from ppo_fast.rlhf.export import export_pairs
+
+    print(f"pairs: {export_pairs(options.run, options.out)}")
 
 
 def quickstart(argv: list[str]) -> None:
@@ -222,6 +235,7 @@ def doctor(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: functools.partial(train, name) for name in STAGES},
+    "export": export,
     "quickstart": quickstart,
     "plot": plot,
     "report": report,

@@ -10,21 +10,27 @@ import ppo_fast
 ROOT = Path(ppo_fast.__file__).parent
 STAGES = [
     "errors",
+    "callables",
     "config",
     "supervised_config",
     "runtime",
     "configfile",
     "data",
+    "curriculum",
     "forward",
     "examples",
     "models",
     "rollout",
+    "reward_sources",
     "rewards",
     "advantages",
     "update",
+    "reference",
     "metrics",
+    "monitors",
     "runlog",
     "checkpoint",
+    "evaluation",
     "failures",
     "signals",
     "resume",
@@ -34,14 +40,8 @@ STAGES = [
     "reward_model",
     "dpo",
 ]
-TOOLS = [
-    "tiny",
-    "reviews",
-    "plots",
-    "report",
-    "quickstart",
-    "__init__",
-]  # what stands around the stages; no stage imports them
+# What stands around the stages; no stage imports them.
+TOOLS = ["tiny", "reviews", "plots", "report", "judge", "export", "quickstart", "__init__"]
 
 
 def imports(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or "file.py:function" giving them
+    balance: str | None = None  # column of topics; every topic is drawn equally often
 
     def __post_init__(self) -> None:
         positive("data.max_prompt_tokens", self.max_prompt_tokens)
@@ -69,16 +72,30 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The score of a response, before the KL term."""
+    """The score of a response, before the KL term: sources, normalised, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function"
+    models: tuple[str, ...] = ()  # directories of sequence-classification models with one output
+    weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
+    combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
+    std_coef: float = 1.0  # price of disagreement
+    normalise: Literal["saved", "running", "none"] = "saved"  # by a model's reward_stats.json; by all scores so far
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
+    length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
+    filter: str | None = None  # "file.py:function" -> True (keep), False (reject) or "mask" for each response
+    rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
     def __post_init__(self) -> None:
+        check_choices("reward", self)
         if self.clip is not None:
             positive("reward.clip", self.clip)
-        not_negative("reward.missing_eos_penalty", self.missing_eos_penalty)
+        for name in ("missing_eos_penalty", "length_penalty", "std_coef"):
+            not_negative(f"reward.{name}", getattr(self, name))
+        check(math.isfinite(self.rejected_score), "reward.rejected_score", "a finite number", self.rejected_score)
+        for weight in self.weights:
+            not_negative("reward.weights", weight)
+        check(not self.weights or sum(self.weights) > 0, "reward.weights", "one above 0", self.weights)
 
 
 @dataclass(frozen=True)
@@ -123,13 +140,15 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Generalised advantage estimation."""
+    """Per token by generalised advantage estimation, or one for the whole response."""
 
+    kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
     gamma: float = 1.0  # discount
     lam: float = 0.95  # 0: one-step TD error, 1: Monte Carlo return minus value
     whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
 
     def __post_init__(self) -> None:
+        check_choices("advantage", self)
         check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
         check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
 
@@ -237,6 +256,36 @@ class LogConfig(RunLogConfig):
     dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
     samples_every: int = 10  # updates between tables of samples; 0: never
     samples: int = 4  # rows of the table
+    all_samples: bool = False  # samples.jsonl takes every response of every update, for `ppo-fast export`
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """What the KL is measured against: the model at the start, or one that follows the policy."""
+
+    update: Literal["fixed", "replace", "ema"] = "fixed"  # replace: by the policy; ema: a moving average of it
+    every: int = 10  # updates between two changes
+    decay: float = 0.9  # ema: reference = decay * reference + (1 - decay) * policy; bfloat16 loses small changes
+
+    def __post_init__(self) -> None:
+        check_choices("reference", self)
+        positive("reference.every", self.every)
+        check(0 <= self.decay < 1, "reference.decay", "0 <= decay < 1", self.decay)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out prompts, answered and scored during the run; metrics eval/*."""
+
+    every: int = 0  # updates between evaluations; 0: never
+    prompts: str | None = None  # held-out prompts, in the format of data.prompts
+    evaluators: tuple[str, ...] = ()  # "file.py:function"; f(generate, model, tokenizer) -> {name: number}
+    best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
+    best_is: Literal["max", "min"] = "max"  # of that metric
+
+    def __post_init__(self) -> None:
+        check_choices("evaluation", self)
+        not_negative("evaluation.every", self.every)
 
 
 @dataclass(frozen=True)
@@ -256,6 +305,8 @@ class PPOConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)

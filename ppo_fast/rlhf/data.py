@@ -132,11 +132,19 @@ def apply_template(messages: list[Any], tokenizer: Any, where: str, **options: A
 class PromptSampler:
     """Endless batches of row numbers; every prompt once per epoch, a new order in each.
 
-    `order` and `position` are its whole state, the generator aside.
+    `arrange` makes the rows of an epoch out of that order. `order` and `position` are the whole state, the generator
+    aside.
     """
 
-    def __init__(self, size: int, generator: torch.Generator, *, shuffle: bool = True) -> None:
-        self.size, self.generator, self.shuffle = size, generator, shuffle
+    def __init__(
+        self,
+        size: int,
+        generator: torch.Generator,
+        *,
+        shuffle: bool = True,
+        arrange: Callable[[list[int]], list[int]] = list,
+    ) -> None:
+        self.size, self.generator, self.shuffle, self.arrange = size, generator, shuffle, arrange
         self.order: list[int] = []
         self.position = 0
 
@@ -154,7 +162,7 @@ class PromptSampler:
         if self.position == len(self.order):
             device = self.generator.device
             permutation = torch.randperm(self.size, generator=self.generator, device=device)
-            self.order = permutation.tolist() if self.shuffle else list(range(self.size))
+            self.order = self.arrange(permutation.tolist() if self.shuffle else list(range(self.size)))
             self.position = 0
         self.position += 1
         return self.order[self.position - 1]

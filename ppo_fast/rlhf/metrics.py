@@ -39,6 +39,7 @@ def collect(
         | _update(stats, config)
         | _lengths(rollout, rewards)
         | {"value/explained_variance": explained_variance(rollout.values, targets.returns, rollout.mask)}
+        | ({} if rewards.spread is None else {"hacking/ensemble_std": rewards.spread.mean()})
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
@@ -48,6 +49,8 @@ def collect(
     metrics |= _repetition(rewards.completion_ids)
     metrics |= {
         "lr": stats.lr,
+        "filter/rejected": float(rewards.verdicts.count(False)),
+        "filter/masked": float(config.rollout.batch_size - len(rewards.verdicts)),
         "nan/skipped_steps": float(stats.skipped),
         "memory/peak": _peak_memory(rollout.mask.device),
     }

@@ -12,18 +12,24 @@ from typing import Any
 import torch
 
 from .advantages import compute_targets
+from .callables import load_callable
 from .checkpoint import Checkpoint, load_weights, restore_rng, rng_state, save_checkpoint, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
+from .curriculum import make_arrangement
 from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from .errors import NotFiniteError, UserError
+from .evaluation import Evaluation, load_evaluation
 from .failures import save_failure
 from .metrics import collect, require_finite
 from .models import Models, load_models
+from .monitors import Monitors
+from .reference import Reference
 from .resume import failed_writes_told, inputs, load_start
-from .rewards import KLCoefficient, RewardFunction, compute_rewards, load_reward_function
+from .reward_sources import RewardFunction, load_sources
+from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from .rollout import Generation, generate, score, warn_about_filters
-from .runlog import CHECKPOINTS, FAILED, FINAL, RunLog
+from .runlog import BEST, CHECKPOINTS, FAILED, FINAL, RunLog
 from .runtime import Stopwatch, find_device, named, threads, warn_about_precision
 from .signals import Interrupted, StopSignals
 from .update import Learner
@@ -46,14 +52,19 @@ class Run:
     config: PPOConfig
     models: Models
     data: Prompts
-    reward_fn: RewardFunction
-    generator: torch.Generator  # every random number of the run
+    scorer: Scorer
+    evaluation: Evaluation | None
+    generator: torch.Generator  # every random number of the run, those of the evaluation aside
     done: int = 0  # updates
     skipped: int = 0  # updates whose batch was given up, on_nan = "skip"
 
     def __post_init__(self) -> None:
-        self.sampler = PromptSampler(len(self.data.token_ids), self.generator, shuffle=self.config.data.shuffle)
+        settings, arrange = self.config.data, make_arrangement(self.data, self.config.data)
+        count = len(self.data.token_ids)
+        self.sampler = PromptSampler(count, self.generator, shuffle=settings.shuffle, arrange=arrange)
         self.learner = Learner(self.models, self.config)
+        self.reference = Reference(self.models, self.config.reference)
+        self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         self.inputs = inputs(self.models, self.data)
         # Scored in the batches of the update, the logits of the whole rollout never exist.
@@ -64,6 +75,8 @@ class Run:
     def loop(self, log: RunLog, stop: StopSignals) -> None:
         """The updates still to do, each a safe point to save and to stop at."""
         updates, save_every = self.config.updates, self.config.log.save_every
+        if self.evaluation is not None:
+            self.evaluation.begin()
         while self.done < updates:
             with named(f"update {self.done + 1}"):
                 self.step(self.done + 1, log)
@@ -84,16 +97,23 @@ class Run:
                 seen.append(rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
             with clock("score"):
-                rewards = compute_rewards(rollout, self.models.tokenizer, self.reward_fn, self.kl, config.reward)
-                seen.append(rewards)
+                rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
+                rollout, rewards = without_masked(rollout, rewards)
+                seen[:] = [rollout, rewards]
                 require_finite(rewards=rewards.rewards)
             with clock("update"):
                 targets = compute_targets(rollout, rewards, config.advantage)
                 seen.append(targets)
                 stats = self.learner.update(rollout, targets, self.kl.coef, update - 1, self.generator)
                 self.kl.update(rewards.kl)
+                self.reference.update(update)
             metrics = collect(rollout, rewards, targets, stats, config, clock.seconds)
-            log.write(update, metrics | {"nan/skipped_batches": float(self.skipped)}, stats.note)
+            metrics |= {"nan/skipped_batches": float(self.skipped)}
+            notes = [stats.note, *self.monitors.watch(metrics)]
+            if self.evaluation is not None and self.evaluation.due(update):
+                measured, note = self.evaluation.run(log.directory / BEST)
+                metrics, notes = metrics | measured, [*notes, note]
+            log.write(update, metrics, "; ".join(filter(None, notes)) or None)
             log.write_samples(update, rollout, rewards)
 
     @contextlib.contextmanager
@@ -107,6 +127,7 @@ class Run:
                 self.skipped += 1
                 log.note(update, f"batch skipped: {error}")
                 return
+            generation = seen[0].generation if seen else generation
             target = log.directory / FAILED / f"update-{update:06d}"
             saved = save_failure(target, self.models, generation, seen, error)
             raise UserError(f"{error}; the batch and the weights before it are in {str(saved)!r}") from error
@@ -147,10 +168,11 @@ class Run:
 
     def _parts(self) -> dict[str, Any]:
         """What changes during a run, the weights of policy and value model aside."""
-        parts = {"sampler": self.sampler, "learner": self.learner, "kl": self.kl}
-        if hasattr(self.reward_fn, "load_state_dict"):
-            parts["reward"] = self.reward_fn
-        return parts
+        named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
+        parts = {name: getattr(self, name) for name in named}
+        users = [getattr(source, "function", None) for source in self.scorer.sources]
+        parts |= {"reward": users[0], "filter": self.scorer.filter}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
 
     def _next_prompts(self) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt
@@ -166,6 +188,7 @@ def train_ppo(
     prompts: Iterable[Any] | None = None,
     policy: Any = None,
     tokenizer: Any = None,
+    eval_prompts: Iterable[Any] | None = None,
     resume: bool = False,
 ) -> PPOResult:
     """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
@@ -177,6 +200,7 @@ def train_ppo(
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
         tokenizer: the one the policy was made with.
+        eval_prompts: held-out prompts, in the forms of `prompts`.
         resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped. The
             inputs are those the run was begun with; of the config, `updates` and `log` may differ. Another number of
             updates stretches the learning-rate schedule.
@@ -193,13 +217,15 @@ def train_ppo(
     warn_about_filters(config.rollout)
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
     with threads(config.threads):
-        reward_fn = reward_fn or load_reward_function(config.reward.function)
+        filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         _check_vocabulary(models, data)
         _check_context(config, models, data)
         warn_about_precision(models.policy, config.optim)
-        run = Run(config, models, data, reward_fn, generator)
+        scorer = Scorer(load_sources(config.reward, config.model, models, reward_fn), config.reward, filter_fn)
+        evaluation = load_evaluation(config, models, scorer, eval_prompts)
+        run = Run(config, models, data, scorer, evaluation, generator)
         if start is not None:
             run.restore(start)
         with failed_writes_told(log.directory), log, StopSignals() as stop:

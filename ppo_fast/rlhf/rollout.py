@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,17 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
         values = torch.where(mask, response_values(models.value, *inputs), 0.0)
         columns.append((stats.logprobs, reference.logprobs, stats.entropy, values))
     return Rollout(generation, *(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def select(value: Any, rows: list[int]) -> Any:
+    """The rows of every tensor [B, ...] and list [B] in nested dataclasses and dicts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: select(getattr(value, field.name), rows) for field in fields(value)})
+    if isinstance(value, dict):
+        return {name: select(item, rows) for name, item in value.items()}
+    if isinstance(value, list):
+        return [value[row] for row in rows]
+    return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 
 def first_eos(responses: Tensor, eos_id: int) -> Tensor:

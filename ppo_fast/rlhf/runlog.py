@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-TENSORBOARD, CHECKPOINTS, FINAL, FAILED = "tensorboard", "checkpoints", "final", "failed"
-REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL, FAILED)
+TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
+REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
 def require_free(log: RunLogConfig) -> None:
@@ -118,7 +118,7 @@ class StageLog:
 
     def _empty_directory(self) -> None:
         """Make the directory, without what an earlier run left there."""
-        for name in (TENSORBOARD, CHECKPOINTS, FINAL, FAILED):
+        for name in REPLACED[2:]:
             shutil.rmtree(self.directory / name, ignore_errors=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -160,13 +160,15 @@ class RunLog(StageLog):
     def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
         """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
         log = self.config.log
-        if not log.samples_every or update % log.samples_every:
+        shown = log.samples_every > 0 and update % log.samples_every == 0
+        prompts, scores = rollout.generation.prompts.prompts, rewards.scores.tolist()
+        kept = len(scores) if log.all_samples else log.samples * shown
+        for prompt, response, value in zip(prompts[:kept], rewards.completions, scores, strict=False):
+            _line(self._open[SAMPLES], {"update": update, "prompt": prompt, "completion": response, "score": value})
+        if not shown:
             return
         table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")
-        prompts = rollout.generation.prompts.prompts
-        scores = rewards.scores[: log.samples].tolist()
-        for prompt, response, value in zip(prompts, rewards.completions, scores, strict=False):
-            _line(self._open[SAMPLES], {"update": update, "prompt": prompt, "completion": response, "score": value})
+        for prompt, response, value in zip(prompts[: log.samples], rewards.completions, scores, strict=False):
             table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
         self.console.print(table)
 

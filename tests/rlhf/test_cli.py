@@ -92,7 +92,10 @@ def test_short_flags():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trane"], "no command 'trane'; the commands are sft, reward, train, dpo, quickstart, plot, report, doctor"),
+        (
+            ["trane"],
+            "no command 'trane'; the commands are sft, reward, train, dpo, export, quickstart, plot, report, doctor",
+        ),
         (["sft", "--prompts", "p.jsonl"], "no option '--prompts', the nearest is '--data.held-out'"),
         (["sft", "--preset", "tiny-cpu"], "no option '--preset', the nearest is '--log.print-every'"),
         (["dpo", "--optim.lrr", "1"], "no option '--optim.lrr', the nearest is '--optim.lr'"),

@@ -136,6 +136,69 @@ def test_kl_may_be_placed_in_reward_and_loss(run, estimator):
     assert result.history[1]["objective/non_score_reward"] != 0
 
 
+def test_masked_responses_are_counted_and_not_trained_on(run, tmp_path, monkeypatch):
+    path, seen, update = tmp_path / "own.py", [], Learner.update
+    path.write_text("def some(completion_ids, **_):\n    return ['mask', False, *[True] * (len(completion_ids) - 2)]\n")
+
+    def spy(self, rollout, targets, *others):
+        seen.append((rollout, targets))
+        return update(self, rollout, targets, *others)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    result = run(updates=1, reward={"filter": f"{path}:some", "rejected_score": -7.0, "missing_eos_penalty": 0.0})
+    assert (result.history[0]["filter/masked"], result.history[0]["filter/rejected"]) == (1, 1)
+    ((rollout, targets),) = seen
+    assert len(rollout.mask) == len(targets.advantages) == 7
+    assert targets.advantages[rollout.mask].mean().abs() < 1e-6  # whitened over what is left
+    assert run(updates=1, log={"overwrite": True}).history[0]["filter/masked"] == 0
+
+
+def test_the_prompts_come_in_the_order_of_the_curriculum(run):
+    seen = []
+
+    def record(prompts, level, **_):
+        seen.extend(level)
+        return [0.0] * len(prompts)
+
+    prompts = [{"prompt": f"w{n}", "level": -n} for n in range(16)]
+    run(record, prompts=prompts, data={"order": "level"})
+    assert seen == sorted(seen) == list(range(-15, 1))
+
+
+def test_a_sign_of_hacking_is_on_record_once(run):
+    words = [f"w{n}" for n in range(60)]
+    calls = []
+
+    def widens(completion_ids, **_):
+        calls.append(1)
+        sign = 1 if len(calls) > 5 else -1
+        return [sign * float(len(ids)) for ids in completion_ids]
+
+    result = run(
+        widens,
+        prompts=words,
+        updates=12,
+        optim={"lr": 1e-5, "epochs": 1},
+        reward={"missing_eos_penalty": 0.0},
+        rollout={"batch_size": 32, "max_new_tokens": 24},
+    )
+    records = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    told = [record["update"] for record in records if "follows the length" in record.get("note", "")]
+    assert told == [10]
+
+
+def test_a_reference_that_follows_keeps_the_kl_low(run):
+    fixed = run(updates=4, kl={"coef": 0.0})
+    follows = run(updates=4, kl={"coef": 0.0}, reference={"update": "replace", "every": 1}, log={"overwrite": True})
+    assert fixed.history[3]["objective/kl"] != 0
+    assert [metrics["objective/kl"] for metrics in follows.history] == [0.0] * 4
+
+
+def test_advantages_per_sequence_train(run):
+    result = run(advantage={"kind": "sequence"})
+    assert result.history[1]["objective/kl"] != 0
+
+
 def test_a_failing_reward_function_leaves_what_was_saved(run, make_config):
     calls = []
 

@@ -29,7 +29,7 @@ def random_targets(rollout, seed=3):
 
 def made_rewards(rollout):
     zero = torch.zeros(rollout.mask.shape)
-    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [])
+    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [], [], None)
 
 
 @pytest.fixture
