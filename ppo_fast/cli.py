@@ -207,7 +207,7 @@ def export(argv: list[str]) -> None:
 
 def quickstart(argv: list[str]) -> None:
     """`ppo-fast quickstart`."""
-    from ppo_fast.rlhf.quickstart import main as run
+    from ppo_fast.quickstart import main as run
 
     run(argv)
 

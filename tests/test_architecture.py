@@ -41,7 +41,7 @@ STAGES = [
     "dpo",
 ]
 # What stands around the stages; no stage imports them.
-TOOLS = ["tiny", "reviews", "plots", "report", "judge", "export", "quickstart", "__init__"]
+TOOLS = ["tiny", "plots", "report", "judge", "export", "__init__"]
 
 
 def imports(path: Path) -> set[str]:

@@ -118,7 +118,8 @@ def draw_curves(
 ) -> None:
     """Draw metrics of one or more runs into one picture, PNG, SVG or PDF by its name.
 
-    The thin line is each update, the thick one a running mean; the last value is written at the end of it.
+    The thin line is each update, the thick one a running mean; the last value is written at the end of it. What not
+    every update has is drawn as points.
 
     Args:
         runs: name -> history, as :func:`read_metrics` returns it. Names make the legend when there are several.
@@ -183,15 +184,19 @@ def _style() -> dict[str, Any]:
 
 
 def _draw_run(axis: Any, panel: Panel, history: History, colour: str, name: str) -> None:
-    drawn = [(row, panel.scale * row[panel.metric]) for row in history if panel.metric in row]
-    values = [value for _, value in drawn]
-    updates = [next((row[c] for c in COUNTERS if c in row), i + 1) for i, (row, _) in enumerate(drawn)]
-    means = smooth(values, 5)
-    axis.plot(updates, values, color=colour, linewidth=0.8, alpha=0.35)
-    axis.plot(updates, means, color=colour, linewidth=2.0, label=name)
+    """Every value thin and a running mean thick; what not every update has, as points on a line."""
+    rows = [(next((row[c] for c in COUNTERS if c in row), i), row) for i, row in enumerate(history, start=1)]
+    drawn = [(update, panel.scale * row[panel.metric]) for update, row in rows if panel.metric in row]
+    updates, values = zip(*drawn, strict=True)
+    if len(values) == len(history):
+        axis.plot(updates, values, color=colour, linewidth=0.8, alpha=0.35)
+        values, marker = tuple(smooth(values, 5)), None
+    else:
+        marker = "o"
+    axis.plot(updates, values, color=colour, linewidth=2.0, label=name, marker=marker, markersize=4)
     axis.annotate(
-        f"{means[-1]:.2g}",
-        (updates[-1], means[-1]),
+        f"{values[-1]:.2g}",
+        (updates[-1], values[-1]),
         xytext=(5, 0),
         textcoords="offset points",
         va="center",
