@@ -100,6 +100,7 @@ def parse_train(argv: Sequence[str]) -> Any:
     from ppo_fast.rlhf.config import PPOConfig
     from ppo_fast.rlhf.configfile import config_from_dict, field_defaults, load_config, merge, read_values
     from ppo_fast.rlhf.errors import require
+    from ppo_fast.rlhf.runlog import CHECKPOINTS
 
     if {"-h", "--help"} & set(argv):
         require("tyro").cli(PPOConfig, args=["--help"], prog="ppo-fast train", description=TRAIN_HELP)
@@ -108,8 +109,9 @@ def parse_train(argv: Sequence[str]) -> Any:
     if RESUME not in argv:
         return load_config(path, preset=preset, flags=flags)
     given = read_values(path, preset=preset, flags=flags)
-    directory = given.get("log", {}).get("dir", field_defaults()["log.dir"])
-    saved = load_latest(Path(directory) / "checkpoints", tensors=False).state["config"]
+    log = given.get("log")
+    directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults()["log.dir"]
+    saved = load_latest(Path(str(directory)) / CHECKPOINTS, tensors=False).state["config"]
     return config_from_dict(merge(saved, given), source="resume")
 
 

@@ -196,4 +196,6 @@ def load_pretrained(loader: Any, path: str | None, trust: bool = False, **option
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
         raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error

@@ -67,6 +67,7 @@ class Run:
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
+        self.inputs = inputs(self.models, self.data)
         # Scored in the batches of the update, the logits of the whole rollout never exist.
         optim, rollout = self.config.optim, self.config.rollout
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
@@ -141,7 +142,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "log": log.position(self.done),
             "skipped": self.skipped,
-            "inputs": inputs(self.models, self.data),
+            "inputs": self.inputs,
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
             "rng": rng_state(self.generator),
         }
@@ -157,11 +158,11 @@ class Run:
         parts = self._parts()
         if parts.keys() != state["parts"].keys():
             raise UserError(f"resume: expected a run of {sorted(state['parts'])}, got {sorted(parts)}")
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        for name, found in inputs(self.models, self.data).items():
+        for name, found in self.inputs.items():
             if found != state["inputs"][name]:
                 raise UserError(f"resume: expected the {name} that the run was begun with, got others")
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
         load_weights(self.models, start.directory)
         restore_rng(state["rng"], self.generator)
         self.done, self.skipped = state["log"]["update"], state["skipped"]

@@ -35,9 +35,9 @@ def load_start(config: PPOConfig) -> Checkpoint:
 
 
 def inputs(models: Models, data: Prompts) -> dict[str, Any]:
-    """What a resumed run reads anew and must find as it was, in short."""
+    """What a resumed run reads anew and must find as it was when the run was begun, in short."""
     prompts = hashlib.sha256(json.dumps(data.token_ids).encode()).hexdigest()
-    return {"reference weights": fingerprint(models.reference), "prompts": prompts}
+    return {"model weights": fingerprint(models.reference), "prompts": prompts}
 
 
 @contextlib.contextmanager

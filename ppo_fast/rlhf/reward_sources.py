@@ -71,7 +71,7 @@ class FunctionSource:
         return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
 
 
-class RewardModel:
+class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
     It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the decoded text, encoded
@@ -130,7 +130,7 @@ class RewardModel:
         return self.model(ids, attention_mask)[:, -1].float().tolist()
 
 
-Source = FunctionSource | RewardModel
+Source = FunctionSource | ModelSource
 
 
 def load_sources(config: RewardConfig, model: ModelConfig, models: Models, function: Any = None) -> list[Source]:
@@ -138,7 +138,7 @@ def load_sources(config: RewardConfig, model: ModelConfig, models: Models, funct
     sources: list[Source] = []
     if function is not None or config.function is not None or not config.models:
         sources.append(FunctionSource(function or load_callable(config.function, "reward.function")))
-    return sources + [RewardModel(path, models.tokenizer, model=model, device=models.device) for path in config.models]
+    return sources + [ModelSource(path, models.tokenizer, model=model, device=models.device) for path in config.models]
 
 
 def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,7 +52,7 @@ class RunLog:
             self._empty_directory()
         else:
             self._cut_back(self.resume)
-        mode = "w" if self.resume is None else "a"
+        mode: Literal["w", "a"] = "w" if self.resume is None else "a"
         with contextlib.ExitStack() as resources:
             self._board = self._open_board(resources)
             self._metrics, self._samples = (
@@ -63,6 +63,8 @@ class RunLog:
             self._progress = resources.enter_context(Progress(*columns, console=self.console))
             self._resources = resources.pop_all()
         done = self.resume["update"] if self.resume else 0
+        if self.resume:
+            self.console.print(f"resumed after update {done}", highlight=False)
         self._task = self._progress.add_task("updates", total=self.config.updates, completed=done)
         return self
 

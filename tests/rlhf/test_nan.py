@@ -1,5 +1,6 @@
 """A NaN or an infinity stops the run before it reaches a weight, or is left out and counted."""
 
+import itertools
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.rlhf import UserError, tiny, train_ppo
+from ppo_fast.rlhf import UserError, ppo, tiny, train_ppo
 from ppo_fast.rlhf.update import Learner, Network
 from tests.rlhf.conftest import PROMPTS
 
@@ -35,7 +36,7 @@ def poison(monkeypatch):
 
     def go(where, *steps):
         calls, weights = [], []
-        backward, step = Learner.backward, Network.step
+        backward = Learner.backward
 
         def poisoned(self, batch, kl_coef):
             calls.append(1)
@@ -103,9 +104,7 @@ def test_the_batch_of_a_bad_step_is_saved_with_its_texts(run, poison, tmp_path, 
 def test_skip_leaves_the_step_out_and_counts_it(run, poison):
     weights = poison("gradient", 2, 3)
     result = run(updates=2, on_nan="skip")
-    same = [
-        all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(weights, weights[1:], strict=False)
-    ]
+    same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(weights)]
     assert same == [False, True, True, False, False, False, False]
     assert [metrics["nan/skipped_steps"] for metrics in result.history] == [2, 0]
     record = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[0])
@@ -162,20 +161,28 @@ def test_a_bad_reward_is_told_with_its_batch_or_skipped(run, tmp_path, bad):
     assert not (tmp_path / "run" / "failed").exists()
 
 
-def test_a_broken_reference_is_named_by_its_log_probabilities(run, monkeypatch, tmp_path):
-    from ppo_fast.rlhf import ppo
+@pytest.mark.parametrize(
+    ("stage", "tensor", "name"),
+    [
+        ("score", "logprobs", "logprobs"),
+        ("score", "ref_logprobs", "ref_logprobs"),
+        ("score", "values", "values"),
+        ("compute_rewards", "rewards", "rewards"),
+    ],
+)
+def test_what_the_update_is_made_of_is_checked_and_named(run, monkeypatch, tmp_path, stage, tensor, name):
+    real = getattr(ppo, stage)
 
-    score = ppo.score
+    def broken(*arguments):
+        output = real(*arguments)
+        getattr(output, tensor)[1, 0] = float("-inf")
+        return output
 
-    def broken(models, generation, config):
-        rollout = score(models, generation, config)
-        rollout.ref_logprobs[1, 0] = float("-inf")
-        return rollout
-
-    monkeypatch.setattr(ppo, "score", broken)
-    with pytest.raises(UserError, match=r"^update 1: ref_logprobs is not finite: -inf; the batch and the weights"):
+    monkeypatch.setattr(ppo, stage, broken)
+    with pytest.raises(UserError, match=rf"^update 1: {name} is not finite: -inf; the batch and the weights"):
         run()
-    assert load_file(tmp_path / "run/failed/update-000001/batch.safetensors")["rollout.ref_logprobs"][1, 0] < -1e30
+    saved = load_file(tmp_path / "run/failed/update-000001/batch.safetensors")
+    assert sum(bool(values.isinf().any()) for values in saved.values()) == 1
 
 
 def test_a_step_that_target_kl_would_stop_is_checked_too(run, poison):

@@ -19,8 +19,8 @@ from ppo_fast import cli
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.signals import Interrupted, StopSignals
 from tests.helpers import raises_exactly
-from tests.rlhf.conftest import PROMPTS
 
+MANY = [f"w{i} w{i + 1}" for i in range(11)]  # no batch of 8 ends with an epoch
 CLOCK = ("time/", "tokens_per_second", "memory/")
 EVERYTHING = {  # every part of a run that has a state of its own
     "kl": {"adaptive": True, "coef": 0.1, "target": 1.0, "horizon": 50, "placement": "both"},
@@ -45,7 +45,7 @@ def seed_globals():
 def run(make_config, tokenizer):
     """run(reward_fn, **config) -> PPOResult of a fresh tiny model; resume=True continues."""
 
-    def go(reward_fn=reward, *, resume=False, prompts=PROMPTS, policy=None, eval_prompts=None, **values):
+    def go(reward_fn=reward, *, resume=False, prompts=MANY, policy=None, eval_prompts=None, **values):
         values = {name: {**EVERYTHING.get(name, {}), **values.get(name, {})} for name in EVERYTHING} | {
             name: value for name, value in values.items() if name not in EVERYTHING
         }
@@ -113,7 +113,7 @@ def test_rule_16_holds_for_everything_that_may_change_beside_the_weights(run, tm
     )
     options = {
         "updates": 6,
-        "prompts": [{"prompt": prompt, "level": number % 2} for number, prompt in enumerate(PROMPTS)],
+        "prompts": [{"prompt": prompt, "level": number % 2} for number, prompt in enumerate(MANY)],
         "eval_prompts": ["w20", "w21 w22"],
         "data": {"order": "level", "balance": "level"},
         "reward": {"normalise": "running", "filter": f"{tmp_path / 'own.py'}:some"},
@@ -140,11 +140,23 @@ def test_a_longer_run_is_a_resumed_shorter_one(run, tmp_path):
     whole = run(updates=6, log={"dir": str(tmp_path / "whole")}, **constant)
     seed_globals()
     run(updates=3, **constant)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["update-000002", "update-000003"]
     resumed = run(updates=6, resume=True, log={"save_every": 1, "keep_last": 0}, **constant)
     assert left_by(resumed.directory) == left_by(whole.directory)
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"update-{n:06d}" for n in (2, 3, 4, 5, 6)]
     again = run(updates=6, resume=True, **constant)  # nothing left to do
     assert left_by(again.directory) == left_by(whole.directory)
+
+
+def test_tensorboard_shows_each_update_once(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = {"tensorboard": True}
+    with pytest.raises(Stop):
+        run(stops_in(4), updates=5, log=log)  # update 3 is written, update 2 saved
+    run(updates=5, resume=True, log=log)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4, 5]
 
 
 def test_a_checkpoint_is_a_model_directory_and_holds_no_pickle(run, tmp_path):
@@ -180,6 +192,16 @@ def test_the_state_of_a_reward_function_is_saved(run, tmp_path):
         run(updates=4, reward=plain, resume=True)
 
 
+def test_the_count_of_skipped_batches_goes_on(run):
+    def fails_once(completions, **_):
+        return [float("nan") if not calls.append(1) and len(calls) == 1 else 0.5] * len(completions)
+
+    calls = []
+    run(fails_once, updates=2, on_nan="skip")
+    resumed = run(fails_once, updates=3, on_nan="skip", resume=True)
+    assert [metrics["nan/skipped_batches"] for metrics in resumed.history] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -198,7 +220,7 @@ def test_another_run_is_not_resumed(run, values, message):
 def test_the_policy_given_to_a_resumed_run_is_the_one_at_the_start(run):
     policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
     run(updates=2, policy=policy)
-    with pytest.raises(UserError, match=r"^resume: expected the reference weights that the run was begun with, got"):
+    with pytest.raises(UserError, match=r"^resume: expected the model weights that the run was begun with, got"):
         run(updates=4, policy=policy, resume=True)
 
 
@@ -281,7 +303,7 @@ def files(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(cli.__file__).parents[1])]))
     tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained("model")
     tokenizer.save_pretrained("model")
-    Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in MANY))
     Path("run.yaml").write_text(
         "updates: 8\nthreads: 1\nmodel: {path: model}\ndata: {prompts: p.jsonl}\nreward: {function: r.py:f}\n"
         "rollout: {batch_size: 8, max_new_tokens: 4}\noptim: {minibatch_size: 4, lr: 1e-3}\n"
@@ -353,6 +375,7 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
     ("arguments", "message"),
     [
         (["--out", "none"], "resume: expected a complete checkpoint in 'none/checkpoints', got none"),
+        (["--config", "null.yaml"], "resume: expected a complete checkpoint in 'runs/ppo/checkpoints', got none"),
         (["--config", "run.yaml", "--optim.lr", "1"], "resume: optim.lr: expected 0.001 as in {}, got 1.0"),
         (["--out", "run", "--seed", "7"], "resume: seed: expected 0 as in {}, got 7"),
         (
@@ -363,6 +386,7 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
 )
 def test_what_resume_refuses_is_one_line_and_status_2(files, capsys, arguments, message):
     assert cli.main(["train", "--config", "run.yaml", "--updates", "1"]) == 0
+    Path("null.yaml").write_text("log:\n")
     capsys.readouterr()
     assert cli.main(["train", "--resume", *arguments]) == 2
     assert capsys.readouterr().err == f"ppo-fast: {message.format(repr('run/checkpoints/update-000001'))}\n"

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.config import ModelConfig
-from ppo_fast.rlhf.reward_sources import STATS, Responses, RewardModel
+from ppo_fast.rlhf.reward_sources import STATS, ModelSource, Responses
 from tests.rlhf.conftest import EOS, PROMPTS, WORDS
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def made(completion_ids, *, prompt_ids=((5,), (6, 7, 8), (9, 10)), prompts=("w1"
 
 
 def source(path, tokenizer, **options):
-    return RewardModel(path, tokenizer, model=ModelConfig(), device=CPU, **options)
+    return ModelSource(path, tokenizer, model=ModelConfig(), device=CPU, **options)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
