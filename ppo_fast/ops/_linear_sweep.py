@@ -187,7 +187,7 @@ class Sweep:
     def stats(self, into: RowStats) -> None:
         """The statistics of every row that counts."""
         for first, last in spans(0, len(self.rows), self.tile):
-            self._load(first, last)
+            self.load(first, last)
             rows = self.rows[first:last]
             into.put(rows, self.row_stats(rows))
 
@@ -196,7 +196,7 @@ class Sweep:
         total = Gradients.zeros(self.call, self.wanted)
         for start, stop in spans(0, len(self.rows), self.chunk):
             for first, last in spans(start, stop, self.tile):
-                self._load(first, last)
+                self.load(first, last)
                 self._write_gradient(first - start, self.rows[first:last], *upstream(self.rows[first:last]))
                 self._loaded = None
             total.add(self.call, self.rows[start:stop], self.gradient[: stop - start])
@@ -211,10 +211,14 @@ class Sweep:
     def _views(self, count: int) -> tuple[Tensor, Tensor | None]:
         return self.logits[None, :count], None if self.ref_logits is None else self.ref_logits[None, :count]
 
-    def _load(self, first: int, last: int) -> None:
-        """Compute the logits of a tile, unless they are there."""
-        if self._loaded == (first, last):
-            return
+    def load(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits of a tile, unless they are there; its logits [1, n, V] and the reference's."""
+        if self._loaded != (first, last):
+            self._compute(first, last)
+            self._loaded = (first, last)
+        return self._views(last - first)
+
+    def _compute(self, first: int, last: int) -> None:
         call, rows = self.call, self.rows[first:last]
         logits, ref_logits = self.logits[: last - first], self.ref_logits
         _product(logits, call.hidden[rows], call.weight, call.bias)
@@ -223,7 +227,6 @@ class Sweep:
             ref_weight = call.weight if call.ref_weight is None else call.ref_weight
             _product(ref_logits[: last - first], call.ref_hidden[rows], ref_weight, call.ref_bias)
             _squash(ref_logits[: last - first], call.softcap)
-        self._loaded = (first, last)
 
     def _write_gradient(self, offset: int, rows: Tensor, g: Upstream, stats: RowStats) -> None:
         """The gradient of x, the logits before softcap, in the chunk's buffer from row ``offset`` on."""
@@ -273,6 +276,8 @@ def by_rows(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * factor``, rounded once to ``dtype``."""
+    if gradient.dtype == factor.dtype == dtype:
+        return gradient * factor
     out = torch.empty_like(gradient, dtype=dtype)
     by_rows(out, lambda x: x.to(factor.dtype) * factor, gradient)
     return out

@@ -75,6 +75,43 @@ def _whole(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.Polic
     return out, sweep.gradients(saved_rows(stats, unit)), scale
 
 
+def _fused(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
+    """Of a single tile: a row kernel makes statistics, loss and gradient in one go."""
+    call, rows = sweep.call, sweep.rows
+    logits, ref_logits = sweep.load(0, len(rows))
+    run = _registry.implementation("policy_loss", call.backend)
+    given = logits, take(call.targets, rows), None, ref_logits, call.temperature
+    chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
+    out = run(*given, *chosen, out=logits if any(sweep.wanted) else None)
+    loss, metrics, *of_rows = out[:7]
+    stats.put(rows, RowStats(*of_rows))
+    kl = stats.kl
+    if terms.ref_logprobs is not None:
+        kl = torch.zeros_like(stats.logprobs)
+        kl.view(-1).index_copy_(0, rows, of_rows[2].view(-1))
+    gradients = Gradients.zeros(call, sweep.wanted)
+    gradients.add(call, rows, logits[0])
+    return reference.PolicyTerms(loss, metrics, kl, *out[7:]), gradients, torch.ones_like(loss)
+
+
+def _values(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
+    """Without gradients."""
+    sweep.stats(stats)
+    out = _terms(sweep.call.backend, stats, sweep.call.mask, terms)
+    return out, Gradients.zeros(sweep.call, sweep.wanted), torch.ones_like(out.loss)
+
+
+def _method(sweep: Sweep, terms: Terms) -> Callable[..., tuple[reference.PolicyTerms, Gradients, Tensor]]:
+    """The one of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
+    call, one_tile = sweep.call, len(sweep.rows) <= sweep.tile
+    by_row = terms.ratio == "token" and terms.aggregation == "token-mean" and call.softcap is None
+    if one_tile and by_row and _registry.fuses_backward("policy_loss", call.backend):
+        return _fused
+    if not any(sweep.wanted):
+        return _values
+    return _whole if one_tile or terms.ratio == "sequence" else _by_tile
+
+
 def _at(terms: Terms, rows: Tensor) -> dict[str, Any]:
     """The per-token terms of some rows, by name."""
     per_token = zip(Terms._fields[:4], terms[:4], strict=True)
@@ -86,15 +123,9 @@ def _upstream(terms: reference.PolicyTerms) -> Upstream:
 
 
 def _launch(call: LinearCall, wanted: Wanted, terms: Terms) -> _Results:
-    """Statistics of every row, and the gradients where any is wanted; then the loss of the statistics."""
+    """Statistics of every row, the loss of them, and the gradients that are wanted."""
     stats, sweep = RowStats.zeros(call, call.ref_hidden is not None), Sweep(call, wanted)
-    if any(wanted):
-        run = _by_tile if terms.ratio == "token" and sweep.tile < len(sweep.rows) else _whole
-        out, gradients, scale = run(sweep, terms, stats)
-    else:
-        sweep.stats(stats)
-        out = _terms(call.backend, stats, call.mask, terms)
-        gradients, scale = Gradients.zeros(call, wanted), stats.logprobs.new_ones(())
+    out, gradients, scale = _method(sweep, terms)(sweep, terms, stats)
     kl = out.kl if terms.ref_logprobs is not None else stats.kl
     return _Results(out.loss, out.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 

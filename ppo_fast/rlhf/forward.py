@@ -6,6 +6,7 @@ model's own logits, [B, T, V] at once, go to the ops on logits. Both give the sa
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,9 +41,15 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     """Arguments of a forward pass over left-padded ids [B, L]; positions only where the model takes them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if "position_ids" in _parameters(model.__class__):
         inputs["position_ids"] = position_ids(attention_mask)
     return inputs
+
+
+@functools.cache
+def _parameters(kind: Any) -> frozenset[str]:
+    """Names of the arguments of the forward pass of a class of modules; asking takes 20 us."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def unwrapped(model: Any) -> Any:
@@ -58,7 +65,7 @@ def backbone_of(model: Any) -> Any:
 def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
     """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
     inputs: dict[str, Any] = model_inputs(unwrapped(model), input_ids, attention_mask)
-    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
+    if "logits_to_keep" in _parameters(unwrapped(model).__class__):
         inputs["logits_to_keep"] = length + 1
     return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
 
@@ -125,7 +132,7 @@ def check_linear(model: Any) -> None:
     error = (ours - theirs).abs()
     allowed = _ROUNDING.get(model.dtype, _ROUNDING_OF_SUMS) * (1 + lse.abs() + ours.abs())
     # A model without finite numbers is for the first update to name.
-    wrong = ~((error <= allowed) | (ours == theirs) | theirs.isnan())
+    wrong = ~((error <= allowed) | theirs.isnan())
     if wrong.any():
         _refuse(
             model,

@@ -178,6 +178,11 @@ def test_a_small_difference_is_rounding_and_a_larger_one_is_not(dtype):
         check_linear(model)
 
 
+def test_softcapped_logits_that_the_model_rounds_to_bfloat16_are_not_refused():
+    # The linear ops keep them in float32.
+    check_linear(make("Gemma2", head_dim=16, final_logit_softcapping=2.0).bfloat16())
+
+
 def test_a_word_that_the_model_bans_from_its_logits_is_a_difference():
     model = make("Llama")
     ban = torch.zeros(V).index_fill(0, torch.tensor([12 * V // 16]), torch.finfo(torch.float32).min)
