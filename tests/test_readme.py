@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForSequenceClassification
+
 from ppo_fast.rlhf import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,3 +53,25 @@ def test_the_training_example_runs_with_a_local_model(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert "objective/kl" in json.loads(lines[0])
     assert (tmp_path / "runs" / "first" / "final" / "config.json").is_file()
+
+
+def test_the_example_of_rewards_runs_with_local_models(tmp_path: Path) -> None:
+    for name in ("ensemble.yaml", "scores.py"):
+        (tmp_path / name).write_text(_block("file", name))
+    tokenizer = tiny.make_tokenizer(["The", "capital", "of", "France", "is", "salt", "Paris"])
+    model = tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2, max_positions=512, num_labels=1)
+    for name in ("policy", "judge-model", "reward-a", "reward-b"):
+        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+    for name in ("reward-a", "reward-b"):
+        AutoModelForSequenceClassification.from_config(model.config).save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"The {topic}", "level": level, "topic": topic} for level, topic in enumerate(["salt", "Paris"])]
+    for name in ("prompts.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = "--model policy --updates 1 --rollout.max-new-tokens 4 --rollout.batch-size 16 --threads 1 --out run"
+    command = [sys.executable, "-m", "ppo_fast.cli", "train", "--config", "ensemble.yaml", *small.split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert {"hacking/ensemble_std", "filter/masked", "eval/win_rate", "eval/capitals"} <= metrics.keys()
+    assert (tmp_path / "run" / "best" / "config.json").is_file()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .advantages import compute_targets
-from .callables import load_callable
+from .callables import forget_modules, load_callable
 from .checkpoint import Checkpoint, load_weights, restore_rng, rng_state, save_checkpoint, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
@@ -216,6 +216,7 @@ def train_ppo(
     start = load_start(config) if resume else None
     log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
+    forget_modules()
     generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
     with _threads(config.threads):
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
