@@ -90,7 +90,7 @@ class ModelSource:
         self.model = disable_dropout(ValueModel(loaded.base_model, head).to(device)).requires_grad_(False)
         self.tokenizer, self.own = tokenizer, load_pretrained(transformers.AutoTokenizer, path, trust)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
-        self.batch_size = batch_size
+        self.path, self.batch_size = path, batch_size
         self.saved_stats = _read_stats(Path(path) / STATS)
 
     @torch.no_grad()
@@ -124,6 +124,9 @@ class ModelSource:
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width, device = max(map(len, rows)), self.model.head.weight.device
+        limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
+        if width > limit:
+            raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]

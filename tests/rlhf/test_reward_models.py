@@ -122,6 +122,12 @@ def test_what_is_no_reward_model_is_named(make_reward_model, tokenizer, tmp_path
         source(path, tokenizer)
 
 
+def test_what_is_too_long_for_the_model_is_named(make_reward_model, tokenizer):
+    path = make_reward_model()
+    with pytest.raises(UserError, match=rf"^{path}: expected at most 128 tokens of prompt and response, got 130$"):
+        source(path, tokenizer)(made([[20] * 129, [21], [22]]))
+
+
 def test_a_run_with_an_ensemble_and_a_function(make_reward_model, make_config, tokenizer):
     models = [make_reward_model("a", seed=1), make_reward_model("b", seed=2)]
 
