@@ -9,9 +9,12 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification
 
 from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.configfile import field_defaults
+from ppo_fast.rlhf.monitors import SIGNS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DEBUGGING = (ROOT / "docs" / "debugging.md").read_text()
 
 
 def _block(kind: str, name: str) -> str:
@@ -75,3 +78,27 @@ def test_the_example_of_rewards_runs_with_local_models(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert {"hacking/ensemble_std", "filter/masked", "eval/win_rate", "eval/capitals"} <= metrics.keys()
     assert (tmp_path / "run" / "best" / "config.json").is_file()
+    groups = sorted({name.partition("/")[0] for name in metrics if "/" in name})
+    named = re.findall(rf"`((?:{'|'.join(groups)})/\w+)`", README + DEBUGGING)
+    assert len(named) > 30
+    assert set(named) <= metrics.keys()
+
+
+def test_the_knobs_are_fields_of_the_config_with_their_defaults() -> None:
+    fields = field_defaults()
+    rows = re.findall(r"^\| (`[^|]*`) \((\S+)\) \|", README, re.MULTILINE)
+    assert len(rows) == 10
+    for names, default in rows:
+        assert [fields[name] for name in re.findall(r"`(.*?)`", names)] == [float(default)] * (names.count("`") // 2)
+    groups = sorted({name.partition(".")[0] for name in fields if "." in name})
+    named = re.findall(rf"`((?:{'|'.join(groups)})\.\w+)", README + DEBUGGING)
+    assert len(named) > 40
+    assert set(named) - {"reward.py"} <= fields.keys()
+
+
+def test_the_page_on_debugging_names_every_sign_of_reward_hacking() -> None:
+    for sign in SIGNS:
+        (row,) = re.findall(rf"^\| `{sign.metric}` .*", DEBUGGING, re.MULTILINE)[-1:]
+        assert sign.limit == 0 or f" {sign.limit:g} " in row
+        for field in re.findall(r"\w+\.\w+", sign.remedy):
+            assert field in row

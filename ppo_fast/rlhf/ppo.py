@@ -225,7 +225,7 @@ def train_ppo(
         _check_vocabulary(models, data)
         _check_context(config, models, data)
         _warn_about_precision(models, config)
-        scorer = Scorer(load_sources(config.reward, config.model, models, reward_fn), config.reward, filter_fn)
+        scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts)
         run = Run(config, models, data, scorer, evaluation, generator)
         if start is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .callables import call, listed, load_callable, plain
-from .config import ModelConfig, RewardConfig
+from .config import ModelConfig, PPOConfig
 from .errors import NotFiniteError, UserError, require
 from .models import Models, ValueModel, disable_dropout, load_pretrained
 from .rollout import Generation
@@ -78,9 +78,7 @@ class ModelSource:
     again by its own, with its own chat template for messages and its own EOS where the response has one.
     """
 
-    def __init__(
-        self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int = 16
-    ) -> None:
+    def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:
         transformers, trust = require("transformers"), model.trust_remote_code
         dtype = getattr(torch, model.dtype)
         loaded = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
@@ -136,12 +134,17 @@ class ModelSource:
 Source = FunctionSource | ModelSource
 
 
-def load_sources(config: RewardConfig, model: ModelConfig, models: Models, function: Any = None) -> list[Source]:
+def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
     """The function, given or named, and then the reward models; UserError when there is neither."""
-    sources: list[Source] = []
-    if function is not None or config.function is not None or not config.models:
-        sources.append(FunctionSource(function or load_callable(config.function, "reward.function")))
-    return sources + [ModelSource(path, models.tokenizer, model=model, device=models.device) for path in config.models]
+    reward, sources = config.reward, list[Source]()
+    if function is not None or reward.function is not None or not reward.models:
+        sources.append(FunctionSource(function or load_callable(reward.function, "reward.function")))
+    options: dict[str, Any] = {
+        "model": config.model,
+        "device": models.device,
+        "batch_size": config.rollout.micro_batch_size or 16,
+    }
+    return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
 
 
 def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -43,8 +43,8 @@ def made(completion_ids, *, prompt_ids=((5,), (6, 7, 8), (9, 10)), prompts=("w1"
     return Responses(list(prompts), list(map(list, prompt_ids)), texts, completion_ids, ended, {})
 
 
-def source(path, tokenizer, **options):
-    return ModelSource(path, tokenizer, model=ModelConfig(), device=CPU, **options)
+def source(path, tokenizer, batch_size=16):
+    return ModelSource(path, tokenizer, model=ModelConfig(), device=CPU, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
