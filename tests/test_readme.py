@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForSequenceClassification
 
+from ppo_fast import cli
 from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.configfile import field_defaults
 from ppo_fast.rlhf.monitors import SIGNS
@@ -39,15 +42,34 @@ def test_every_python_block_is_covered_by_a_marker() -> None:
     assert all(blocks)
 
 
+def _write_files(directory: Path, *names: str) -> None:
+    """Files of the README, and a tiny model of their words in `model`."""
+    texts = [_block("file", name) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        (directory / name).write_text(text)
+    words = {word for text in texts for word in re.findall(r"[A-Za-z]+[.,?]?", text)}
+    tokenizer = tiny.make_tokenizer(sorted(words))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(directory / "model")
+    tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(directory / "model")
+
+
+def test_the_pipeline_runs_with_a_local_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write_files(tmp_path, "answers.jsonl", "pairs.jsonl", "prompts.jsonl", "reward.py")
+    commands = [shlex.split(line)[1:] for line in _block("command", "pipeline").splitlines()]
+    assert [command[0] for command in commands] == ["sft", "reward", "train", "dpo"]
+    short = ["--updates", "1", "--rollout.batch-size", "16", "--rollout.max-new-tokens", "4"]
+    for command in commands:
+        local = ["model" if word == "Qwen/Qwen2.5-0.5B" else word for word in command]
+        small = [*(short if command[0] == "train" else []), "--threads", "1", "--log.no-tensorboard"]
+        assert cli.main([*local, *small]) == 0
+    for name in ("sft", "reward", "ppo", "dpo"):
+        assert (tmp_path / "runs" / name / "final" / "config.json").is_file()
+
+
 def test_the_training_example_runs_with_a_local_model(tmp_path: Path) -> None:
-    for name in ("run.yaml", "reward.py", "prompts.jsonl"):
-        (tmp_path / name).write_text(_block("file", name))
-    words = sorted(
-        {word for line in _block("file", "prompts.jsonl").splitlines() for word in json.loads(line)["prompt"].split()}
-    )
-    tokenizer = tiny.make_tokenizer([*words, "please"])
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(tmp_path / "model")
+    _write_files(tmp_path, "run.yaml", "reward.py", "prompts.jsonl")
     small = "--model.path model --updates 2 --rollout.batch-size 16 --rollout.max-new-tokens 6 --threads 1"
     command = [sys.executable, "-m", "ppo_fast.cli", "train", "--config", "run.yaml", *small.split()]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

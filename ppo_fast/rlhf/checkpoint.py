@@ -14,7 +14,7 @@ coefficients) and is then a few lines (train_step, write, parts and data_positio
         start = load_latest(run / CHECKPOINTS)
         for name, part in parts.items():
             part.load_state_dict(start.state["parts"][name])
-        load_pretrained(model, start.directory)
+        load_saved(model, start.directory)
         restore_rng(start.state["rng"], generator)
     ...
     state = {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()},
@@ -104,7 +104,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in require("safetensors.torch").load_file(path).items()}
 
 
-def load_pretrained(model: Any, directory: Path) -> None:
+def load_saved(model: Any, directory: Path) -> None:
     """Copy the weights that `model.save_pretrained(directory)` wrote into `model`, bit by bit."""
     with no_progress_bars():
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
@@ -129,7 +129,7 @@ def write_models(models: Models, directory: Path) -> None:
 
 def load_weights(models: Models, directory: Path) -> None:
     """Copy what `write_models` wrote into the policy and the value model."""
-    load_pretrained(models.policy, directory)
+    load_saved(models.policy, directory)
     models.value.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
 
 
@@ -173,6 +173,16 @@ def fingerprint(module: nn.Module) -> list[int]:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = (p.detach().reshape(-1).view(integers[p.element_size()]) for p in module.parameters())
     return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a model and its tokenizer as `from_pretrained` reads them, and beside them `extra`: file name -> JSON."""
+    with atomic_directory(directory) as scratch, no_progress_bars():
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for name, content in (extra or {}).items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return directory
 
 
 @contextlib.contextmanager

@@ -12,12 +12,10 @@ from .errors import UserError, check, check_choices, divides, not_negative, posi
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Where the weights come from. The reference is a frozen copy of the policy."""
+class WeightsConfig:
+    """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to train: a local directory or a hub id
-    value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
-    value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
@@ -28,11 +26,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ModelConfig(WeightsConfig):
+    """The policy and the value model. The reference is a frozen copy of the policy."""
+
+    value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
+    value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Prompts: JSONL, one {"prompt": text or role/content messages, ...} per line."""
+    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet or a dataset saved on disk."""
 
     prompts: str | None = None  # path; columns beside "prompt" are handed to the reward function
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
     order: str | None = None  # curriculum, easy prompts first: a column of numbers, or "file.py:function" giving them
     balance: str | None = None  # column of topics; every topic is drawn equally often
@@ -183,30 +190,41 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
+class AdamWConfig:
+    """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
-    lr: float = 1e-6  # policy; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
-    value_lr: float = 5e-6  # value model
+    lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled
-    max_grad_norm: float = 1.0  # of policy and value separately, once per optimizer step
+    max_grad_norm: float = 1.0  # of each trained network, once per optimizer step
     warmup_frac: float = 0.03  # of all optimizer steps
     final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
-    epochs: int = 4  # passes over one rollout batch
-    minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
-    micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
-    target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
 
     def __post_init__(self) -> None:
-        for name in ("lr", "value_lr", "eps", "max_grad_norm", "epochs"):
+        for name in ("lr", "eps", "max_grad_norm"):
             positive(f"optim.{name}", getattr(self, name))
         for name in ("warmup_frac", "final_lr_frac"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
         check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
         not_negative("optim.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class OptimConfig(AdamWConfig):
+    """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
+
+    value_lr: float = 5e-6  # peak for the value model
+    epochs: int = 4  # passes over one rollout batch
+    minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("value_lr", "epochs"):
+            positive(f"optim.{name}", getattr(self, name))
         if self.target_kl is not None:
             positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
@@ -214,23 +232,31 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class RunLogConfig:
     """What a run leaves behind."""
 
-    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    dir: str = "runs"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     overwrite: bool = False  # write over an earlier run in dir
     tensorboard: bool = True  # event files
     console: bool = True  # progress bar, a line per update, tables of samples
     print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
-    samples_every: int = 10  # updates between tables of samples; 0: never
-    samples: int = 4  # rows of the table
-    all_samples: bool = False  # samples.jsonl takes every response of every update, for `ppo-fast export`
     save_every: int = 0  # updates between checkpoints, which a run resumes from; 0: only when a signal stops it
     keep_last: int = 2  # checkpoints kept; 0: all
 
     def __post_init__(self) -> None:
-        for name in ("print_every", "samples_every", "samples", "save_every", "keep_last"):
-            not_negative(f"log.{name}", getattr(self, name))
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                not_negative(f"log.{name}", value)
+
+
+@dataclass(frozen=True)
+class LogConfig(RunLogConfig):
+    """What a PPO run leaves behind."""
+
+    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    samples_every: int = 10  # updates between tables of samples; 0: never
+    samples: int = 4  # rows of the table
+    all_samples: bool = False  # samples.jsonl takes every response of every update, for `ppo-fast export`
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import ModelConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import backbone_of, check_linear, model_inputs
 
@@ -57,31 +57,65 @@ def load_models(
     tokenizer: Any = None,
 ) -> Models:
     """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
-    transformers = require("transformers")
-    if (policy is None or tokenizer is None) and config.path is None:
-        raise UserError("model.path: expected a model directory or hub id, got null")
-    dtype, trust = getattr(torch, config.dtype), config.trust_remote_code
-    if policy is None:
-        policy = load_pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
-    if tokenizer is None:
-        tokenizer = load_pretrained(transformers.AutoTokenizer, config.path, trust)
-    if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer: expected an EOS token, got none")
-    policy = disable_dropout(policy.to(generator.device))
-    _make_saveable(policy)
+    policy, tokenizer = load_policy(config, generator.device, policy, tokenizer)
     if config.logits == "linear":
         check_linear(policy)
     value = disable_dropout(make_value_model(config, policy, generator))
-    pad_id = tokenizer.pad_token_id
     return Models(
         policy=policy,
         reference=copy.deepcopy(policy).requires_grad_(False),
         value=value,
         tokenizer=tokenizer,
-        pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
+        pad_id=padding_id(tokenizer),
         eos_id=tokenizer.eos_token_id,
         linear=config.logits == "linear",
     )
+
+
+def load_policy(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The causal LM and tokenizer given, or what `config` names in place of None; dropout off, fit to be saved."""
+    transformers = require("transformers")
+    if (model is None or tokenizer is None) and config.path is None:
+        raise UserError("model.path: expected a model directory or hub id, got null")
+    trust = config.trust_remote_code
+    if model is None:
+        dtype = getattr(torch, config.dtype)
+        model = load_pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
+    model = disable_dropout(model.to(device))
+    _make_saveable(model)
+    return model, load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
+
+
+def load_reward_model(field: str, path: str, dtype: torch.dtype, trust: bool = False) -> Any:
+    """The sequence classification model at `path`, None when there is another kind of model.
+
+    Raises UserError naming `field` unless it has a linear head "score" with one output.
+    """
+    transformers = require("transformers")
+    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return None
+    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
+    return model
+
+
+def load_tokenizer(path: str | None, trust: bool = False) -> Any:
+    """The tokenizer at `path`; UserError when it has no EOS token."""
+    return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
+
+
+def checked_tokenizer(tokenizer: Any) -> Any:
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer: expected an EOS token, got none")
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up batches; attention masks say what counts, so that EOS will do where there is none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generator) -> ValueModel:
@@ -134,6 +168,14 @@ def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor
     return model(input_ids, attention_mask)[:, -length - 1 : -1]
 
 
+def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Scores [B] of a reward model at the last counted token of rows [B, L], padded on either side."""
+    scores = ValueModel(model.base_model, model.score)(input_ids, attention_mask)
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = torch.where(attention_mask, position, 0).argmax(dim=1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)
+
+
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep the bars that transformers draws while it loads and writes out of the console of the run."""
@@ -168,14 +210,10 @@ def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.
     transformers = require("transformers")
     if (Path(path) / VALUE_FILE).is_file():
         return _load_saved_value(Path(path), dtype)
-    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
+    model = load_reward_model("model.value_path", path, dtype, trust)
+    if model is None:
         return load_pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
-    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"model.value_path: expected a linear head 'score' with one output, got {head} in {path!r}")
-    return model.base_model, head
+    return model.base_model, model.score
 
 
 def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Linear]:
@@ -188,7 +226,7 @@ def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Line
 
 
 def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
-    """What `loader.from_pretrained` makes of a directory or hub id; UserError when it cannot."""
+    """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
     failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
     try:
         with no_progress_bars():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from .reward_sources import RewardFunction, load_sources
 from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from .rollout import Generation, generate, score, warn_about_filters
 from .runlog import BEST, CHECKPOINTS, FAILED, FINAL, RunLog
+from .runtime import Stopwatch, find_device, named, threads, warn_about_precision
 from .signals import Interrupted, StopSignals
 from .update import Learner
 
@@ -79,7 +78,7 @@ class Run:
         if self.evaluation is not None:
             self.evaluation.begin()
         while self.done < updates:
-            with _named(f"update {self.done + 1}"):
+            with named(f"update {self.done + 1}"):
                 self.step(self.done + 1, log)
             self.done += 1
             if save_every and (self.done % save_every == 0 or self.done == updates):
@@ -165,7 +164,7 @@ class Run:
             part.load_state_dict(state["parts"][name])
         load_weights(self.models, start.directory)
         restore_rng(state["rng"], self.generator)
-        self.done, self.skipped = state["log"]["update"], state["skipped"]
+        self.done, self.skipped = state["log"]["done"], state["skipped"]
 
     def _parts(self) -> dict[str, Any]:
         """What changes during a run, the weights of policy and value model aside."""
@@ -217,14 +216,14 @@ def train_ppo(
     log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
     forget_modules()
-    generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
-    with _threads(config.threads):
+    generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
+    with threads(config.threads):
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         _check_vocabulary(models, data)
         _check_context(config, models, data)
-        _warn_about_precision(models, config)
+        warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts)
         run = Run(config, models, data, scorer, evaluation, generator)
@@ -237,55 +236,10 @@ def train_ppo(
     return PPOResult(log.directory, final, log.history, models)
 
 
-class Stopwatch:
-    """Wall seconds by stage name; waits for the device at the end of a stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] = time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Put `where` in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name not in usable:
-        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
-    return torch.device(name)
-
-
 def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
     source = config.data.prompts if prompts is None else prompts
     if source is None:
-        raise UserError("data.prompts: expected a JSONL file, got null")
+        raise UserError("data.prompts: expected a file of prompts, got null")
     return source
 
 
@@ -294,15 +248,6 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
-
-
-def _warn_about_precision(models: Models, config: PPOConfig) -> None:
-    if models.policy.dtype == torch.bfloat16:
-        warnings.warn(
-            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.optim.lr:g}; "
-            "set model.dtype to float32 unless the reward rises",
-            stacklevel=3,
-        )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

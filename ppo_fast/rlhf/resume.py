@@ -23,7 +23,7 @@ def load_start(config: PPOConfig) -> Checkpoint:
     """The newest checkpoint of the run that `config` continues; UserError when `config` means another run."""
     start = load_latest(Path(config.log.dir) / CHECKPOINTS)
     saved: PPOConfig = config_from_dict(start.state["config"])
-    done = start.state["log"]["update"]
+    done = start.state["log"]["done"]
     free = dataclasses.replace(saved, updates=config.updates, log=config.log)
     difference = first_difference(free, config)
     if difference is not None:

@@ -13,13 +13,13 @@ import torch
 
 from .callables import call, listed, load_callable, plain
 from .config import ModelConfig, PPOConfig
-from .errors import NotFiniteError, UserError, require
-from .models import Models, ValueModel, disable_dropout, load_pretrained
+from .errors import NotFiniteError, UserError
+from .models import Models, disable_dropout, load_reward_model, load_tokenizer, sequence_scores
 from .rollout import Generation
 
 RewardFunction = Callable[..., Sequence[Any]]
 Score = float | list[float]  # of a response, or of each of its tokens
-STATS = "reward_stats.json"  # beside a reward model: {"mean": of its scores, "std": of its scores}
+STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,12 @@ class ModelSource:
     """
 
     def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:
-        transformers, trust = require("transformers"), model.trust_remote_code
-        dtype = getattr(torch, model.dtype)
-        loaded = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
-        head = getattr(loaded, "score", None)
-        if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
-            raise UserError(f"reward.models: expected a linear head 'score' with one output, got {head} in {path!r}")
-        self.model = disable_dropout(ValueModel(loaded.base_model, head).to(device)).requires_grad_(False)
-        self.tokenizer, self.own = tokenizer, load_pretrained(transformers.AutoTokenizer, path, trust)
+        trust = model.trust_remote_code
+        loaded = load_reward_model("reward.models", path, getattr(torch, model.dtype), trust)
+        if loaded is None:
+            raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
+        self.model = disable_dropout(loaded.to(device)).requires_grad_(False)
+        self.tokenizer, self.own = tokenizer, load_tokenizer(path, trust)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
         self.path, self.batch_size = path, batch_size
         self.saved_stats = _read_stats(Path(path) / STATS)
@@ -121,14 +119,14 @@ class ModelSource:
         return [*ids, eos] if ended and eos is not None and ids[-1:] != [eos] else ids
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
-        width, device = max(map(len, rows)), self.model.head.weight.device
-        limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
+        width, device = max(map(len, rows)), self.model.device
+        limit = getattr(self.model.config, "max_position_embeddings", width)
         if width > limit:
             raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
-        return self.model(ids, attention_mask)[:, -1].float().tolist()
+        return sequence_scores(self.model, ids, attention_mask).float().tolist()
 
 
 Source = FunctionSource | ModelSource

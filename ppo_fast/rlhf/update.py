@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppo_fast import ops
 
 from .advantages import Targets
-from .config import LossConfig, OptimConfig, PPOConfig
+from .config import AdamWConfig, LossConfig, PPOConfig
 from .errors import NotFiniteError
 from .forward import response_loss
 from .models import Models, response_values
@@ -104,7 +104,7 @@ class Step:
 class Network:
     """A trained module with its own AdamW and its own gradient-norm clip."""
 
-    def __init__(self, module: nn.Module, lr: float, config: OptimConfig) -> None:
+    def __init__(self, module: nn.Module, lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer: Any = torch.optim.AdamW(
@@ -120,7 +120,7 @@ class Network:
         """Clip the gradients; returns their 0-d norm from before."""
         return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
-    def step(self, lr_factor: float, failed: Tensor) -> None:
+    def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
         """Step and clear the gradients; where `failed`, a 0-d bool, weights and moments stay as they are.
 
         The fused kernel reads the flag on the device, as it does for `torch.amp.GradScaler`: the host waits for
@@ -128,7 +128,8 @@ class Network:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
-        self.optimizer.found_inf = failed.float()
+        if failed is not None:
+            self.optimizer.found_inf = failed.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -173,6 +174,7 @@ class Learner:
         self.policy = Network(models.policy, config.optim.lr, config.optim)
         self.value = Network(models.value, config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
+        self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 
     def update(
         self,
@@ -202,7 +204,7 @@ class Learner:
                 break
             not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
             failed = failed | not_finite if stop else not_finite
-            lr_factor = schedule(first + len(steps) - 1, self.config)
+            lr_factor = schedule(first + len(steps) - 1, self.steps, self.config.optim)
             self.policy.step(lr_factor, failed)
             self.value.step(lr_factor, failed)
         good, skipped = finite_steps(steps, stop=stop)
@@ -315,13 +317,12 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
     return good, remarks
 
 
-def schedule(step: int, config: PPOConfig) -> float:
-    """Learning-rate factor of optimizer step `step` (from 0): linear warm-up, then linear to `final_lr_frac`."""
-    total = config.updates * config.optim.epochs * config.steps_per_epoch
-    warmup = math.ceil(config.optim.warmup_frac * total)
+def schedule(step: int, total: int, config: AdamWConfig) -> float:
+    """Learning-rate factor of step `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
+    warmup = math.ceil(config.warmup_frac * total)
     if step < warmup:
         return (step + 1) / warmup
-    return 1 - (1 - config.optim.final_lr_frac) * (step - warmup) / max(1, total - warmup)
+    return 1 - (1 - config.final_lr_frac) * (step - warmup) / max(1, total - warmup)
 
 
 def combine(parts: list[Metrics], losses: Any = torch.mean) -> Metrics:

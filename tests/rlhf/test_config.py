@@ -21,8 +21,12 @@ from ppo_fast.rlhf.config import (
 )
 from ppo_fast.rlhf.configfile import config_from_dict, load_config, save_config
 from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.supervised_config import DPOConfig, RewardModelConfig, SFTConfig
 
-GROUPS = [field.default_factory for field in dataclasses.fields(PPOConfig) if field.default is dataclasses.MISSING]
+KINDS = (PPOConfig, SFTConfig, RewardModelConfig, DPOConfig)
+GROUPS = dict.fromkeys(
+    f.default_factory for kind in KINDS for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
+)
 
 
 def test_defaults_are_the_published_ones():
@@ -48,7 +52,7 @@ def test_defaults_are_the_published_ones():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_field_has_a_line_of_help(group):
-    source = inspect.getsource(group)
+    source = "".join(inspect.getsource(base) for base in group.__mro__[:-1])
     for name in (f.name for f in dataclasses.fields(group)):
         assert re.search(rf"^    {name}: [^#\n]+  # \S", source, re.MULTILINE), name
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.rlhf import PPOConfig, UserError, forward, load_config, tiny, train_ppo
-from ppo_fast.rlhf.ppo import _device
+from ppo_fast.rlhf.runtime import find_device
 from ppo_fast.rlhf.update import Learner
 from tests.rlhf.conftest import PROMPTS
 
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
     [
         ({"rollout": {"max_new_tokens": 124}}, r"rollout\.max_new_tokens: expected at most 123 .* got 124"),
         ({"model": {"device": "abacus"}}, r"model\.device: expected 'auto' or one of 'cpu'.*, got 'abacus'"),
-        ({"prompts": None}, r"data\.prompts: expected a JSONL file, got null"),
+        ({"prompts": None}, r"data\.prompts: expected a file of prompts, got null"),
         ({"reward_fn": None}, r"reward\.function: expected 'path/to/file\.py:function', got None"),
     ],
 )
@@ -266,16 +266,16 @@ def test_threads_are_set_for_the_run_alone(run):
 
 
 def test_the_device_is_chosen(monkeypatch):
-    assert _device("cpu") == torch.device("cpu")
+    assert find_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _device("auto") == torch.device("cuda")
-    assert _device("cuda:1") == torch.device("cuda", 1)
+    assert find_device("auto") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(UserError, match=r"expected 'auto' or one of 'cpu', 'cuda', 'cuda:0', 'cuda:1', got 'cuda:2'"):
-        _device("cuda:2")
+        find_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert _device("auto") == torch.device("cpu")
+    assert find_device("auto") == torch.device("cpu")
 
 
 def test_bfloat16_weights_train_under_a_warning(run):

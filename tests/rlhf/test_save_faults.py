@@ -102,7 +102,7 @@ def test_rule_16_the_last_good_checkpoint_outlives_a_fault_at_every_call(run, tm
                 faults.arm()
                 newest = latest(checkpoints)
                 assert bytes_below(newest) == {"update-000002": before, "update-000004": after}[newest.name], (at, name)
-                assert load_latest(checkpoints).state["log"]["update"] == int(newest.name[-6:])
+                assert load_latest(checkpoints).state["log"]["done"] == int(newest.name[-6:])
                 save(self, log)  # what was left behind is in nobody's way
                 tried.append((newest.name, name))
         assert after == bytes_below(checkpoints / "update-000004")

@@ -212,12 +212,12 @@ def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeyp
 
 def test_rule_15_the_learning_rate_warms_up_and_anneals(make_config):
     # 10 updates x 2 epochs x 2 minibatches = 40 steps, 4 of them warm-up.
-    config = make_config(updates=10, optim={"warmup_frac": 0.1, "final_lr_frac": 0.2})
-    factors = [schedule(step, config) for step in range(40)]
+    config = make_config(updates=10, optim={"warmup_frac": 0.1, "final_lr_frac": 0.2}).optim
+    factors = [schedule(step, 40, config) for step in range(40)]
     assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert factors[-1] == pytest.approx(0.2 + 0.8 / 36)
-    assert schedule(22, config) == pytest.approx(0.6)
+    assert schedule(22, 40, config) == pytest.approx(0.6)
 
 
 def test_the_learning_rate_used_is_that_of_the_update(setup):
