@@ -4,6 +4,8 @@ from .config import PPOConfig
 from .configfile import load_config
 from .dpo import train_dpo
 from .errors import UserError
+from .export import export_pairs
+from .judge import Judge
 from .ppo import PPOResult, train_ppo
 from .reward_model import train_reward_model
 from .sft import train_sft
@@ -23,6 +25,8 @@ __all__ = [
     "train_sft",
     "train_reward_model",
     "train_dpo",
+    "Judge",
+    "export_pairs",
     "load_config",
     "UserError",
 ]

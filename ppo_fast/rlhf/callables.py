@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .errors import UserError
@@ -19,19 +21,31 @@ def load_callable(spec: str | None, setting: str) -> Callable[..., Any]:
         raise UserError(f"{setting}: expected 'path/to/file.py:function', got {spec!r}")
     if not Path(path).is_file():
         raise UserError(f"{setting}: no such file {path!r}")
-    module_spec = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
-    if module_spec is None or module_spec.loader is None:
+    if Path(path).suffix != ".py":
         raise UserError(f"{setting}: expected a Python file, got {path!r}")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their module up there
     try:
-        module_spec.loader.exec_module(module)
+        module = _module(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
     except (Exception, SystemExit) as error:
         raise UserError(f"{setting}: {path!r} does not import: {_told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{setting}: no function {name!r} in {path!r}")
     return function
+
+
+def forget_modules() -> None:
+    """Load every file anew from here on: a run does not begin with what another left in its variables."""
+    _module.cache_clear()
+
+
+@functools.lru_cache
+def _module(path: str, changed: int) -> ModuleType:
+    """The file as a module, the same one for every function in it; `changed` is when it was last written."""
+    module_spec: Any = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up there
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def call(role: str, function: Callable[..., Any], **arguments: Any) -> Any:

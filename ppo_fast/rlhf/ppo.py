@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .advantages import compute_targets
-from .callables import load_callable
+from .callables import forget_modules, load_callable
 from .checkpoint import Checkpoint, load_weights, restore_rng, rng_state, save_checkpoint, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
@@ -215,6 +215,7 @@ def train_ppo(
     start = load_start(config) if resume else None
     log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
+    forget_modules()
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
     with threads(config.threads):
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
@@ -223,7 +224,7 @@ def train_ppo(
         _check_vocabulary(models, data)
         _check_context(config, models, data)
         warn_about_precision(models.policy, config.optim)
-        scorer = Scorer(load_sources(config.reward, config.model, models, reward_fn), config.reward, filter_fn)
+        scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts)
         run = Run(config, models, data, scorer, evaluation, generator)
         if start is not None:

@@ -21,10 +21,10 @@ from .models import (
     padding_id,
     sequence_scores,
 )
+from .reward_sources import STATS
 from .supervised import Objective, Source, SupervisedResult, fit, load_data, prepared
 from .supervised_config import RewardModelConfig
 
-STATS = "reward_stats.json"  # beside the model: mean and std of the held-out scores, accuracy, calibration
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
 

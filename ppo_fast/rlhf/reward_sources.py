@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from .callables import call, listed, load_callable, plain
-from .config import ModelConfig, RewardConfig
+from .config import ModelConfig, PPOConfig
 from .errors import NotFiniteError, UserError
 from .models import Models, disable_dropout, load_reward_model, load_tokenizer, sequence_scores
 from .rollout import Generation
 
 RewardFunction = Callable[..., Sequence[Any]]
 Score = float | list[float]  # of a response, or of each of its tokens
-STATS = "reward_stats.json"  # beside a reward model: {"mean": of its scores, "std": of its scores}
+STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,14 @@ class FunctionSource:
         return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
 
 
-class RewardModel:
+class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
     It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the decoded text, encoded
     again by its own, with its own chat template for messages and its own EOS where the response has one.
     """
 
-    def __init__(
-        self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int = 16
-    ) -> None:
+    def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:
         trust = model.trust_remote_code
         loaded = load_reward_model("reward.models", path, getattr(torch, model.dtype), trust)
         if loaded is None:
@@ -88,7 +86,7 @@ class RewardModel:
         self.model = disable_dropout(loaded.to(device)).requires_grad_(False)
         self.tokenizer, self.own = tokenizer, load_tokenizer(path, trust)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
-        self.batch_size = batch_size
+        self.path, self.batch_size = path, batch_size
         self.saved_stats = _read_stats(Path(path) / STATS)
 
     @torch.no_grad()
@@ -122,21 +120,29 @@ class RewardModel:
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width, device = max(map(len, rows)), self.model.device
+        limit = getattr(self.model.config, "max_position_embeddings", width)
+        if width > limit:
+            raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
         return sequence_scores(self.model, ids, attention_mask).float().tolist()
 
 
-Source = FunctionSource | RewardModel
+Source = FunctionSource | ModelSource
 
 
-def load_sources(config: RewardConfig, model: ModelConfig, models: Models, function: Any = None) -> list[Source]:
+def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
     """The function, given or named, and then the reward models; UserError when there is neither."""
-    sources: list[Source] = []
-    if function is not None or config.function is not None or not config.models:
-        sources.append(FunctionSource(function or load_callable(config.function, "reward.function")))
-    return sources + [RewardModel(path, models.tokenizer, model=model, device=models.device) for path in config.models]
+    reward, sources = config.reward, list[Source]()
+    if function is not None or reward.function is not None or not reward.models:
+        sources.append(FunctionSource(function or load_callable(reward.function, "reward.function")))
+    options: dict[str, Any] = {
+        "model": config.model,
+        "device": models.device,
+        "batch_size": config.rollout.micro_batch_size or 16,
+    }
+    return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
 
 
 def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

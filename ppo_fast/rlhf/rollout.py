@@ -100,18 +100,35 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
 @torch.no_grad()
 def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
     """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
-    width = config.micro_batch_size or len(generation.mask)
-    fields = (generation.input_ids, generation.attention_mask, generation.responses, generation.mask)
-    columns = []
-    for ids, attention, responses, mask in zip(*(field.split(width) for field in fields), strict=True):
-        inputs = (ids, attention, mask.shape[1])
+    columns, batches = [], alike(generation.attention_mask, config.micro_batch_size or len(generation.mask))
+    for rows in batches:
+        both, response = used_columns(generation.attention_mask[rows], generation.mask[rows])
+        mask, responses = generation.mask[rows, response], generation.responses[rows, response]
+        inputs = (generation.input_ids[rows, both], generation.attention_mask[rows, both], mask.shape[1])
         options: dict[str, Any] = {"linear": models.linear, "mask": mask, "temperature": config.temperature}
         stats, reference = (
             response_stats(model, inputs, responses, **options) for model in (models.policy, models.reference)
         )
         values = torch.where(mask, response_values(models.value, *inputs), 0.0)
-        columns.append((stats.logprobs, reference.logprobs, stats.entropy, values))
-    return Rollout(generation, *(torch.cat(column) for column in zip(*columns, strict=True)))
+        found = (stats.logprobs, reference.logprobs, stats.entropy, values)
+        columns.append([_pad_right(values, generation.mask.shape[1], 0.0) for values in found])
+    back = torch.cat(batches).argsort()
+    return Rollout(generation, *(torch.cat(column)[back] for column in zip(*columns, strict=True)))
+
+
+def alike(attention_mask: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Rows of micro-batches of `size`, those of like length together; in order where one batch holds them all."""
+    if size >= len(attention_mask):
+        return (torch.arange(len(attention_mask), device=attention_mask.device),)
+    return attention_mask.sum(dim=1).argsort(stable=True).split(size)
+
+
+def used_columns(attention_mask: Tensor, mask: Tensor) -> tuple[slice, slice]:
+    """Columns that are not padding in every row: of token ids [B, L], and of responses [B, T]."""
+    prompt = attention_mask.shape[1] - mask.shape[1]
+    widest = torch.stack([attention_mask[:, :prompt].sum(dim=1).max(), mask.sum(dim=1).max()])
+    before, after = widest.tolist()
+    return slice(prompt - before, prompt + after), slice(after)
 
 
 def select(value: Any, rows: list[int]) -> Any:

@@ -17,7 +17,7 @@ from .config import AdamWConfig, LossConfig, PPOConfig
 from .errors import NotFiniteError
 from .forward import response_loss
 from .models import Models, response_values
-from .rollout import Rollout
+from .rollout import Rollout, alike, used_columns
 
 Metrics = dict[str, Tensor]
 
@@ -51,14 +51,17 @@ class Minibatch:
             returns=targets.returns,
         )
 
-    def rows(self, index: Tensor | slice) -> Minibatch:
+    def rows(self, index: Tensor) -> Minibatch:
         """The rows at `index`."""
         return Minibatch(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def split(self, size: int) -> Iterator[Minibatch]:
-        """Consecutive micro-batches of `size` rows."""
-        for start in range(0, len(self.mask), size):
-            yield self.rows(slice(start, start + size))
+        """Micro-batches of `size` rows of like length, without the columns that are padding in all of them."""
+        for rows in alike(self.attention_mask, size):
+            both, response = used_columns(self.attention_mask[rows], self.mask[rows])
+            part = self.rows(rows)
+            columns = {name: both if name in ("input_ids", "attention_mask") else response for name in vars(part)}
+            yield Minibatch(**{name: getattr(part, name)[:, used] for name, used in columns.items()})
 
 
 @dataclass(frozen=True)

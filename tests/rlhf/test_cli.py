@@ -149,6 +149,8 @@ def test_flags_say_every_kind_of_value():
     assert (config.log.console, config.log.overwrite, config.log.tensorboard) == (False, True, False)
     assert (config.threads, config.optim.betas, config.loss.clip_high) == (None, (0.5, 0.75), None)
     assert (config.updates, config.optim.weight_decay) == (7, 0.01)
+    assert cli.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
+    assert cli.parse("train", ["--reward.models", "a", "b"]).reward.models == ("a", "b")
 
 
 def test_an_error_inside_the_run_is_one_line_without_a_traceback(files):

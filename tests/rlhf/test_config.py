@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from ppo_fast.rlhf.config import KLConfig, LossConfig, ModelConfig, PPOConfig
+from ppo_fast.rlhf.config import (
+    AdvantageConfig,
+    EvaluationConfig,
+    KLConfig,
+    LossConfig,
+    ModelConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
 from ppo_fast.rlhf.configfile import config_from_dict, load_config, save_config
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.supervised_config import DPOConfig, RewardModelConfig, SFTConfig
@@ -147,6 +156,17 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: expected two numbers 0 <= beta < 1, got (0.9, 1.0)"),
         ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
         ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"length_penalty": -1}}, "reward.length_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"std_coef": -1}}, "reward.std_coef: expected a number >= 0, got -1.0"),
+        ({"reward": {"weights": [1, -1]}}, "reward.weights: expected a number >= 0, got -1.0"),
+        ({"reward": {"weights": [0, 0]}}, "reward.weights: expected one above 0, got (0.0, 0.0)"),
+        (
+            {"reward": {"rejected_score": float("nan")}},
+            "reward.rejected_score: expected a finite number, got nan",
+        ),
+        ({"reference": {"every": 0}}, "reference.every: expected a number > 0, got 0"),
+        ({"reference": {"decay": 1}}, "reference.decay: expected 0 <= decay < 1, got 1.0"),
+        ({"evaluation": {"every": -1}}, "evaluation.every: expected a number >= 0, got -1"),
         ({"data": {"max_prompt_tokens": 0}}, "data.max_prompt_tokens: expected a number > 0, got 0"),
         ({"log": {"save_every": -1}}, "log.save_every: expected a number >= 0, got -1"),
     ],
@@ -164,6 +184,16 @@ def test_choices_are_checked_in_a_config_made_in_python_too():
         ModelConfig(value_head="zeros")
     with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', 'bfloat16', got 'float16'$"):
         ModelConfig(dtype="float16")
+    with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
+        RewardConfig(combine="max")
+    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', got 'mc'$"):
+        AdvantageConfig(kind="mc")
+    with pytest.raises(
+        UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"
+    ):
+        ReferenceConfig(update="moving")
+    with pytest.raises(UserError, match=r"^evaluation\.best_is: expected one of 'max', 'min', got 'high'$"):
+        EvaluationConfig(best_is="high")
 
 
 def test_the_loss_config_is_checked_by_the_op_it_configures():

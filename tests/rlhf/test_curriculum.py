@@ -48,6 +48,7 @@ def test_topics_are_dealt_out_in_turn_and_the_small_ones_start_over():
     assert [topics[row] for row in rows[:3]] == [topics[row] for row in rows[3:6]] == [topics[row] for row in rows[6:]]
     assert {row for row in rows if topics[row] == "a"} == {0, 1, 2}
     assert rows.count(3) == 3
+    assert epochs(made(topic=topics), 1, shuffle=False, balance="topic") == [[0, 3, 4, 1, 3, 5, 2, 3, 4]]
 
 
 def test_order_and_balance_go_together():

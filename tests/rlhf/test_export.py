@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from ppo_fast import cli
-from ppo_fast.rlhf import UserError, tiny, train_ppo
+from ppo_fast.rlhf import RewardModelConfig, UserError, load_config, tiny, train_ppo, train_reward_model
+from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.export import export_pairs
+from ppo_fast.rlhf.reward_sources import ModelSource
 from tests.rlhf.conftest import PROMPTS
 
 
@@ -58,7 +61,7 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     assert not (run / "pairs.jsonl").exists()
 
 
-def test_a_run_saves_all_its_samples_and_the_command_exports_them(make_config, tokenizer, tmp_path, capsys):
+def test_a_runs_samples_are_exported_and_train_a_reward_model_that_scores(make_config, tokenizer, tmp_path, capsys):
     log = {"all_samples": True, "samples_every": 0}
     config = make_config(updates=2, rollout={"samples_per_prompt": 4}, log=log, reward={"clip": None})
     train_ppo(
@@ -77,3 +80,19 @@ def test_a_run_saves_all_its_samples_and_the_command_exports_them(make_config, t
     for pair in pairs:
         assert pair["prompt"] in PROMPTS
         assert pair["score_chosen"] > pair["score_rejected"]
+    flags = {
+        "data.train": str(tmp_path / "pairs.jsonl"),
+        "data.held_out_frac": "0.5",
+        "optim.batch_size": "2",
+        "log.dir": str(tmp_path / "reward"),
+        "log.console": "False",
+        "log.tensorboard": "False",
+    }
+    config = load_config(kind=RewardModelConfig, flags=flags)
+    with pytest.warns(UserWarning, match="prompt and completion were tokenised apart"):  # here that is right
+        reward = train_reward_model(
+            config, model=tiny.make_model(64, hidden=32, layers=1, heads=2), tokenizer=tokenizer
+        )
+    source = ModelSource(str(reward.model), tokenizer, model=ModelConfig(), device=torch.device("cpu"), batch_size=4)
+    stats = json.loads((reward.model / "reward_stats.json").read_text())
+    assert source.saved_stats == (stats["mean"], stats["std"])

@@ -130,10 +130,14 @@ def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch
     assert seen == [(0.25, 0), (0.25, 1), (0.25, 2)]
 
 
+@pytest.mark.parametrize("placement", ["reward", "loss", "both"])
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
-def test_kl_may_be_placed_in_reward_and_loss(run, estimator):
-    result = run(kl={"placement": "both", "loss_estimator": estimator, "coef": 0.5})
-    assert result.history[1]["objective/non_score_reward"] != 0
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_kl_may_be_placed_in_reward_and_loss(run, placement, estimator, adaptive):
+    kl = {"placement": placement, "loss_estimator": estimator, "adaptive": adaptive, "coef": 0.5}
+    last = run(kl=kl, reward={"missing_eos_penalty": 0.0}).history[1]
+    assert (abs(last["objective/non_score_reward"]) > 1e-6) is (placement != "loss")
+    assert (last["objective/kl_coef"] != 0.5) is adaptive
 
 
 def test_masked_responses_are_counted_and_not_trained_on(run, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from ppo_fast.rlhf.callables import load_callable
+from ppo_fast.rlhf.callables import forget_modules, load_callable
 from ppo_fast.rlhf.config import KLConfig, RewardConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.reward_sources import FunctionSource, Responses
@@ -321,3 +321,12 @@ def test_a_filter_that_masks_everything_is_an_error(rewarded):
     rewards = rewarded(rollout, scores(0.0, 0.0), filter_fn=lambda **_: ["mask", "mask"])
     with pytest.raises(UserError, match=r"^filter: expected one response or more to be kept, got 'mask' for all 2$"):
         without_masked(rollout, rewards)
+
+
+def test_functions_of_one_file_share_its_variables_until_the_next_run(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text("seen = []\ndef a(**_):\n    seen.append(1)\n    return seen\ndef b(**_):\n    return seen\n")
+    first, other = (load_callable(f"{path}:{name}", "reward.function") for name in "ab")
+    assert first() is other()
+    forget_modules()
+    assert load_callable(f"{path}:b", "reward.function")() == []

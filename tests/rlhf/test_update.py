@@ -1,5 +1,7 @@
 """The update: ratio 1 at the start, one normaliser per step, clips, schedules and early stops."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def random_targets(rollout, seed=3):
 
 def made_rewards(rollout):
     zero = torch.zeros(rollout.mask.shape)
-    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [], [], None)
+    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [], [True] * len(zero), None)
 
 
 @pytest.fixture
@@ -63,6 +65,24 @@ def test_rule_04_the_ratio_is_1_to_rounding_in_a_shuffled_minibatch(setup):
     rows = torch.tensor([6, 1, 3])
     policy, _ = learner.backward(Minibatch.whole(rollout, targets).rows(rows), 0.0)
     assert abs(policy["ratio_max"].item() - 1) < 1e-5
+
+
+def test_micro_batches_are_of_like_length_and_without_common_padding(setup):
+    _, rollout, targets = setup(rollout={"max_new_tokens": 12})
+    whole = Minibatch.whole(rollout, targets)
+    parts = list(whole.split(2))
+    sizes = [part.attention_mask.sum(dim=1).tolist() for part in parts]
+    assert list(itertools.chain(*sizes)) == sorted(whole.attention_mask.sum(dim=1).tolist())
+    for part in parts:
+        prompt = part.input_ids.shape[1] - part.mask.shape[1]
+        assert part.attention_mask[:, :prompt].any(dim=0).all()
+        assert part.mask.any(dim=0).all()
+        assert torch.equal(part.attention_mask[:, prompt:], part.mask)
+        assert torch.equal(part.input_ids[:, prompt:], part.responses)
+        assert {getattr(part, name).shape for name in ("logprobs", "advantages", "returns")} == {part.mask.shape}
+    assert sum(part.input_ids.numel() for part in parts) < whole.input_ids.numel()
+    (alone,) = whole.split(len(whole.mask))
+    assert torch.equal(alone.input_ids, whole.input_ids)
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.config import ModelConfig
-from ppo_fast.rlhf.reward_sources import STATS, Responses, RewardModel
+from ppo_fast.rlhf.reward_sources import STATS, ModelSource, Responses
 from tests.rlhf.conftest import EOS, PROMPTS, WORDS
 
 CPU = torch.device("cpu")
@@ -43,8 +43,8 @@ def made(completion_ids, *, prompt_ids=((5,), (6, 7, 8), (9, 10)), prompts=("w1"
     return Responses(list(prompts), list(map(list, prompt_ids)), texts, completion_ids, ended, {})
 
 
-def source(path, tokenizer, **options):
-    return RewardModel(path, tokenizer, model=ModelConfig(), device=CPU, **options)
+def source(path, tokenizer, batch_size=16):
+    return ModelSource(path, tokenizer, model=ModelConfig(), device=CPU, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -120,6 +120,12 @@ def test_what_is_no_reward_model_is_named(make_reward_model, tokenizer, tmp_path
     ).save_pretrained(path)
     with pytest.raises(UserError, match=r"^reward\.models: expected a linear head 'score' with one output, got Linear"):
         source(path, tokenizer)
+
+
+def test_what_is_too_long_for_the_model_is_named(make_reward_model, tokenizer):
+    path = make_reward_model()
+    with pytest.raises(UserError, match=rf"^{path}: expected at most 128 tokens of prompt and response, got 130$"):
+        source(path, tokenizer)(made([[20] * 129, [21], [22]]))
 
 
 def test_a_run_with_an_ensemble_and_a_function(make_reward_model, make_config, tokenizer):
