@@ -104,7 +104,10 @@ class Evaluation:
         return metrics
 
     def _complete(self, prompts: Iterable[Any]) -> list[str]:
-        data = load_prompts(prompts, self.models.tokenizer, self.config.data)
+        data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
+        if data.dropped:
+            limit = self.config.data.max_prompt_tokens
+            raise UserError(f"evaluator: expected prompts of at most {limit} tokens, got {data.dropped} longer ones")
         return Responses.of(self._answers(data), self.models.tokenizer).completions
 
     def _answers(self, data: Prompts) -> Generation:
@@ -118,9 +121,11 @@ class Evaluation:
         return dataclasses.replace(self.config.rollout, micro_batch_size=width)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start": self.start, "best": self.best}
+        return {"prompts": self.data.token_ids, "start": self.start, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["prompts"] != self.data.token_ids:
+            raise UserError("resume: expected the held-out prompts that the run was begun with, got others")
         self.start, self.best = state["start"], state["best"]
 
 

@@ -221,11 +221,12 @@ def train_ppo(
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
-        _check_vocabulary(models, data)
-        _check_context(config, models, data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts)
+        for asked in (data, evaluation.data) if evaluation else (data,):
+            _check_vocabulary(models, asked)
+            _check_context(config, models, asked)
         run = Run(config, models, data, scorer, evaluation, generator)
         if start is not None:
             run.restore(start)

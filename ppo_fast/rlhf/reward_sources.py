@@ -97,6 +97,8 @@ class ModelSource:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             for row, score in zip(chosen, self._scores([rows[row] for row in chosen]), strict=True):
+                if not math.isfinite(score):
+                    raise NotFiniteError(f"{self.path}: expected a finite score for sample {row}, got {score}", [row])
                 scores[row] = score
         return scores
 

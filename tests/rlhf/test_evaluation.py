@@ -23,8 +23,9 @@ def even(completion_ids, **_):
 def make_evaluation(make_config, make_models):
     """make_evaluation(reward_fn, **config) -> Evaluation of a tiny model on HELD_OUT, `begin` done."""
 
-    def make(function=even, *, reward=None, **settings):
+    def make(function=even, *, reward=None, data=None, **settings):
         config = make_config(
+            data=data or {},
             evaluation={"every": 1} | settings,
             reward={"missing_eos_penalty": 0.0} | (reward or {}),
         )
@@ -57,11 +58,14 @@ def run(make_config, tokenizer):
 
 
 def test_the_model_at_the_start_ties_with_itself(make_evaluation, tmp_path):
-    evaluation = make_evaluation()
+    def middle(completion_ids, **_):
+        return [sum(ids) / len(ids) / 10 for ids in completion_ids]
+
+    evaluation = make_evaluation(middle)
     metrics, _ = evaluation.run(tmp_path / "best")
     assert metrics["eval/win_rate"] == 0.5
     assert metrics["eval/kl"] == 0
-    expected = even(evaluation.start)
+    expected = middle(evaluation.start)
     assert metrics["eval/scores"] == pytest.approx(sum(expected) / 3)
     assert metrics["eval/length"] == pytest.approx(sum(map(len, evaluation.start)) / 3)
     assert 0 <= metrics["eval/truncated_frac"] <= 1
@@ -150,6 +154,28 @@ def test_a_run_evaluates_in_time_and_leaves_its_random_numbers_alone(run, tmp_pa
     assert not (tmp_path / "b" / "best").exists()
     records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert records[1]["note"].startswith("best eval/scores so far, ")
+
+
+def test_an_evaluator_gets_an_answer_to_every_prompt(make_evaluation):
+    evaluation = make_evaluation(data={"max_prompt_tokens": 3, "deduplicate": True})
+    assert len(evaluation._complete(["w1", "w1", "w2"])) == 3
+    with (
+        pytest.raises(UserError, match=r"^evaluator: expected prompts of at most 3 tokens, got 1 longer ones$"),
+        pytest.warns(UserWarning, match="dropped 1 of 2 prompts longer"),
+    ):
+        evaluation._complete(["w1", "w1 w2 w3 w4"])
+
+
+def test_held_out_prompts_must_fit_the_model(run):
+    with pytest.raises(UserError, match=r"^rollout\.max_new_tokens: expected at most 8 .*the longest prompt of 120"):
+        run(eval_prompts=[" ".join(["w1"] * 120)], evaluation={"every": 1}, rollout={"max_new_tokens": 16})
+
+
+def test_a_resumed_run_must_have_the_same_held_out_prompts(run):
+    settings = {"evaluation": {"every": 2}, "log": {"save_every": 1}}
+    run(updates=1, **settings)
+    with pytest.raises(UserError, match=r"^resume: expected the held-out prompts that the run was begun with, got"):
+        run(updates=2, eval_prompts=["w20"], resume=True, **settings)
 
 
 def test_held_out_prompts_come_from_a_file(run, tmp_path):

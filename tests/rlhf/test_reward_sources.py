@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.config import ModelConfig
+from ppo_fast.rlhf.errors import NotFiniteError
 from ppo_fast.rlhf.reward_sources import STATS, ModelSource, Responses
 from tests.rlhf.conftest import EOS, PROMPTS, WORDS
 
@@ -120,6 +121,16 @@ def test_what_is_no_reward_model_is_named(make_reward_model, tokenizer, tmp_path
     ).save_pretrained(path)
     with pytest.raises(UserError, match=r"^reward\.models: expected a linear head 'score' with one output, got Linear"):
         source(path, tokenizer)
+
+
+def test_a_score_that_is_not_finite_names_model_and_sample(make_reward_model, tokenizer):
+    path = make_reward_model()
+    broken = source(path, tokenizer)
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight[21] = float("nan")
+    with pytest.raises(NotFiniteError, match=rf"^{path}: expected a finite score for sample 1, got nan$") as error:
+        broken(made([[20, EOS], [21, 22, EOS], [22]]))
+    assert error.value.rows == [1]
 
 
 def test_what_is_too_long_for_the_model_is_named(make_reward_model, tokenizer):
