@@ -21,6 +21,7 @@ STAGES = [
     "rollout",
     "rewards",
     "advantages",
+    "optim",
     "update",
     "metrics",
     "runlog",
@@ -98,8 +99,12 @@ def calls(path: Path, *names: str) -> list[str]:
 @pytest.mark.parametrize(
     ("owner", "others", "names"),
     [
-        # The only stage that changes parameters. Run.step is the loops' own.
-        ("update", {"ppo": {"step"}, "supervised": {"step", "backward"}}, ("backward", "step", "zero_grad")),
+        # The only stage that changes parameters, by the optimizers of `optim`. Run.step is the loops' own.
+        (
+            "update",
+            {"optim": {"step", "zero_grad"}, "ppo": {"step"}, "supervised": {"step", "backward"}},
+            ("backward", "step", "zero_grad"),
+        ),
         # The only stage that writes weights.
         ("checkpoint", {}, ("save_pretrained", "save_file")),
     ],

@@ -21,10 +21,10 @@ from .errors import UserError
 from .examples import Batch, Batches, Kind, Make, chunks, load_examples
 from .metrics import require_finite
 from .models import model_inputs
+from .optim import Network, schedule
 from .runlog import CHECKPOINTS, FINAL, StageLog, require_free
 from .runtime import find_device, named, threads, warn_about_precision
 from .supervised_config import SupervisedConfig
-from .update import Network, schedule
 
 Source = str | Path | Iterable[Any]
 
