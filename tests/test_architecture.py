@@ -29,6 +29,7 @@ STAGES = [
     "failures",
     "signals",
     "resume",
+    "loop",
     "ppo",
     "supervised",
     "sft",
@@ -99,10 +100,10 @@ def calls(path: Path, *names: str) -> list[str]:
 @pytest.mark.parametrize(
     ("owner", "others", "names"),
     [
-        # The only stage that changes parameters, by the optimizers of `optim`. Run.step is the loops' own.
+        # The only stage that changes parameters, by the optimizers of `optim`. Loop.step is a loop's own.
         (
             "update",
-            {"optim": {"step", "zero_grad"}, "ppo": {"step"}, "supervised": {"step", "backward"}},
+            {"optim": {"step", "zero_grad"}, "loop": {"step"}, "supervised": {"step", "backward"}},
             ("backward", "step", "zero_grad"),
         ),
         # The only stage that writes weights.

@@ -1,4 +1,4 @@
-"""What an optimizer step is made of, in every stage: AdamW with its clip, the learning rate, the penalty coefficient."""
+"""What optimizer steps are made of, in every stage: AdamW with its clip, learning rate, penalty coefficient."""
 
 from __future__ import annotations
 
