@@ -136,8 +136,12 @@ def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> A
     config = causal.config
     config.num_labels = 1
     config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    with torch.device("meta"):
-        model = require("transformers").AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = require("transformers").AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        known = "an architecture that transformers has a sequence classifier of"
+        raise UserError(f"model.path: expected {known}, got {type(config).__name__}") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"model.path: expected an architecture with a linear head 'score', got {type(model).__name__}")
     setattr(model, model.base_model_prefix, causal.base_model)

@@ -231,9 +231,7 @@ def test_a_loss_that_is_not_finite_names_the_step(run_stage):
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = float("nan")
-    with pytest.raises(
-        UserError, match=r"^step 1: loss is not finite: nan; the batch and the weights before it are in"
-    ):
+    with pytest.raises(UserError, match=r"^step 1: loss is not finite: nan; the batch and the weights before it"):
         run_stage("sft", policy=model)
 
 
