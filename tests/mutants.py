@@ -30,7 +30,9 @@ class Mutant(NamedTuple):
 STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
 NATIVE = "tests/ops/test_native_rows.py"
 RLHF = "ppo_fast/rlhf"
-SUPERVISED, REWARD, EXAMPLES = (f"tests/rlhf/test_{name}.py" for name in ("supervised", "reward_model", "examples"))
+SUPERVISED, RESUMED, REWARD, EXAMPLES = (
+    f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
+)
 TRAPS, MASKED, METRICS, PREFERENCE = (
     f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
 )
@@ -98,17 +100,26 @@ MUTANTS = [
     Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     Mutant(f"{RLHF}/supervised.py", "mask=batch.mask[:, 1:]", "mask=batch.attention_mask[:, 1:]", SUPERVISED),
-    Mutant(
-        f"{RLHF}/supervised.py",
-        "        softcap=getattr(model.config",
-        "        softcap=None and (model.config",
-        SUPERVISED,
-    ),
+    Mutant(f"{RLHF}/supervised.py", "linear=linear,", "linear=True,", RESUMED),
     Mutant(f"{RLHF}/supervised.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED),
     Mutant(f"{RLHF}/supervised.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "self.taken += 1", "self.taken += 2", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "schedule(number - 1,", "schedule(number,", SUPERVISED),
     Mutant(f"{RLHF}/supervised.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "        require_finite(**metrics)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "step(factor, failed)", "step(factor)", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
+    Mutant(f"{RLHF}/supervised.py", ', "network": self.network}', "}", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory)\n", "        pass\n", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", 'load_start(config, "optim.epochs", "log")', 'load_start(config, "log")', RESUMED),
+    Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
+    Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),
+    Mutant(f"{RLHF}/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "            if found != state", "            if False and found != state", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "keep_last=self.config.log.keep_last", "keep_last=0", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "            self.skipped += 1\n", "", RESUMED),
+    Mutant(f"{RLHF}/configfile.py", 'f"{name}." for name in free', "name for name in free", RESUMED),
     Mutant(
         f"{RLHF}/models.py",
         "torch.where(attention_mask, position, 0)",

@@ -24,6 +24,7 @@ STAGES = [
     "reward_sources",
     "rewards",
     "advantages",
+    "optim",
     "update",
     "reference",
     "metrics",
@@ -34,6 +35,7 @@ STAGES = [
     "failures",
     "signals",
     "resume",
+    "loop",
     "ppo",
     "supervised",
     "sft",
@@ -98,8 +100,12 @@ def calls(path: Path, *names: str) -> list[str]:
 @pytest.mark.parametrize(
     ("owner", "others", "names"),
     [
-        # The only stage that changes parameters. Run.step is the loops' own.
-        ("update", {"ppo": {"step"}, "supervised": {"step", "backward"}}, ("backward", "step", "zero_grad")),
+        # The only stage that changes parameters, by the optimizers of `optim`. Loop.step is a loop's own.
+        (
+            "update",
+            {"optim": {"step", "zero_grad"}, "loop": {"step"}, "supervised": {"step", "backward"}},
+            ("backward", "step", "zero_grad"),
+        ),
         # The only stage that writes weights.
         ("checkpoint", {}, ("save_pretrained", "save_file")),
     ],

@@ -7,19 +7,7 @@ A checkpoint is a model directory, as `from_pretrained` reads it, with the state
         state.safetensors                                     every tensor of the state
         state.json                                            the rest of it; nothing is ever unpickled
 
-A loop keeps what it needs in parts with `state_dict()` and `load_state_dict()` (modules, optimizers, samplers,
-coefficients) and is then a few lines (train_step, write, parts and data_position are its own):
-
-    if resume:
-        start = load_latest(run / CHECKPOINTS)
-        for name, part in parts.items():
-            part.load_state_dict(start.state["parts"][name])
-        load_saved(model, start.directory)
-        restore_rng(start.state["rng"], generator)
-    ...
-    state = {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()},
-             "rng": rng_state(generator)}
-    save_checkpoint(run / CHECKPOINTS / f"step-{step:06d}", write, state, keep_last=2)
+`loop.Loop` saves and restores what a stage keeps in parts with `state_dict()` and `load_state_dict()`.
 """
 
 from __future__ import annotations
@@ -120,9 +108,7 @@ def save_models(models: Models, directory: Path) -> Path:
 
 def write_models(models: Models, directory: Path) -> None:
     """The files of `save_models`, into an existing directory."""
-    with no_progress_bars():
-        models.policy.save_pretrained(directory)
-        models.tokenizer.save_pretrained(directory)
+    write_model(models.policy, models.tokenizer, directory)
     save_tensors(models.value.state_dict(), directory / VALUE_FILE)
     models.value.backbone.config.to_json_file(directory / VALUE_CONFIG)
 
@@ -177,12 +163,18 @@ def fingerprint(module: nn.Module) -> list[int]:
 
 def save_model(model: Any, tokenizer: Any, directory: Path, extra: Mapping[str, Any] | None = None) -> Path:
     """Write a model and its tokenizer as `from_pretrained` reads them, and beside them `extra`: file name -> JSON."""
-    with atomic_directory(directory) as scratch, no_progress_bars():
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+    with atomic_directory(directory) as scratch:
+        write_model(model, tokenizer, scratch)
         for name, content in (extra or {}).items():
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return directory
+
+
+def write_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """The files of `save_model`, into an existing directory."""
+    with no_progress_bars():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 @contextlib.contextmanager

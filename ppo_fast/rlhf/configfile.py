@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,10 +115,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def first_difference(a: Any, b: Any) -> tuple[str, Any, Any] | None:
-    """The dotted name of the first field that differs between two configs of one kind, with both values."""
+def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """The dotted name of the first field that differs between two configs of one kind, with both values.
+
+    Fields that `free` names, by themselves or by their group, may differ.
+    """
     pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
-    return next(((name, x, y) for (name, x), (_, y) in pairs if x != y), None)
+    told = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
+    return next((found for found in told if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None)
 
 
 def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 
-from .examples import Pair, collate, preference_pair
+from .examples import Pair, preference_pair
 from .models import load_policy, padding_id
 from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
 from .supervised_config import DPOConfig
@@ -22,14 +22,16 @@ from .supervised_config import DPOConfig
 class DPO(Objective[Pair]):
     """-mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)); see :func:`ppo_fast.dpo_loss`."""
 
+    stage = "DPO"
     reference: Any  # causal LM, frozen
     beta: float
+    linear: bool = True  # log-probabilities without the logits of the batch
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
-        batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], self.pad_id, self.model.device)
+        batch = self.batch(pairs)
         with torch.no_grad():
-            ref_chosen, ref_rejected = _halves(completion_logprobs(self.reference, batch))
-        chosen, rejected = _halves(completion_logprobs(self.model, batch))
+            ref_chosen, ref_rejected = _halves(completion_logprobs(self.reference, batch, linear=self.linear))
+        chosen, rejected = _halves(completion_logprobs(self.model, batch, linear=self.linear))
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
 
 
@@ -40,6 +42,7 @@ def train_dpo(
     held_out: Source | None = None,
     model: Any = None,
     tokenizer: Any = None,
+    resume: bool = False,
 ) -> SupervisedResult:
     """Train a causal language model on preference pairs; the reference is the model as it was at the start.
 
@@ -49,18 +52,23 @@ def train_dpo(
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
     Raises:
-        UserError: an input that cannot be used, or a loss that is not finite; one sentence.
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
-    with prepared(config) as generator:
-        model, tokenizer = load_policy(config.model, generator.device, model, tokenizer)
-        data = load_data(config, preference_pair, tokenizer, generator, train, held_out)
+    with prepared(config, resume) as start:
+        model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
+        data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
         reference = copy.deepcopy(model).requires_grad_(False)
-        objective = DPO(model, padding_id(tokenizer), config.optim.width, reference, config.beta)
-        return fit(config, "DPO", objective, data, tokenizer, generator)
+        linear = config.model.logits == "linear"
+        objective = DPO(model, padding_id(tokenizer), config.optim.width, reference, config.beta, linear)
+        return fit(config, objective, data, tokenizer, start)
 
 
 def _halves(logprobs: Tensor) -> tuple[Tensor, Tensor]:

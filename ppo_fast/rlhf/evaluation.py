@@ -36,6 +36,7 @@ class Evaluation:
         self.config, self.models, self.scorer, self.data, self.evaluators = config, models, scorer, data, evaluators
         self.start: list[list[int]] = []  # token ids of the answers of the model at the start
         self.best: float | None = None
+        self.answers: list[dict[str, Any]] = []  # of the latest evaluation, beside those of the model at the start
 
     def due(self, done: int) -> bool:
         """Every `evaluation.every` updates and after the last."""
@@ -73,7 +74,19 @@ class Evaluation:
         rollout = score(self.models, generation, self._rollout(width))
         responses, mask = Responses.of(generation, self.models.tokenizer), generation.mask
         scores = self.scorer(responses, mask, learn=False).totals
-        wins = torch.sign(scores - self._start_scores(responses)).mean() / 2 + 0.5
+        start, start_scores = self._at_the_start(responses)
+        wins = torch.sign(scores - start_scores).mean() / 2 + 0.5
+        self.answers = [
+            dict(zip(("prompt", "completion", "score", "baseline_completion", "baseline_score"), row, strict=True))
+            for row in zip(
+                responses.prompts,
+                responses.completions,
+                scores.tolist(),
+                start.completions,
+                start_scores.tolist(),
+                strict=True,
+            )
+        ]
         values = {
             "eval/scores": scores.mean(),
             "eval/kl": (rollout.logprobs - rollout.ref_logprobs).where(mask, 0.0).sum(dim=1).mean(),
@@ -83,14 +96,14 @@ class Evaluation:
         }
         return {name: value.item() for name, value in values.items()}
 
-    def _start_scores(self, now: Responses) -> torch.Tensor:
-        """Scores [B] of the answers at the start; anew each time, since running statistics move."""
+    def _at_the_start(self, now: Responses) -> tuple[Responses, torch.Tensor]:
+        """The answers at the start and their scores [B]; anew each time, since running statistics move."""
         lengths = torch.tensor([len(ids) for ids in self.start])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.models.device)
         texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
         ended = [ids[-1] == self.models.eos_id for ids in self.start]
         start = Responses(now.prompts, now.prompt_ids, texts, self.start, ended, now.columns)
-        return self.scorer(start, mask, learn=False).totals
+        return start, self.scorer(start, mask, learn=False).totals
 
     def _users_metrics(self) -> dict[str, float]:
         """What the evaluators return; their `generate` maps prompts to completions by the policy as it is."""

@@ -29,6 +29,11 @@ class Example:
     joined: bool = True  # False: the text of both, tokenised at once, has no boundary there
 
     @property
+    def parts(self) -> tuple[Example, ...]:
+        """The sequences it is made of."""
+        return (self,)
+
+    @property
     def length(self) -> int:
         return len(self.ids)
 
@@ -49,6 +54,10 @@ class Pair:
     chosen: Example
     rejected: Example
     margin: float = 0.0  # how far apart their scores should be
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        return self.chosen, self.rejected
 
     @property
     def length(self) -> int:
@@ -128,6 +137,11 @@ def preference_pair(row: Row, tokenizer: Any, where: str) -> Pair:
     )
 
 
+def sequences(examples: Sequence[Kind]) -> list[Example]:
+    """The examples themselves; of pairs all that were chosen, then all that were rejected."""
+    return [part for column in zip(*(example.parts for example in examples), strict=True) for part in column]
+
+
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
     """Pad the examples to the longest of them."""
     width = max(example.length for example in examples)
@@ -141,7 +155,7 @@ class Batches:
     """Endless batches of row numbers; every row once per epoch, a new order in each.
 
     With `bucket` the rows of every `WINDOW` batches are sorted by length before they are cut. An epoch's last batch
-    may be smaller. `order` and `position`, with the generator's state, are the whole state.
+    may be smaller. `order` and `position` are its whole state, the generator aside.
     """
 
     WINDOW = 50
@@ -150,6 +164,12 @@ class Batches:
         self.lengths, self.size, self.generator, self.bucket = lengths, size, generator, bucket
         self.order: list[list[int]] = []
         self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.position = state["order"], state["position"]
 
     def __len__(self) -> int:
         """Batches per epoch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,21 @@ from .models import Models
 from .rollout import Generation
 
 
-def save_failure(
-    target: Path, models: Models, generation: Generation, others: Sequence[Any], error: NotFiniteError
+def save_batch(
+    target: Path, write: Callable[[Path], None], tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> Path:
-    """Write the weights as they are, and the rows of the batch concerned: batch.safetensors and batch.json.
+    """Write the weights as they are, by `write`, and the batch: batch.safetensors and batch.json."""
+    with atomic_directory(target) as scratch:
+        write(scratch)
+        save_tensors(tensors, scratch / "batch.safetensors")
+        (scratch / "batch.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    return target
+
+
+def save_failure(
+    models: Models, generation: Generation, others: Sequence[Any], target: Path, error: NotFiniteError
+) -> Path:
+    """`save_batch` of the rows of a rollout batch that are concerned.
 
     Every tensor [B, ...] of `generation` and of `others` (dataclasses) is saved as "class.field".
     """
@@ -36,8 +47,4 @@ def save_failure(
         "completions": models.tokenizer.batch_decode(ids),
         "completion_ids": ids,
     }
-    with atomic_directory(target) as scratch:
-        write_models(models, scratch)
-        save_tensors(chosen, scratch / "batch.safetensors")
-        (scratch / "batch.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-    return target
+    return save_batch(target, lambda directory: write_models(models, directory), chosen, record)

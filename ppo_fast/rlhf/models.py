@@ -58,8 +58,6 @@ def load_models(
 ) -> Models:
     """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
     policy, tokenizer = load_policy(config, generator.device, policy, tokenizer)
-    if config.logits == "linear":
-        check_linear(policy)
     value = disable_dropout(make_value_model(config, policy, generator))
     return Models(
         policy=policy,
@@ -73,6 +71,14 @@ def load_models(
 
 
 def load_policy(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """`load_causal`; UserError for a model whose log-probabilities cannot be had as `config.logits` wants them."""
+    model, tokenizer = load_causal(config, device, model, tokenizer)
+    if config.logits == "linear":
+        check_linear(model)
+    return model, tokenizer
+
+
+def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The causal LM and tokenizer given, or what `config` names in place of None; dropout off, fit to be saved."""
     transformers = require("transformers")
     if (model is None or tokenizer is None) and config.path is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from .advantages import compute_targets
 from .callables import forget_modules, load_callable
-from .checkpoint import Checkpoint, load_weights, restore_rng, rng_state, save_checkpoint, save_models, write_models
+from .checkpoint import load_weights, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
 from .curriculum import make_arrangement
@@ -21,6 +22,7 @@ from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from .errors import NotFiniteError, UserError
 from .evaluation import Evaluation, load_evaluation
 from .failures import save_failure
+from .loop import Loop
 from .metrics import collect, require_finite
 from .models import Models, load_models
 from .monitors import Monitors
@@ -29,9 +31,9 @@ from .resume import failed_writes_told, inputs, load_start
 from .reward_sources import RewardFunction, load_sources
 from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from .rollout import Generation, generate, score, warn_about_filters
-from .runlog import BEST, CHECKPOINTS, FAILED, FINAL, RunLog
-from .runtime import Stopwatch, find_device, named, threads, warn_about_precision
-from .signals import Interrupted, StopSignals
+from .runlog import BEST, FINAL, RunLog
+from .runtime import Stopwatch, find_device, threads, warn_about_precision
+from .signals import StopSignals
 from .update import Learner
 
 
@@ -46,7 +48,7 @@ class PPOResult:
 
 
 @dataclass
-class Run:
+class Run(Loop):
     """The moving parts of a run and one turn of its loop."""
 
     config: PPOConfig
@@ -55,8 +57,7 @@ class Run:
     scorer: Scorer
     evaluation: Evaluation | None
     generator: torch.Generator  # every random number of the run, those of the evaluation aside
-    done: int = 0  # updates
-    skipped: int = 0  # updates whose batch was given up, on_nan = "skip"
+    length = "updates"
 
     def __post_init__(self) -> None:
         settings, arrange = self.config.data, make_arrangement(self.data, self.config.data)
@@ -66,25 +67,18 @@ class Run:
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
-        self.inputs = inputs(self.models, self.data)
+        self.inputs = inputs(self.models.reference, {"prompts": self.data.token_ids})
+        self.total = self.config.updates
         # Scored in the batches of the update, the logits of the whole rollout never exist.
         optim, rollout = self.config.optim, self.config.rollout
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
 
-    def loop(self, log: RunLog, stop: StopSignals) -> None:
+    def loop(self, log: RunLog, stop: StopSignals) -> None:  # type: ignore[override]  # a StageLog of updates
         """The updates still to do, each a safe point to save and to stop at."""
-        updates, save_every = self.config.updates, self.config.log.save_every
         if self.evaluation is not None:
             self.evaluation.begin()
-        while self.done < updates:
-            with named(f"update {self.done + 1}"):
-                self.step(self.done + 1, log)
-            self.done += 1
-            if save_every and (self.done % save_every == 0 or self.done == updates):
-                self.save(log)
-            if stop.number is not None:
-                raise Interrupted(stop.number, self.done, self.save(log))
+        super().loop(log, stop)
 
     def step(self, update: int, log: RunLog) -> None:
         """Update number `update`, counted from 1: sample, score, improve, report."""
@@ -113,6 +107,7 @@ class Run:
             if self.evaluation is not None and self.evaluation.due(update):
                 measured, note = self.evaluation.run(log.directory / BEST)
                 metrics, notes = metrics | measured, [*notes, note]
+                log.write_answers(update, self.evaluation.answers)
             log.write(update, metrics, "; ".join(filter(None, notes)) or None)
             log.write_samples(update, rollout, rewards)
 
@@ -123,48 +118,14 @@ class Run:
         try:
             yield seen
         except NotFiniteError as error:
-            if self.config.on_nan == "skip":
-                self.skipped += 1
-                log.note(update, f"batch skipped: {error}")
-                return
             generation = seen[0].generation if seen else generation
-            target = log.directory / FAILED / f"update-{update:06d}"
-            saved = save_failure(target, self.models, generation, seen, error)
-            raise UserError(f"{error}; the batch and the weights before it are in {str(saved)!r}") from error
+            self.give_up(update, log, error, functools.partial(save_failure, self.models, generation, seen))
 
-    def save(self, log: RunLog) -> Path:
-        """A checkpoint of the run as it is."""
-        target = log.directory / CHECKPOINTS / f"update-{self.done:06d}"
-        if target.is_dir():
-            return target
-        state = {
-            "config": dataclasses.asdict(self.config),
-            "log": log.position(self.done),
-            "skipped": self.skipped,
-            "inputs": self.inputs,
-            "parts": {name: part.state_dict() for name, part in self._parts().items()},
-            "rng": rng_state(self.generator),
-        }
+    def _write(self, directory: Path) -> None:
+        write_models(self.models, directory)
 
-        def write(directory: Path) -> None:
-            write_models(self.models, directory)
-
-        return save_checkpoint(target, write, state, keep_last=self.config.log.keep_last)
-
-    def restore(self, start: Checkpoint) -> None:
-        """Go back to a checkpoint; UserError when the run was begun with another model or other prompts."""
-        state = start.state
-        parts = self._parts()
-        if parts.keys() != state["parts"].keys():
-            raise UserError(f"resume: expected a run of {sorted(state['parts'])}, got {sorted(parts)}")
-        for name, found in self.inputs.items():
-            if found != state["inputs"][name]:
-                raise UserError(f"resume: expected the {name} that the run was begun with, got others")
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        load_weights(self.models, start.directory)
-        restore_rng(state["rng"], self.generator)
-        self.done, self.skipped = state["log"]["done"], state["skipped"]
+    def _load(self, directory: Path) -> None:
+        load_weights(self.models, directory)
 
     def _parts(self) -> dict[str, Any]:
         """What changes during a run, the weights of policy and value model aside."""
@@ -212,7 +173,7 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
-    start = load_start(config) if resume else None
+    start = load_start(config, "updates", "log") if resume else None
     log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
     forget_modules()
@@ -230,7 +191,7 @@ def train_ppo(
         run = Run(config, models, data, scorer, evaluation, generator)
         if start is not None:
             run.restore(start)
-        with failed_writes_told(log.directory), log, StopSignals() as stop:
+        with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
             save_config(config, log.directory / "config.yaml")
             run.loop(log, stop)
             final = save_models(models, log.directory / FINAL)

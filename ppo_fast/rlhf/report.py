@@ -13,9 +13,10 @@ from typing import Any
 
 from . import plots
 from .errors import UserError, require
+from .runlog import EVALUATIONS, SAMPLES
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SAMPLES, EVALUATIONS, PAIRS = "samples.jsonl", "evaluations.jsonl", 12
+PAIRS = 12  # of the blind comparison, at most
 
 
 def main(argv: Sequence[str] | None = None) -> None:

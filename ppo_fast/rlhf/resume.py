@@ -1,43 +1,46 @@
-"""What a PPO run continues from, and what is told when a write fails."""
+"""What a run continues from, and what is told when a write fails."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .checkpoint import Checkpoint, fingerprint, latest, load_latest
-from .config import PPOConfig
 from .configfile import config_from_dict, first_difference
-from .data import Prompts
 from .errors import UserError, require
-from .models import Models
 from .runlog import CHECKPOINTS
 
 
-def load_start(config: PPOConfig) -> Checkpoint:
-    """The newest checkpoint of the run that `config` continues; UserError when `config` means another run."""
+def load_start(config: Any, *free: str) -> Checkpoint:
+    """The newest checkpoint of the run that `config` continues.
+
+    UserError when `config` means another run: when it differs in other fields, or groups of fields, than the `free`.
+    """
     start = load_latest(Path(config.log.dir) / CHECKPOINTS)
-    saved: PPOConfig = config_from_dict(start.state["config"])
-    done = start.state["log"]["done"]
-    free = dataclasses.replace(saved, updates=config.updates, log=config.log)
-    difference = first_difference(free, config)
+    saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
+    difference = first_difference(saved, config, free)
     if difference is not None:
         name, before, now = difference
         raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")
-    if config.updates < done:
-        raise UserError(f"resume: updates: expected at least the {done} that are done, got {config.updates}")
     return start
 
 
-def inputs(models: Models, data: Prompts) -> dict[str, Any]:
+def inputs(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
     """What a resumed run reads anew and must find as it was when the run was begun, in short."""
-    prompts = hashlib.sha256(json.dumps(data.token_ids).encode()).hexdigest()
-    return {"model weights": fingerprint(models.reference), "prompts": prompts}
+    return {"model weights": fingerprint(model)} | {name: _digest(rows) for name, rows in data.items()}
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    """Equal for rows that are written alike."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ppo_fast import ops
 
 from .errors import UserError, require
-from .examples import Pair, chunks, collate, preference_pair
+from .examples import Pair, chunks, preference_pair
 from .models import (
     checked_tokenizer,
     disable_dropout,
-    load_policy,
+    load_causal,
     load_reward_model,
     load_tokenizer,
     padding_id,
@@ -31,9 +31,11 @@ QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 class RewardModel(Objective[Pair]):
     """-mean log sigmoid(chosen - rejected - margin); see :func:`ppo_fast.preference_loss`."""
 
+    stage = "reward model"
+
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
-        batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], self.pad_id, self.model.device)
+        batch = self.batch(pairs)
         chosen, rejected = sequence_scores(self.model, batch.input_ids, batch.attention_mask).chunk(2)
         return chosen, rejected
 
@@ -88,6 +90,7 @@ def train_reward_model(
     held_out: Source | None = None,
     model: Any = None,
     tokenizer: Any = None,
+    resume: bool = False,
 ) -> SupervisedResult:
     """Train a reward model on preference pairs; what is not passed is read from where `config` says.
 
@@ -99,25 +102,29 @@ def train_reward_model(
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
         tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
     Raises:
-        UserError: an input that cannot be used, or a loss that is not finite; one sentence.
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
 
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
-    with prepared(config) as generator:
+    with prepared(config, resume) as start:
         if config.init is None:
-            causal, tokenizer = load_policy(config.model, generator.device, model, tokenizer)
-            model = add_score_head(causal, tokenizer, generator)
+            causal, tokenizer = load_causal(config.model, start.generator.device, model, tokenizer)
+            model = add_score_head(causal, tokenizer, start.generator)
         else:
             model = load_reward_model("init", config.init, getattr(torch, config.model.dtype))
             if model is None:
                 raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
-            model = disable_dropout(model.to(generator.device))
+            model = disable_dropout(model.to(start.generator.device))
             tokenizer = load_tokenizer(config.init) if tokenizer is None else checked_tokenizer(tokenizer)
-        data = load_data(config, preference_pair, tokenizer, generator, train, held_out)
+        data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
         objective = RewardModel(model, padding_id(tokenizer), config.optim.width)
-        return fit(config, "reward model", objective, data, tokenizer, generator)
+        return fit(config, objective, data, tokenizer, start)
 
 
 def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> Any:
@@ -129,8 +136,12 @@ def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> A
     config = causal.config
     config.num_labels = 1
     config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    with torch.device("meta"):
-        model = require("transformers").AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = require("transformers").AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        known = "an architecture that transformers has a sequence classifier of"
+        raise UserError(f"model.path: expected {known}, got {type(config).__name__}") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"model.path: expected an architecture with a linear head 'score', got {type(model).__name__}")
     setattr(model, model.base_model_prefix, causal.base_model)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -23,9 +23,9 @@ from .rollout import Rollout
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
-REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
+REPLACED = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
 def require_free(log: RunLogConfig) -> None:
@@ -149,13 +149,18 @@ class RunLog(StageLog):
     """The log of a PPO run: updates, and a table of samples now and then."""
 
     unit = "update"
-    files = (METRICS, SAMPLES)
+    files = (METRICS, SAMPLES, EVALUATIONS)
 
     def __init__(
         self, config: PPOConfig, console: Console | None = None, *, resume: Mapping[str, int] | None = None
     ) -> None:
         super().__init__(config.log, "PPO", config.updates, console, resume=resume)
         self.config = config
+
+    def write_answers(self, update: int, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Record the answers to the held-out prompts, for the comparison in `ppo-fast report`."""
+        for answer in answers:
+            _line(self._open[EVALUATIONS], {"update": update, **answer})
 
     def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
         """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""

@@ -13,9 +13,9 @@ from typing import Any
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run, after a checkpoint."""
 
-    def __init__(self, number: int, update: int, checkpoint: Path) -> None:
+    def __init__(self, number: int, last: str, checkpoint: Path) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"{name}: stopped after update {update}; saved {str(checkpoint)!r}, --resume continues there")
+        super().__init__(f"{name}: stopped after {last}; saved {str(checkpoint)!r}, --resume continues there")
         self.number = number
 
 
@@ -23,9 +23,11 @@ class StopSignals:
     """Within the block the first SIGINT or SIGTERM is kept in `number`; a SIGINT after it raises KeyboardInterrupt.
 
     Python takes signals in its main thread alone: in another one nothing changes. A signal that is ignored stays so.
+    `unit` is what the loop finishes before it stops.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
         self.number: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -44,4 +46,5 @@ class StopSignals:
             raise KeyboardInterrupt
         self.number = self.number or number
         # Not by print: the signal may have come in the middle of one.
-        os.write(2, b"\nppo-fast: stopping after this update, then saving; Ctrl-C aborts at once\n")
+        told = f"\nppo-fast: stopping after this {self.unit}, then saving; Ctrl-C aborts at once\n"
+        os.write(2, told.encode())

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 
 from ppo_fast import ops
 
-from .checkpoint import save_model
+from .checkpoint import Checkpoint, load_saved, save_model, write_model
 from .configfile import save_config
-from .errors import UserError
-from .examples import Batch, Batches, Kind, Make, chunks, load_examples
+from .errors import NotFiniteError, UserError
+from .examples import Batch, Batches, Kind, Make, chunks, collate, load_examples, sequences
+from .failures import save_batch
+from .forward import response_stats
+from .loop import Loop
 from .metrics import require_finite
-from .models import model_inputs
-from .runlog import CHECKPOINTS, FINAL, StageLog, require_free
-from .runtime import find_device, named, threads, warn_about_precision
+from .optim import Network, schedule
+from .resume import failed_writes_told, inputs, load_start
+from .runlog import FINAL, StageLog, require_free
+from .runtime import find_device, threads, warn_about_precision
+from .signals import StopSignals
 from .supervised_config import SupervisedConfig
-from .update import Network, schedule
 
 Source = str | Path | Iterable[Any]
 
@@ -33,6 +39,7 @@ Source = str | Path | Iterable[Any]
 class Objective(ABC, Generic[Kind]):
     """What a stage minimises."""
 
+    stage: ClassVar[str]  # its name
     model: Any  # the module that is trained, saved by `save_pretrained`
     pad_id: int
     width: int  # examples per forward pass of an evaluation
@@ -40,6 +47,10 @@ class Objective(ABC, Generic[Kind]):
     @abstractmethod
     def loss(self, examples: Sequence[Kind]) -> ops.LossOutput:
         """Mean loss and metrics of the examples, each counted by its `weight`."""
+
+    def batch(self, examples: Sequence[Kind]) -> Batch:
+        """The examples padded; of pairs [2B, L], first all that were chosen."""
+        return collate(sequences(examples), self.pad_id, self.model.device)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Kind]) -> dict[str, float]:
@@ -70,15 +81,24 @@ class Data(Generic[Kind]):
     held_out: list[Kind]  # never trained on; may be empty
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    generator: torch.Generator
+    checkpoint: Checkpoint | None  # None: at the beginning
+
+
 @dataclass
-class Run(Generic[Kind]):
-    """The moving parts of a run and one turn of its loop; `batches`, `network`, `generator`, `taken` are its state."""
+class Run(Loop, Generic[Kind]):
+    """The moving parts of a run and one turn of its loop."""
 
     config: SupervisedConfig
     objective: Objective[Kind]
     data: Data[Kind]
+    tokenizer: Any
     generator: torch.Generator  # every random number of the run
-    taken: int = field(default=0, init=False)  # optimizer steps so far
+    length = "steps of optim.epochs"
 
     def __post_init__(self) -> None:
         optim = self.config.optim
@@ -86,43 +106,74 @@ class Run(Generic[Kind]):
         self.batches = Batches(lengths, optim.batch_size, self.generator, bucket=self.config.data.bucket)
         self.total = optim.epochs * len(self.batches)
         self.network = Network(self.objective.model, optim.lr, optim)
+        examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
+        self.inputs = inputs(self.objective.model, examples)
 
-    def step(self) -> dict[str, float]:
-        """One optimizer step, and an evaluation when one is due; the metrics of both."""
-        start = time.perf_counter()
-        examples = [self.data.train[row] for row in self.batches.take()]
-        parts = []
+    def step(self, number: int, log: StageLog) -> None:
+        """Optimizer step number `number`, counted from 1, and an evaluation when one is due."""
+        rows, metrics = self.batches.take(), dict[str, float]()
+        try:
+            metrics = self._train(number, [self.data.train[row] for row in rows])
+        except NotFiniteError as error:
+            self.give_up(number, log, error, functools.partial(self._save_failure, rows))
+        if self._evaluation_is_due(number):
+            evaluated = self.objective.evaluate(self.data.held_out)
+            metrics |= {f"eval/{name}": value for name, value in evaluated.items()}
+        if metrics:
+            log.write(number, metrics | {"nan/skipped_batches": float(self.skipped)})
+
+    def _train(self, number: int, examples: Sequence[Kind]) -> dict[str, float]:
+        """One step and its metrics; NotFiniteError, and nothing has changed, when one of them is not finite."""
+        start, parts = time.perf_counter(), []
         for share, micro in weighted(examples, self.config.optim.width):
             output = self.objective.loss(micro)
             (share * output.loss).backward()
             parts.append((share, metrics_of(output)))
         metrics = mean_metrics(parts)
-        require_finite(**metrics)
-        factor = schedule(self.taken, self.total, self.config.optim)
-        norm = self.network.clip()
-        require_finite(grad_norm=norm)
-        self.network.step(factor)
-        self.taken += 1
+        checked = metrics | {"grad_norm": self.network.clip()}
+        failed = ~torch.stack([value.isfinite() for value in checked.values()]).all()
+        factor = schedule(number - 1, self.total, self.config.optim)
+        self.network.step(factor, failed)
+        require_finite(**checked)
         numbers = {f"train/{name}": value.item() for name, value in metrics.items()}
-        numbers |= {"grad_norm": norm.item(), "lr": self.network.lr * factor, "epoch": self.taken / len(self.batches)}
-        numbers["time/step"] = time.perf_counter() - start
-        return numbers | (self._evaluate() if self._evaluation_is_due() else {})
+        numbers |= {"grad_norm": checked["grad_norm"].item(), "lr": self.network.lr * factor}
+        return numbers | {"epoch": number / len(self.batches), "time/step": time.perf_counter() - start}
 
-    def _evaluation_is_due(self) -> bool:
+    def _evaluation_is_due(self, number: int) -> bool:
         every = self.config.log.eval_every or len(self.batches)
-        return bool(self.data.held_out) and (self.taken % every == 0 or self.taken == self.total)
+        return bool(self.data.held_out) and (number % every == 0 or number == self.total)
 
-    def _evaluate(self) -> dict[str, float]:
-        metrics = self.objective.evaluate(self.data.held_out)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+    def _save_failure(self, rows: list[int], target: Path, error: NotFiniteError) -> Path:
+        """The weights, and the examples of the batch with their texts; of pairs first those of all chosen ones."""
+        examples = [self.data.train[row] for row in rows]
+        both = sequences(examples)
+        record = {
+            "error": str(error),
+            "rows": rows,
+            "examples": [dataclasses.asdict(example) for example in examples],
+            "prompts": self.tokenizer.batch_decode([example.ids[: example.start] for example in both]),
+            "completions": self.tokenizer.batch_decode([example.ids[example.start :] for example in both]),
+        }
+        return save_batch(target, self._write, vars(self.objective.batch(examples)), record)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"batches": self.batches, "network": self.network}
+
+    def _write(self, directory: Path) -> None:
+        write_model(self.objective.model, self.tokenizer, directory)
+
+    def _load(self, directory: Path) -> None:
+        load_saved(self.objective.model, directory)
 
 
 @contextlib.contextmanager
-def prepared(config: SupervisedConfig) -> Iterator[torch.Generator]:
-    """Refuse a directory in use before anything is loaded; then the threads and the generator of the run."""
-    require_free(config.log)
+def prepared(config: SupervisedConfig, resume: bool) -> Iterator[Start]:
+    """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
+    if not resume:
+        require_free(config.log)
+    checkpoint = load_start(config, "optim.epochs", "log") if resume else None
     with threads(config.threads):
-        yield torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
+        yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
 
 
 def load_data(
@@ -148,24 +199,18 @@ def load_data(
 
 
 def fit(
-    config: SupervisedConfig,
-    stage: str,
-    objective: Objective[Kind],
-    data: Data[Kind],
-    tokenizer: Any,
-    generator: torch.Generator,
+    config: SupervisedConfig, objective: Objective[Kind], data: Data[Kind], tokenizer: Any, start: Start
 ) -> SupervisedResult:
-    """The loop: optimizer steps over the epochs, evaluations, saved models."""
+    """The loop: optimizer steps over the epochs, evaluations, checkpoints."""
     _check_fit(objective.model, data)
     warn_about_precision(objective.model, config.optim)
-    run = Run(config, objective, data, generator)
-    with StageLog(config.log, stage, run.total) as log:
+    run, checkpoint = Run(config, objective, data, tokenizer, start.generator), start.checkpoint
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    log = StageLog(config.log, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
+    with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
         save_config(config, log.directory / "config.yaml")
-        for step in range(1, run.total + 1):
-            with named(f"step {step}"):
-                log.write(step, run.step())
-            if config.log.save_every and step % config.log.save_every == 0:
-                save_model(objective.model, tokenizer, log.directory / CHECKPOINTS / f"step-{step:06d}")
+        run.loop(log, stop)
         extra = objective.extra_files(data.held_out)
         final = save_model(objective.model, tokenizer, log.directory / FINAL, extra)
     return SupervisedResult(log.directory, final, log.history, objective.model)
@@ -188,22 +233,13 @@ def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, 
     return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
 
-def completion_logprobs(model: Any, batch: Batch) -> Tensor:
+def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True) -> Tensor:
     """Log-probabilities [B, L-1] float32 of tokens 1 to L-1 given those before them; 0 where no completion.
 
-    They come from the hidden states and the weight of the head: the logits of the batch never exist.
+    With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
     """
-    inputs = model_inputs(model.base_model, batch.input_ids, batch.attention_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    return ops.linear_token_stats(
-        hidden[:, :-1],
-        head.weight,
-        batch.input_ids[:, 1:],
-        bias=getattr(head, "bias", None),
-        softcap=getattr(model.config, "final_logit_softcapping", None),
-        mask=batch.mask[:, 1:],
-    ).logprobs
+    before = (batch.input_ids, batch.attention_mask, batch.input_ids.shape[1] - 1)
+    return response_stats(model, before, batch.input_ids[:, 1:], linear=linear, mask=batch.mask[:, 1:]).logprobs
 
 
 def _check_fit(model: Any, data: Data[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .config import AdamWConfig, RunLogConfig, WeightsConfig
 from .errors import check, divides, not_negative, positive
@@ -87,12 +88,14 @@ class SupervisedConfig:
 
     seed: int = 0  # of every random number of the run
     threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
+    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the batch out and count it
     model: WeightsConfig = field(default_factory=WeightsConfig)
     data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     log: SupervisedLogConfig = field(default_factory=SupervisedLogConfig)
 
     def __post_init__(self) -> None:
+        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
         not_negative("seed", self.seed)
         if self.threads is not None:
             positive("threads", self.threads)

@@ -71,6 +71,19 @@ def test_picture_metrics_and_configs_are_written(short: tuple[Path, Result]) -> 
     assert (load_config(out / "ppo/config.yaml").kl.coef, load_config(out / "no-kl/config.yaml").kl.coef) == (0.15, 0.0)
 
 
+def test_the_report_of_a_run_has_its_answers_to_compare(short: tuple[Path, Result]) -> None:
+    out, _ = short
+    rows = [json.loads(line) for line in (out / "no-kl/evaluations.jsonl").read_text().splitlines()]
+    assert len(rows) == files.TEST_PROMPTS
+    assert cli.main(["report", str(out / "no-kl")]) == 0
+    page = (out / "no-kl/report.html").read_text()
+    shown = [row for row in rows if row["completion"] in page and row["baseline_completion"] in page]
+    assert len(shown) >= 12
+    assert page.count('class="pair"') == 12
+    wins = sum((row["score"] > row["baseline_score"]) + (row["score"] == row["baseline_score"]) / 2 for row in rows)
+    assert plots.read_metrics(out / "no-kl")[-1]["eval/win_rate"] == pytest.approx(wins / len(rows))
+
+
 def test_the_evaluator_of_the_run_is_the_gold_score() -> None:
     texts = {"gold": -3.0, "valid": 0.0}
     assert language.gold(generate=lambda prompts: ["and" for _ in prompts], model=None, tokenizer=None) == texts

@@ -77,9 +77,17 @@ def make_rollout(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rollout]:
 
 @pytest.fixture
 def run_stage(tmp_path: Any, tokenizer: Any) -> Callable[..., Any]:
-    """run_stage(stage, examples, policy=None, **config) -> the result of a quiet run on a new tiny model."""
+    """run_stage(stage, examples, policy=None, resume=False, **config) -> the result of a quiet run on a tiny model."""
 
-    def go(stage: str, examples: Any = None, *, policy: Any = None, tokenizer: Any = tokenizer, **values: Any) -> Any:
+    def go(
+        stage: str,
+        examples: Any = None,
+        *,
+        policy: Any = None,
+        tokenizer: Any = tokenizer,
+        resume: bool = False,
+        **values: Any,
+    ) -> Any:
         train, kind, _ = STAGES[stage]
         base = {
             "threads": 1,
@@ -90,6 +98,6 @@ def run_stage(tmp_path: Any, tokenizer: Any) -> Callable[..., Any]:
             name: base.get(name, {}) | value if isinstance(value, dict) else value for name, value in values.items()
         }
         given = {} if values.get("init") else {"model": policy or make_model(), "tokenizer": tokenizer}
-        return train(config_from_dict(merged, kind=kind), train=examples or rows(40), **given)
+        return train(config_from_dict(merged, kind=kind), train=examples or rows(40), resume=resume, **given)
 
     return go

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.rlhf import UserError, ppo, tiny, train_ppo
-from ppo_fast.rlhf.update import Learner, Network
+from ppo_fast.rlhf.optim import Network
+from ppo_fast.rlhf.update import Learner
 from tests.rlhf.conftest import PROMPTS
 
 

@@ -49,6 +49,7 @@ def test_what_a_run_leaves(run, make_config):
     assert sorted(path.name for path in result.directory.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "evaluations.jsonl",
         "final",
         "metrics.jsonl",
         "samples.jsonl",

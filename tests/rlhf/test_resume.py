@@ -281,7 +281,7 @@ def test_signals_are_left_alone_in_other_threads_and_where_they_are_ignored():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def enter():
-        with StopSignals():
+        with StopSignals("update"):
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)

@@ -10,9 +10,10 @@ from ppo_fast.ops import _native, _registry
 from ppo_fast.rlhf.advantages import Targets, compute_targets
 from ppo_fast.rlhf.config import LossConfig
 from ppo_fast.rlhf.forward import response_logits
+from ppo_fast.rlhf.optim import Network, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.rollout import score
-from ppo_fast.rlhf.update import Learner, Minibatch, Network, PenaltyCoefficient, combine, schedule
+from ppo_fast.rlhf.update import Learner, Minibatch, combine
 
 CPU = torch.device("cpu")
 DROPOUT = {
