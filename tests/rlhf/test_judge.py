@@ -92,6 +92,7 @@ def says_seven(tmp_path):
                 weight.zero_()  # so that the hidden state is all ones everywhere
         model.get_output_embeddings().weight.fill_(0.0)[tokenizer.convert_tokens_to_ids("7")] = 1.0
     model.save_pretrained(tmp_path)
+    tokenizer.padding_side = "right"  # as most models have it; generation needs the other
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
 
@@ -108,10 +109,11 @@ def test_a_local_model_is_asked_through_its_chat_template(says_seven, monkeypatc
     judge = Judge(str(says_seven), rubric="r", max_new_tokens=1)
     seen, generate = [], judge.answer.model.generate
 
-    def spy(input_ids, **options):
+    def spy(input_ids, attention_mask, **options):
         seen.extend(judge.answer.tokenizer.batch_decode(input_ids))
-        return generate(input_ids=input_ids, **options)
+        assert attention_mask[:, -1].all()
+        return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     monkeypatch.setattr(judge.answer.model, "generate", spy)
-    judge.answer(["7 7"])
-    assert seen == ["judge 7 7"]
+    judge.answer(["7 7", "7"])
+    assert seen == ["judge 7 7", "<pad> judge 7"]

@@ -44,6 +44,14 @@ def test_a_run_repeats_to_the_bit(run, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_a_run_begins_without_the_variables_of_another(run, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("calls = []\ndef f(prompts, **_):\n    calls.append(1)\n    return [len(calls)] * len(prompts)\n")
+    settings = {"reward": {"function": f"{path}:f", "missing_eos_penalty": 0.0}, "log": {"overwrite": True}}
+    for _ in range(2):
+        assert [metrics["objective/scores"] for metrics in run(None, **settings).history] == [1, 2]
+
+
 def test_what_a_run_leaves(run, make_config):
     result = run(updates=2, log={"save_every": 1, "samples_every": 1, "tensorboard": True})
     assert sorted(path.name for path in result.directory.iterdir()) == [
