@@ -15,10 +15,11 @@ from ppo_fast.ops import LossOutput
 from ppo_fast.rlhf import UserError, checkpoint
 from ppo_fast.rlhf.dpo import DPO
 from ppo_fast.rlhf.examples import collate
+from ppo_fast.rlhf.optim import Network
 from ppo_fast.rlhf.reward_model import RewardModel
 from ppo_fast.rlhf.sft import SFT
 from ppo_fast.rlhf.signals import Interrupted
-from ppo_fast.rlhf.supervised import Network, Run, completion_logprobs
+from ppo_fast.rlhf.supervised import Run, completion_logprobs
 from tests.helpers import raises_exactly
 from tests.rlhf.stages import STAGES, make_model, make_tokenizer, ragged, rows
 from tests.rlhf.test_forward import make
@@ -256,6 +257,16 @@ def test_another_run_is_not_resumed(run, tmp_path, stage, values, message):
     with pytest.raises(UserError, match=f"^resume: {message}$"):
         run(stage, resume=True, **given)
     assert {path: path.read_bytes() for path in (tmp_path / stage).rglob("*") if path.is_file()} == before
+
+
+def test_other_held_out_examples_are_told(run, tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    given = {"data": {"held_out": str(path)}, "log": LOG}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(3, seed=9)))
+    run("sft", **given)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(3, seed=8)))
+    with raises_exactly("resume: expected the held-out examples that the run was begun with, got others", UserError):
+        run("sft", resume=True, optim=TWO_EPOCHS, **given)
 
 
 @each_stage
