@@ -56,6 +56,8 @@ class RolloutConfig:
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
+    stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
+    static_cache: bool = False  # keys and values in buffers of fixed size, which compiled decoding needs
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
@@ -63,6 +65,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
+        check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
         positive("rollout.temperature", self.temperature)
         check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)

@@ -15,7 +15,7 @@ from ppo_fast import ops
 
 from .config import RolloutConfig
 from .data import PromptBatch
-from .errors import require
+from .errors import UserError, require
 from .forward import response_stats
 from .models import Models, response_values
 
@@ -27,8 +27,8 @@ class Generation:
     prompts: PromptBatch
     input_ids: Tensor  # [B, L] int64: prompt left-padded, then the response right-padded
     attention_mask: Tensor  # [B, L] bool, True: a prompt token or a counted response token
-    mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS included
-    ended: Tensor  # [B] bool, True: the response has an EOS
+    mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS or stop string included
+    ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
 
     @property
@@ -76,17 +76,41 @@ class Sampler:
         return (probs / race).argmax(dim=-1)
 
 
+class StopStrings:
+    """A stopping criterion that keeps where each response first had a stop string; the prompt is not looked at.
+
+    `stopped_at` [B] int64 is the position of the token that completes it, beyond every response where there is none.
+    """
+
+    def __init__(self, config: RolloutConfig, tokenizer: Any, prompts: Tensor) -> None:
+        self.width, self.never = prompts.shape[1], config.max_new_tokens
+        self.stopped_at = torch.full((len(prompts),), self.never, device=prompts.device)
+        if config.stop:
+            try:
+                self.found = require("transformers").StopStringCriteria(tokenizer, list(config.stop))
+            except ValueError as error:
+                kind = type(tokenizer).__name__
+                raise UserError(f"rollout.stop: expected a tokenizer that can spell any text, got {kind}") from error
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        response = input_ids[:, self.width :]
+        found: Tensor = self.found(response, scores)
+        self.stopped_at = torch.where(found, self.stopped_at.clamp_max(response.shape[1] - 1), self.stopped_at)
+        return self.stopped_at < self.never
+
+
 @torch.no_grad()
 def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, generator: torch.Generator) -> Generation:
     """Sample one response of at most `max_new_tokens` tokens to each prompt."""
     width = config.micro_batch_size or len(prompts.prompts)
     chunks = zip(prompts.input_ids.split(width), prompts.attention_mask.split(width), strict=True)
     parts = [_generate(models, ids, attention, config, generator) for ids, attention in chunks]
-    length = max(tokens.shape[1] for tokens, _ in parts)
-    responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _ in parts])
-    ended_at = first_eos(responses, models.eos_id)
+    length = max(tokens.shape[1] for tokens, _, _ in parts)
+    responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _, _ in parts])
+    stopped_at = torch.cat([stops for _, _, stops in parts])
+    ended_at = torch.minimum(first_eos(responses, models.eos_id), stopped_at)
     mask = torch.arange(length, device=responses.device) < (ended_at + 1)[:, None]
-    logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values in parts])
+    logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values, _ in parts])
     return Generation(
         prompts=prompts,
         input_ids=torch.cat([prompts.input_ids, torch.where(mask, responses, models.pad_id)], dim=1),
@@ -160,15 +184,19 @@ def warn_about_filters(config: RolloutConfig) -> None:
 
 def _generate(
     models: Models, ids: Tensor, attention_mask: Tensor, config: RolloutConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Responses [b, t] int64 and their log-probabilities [b, t] float32; what follows an EOS is arbitrary."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Responses [b, t] int64, their log-probabilities [b, t] float32, the ends [b] int64 of their stop strings.
+
+    What follows an EOS or a stop string is arbitrary.
+    """
     transformers = require("transformers")
-    sampler = Sampler(config, generator)
+    sampler, stopper = Sampler(config, generator), StopStrings(config, models.tokenizer, ids)
     settings = transformers.GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
         eos_token_id=models.eos_id,
         pad_token_id=models.pad_id,
+        cache_implementation="static" if config.static_cache else None,
     )
     with _plain_generation_config(models.policy, settings):
         output = models.policy.generate(
@@ -176,8 +204,9 @@ def _generate(
             attention_mask=attention_mask.long(),
             generation_config=settings,
             logits_processor=transformers.LogitsProcessorList([sampler]),
+            stopping_criteria=transformers.StoppingCriteriaList([stopper] if config.stop else []),
         )
-    return output[:, ids.shape[1] :], torch.stack(sampler.logprobs, dim=1)
+    return output[:, ids.shape[1] :], torch.stack(sampler.logprobs, dim=1), stopper.stopped_at
 
 
 @contextlib.contextmanager
