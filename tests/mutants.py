@@ -119,7 +119,9 @@ MUTANTS = [
     Mutant(f"{RLHF}/loop.py", "            if found != state", "            if False and found != state", RESUMED),
     Mutant(f"{RLHF}/loop.py", "keep_last=self.config.log.keep_last", "keep_last=0", RESUMED),
     Mutant(f"{RLHF}/loop.py", "            self.skipped += 1\n", "", RESUMED),
-    Mutant(f"{RLHF}/configfile.py", 'f"{name}." for name in free', "name for name in free", RESUMED),
+    Mutant(
+        f"{RLHF}/configfile.py", 'f"{name}." for name in free', "name for name in free", "tests/rlhf/test_config.py"
+    ),
     Mutant(
         f"{RLHF}/models.py",
         "torch.where(attention_mask, position, 0)",

@@ -19,7 +19,7 @@ from ppo_fast.rlhf.config import (
     ReferenceConfig,
     RewardConfig,
 )
-from ppo_fast.rlhf.configfile import config_from_dict, load_config, save_config
+from ppo_fast.rlhf.configfile import config_from_dict, first_difference, load_config, save_config
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.supervised_config import DPOConfig, RewardModelConfig, SFTConfig
 
@@ -228,3 +228,13 @@ def test_importing_the_trainer_needs_torch_only():
     code = f"import sys, ppo_fast.rlhf; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stderr.strip() == "[]"
+
+
+def test_a_free_group_frees_no_field_whose_name_begins_alike():
+    def config(value):
+        group = dataclasses.make_dataclass("Log", ["dir"])(value)
+        return dataclasses.make_dataclass("Config", ["log", "log_more"])(group, value)
+
+    assert first_difference(config(1), config(2)) == ("log.dir", 1, 2)
+    assert first_difference(config(1), config(2), ["log"]) == ("log_more", 1, 2)
+    assert first_difference(config(1), config(2), ["log", "log_more"]) is None
