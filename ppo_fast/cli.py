@@ -191,7 +191,9 @@ def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]
     if len(values) > 1 and not isinstance(fields[name], tuple):
         raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
     texts = [None if value in ("None", "null") else value for value in values]
-    return name, True if not texts else texts if isinstance(fields[name], tuple) else texts[0]
+    if isinstance(fields[name], tuple):
+        return name, () if texts == [None] else texts
+    return name, texts[0] if texts else True
 
 
 def export(argv: list[str]) -> None:
