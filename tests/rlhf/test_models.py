@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -227,13 +226,13 @@ def test_tokenizer_and_model_are_told_the_same_trust(make_config, tokenizer, tmp
     assert seen == [trust, trust]
 
 
-def test_scoring_and_update_leave_the_last_token_out(make_models, make_config, make_rollout):
+@pytest.mark.parametrize("logits", ["linear", "materialised"])
+def test_scoring_and_update_leave_the_last_token_out(make_models, make_config, make_rollout, logits):
     """Nothing was drawn from its state."""
-    config = make_config()
-    for logits in ("linear", "materialised"):
-        models = make_models(replace(config, model=replace(config.model, logits=logits)))
-        rollout, widths = make_rollout(models, config), []
-        for network in (models.policy, models.reference, models.value.backbone):
-            network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: widths.append(ids[0].shape[1]))
-        score(models, rollout.generation, config.rollout)
-        assert widths == [rollout.generation.input_ids.shape[1] - 1] * 3
+    config, widths = make_config(model={"logits": logits}), []
+    models = make_models(config)
+    rollout = make_rollout(models, config)
+    for network in (models.policy, models.reference, models.value.backbone):
+        network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: widths.append(ids[0].shape[1]))
+    score(models, rollout.generation, config.rollout)
+    assert widths == [rollout.generation.input_ids.shape[1] - 1] * 3
