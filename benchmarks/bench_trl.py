@@ -48,8 +48,10 @@ def train_ours(seed: int, updates: int, report: Report) -> None:
 
 def train_trl(seed: int, updates: int, report: Report) -> None:
     import datasets
+    import trl
     from trl.experimental.ppo import PPOTrainer
 
+    assert trl.__version__ == VERSION
     policy, tokenizer = good_token.make_policy(seed), tiny.make_tokenizer(good_token.WORDS)
     rows = datasets.Dataset.from_dict({"input_ids": tokenizer(good_token.WORDS * 8)["input_ids"]})
     with tempfile.TemporaryDirectory() as directory:
