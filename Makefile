@@ -1,5 +1,5 @@
 # CI and people call the same targets. `make check` is everything; each stage prints its seconds.
-.PHONY: check format lint types test test-full interpreter aot docs bench-smoke package bench tables gpu mutants clean
+.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu mutants clean
 
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -q -m "not gpu and not peers and not slow"
@@ -34,7 +34,7 @@ docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
 
 bench-smoke:
-	$(call stage,benchmarks run once,PPO_FAST_BENCH_SMOKE=1 $(PYTHON) -m pytest -q benchmarks --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
+	$(call stage,benchmarks run once,PPO_FAST_BENCH_SMOKE=1 $(PYTHON) -m pytest -q benchmarks -m "not peers" --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
 
 package:
 	$(call stage,sdist and wheel,rm -rf build/dist && $(PYTHON) -m build --outdir build/dist . && ls -l build/dist)
@@ -42,6 +42,11 @@ package:
 test-full:
 	$(PYTHON) -m pytest -n 2 -m "not gpu and not peers" tests
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -m "not gpu and not peers" tests/ops
+
+# Seeds 0 to 2, then the race with TRL: pip install trl==1.12.0
+acceptance:
+	$(PYTHON) -m pytest -q tests/acceptance
+	$(PYTHON) -m pytest -q -W default benchmarks/bench_trl.py --benchmark-disable
 
 gpu:
 	$(PYTHON) -m pytest -m gpu tests

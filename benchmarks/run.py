@@ -1,6 +1,8 @@
 """Run every suite and write benchmarks/results/DEVICE/SUITE.json; then `python benchmarks/tables.py`.
 
 python -m benchmarks.run [SUITE ...]
+
+Suites of whole trainers of other projects run only when they are named.
 """
 
 import re
@@ -11,13 +13,15 @@ from pathlib import Path
 from benchmarks.conftest import device_name
 
 HERE = Path(__file__).resolve().parent
+PEERS = {"trl"}
 
 
 def main(suites: list[str]) -> int:
-    """Run the named suites, or all; stops at the first that fails."""
+    """Run the named suites, or all of our own; stops at the first that fails."""
     directory = HERE / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-")
     directory.mkdir(parents=True, exist_ok=True)
-    for suite in suites or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")):
+    own = {path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")} - PEERS
+    for suite in suites or sorted(own):
         target = directory / f"{suite}.json"
         command = [
             sys.executable,

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,26 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTA
 _COLUMNS = ("shape", "implementation", "median", "IQR", "speed-up", "GB/s", "% of copy", "peak memory", "error")
 
 
-def _row(bench: dict[str, Any], copy_bandwidth: float) -> str:
+def _cells(bench: dict[str, Any], copy_bandwidth: float) -> dict[str, str]:
+    """The row of a result by column: _COLUMNS, of which it may lack the bytes moved and the error, then its outcome."""
     info, median, iqr = bench["extra_info"], bench["stats"]["median"], bench["stats"]["iqr"]
-    rate = info["bytes"] / median
-    cells = (
-        bench["group"],
-        info["contender"],
-        f"{median * 1e3:.3g} ms",
-        f"{iqr * 1e3:.2g} ms",
-        ", ".join(f"{ratio:.3g}x {name}" for name, ratio in info["ratios"].items()),
-        f"{rate / 1e9:.3g}",
-        f"{100 * rate / copy_bandwidth:.0f}",
-        f"{info['peak_bytes'] / 2**20:.3g} MiB",
-        f"{info['error']:.1e}",
-    )
+    cells = {
+        "shape": bench["group"],
+        "implementation": info["contender"],
+        "median": f"{median * 1e3:.3g} ms",
+        "IQR": f"{iqr * 1e3:.2g} ms",
+        "speed-up": ", ".join(f"{ratio:.3g}x {name}" for name, ratio in info["ratios"].items()),
+        "peak memory": f"{info['peak_bytes'] / 2**20:.3g} MiB",
+    }
+    if "bytes" in info:
+        rate = info["bytes"] / median
+        cells |= {"GB/s": f"{rate / 1e9:.3g}", "% of copy": f"{100 * rate / copy_bandwidth:.0f}"}
+    if "error" in info:
+        cells["error"] = f"{info['error']:.1e}"
+    return cells | {name: f"{value:.3g}" for name, value in info.get("outcome", {}).items()}
+
+
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -46,14 +53,18 @@ def table(path: Path) -> str:
     data = json.loads(path.read_text())
     machine = data["machine_info"]
     benches = sorted(data["benchmarks"], key=lambda bench: bench["group"])
+    rows = [_cells(bench, machine["copy_bandwidth"]) for bench in benches]
+    columns = [name for name in _COLUMNS if any(name in row for row in rows)]
+    columns += dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
     note = (
         f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, measured copy bandwidth "
         f"{machine['copy_bandwidth'] / 1e9:.3g} GB/s, commit {data['commit_info']['id'][:10]}; "
-        f"`python -m benchmarks.run {path.stem}`. Speed-ups are medians over interleaved pairs; errors are relative to "
-        "float64."
+        f"`python -m benchmarks.run {path.stem}`. Speed-ups are medians over interleaved pairs"
+        f"{'; errors are relative to float64' if 'error' in columns else ''}."
     )
-    head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-    return "\n".join([*head, *(_row(bench, machine["copy_bandwidth"]) for bench in benches), "", note, ""])
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    head, *body = map(_line, lines)
+    return "\n".join([head, "|---" * len(columns) + "|", *body, "", note, ""])
 
 
 def render(document: str) -> str:

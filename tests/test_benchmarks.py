@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from benchmarks import run as runner
 from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,27 +36,40 @@ def test_the_gpu_script_names_its_phases() -> None:
     assert run.stderr.strip() == "phase: expected test, bench or tune, got fly"
 
 
-def test_a_table_shows_machine_commit_command_and_every_result(tmp_path: Path) -> None:
+def _shown(path: Path, group: str, **info: object) -> str:
+    """The table of one result that took 2 ms."""
+    common = {"contender": "native", "ratios": {"Python loop": 40.0}, "peak_bytes": 2**21}
+    bench = {"group": group, "stats": {"median": 0.002, "iqr": 0.0001}, "extra_info": common | info}
     result = {
         "machine_info": {"device": "A CPU", "threads": 1, "torch": "2.13.0", "copy_bandwidth": 2e9},
         "commit_info": {"id": "0123456789abcdef"},
-        "benchmarks": [
-            {
-                "group": "gae 2x3",
-                "stats": {"median": 0.002, "iqr": 0.0001},
-                "extra_info": {
-                    "contender": "native",
-                    "bytes": 2e6,
-                    "ratios": {"Python loop": 40.0},
-                    "peak_bytes": 2**21,
-                    "error": 1e-7,
-                },
-            }
-        ],
+        "benchmarks": [bench],
     }
-    path = tmp_path / "gae.json"
     path.write_text(json.dumps(result))
-    shown = tables.table(path)
+    return tables.table(path)
+
+
+def test_a_table_shows_machine_commit_command_and_every_result(tmp_path: Path) -> None:
+    shown = _shown(tmp_path / "gae.json", "gae 2x3", bytes=2e6, error=1e-7)
     assert "| gae 2x3 | native | 2 ms | 0.1 ms | 40x Python loop | 1 | 50 | 2 MiB | 1.0e-07 |" in shown
     assert "A CPU, 1 thread, torch 2.13.0, measured copy bandwidth 2 GB/s, commit 0123456789" in shown
     assert "`python -m benchmarks.run gae`" in shown
+
+
+def test_a_table_of_training_runs_shows_what_was_learned_and_no_bandwidth(tmp_path: Path) -> None:
+    shown = _shown(tmp_path / "trl.json", "a task", outcome={"score at 10": 0.51234}).splitlines()
+    assert shown[0] == "| shape | implementation | median | IQR | speed-up | peak memory | score at 10 |"
+    assert shown[2] == "| a task | native | 2 ms | 0.1 ms | 40x Python loop | 2 MiB | 0.512 |"
+    assert shown[-1].endswith("`python -m benchmarks.run trl`. Speed-ups are medians over interleaved pairs.")
+
+
+def test_only_our_own_suites_run_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(runner, "HERE", tmp_path)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
+    )
+    for name in ("gae", "trl"):
+        (tmp_path / f"bench_{name}.py").touch()
+    assert runner.main([]) == runner.main(["trl"]) == 0
+    assert [command[-2] for command in commands] == ["benchmarks/bench_gae.py", "benchmarks/bench_trl.py"]

@@ -46,6 +46,11 @@ def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[
     return inputs
 
 
+def states_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of a forward pass over the states that some token was drawn from: all but the last."""
+    return model_inputs(model, input_ids[:, :-1], attention_mask[:, :-1])
+
+
 @functools.cache
 def _parameters(kind: Any) -> frozenset[str]:
     """Names of the arguments of the forward pass of a class of modules; asking takes 20 us."""
@@ -64,18 +69,18 @@ def backbone_of(model: Any) -> Any:
 
 def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
     """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
-    inputs: dict[str, Any] = model_inputs(unwrapped(model), input_ids, attention_mask)
+    inputs: dict[str, Any] = states_inputs(unwrapped(model), input_ids, attention_mask)
     if "logits_to_keep" in _parameters(unwrapped(model).__class__):
-        inputs["logits_to_keep"] = length + 1
-    return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
+        inputs["logits_to_keep"] = length
+    return model(**inputs, use_cache=False).logits[:, -length:]
 
 
 def response_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> HeadInputs:
     """The hidden states that `response_logits` come from, and the head above them."""
     base, head = unwrapped(model), model.get_output_embeddings()
-    output = base.base_model(**model_inputs(base.base_model, input_ids, attention_mask), use_cache=False)
+    output = base.base_model(**states_inputs(base.base_model, input_ids, attention_mask), use_cache=False)
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    return HeadInputs(output.last_hidden_state[:, -length - 1 : -1], head.weight, head.bias, softcap)
+    return HeadInputs(output.last_hidden_state[:, -length:], head.weight, head.bias, softcap)
 
 
 def response_stats(model: Any, inputs: Inputs, targets: Tensor, *, linear: bool, **options: Any) -> ops.TokenStats:

@@ -171,7 +171,7 @@ def disable_dropout(model: Any) -> Any:
 
 def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
     """Values [B, T] float32 of the states before each response token; T = `length`."""
-    return model(input_ids, attention_mask)[:, -length - 1 : -1]
+    return model(input_ids[:, :-1], attention_mask[:, :-1])[:, -length:]
 
 
 def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.forward import model_inputs, response_logits
 from ppo_fast.rlhf.models import disable_dropout, load_models, response_values
+from ppo_fast.rlhf.rollout import score
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 
@@ -223,3 +224,15 @@ def test_tokenizer_and_model_are_told_the_same_trust(make_config, tokenizer, tmp
     config = make_config(model={"path": str(tmp_path / "model")} | ({"trust_remote_code": True} if trust else {}))
     load_models(config.model, torch.Generator())
     assert seen == [trust, trust]
+
+
+@pytest.mark.parametrize("logits", ["linear", "materialised"])
+def test_scoring_and_update_leave_the_last_token_out(make_models, make_config, make_rollout, logits):
+    """Nothing was drawn from its state."""
+    config, widths = make_config(model={"logits": logits}), []
+    models = make_models(config)
+    rollout = make_rollout(models, config)
+    for network in (models.policy, models.reference, models.value.backbone):
+        network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: widths.append(ids[0].shape[1]))
+    score(models, rollout.generation, config.rollout)
+    assert widths == [rollout.generation.input_ids.shape[1] - 1] * 3

@@ -7,7 +7,6 @@ from examples import bandit
 
 
 @pytest.mark.parametrize("mode", bandit.MODES)
-@pytest.mark.parametrize("seed", [0, 1])
 def test_reaches_98_percent_of_the_best_reward_in_25_updates(mode: str, seed: int) -> None:
     mu = bandit.make_bandit(seed)
     history = bandit.train(mu, bandit.Settings(mode), seed)
