@@ -98,9 +98,9 @@ class Report:
         self.undo()
 
     def __str__(self) -> str:
-        lines = [f"ppo_fast in {self.package}"]
+        lines = [f"ppo_fast in {self.package}{'' if self._swaps else ' (undone)'}"]
         for name, places in self.replaced.items():
-            lines.append(f"  replaced {name} in {len(places)} places, {self.calls[name]} calls")
+            lines.append(f"  replaced {name} ({len(places)}x), {self.calls[name]} calls")
         lines += [f"  kept     {name}: {reason}" for name, reason in self.kept.items()]
         lines += [f"  original {name}, {count} calls: {why}" for (name, why), count in self.fallbacks.items()]
         return "\n".join(lines)
