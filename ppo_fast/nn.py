@@ -45,7 +45,7 @@ class PolicyLoss(nn.Module):
     ) -> LossOutput:
         """The op's arguments; ``tensors`` are its ref_logprobs, ref_logits, importance_weights, cu_seqlens,
         denominator."""
-        options = {"config": self.config, "inplace": self.inplace, "backend": self.backend}
+        options: dict[str, Any] = {"config": self.config, "inplace": self.inplace, "backend": self.backend}
         return policy_loss(logits, targets, old_logprobs, advantages, mask, **options, **tensors)
 
     def extra_repr(self) -> str:
@@ -85,9 +85,10 @@ class LinearPolicyLoss(nn.Module):
     ) -> LossOutput:
         """The op's arguments; ``tensors`` are its bias, ref_logprobs, ref_hidden, ref_weight, ref_bias,
         importance_weights, cu_seqlens, denominator."""
-        options = {"softcap": self.softcap, "chunk_size": self.chunk_size, "backend": self.backend}
-        required = (hidden, weight, targets, old_logprobs, advantages, mask)
-        return linear_policy_loss(*required, config=self.config, **options, **tensors)
+        options: dict[str, Any] = {"softcap": self.softcap, "chunk_size": self.chunk_size, "backend": self.backend}
+        return linear_policy_loss(
+            hidden, weight, targets, old_logprobs, advantages, mask, config=self.config, **options, **tensors
+        )
 
     def extra_repr(self) -> str:
         return f"{self.config}, softcap={self.softcap}, chunk_size={self.chunk_size}, backend={self.backend!r}"
@@ -108,7 +109,7 @@ class ValueLoss(nn.Module):
 
     def forward(self, values: Tensor, returns: Tensor, mask: Tensor | None, **tensors: Any) -> LossOutput:
         """The op's arguments; ``tensors`` are its old_values, cu_seqlens, denominator."""
-        options = {"clip": self.clip, "aggregation": self.aggregation, "backend": self.backend}
+        options: dict[str, Any] = {"clip": self.clip, "aggregation": self.aggregation, "backend": self.backend}
         return value_loss(values, returns, mask, **options, **tensors)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.integrations.patching import NotTaken
-from ppo_fast.ops import PolicyLossConfig, _checks, _registry, gae, reference, token_logprobs, value_loss
+from ppo_fast.ops import PolicyLossConfig, _checks, _registry, gae, reference, value_loss
 from ppo_fast.ops._layout import as_bools, grid
 from ppo_fast.ops._policy_terms import Terms, flat_terms
 
@@ -21,15 +21,6 @@ def in_dtype_of_log_softmax(result: Tensor, logits: Tensor) -> Tensor:
     if logits.dtype not in HALVES:
         return result
     return result.to(torch.log_softmax(logits.detach().new_zeros(1), -1).dtype)
-
-
-def top_k_logprobs(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [..., K] of ``index`` [..., K] in one pass: log-sum-exp is a row's peak minus its logprob."""
-    peak = logits.argmax(-1, keepdim=True)
-    taken = logits.gather(-1, torch.cat([peak, index], -1))
-    taken = (taken.float() if logits.dtype in HALVES else taken) / temperature
-    lse = taken[..., :1] - token_logprobs(logits, peak.squeeze(-1), temperature=temperature).unsqueeze(-1)
-    return taken[..., 1:] - lse
 
 
 def binary(mask: Tensor | None) -> Tensor | None:

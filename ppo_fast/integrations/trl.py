@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ppo_fast.integrations.common import in_dtype_of_log_softmax, in_unit_interval, loop_gae, top_k_logprobs
+from ppo_fast.integrations.common import in_dtype_of_log_softmax, in_unit_interval, loop_gae
 from ppo_fast.integrations.patching import NotTaken, Report, Target, patch, rewritten
+from ppo_fast.integrations.top_k import top_k_logprobs
 from ppo_fast.ops import PolicyLossConfig, entropy, policy_loss, token_logprobs, token_stats, value_loss
 
 

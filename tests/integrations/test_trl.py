@@ -11,9 +11,10 @@ from ppo_fast.integrations import patch_trl
 from tests.helpers import DTYPES
 from tests.integrations.compare import assert_agree, outcome, rows
 
-B, T, V, K = 3, 4, 11, 3
+B, T, V = 3, 4, 11
 INDEX = torch.arange(B * T).view(B, T) % V
 TOP_K = torch.stack([INDEX, (INDEX + 1) % V, (INDEX + 5) % V], -1)
+TWICE = torch.stack([INDEX, (INDEX + 1) % V, INDEX], -1)
 LOGPROBS = "trl.trainer.utils.selective_log_softmax"
 ENTROPY = "trl.trainer.utils.entropy_from_logits"
 
@@ -30,7 +31,7 @@ def compare(name: str, dtype: torch.dtype, *args: Any, scale: float = 3.0, **kwa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index", [INDEX, TOP_K, INDEX.unsqueeze(-1)], ids=["one", "top-k", "top-1"])
+@pytest.mark.parametrize("index", [INDEX, TOP_K, TWICE, INDEX.unsqueeze(-1)], ids=["one", "top-k", "twice", "top-1"])
 def test_selective_log_softmax(index: torch.Tensor, dtype: torch.dtype) -> None:
     compare("selective_log_softmax", dtype, index)
 
