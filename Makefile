@@ -47,6 +47,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu tests
 
 # The newest TRL, verl and OpenRLHF beside what importing the patched modules needs, as overlays on this environment.
+# A checkout instead: PYTHONPATH=CHECKOUT python -m pytest tests/integrations/test_openrlhf.py
 PEERS = trl verl openrlhf
 peers: $(PEERS:%=peer-%)
 
@@ -57,7 +58,7 @@ peer-verl: EXTRA = tensordict omegaconf "antlr4-python3-runtime==4.9.*" hydra-co
 peer-%:
 	rm -rf build/peers/$*
 	$(PYTHON) -m pip install -q --no-deps --target build/peers/$* $* $(EXTRA)
-	PYTHONPATH=build/peers/$* $(PYTHON) -m pytest -q -m "not gpu" tests/integrations/test_$*.py
+	PYTHONPATH=build/peers/$*:$$PYTHONPATH $(PYTHON) -m pytest -q -m "not gpu" tests/integrations/test_$*.py
 
 mutants:
 	$(PYTHON) -m tests.mutants

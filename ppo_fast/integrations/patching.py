@@ -147,7 +147,7 @@ def patch(caller: str, package: str, targets: Sequence[Target], kept: dict[str, 
     if package in _ACTIVE:
         raise ValueError(f"{caller}: expected {package} without a patch in effect, got a second one; undo the first")
     importlib.import_module(package)
-    report = Report(f"{package} {importlib.metadata.version(package)}")
+    report = Report(f"{package} {_version(package)}")
     found = [item for target in targets if (item := _find(caller, report, target))]
     report.kept |= kept
     try:
@@ -161,6 +161,14 @@ def patch(caller: str, package: str, targets: Sequence[Target], kept: dict[str, 
         raise
     _ACTIVE[package] = report
     return report
+
+
+def _version(package: str) -> str:
+    """The installed version; a checkout that is only on the path has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout"
 
 
 def _find(caller: str, report: Report, target: Target) -> _Found | None:

@@ -186,6 +186,13 @@ def test_a_replacement_has_no_graph_break_and_is_not_recompiled_by_its_counter(p
     assert report.calls["project.core.double"] == 3
 
 
+def test_a_checkout_without_metadata_is_patched_and_named_so(project: Any, tmp_path: Path) -> None:
+    (tmp_path / "project-1.0.dist-info" / "METADATA").unlink()
+    (tmp_path / "project-1.0.dist-info").rmdir()
+    with patch(target("double")) as report:
+        assert report.package == "project of a checkout"
+
+
 def test_rewritten_exchanges_lines_in_the_functions_own_namespace(project: Any) -> None:
     forward = patching.rewritten(
         project.core.Loss.forward, {("y = helper(x)", "return y - 1"): "y = helper(ten)"}, ten=10

@@ -1,11 +1,11 @@
 """patch_trl: each of TRL's functions against its replacement, on the same inputs."""
 
+import importlib
 import itertools
 from typing import Any
 
 import pytest
 import torch
-import trl.trainer.utils as theirs
 
 from ppo_fast.integrations import patch_trl
 from tests.helpers import DTYPES
@@ -19,8 +19,15 @@ LOGPROBS = "trl.trainer.utils.selective_log_softmax"
 ENTROPY = "trl.trainer.utils.entropy_from_logits"
 
 
+@pytest.fixture
+def theirs() -> Any:
+    """The module of TRL that defines them."""
+    return importlib.import_module("trl.trainer.utils")
+
+
 def compare(name: str, dtype: torch.dtype, *args: Any, scale: float = 3.0, **kwargs: Any) -> None:
     """The function ``name`` before and after the patch, which must have run its op."""
+    theirs = importlib.import_module("trl.trainer.utils")
     logits = rows(0, B, T, V, dtype=dtype, scale=scale)
     expected = outcome(getattr(theirs, name), [logits], *args, **kwargs)
     with patch_trl() as report:
@@ -49,7 +56,7 @@ def test_dtype_under_autocast(index: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("index", [INDEX, TOP_K], ids=["one", "top-k"])
-def test_large_offsets_and_banned_tokens(index: torch.Tensor) -> None:
+def test_large_offsets_and_banned_tokens(theirs: Any, index: torch.Tensor) -> None:
     logits = rows(0, B, T, V) + 3e4
     logits[..., 5] = -torch.inf
     expected = outcome(theirs.selective_log_softmax, [logits], index)
@@ -60,7 +67,7 @@ def test_large_offsets_and_banned_tokens(index: torch.Tensor) -> None:
     assert ours[0].isneginf().any()
 
 
-def test_entropy_of_banned_tokens_is_a_number() -> None:
+def test_entropy_of_banned_tokens_is_a_number(theirs: Any) -> None:
     logits = rows(0, B, T, V)
     logits[..., 5] = -torch.inf
     assert theirs.entropy_from_logits(logits).isnan().all()
@@ -69,7 +76,7 @@ def test_entropy_of_banned_tokens_is_a_number() -> None:
         torch.testing.assert_close(theirs.entropy_from_logits(logits), theirs.entropy_from_logits(without))
 
 
-def test_a_view_of_a_models_logits_is_read_in_place() -> None:
+def test_a_view_of_a_models_logits_is_read_in_place(theirs: Any) -> None:
     def shifted(logits: torch.Tensor) -> torch.Tensor:
         return theirs.selective_log_softmax(logits[:, :-1], INDEX[:, 1:])
 
@@ -78,11 +85,8 @@ def test_a_view_of_a_models_logits_is_read_in_place() -> None:
         assert_agree(outcome(shifted, [rows(1, B, T, V)]), expected, torch.float32)
 
 
-def test_every_import_is_replaced_and_undone() -> None:
-    import trl.trainer.dpo_trainer
-    import trl.trainer.grpo_trainer
-
-    holders = (theirs, trl.trainer.dpo_trainer, trl.trainer.grpo_trainer)
+def test_every_import_is_replaced_and_undone(theirs: Any) -> None:
+    holders = (theirs, *(importlib.import_module(f"trl.trainer.{name}_trainer") for name in ("dpo", "grpo")))
     names = ("selective_log_softmax", "entropy_from_logits")
     pairs = [(module, name) for module, name in itertools.product(holders, names) if hasattr(module, name)]
     before = [getattr(module, name) for module, name in pairs]

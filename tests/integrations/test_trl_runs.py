@@ -1,9 +1,9 @@
 """patch_trl: PPO and GRPO runs of TRL's own trainers, with its functions and with ours."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
@@ -42,6 +42,7 @@ def ppo(folder: Path, **changes: Any) -> list[dict[str, float]]:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = tiny.make_tokenizer(WORDS)
+    datasets = importlib.import_module("datasets")
     prompts = datasets.Dataset.from_list([{"input_ids": [4 + i, 4 + (i + 3) % 12]} for i in range(8)])
     args = PPOConfig(
         output_dir=str(folder),
@@ -120,6 +121,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 def grpo(folder: Path) -> list[dict[str, float]]:
     """What a GRPO run of a tiny model logs, step by step."""
     tokenizer = tiny.make_tokenizer(WORDS)
+    datasets = importlib.import_module("datasets")
     prompts = datasets.Dataset.from_list([{"prompt": f"w{i} w{(i + 3) % 12}"} for i in range(8)])
     from trl import GRPOConfig, GRPOTrainer
 
