@@ -92,11 +92,9 @@ RUNS = [
 
 def forward_backward(function: Callable[..., Any], leaves: list[Tensor], options: dict[str, Any]) -> Any:
     """The call, and the gradient of its sum where a leaf wants one."""
-    for leaf in leaves:
-        leaf.grad = None
     result = function(*leaves, **options)
     if leaves and leaves[0].requires_grad:
-        result.sum().backward()
+        torch.autograd.grad(result.sum(), leaves)
     return result
 
 
