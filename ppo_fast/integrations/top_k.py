@@ -38,7 +38,9 @@ class _TopK(torch.autograd.Function):
         p = (logits.gather(-1, index).double() / ctx.temperature - lse.unsqueeze(-1)).exp().to(g.dtype)
         repeats = (index.unsqueeze(-1) == index.unsqueeze(-2)).to(g.dtype)  # a token may be asked for twice
         at_index = (repeats @ g.unsqueeze(-1)).squeeze(-1) - p * total.unsqueeze(-1)
-        dlogits.scatter_(-1, index, (at_index / ctx.temperature).to(dlogits.dtype))
+        b, t = (torch.arange(n, device=index.device) for n in index.shape[:2])
+        # scatter_ would hold a float32 copy of a bfloat16 tensor on a CPU.
+        dlogits[b[:, None, None], t[:, None], index] = (at_index / ctx.temperature).to(dlogits.dtype)
         return dlogits, None, None, None
 
 
