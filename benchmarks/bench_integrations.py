@@ -1,6 +1,7 @@
 """Functions of TRL and verl against what the patches put in their place: the same call, before and after."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,10 +84,10 @@ CASES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RUNS = [
     pytest.param(name, dtype, contender, marks=pytest.mark.peers if name.startswith("verl") else ())
-    for name in CASES
+    for name, case in CASES.items()
     for dtype in DTYPES
     for contender in ("original", "ppo_fast")
-    if "gae" not in name or dtype == "float32"
+    if importlib.util.find_spec(case.module.split(".")[0]) and ("gae" not in name or dtype == "float32")
 ]
 
 
