@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 USAGE = """\
 usage: ppo-fast COMMAND [options]
 
+  sft         fine-tune a language model        ppo-fast sft --model base --data examples.jsonl
+  reward      train a reward model              ppo-fast reward --model runs/sft/final --data pairs.jsonl
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
+  dpo         the same without a reward model   ppo-fast dpo --model runs/sft/final --data pairs.jsonl
+  export      samples as preference pairs       ppo-fast export runs/ppo --out pairs.jsonl
   quickstart  watch a tiny model learn, on a CPU, without a download
+  plot        draw runs over each other         ppo-fast plot runs/a runs/b --out curves.svg
+  report      one page of a run: curves, samples, warnings, a blind comparison to rate
   doctor      versions, devices, and which backend of each op is usable
 
   ppo-fast COMMAND --help lists the options of a command.
@@ -19,16 +28,44 @@ usage: ppo-fast COMMAND [options]
 # Short names of the flags that nearly every run sets.
 SHORT = {
     "--model": "--model.path",
+    "--data": "--data.train",
     "--prompts": "--data.prompts",
     "--reward": "--reward.function",
     "--out": "--log.dir",
 }
-TRAIN_HELP = """\
-Train a causal language model by PPO.
+RESUME = "--resume"
 
-Values come from --preset NAME, then --config FILE (YAML or TOML, the same names, nested), then the flags below.
-Short flags: --model, --prompts, --reward FILE.py:FUNCTION, --out."""
+
+class Stage(NamedTuple):
+    """A command that trains: names in `ppo_fast.rlhf`, and its help."""
+
+    run: str  # function of a config; its result names the model
+    config: str
+    about: str
+    short: str = "--model, --data, --out"  # flags
+
+
+STAGES = {
+    "sft": Stage("train_sft", "SFTConfig", "Fine-tune a causal language model on completions."),
+    "reward": Stage("train_reward_model", "RewardModelConfig", "Train a reward model on preference pairs."),
+    "train": Stage(
+        "train_ppo",
+        "PPOConfig",
+        "Train a causal language model by PPO.",
+        "--model, --prompts, --reward FILE.py:FUNCTION, --out",
+    ),
+    "dpo": Stage("train_dpo", "DPOConfig", "Train a causal language model on preference pairs by DPO."),
+}
+TRAIN_HELP = """\
+{about}
+
+Values come from {preset}--config FILE (YAML or TOML, the same names, nested), then the flags below.
+Short flags: {short}.
+
+--resume continues the newest checkpoint in --out; config and flags may then change the length of the run and `log.*`
+alone."""
 OPTIONAL = {
+    "datasets",
     "matplotlib",
     "pydantic",
     "safetensors",
@@ -62,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     from ppo_fast.rlhf.errors import UserError
+    from ppo_fast.rlhf.signals import Interrupted
 
     try:
         COMMANDS[command](arguments)
@@ -71,33 +109,55 @@ def _run(command: str, arguments: list[str]) -> int:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
         return _fail(f"{command} needs {error.name}, which is not installed: pip install 'ppo-fast[train]'")
+    except Interrupted as stopped:
+        print(f"ppo-fast: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def train(argv: list[str]) -> None:
-    """`ppo-fast train`: preset, then file, then flags, into one PPOConfig."""
-    from ppo_fast.rlhf.ppo import train_ppo
+def train(command: str, argv: Sequence[str]) -> None:
+    """`ppo-fast sft | reward | train | dpo`: preset, then file, then flags, into one config; then the run."""
+    from ppo_fast import rlhf
 
-    result = train_ppo(parse_train(argv))
+    resume = {"resume": True} if RESUME in argv else {}
+    result = getattr(rlhf, STAGES[command].run)(parse(command, argv), **resume)
     print(f"model: {result.model}")
 
 
-def parse_train(argv: Sequence[str]) -> Any:
-    """The PPOConfig that the arguments of `ppo-fast train` mean."""
-    from ppo_fast.rlhf.config import PPOConfig
-    from ppo_fast.rlhf.configfile import load_config
+def parse(command: str, argv: Sequence[str]) -> Any:
+    """The config that the arguments of a training command mean."""
+    from ppo_fast import rlhf
+    from ppo_fast.rlhf.configfile import read_values
     from ppo_fast.rlhf.errors import require
 
+    stage = STAGES[command]
+    kind = getattr(rlhf, stage.config)
     if {"-h", "--help"} & set(argv):
-        require("tyro").cli(PPOConfig, args=["--help"], prog="ppo-fast train", description=TRAIN_HELP)
-    flags = _read_flags(argv)
-    path, preset = (flags.pop(name, None) for name in ("config", "preset"))
-    return load_config(path, preset=preset, flags=flags)
+        preset = "--preset NAME, then " * (kind is rlhf.PPOConfig)
+        about = TRAIN_HELP.format(about=stage.about, preset=preset, short=stage.short)
+        require("tyro").cli(kind, args=["--help"], prog=f"ppo-fast {command}", description=about)
+    flags = _read_flags([argument for argument in argv if argument != RESUME], kind)
+    path, preset_name = (flags.pop(name, None) for name in ("config", "preset"))
+    if RESUME not in argv:
+        return rlhf.load_config(path, preset=preset_name, flags=flags, kind=kind)
+    return resumed_config(read_values(path, preset=preset_name, flags=flags), kind)
 
 
-def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
+def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
+    """The config that the newest checkpoint was saved with, under what the file and the flags say."""
+    from ppo_fast.rlhf.checkpoint import load_latest
+    from ppo_fast.rlhf.configfile import config_from_dict, field_defaults, merge
+    from ppo_fast.rlhf.runlog import CHECKPOINTS
+
+    log = given.get("log")
+    directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
+    saved = load_latest(Path(str(directory)) / CHECKPOINTS, tensors=False).state["config"]
+    return config_from_dict(merge(saved, given), source="resume", kind=kind)
+
+
+def _read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
     """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form."""
     from ppo_fast.rlhf.errors import UserError
 
@@ -110,32 +170,58 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
             given[flag].append(argument)
         else:
             raise UserError(f"expected an option, got {argument!r}")
-    return dict(_read_flag(flag, values) for flag, values in given.items())
+    return dict(_read_flag(flag, values, kind) for flag, values in given.items())
 
 
-def _read_flag(flag: str, values: list[str]) -> tuple[str, Any]:
+def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]:
+    from ppo_fast.rlhf.config import PPOConfig
     from ppo_fast.rlhf.configfile import field_defaults, nearest_name
     from ppo_fast.rlhf.errors import UserError
 
-    fields = field_defaults() | {"config": None, "preset": None}
+    fields = field_defaults(kind) | {"config": None} | ({"preset": None} if kind is PPOConfig else {})
     name = SHORT.get(flag, flag)[2:].replace("-", "_")
     group, dot, last = name.rpartition(".")
     switch = group + dot + last.removeprefix("no_")
     if name not in fields and isinstance(fields.get(switch), bool) and not values:
         return switch, False
     if name not in fields:
-        raise UserError(f"no option {flag!r}, the nearest is '--{nearest_name(name).replace('_', '-')}'")
+        raise UserError(f"no option {flag!r}, the nearest is '--{nearest_name(name, kind).replace('_', '-')}'")
     if not values and not isinstance(fields[name], bool):
         raise UserError(f"{flag}: expected a value, got none")
     if len(values) > 1 and not isinstance(fields[name], tuple):
         raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
     texts = [None if value in ("None", "null") else value for value in values]
-    return name, True if not texts else texts[0] if len(texts) == 1 else texts
+    return name, True if not texts else texts if isinstance(fields[name], tuple) else texts[0]
+
+
+def export(argv: list[str]) -> None:
+    """`ppo-fast export RUN [--out FILE]`."""
+    parser = argparse.ArgumentParser("ppo-fast export", description="Write a run's scored samples as preference pairs.")
+    parser.add_argument("run", help="directory of a run with rollout.samples_per_prompt > 1 and log.all_samples")
+    parser.add_argument("--out", help="JSONL file; RUN/pairs.jsonl when not given")
+    options = parser.parse_args(argv)
+    from ppo_fast.rlhf.export import export_pairs
+
+    print(f"pairs: {export_pairs(options.run, options.out)}")
 
 
 def quickstart(argv: list[str]) -> None:
     """`ppo-fast quickstart`."""
-    from ppo_fast.rlhf.quickstart import main as run
+    from ppo_fast.quickstart import main as run
+
+    run(argv)
+
+
+def plot(argv: list[str]) -> None:
+    """`ppo-fast plot`."""
+    from ppo_fast.rlhf.plots import main as run
+
+    run(argv)
+
+
+def report(argv: list[str]) -> None:
+    """`ppo-fast report`."""
+    from ppo_fast.rlhf.report import main as run
 
     run(argv)
 
@@ -147,7 +233,14 @@ def doctor(argv: list[str]) -> None:
     run(argv)
 
 
-COMMANDS = {"train": train, "quickstart": quickstart, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **{name: functools.partial(train, name) for name in STAGES},
+    "export": export,
+    "quickstart": quickstart,
+    "plot": plot,
+    "report": report,
+    "doctor": doctor,
+}
 
 
 def _fail(message: str) -> int:

@@ -29,7 +29,13 @@ class Mutant(NamedTuple):
 
 STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
 NATIVE = "tests/ops/test_native_rows.py"
-TRAPS, MASKED, METRICS = (f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics"))
+RLHF = "ppo_fast/rlhf"
+SUPERVISED, RESUMED, REWARD, EXAMPLES = (
+    f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
+)
+TRAPS, MASKED, METRICS, PREFERENCE = (
+    f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
+)
 
 MUTANTS = [
     # token_logprobs, token_stats, entropy: the definition and the op around it
@@ -67,6 +73,13 @@ MUTANTS = [
         VALUE,
     ),
     Mutant("ppo_fast/ops/value_loss.py", "(d_values * grad_loss)", "d_values", VALUE),
+    # preference_loss, dpo_loss
+    Mutant("ppo_fast/ops/preference.py", "gap - margin.detach()", "gap + margin.detach()", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "margin.detach()", "margin", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "beta * (chosen - old_chosen.detach())", "beta * chosen", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "(rejected - old_rejected.detach())", "(rejected - old_rejected)", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "(gap > 0)", "(gap >= 0)", PREFERENCE),
+    Mutant("ppo_fast/ops/preference.py", "max(x.numel(), 1)", "x.numel()", PREFERENCE),
     # gae
     Mutant(f"{REFERENCE}/gae.py", "(gamma * lam) * torch.where(done[:, t], 0.0, adv)", "(gamma * lam) * adv", GAE),
     Mutant(f"{REFERENCE}/gae.py", "torch.where(step, values[:, t], next_value)", "values[:, t]", GAE),
@@ -85,6 +98,60 @@ MUTANTS = [
     Mutant(f"{CPU}/row_sums.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
     Mutant(f"{CPU}/row_sums.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
     Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
+    # supervised fine-tuning, reward model, DPO
+    Mutant(f"{RLHF}/supervised.py", "mask=batch.mask[:, 1:]", "mask=batch.attention_mask[:, 1:]", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "linear=linear,", "linear=True,", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "schedule(number - 1,", "schedule(number,", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised.py", "step(factor, failed)", "step(factor)", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
+    Mutant(f"{RLHF}/supervised.py", ', "network": self.network}', "}", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory)\n", "        pass\n", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", 'load_start(config, "optim.epochs", "log")', 'load_start(config, "log")', RESUMED),
+    Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
+    Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),
+    Mutant(f"{RLHF}/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "            if found != state", "            if False and found != state", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "keep_last=self.config.log.keep_last", "keep_last=0", RESUMED),
+    Mutant(f"{RLHF}/loop.py", "            self.skipped += 1\n", "", RESUMED),
+    Mutant(
+        f"{RLHF}/configfile.py", 'f"{name}." for name in free', "name for name in free", "tests/rlhf/test_config.py"
+    ),
+    Mutant(
+        f"{RLHF}/models.py",
+        "torch.where(attention_mask, position, 0)",
+        "torch.where(attention_mask, 0, 0)",
+        REWARD,
+    ),
+    Mutant(f"{RLHF}/reward_model.py", "weight / (config.hidden_size + 1) ** 0.5", "weight", REWARD),
+    Mutant(f"{RLHF}/reward_model.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", REWARD),
+    Mutant(
+        f"{RLHF}/reward_model.py",
+        "(*self.scores(pairs), margin=self._margins(pairs))",
+        "(*self.scores(pairs))",
+        REWARD,
+    ),
+    Mutant(f"{RLHF}/reward_model.py", "chosen, rejected, margin=self._margins(pairs)", "chosen, rejected", REWARD),
+    Mutant(f"{RLHF}/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
+    Mutant(f"{RLHF}/dpo.py", "completion_logprobs(self.reference", "completion_logprobs(self.model", SUPERVISED),
+    Mutant(f"{RLHF}/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED),
+    Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(model)", "model", SUPERVISED),
+    # examples
+    Mutant(f"{RLHF}/examples.py", "if end and not tokenizer.decode(ids[end:]).strip()", "if end == len(ids)", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "if both[: len(start)] != start:", "if False:", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "joined = both[: len(start)] == start", "joined = True", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "(position >= start) & (position < end)", "position >= start", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "sorted(window, key=self.lengths.__getitem__)", "window", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "    if config.deduplicate:", "    if True:", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", 'chosen.rfind(" ", 0, end)', "end", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", ", len(chosen) - 1, len(rejected) - 1)", ", len(chosen), len(rejected))", EXAMPLES),
+    Mutant(f"{RLHF}/data.py", "first.setdefault(key(item), item)", "first[key(item)] = item", EXAMPLES),
 ]
 
 

@@ -219,6 +219,37 @@ def value_loss(
     return loss, clipped / max(len(weights), 1), grad
 
 
+# --- preferences ---
+
+
+class PreferenceTruth(NamedTuple):
+    """What a loss of pairs should give."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad: Array  # [B], of the chosen; that of the rejected is its negative
+
+
+def preference_loss(chosen: Array, rejected: Array, margin: Array | None = None, scale: float = 1.0) -> PreferenceTruth:
+    """-log of the share e^c / (e^c + e^(r + margin)), pair by pair; ``scale`` is d score / d input."""
+    pairs = list(zip(chosen, rejected, np.zeros(len(chosen)) if margin is None else margin, strict=True))
+    lost = [1 / (1 + math.exp(c - r - m)) for c, r, m in pairs]
+    metrics = {
+        "accuracy": sum(c > r for c, r, _ in pairs) / len(pairs),
+        "margin": math.fsum(c - r for c, r, _ in pairs) / len(pairs),
+    }
+    loss = math.fsum(np.logaddexp(c, r + m) - c for c, r, m in pairs) / len(pairs)
+    return PreferenceTruth(loss, metrics, np.array([-scale * p / len(pairs) for p in lost]))
+
+
+def dpo_loss(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, beta: float) -> PreferenceTruth:
+    """The preference loss of the implied rewards beta * (logprob - ref)."""
+    good, bad = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    loss, metrics, grad = preference_loss(good, bad, scale=beta)
+    rewards = {"reward_chosen": float(good.mean()), "reward_rejected": float(bad.mean())}
+    return PreferenceTruth(loss, metrics | rewards, grad)
+
+
 # --- advantages ---
 
 

@@ -25,7 +25,9 @@ def field(name: str) -> Any:
 def test_every_field_of_ours_exists_with_the_default_named() -> None:
     named = 0
     for row in ROWS:
-        for name in re.findall(r"`((?:model|data|rollout|reward|kl|advantage|loss|optim|log)\.\w+)`", " ".join(row)):
+        for name in re.findall(
+            r"`((?:model|data|rollout|reward|kl|advantage|loss|optim|log|reference|evaluation)\.\w+)`", " ".join(row)
+        ):
             default = field(name)
             shown = re.search(rf"`{re.escape(name)}` \(([\d.e+-]+)\)", row[1]) if len(row) > 1 else None
             if shown:

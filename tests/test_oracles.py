@@ -58,6 +58,19 @@ def test_value_gradient_is_the_derivative_of_the_value_loss() -> None:
     np.testing.assert_allclose(run(values)[2], numerical_gradient(lambda x: run(x)[0], values), atol=1e-8)
 
 
+def test_preference_gradients_are_the_derivatives_of_the_losses() -> None:
+    chosen, rejected, ref_chosen, ref_rejected = RNG.normal(size=(4, 5))
+
+    def bradley_terry(x: np.ndarray) -> oracles.PreferenceTruth:
+        return oracles.preference_loss(x, rejected, np.abs(ref_chosen))
+
+    def dpo(x: np.ndarray) -> oracles.PreferenceTruth:
+        return oracles.dpo_loss(x, rejected, ref_chosen, ref_rejected, 0.3)
+
+    for run in (bradley_terry, dpo):
+        np.testing.assert_allclose(run(chosen).grad, numerical_gradient(lambda x, f=run: f(x).loss, chosen), atol=1e-8)
+
+
 def test_gae_by_hand() -> None:
     advantages, returns = oracles.gae(
         np.array([1.0, 2.0]),

@@ -2,14 +2,22 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from ppo_fast import cli
 from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.configfile import field_defaults
+from ppo_fast.rlhf.monitors import SIGNS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DEBUGGING = (ROOT / "docs" / "debugging.md").read_text()
 
 
 def _block(kind: str, name: str) -> str:
@@ -34,15 +42,34 @@ def test_every_python_block_is_covered_by_a_marker() -> None:
     assert all(blocks)
 
 
+def _write_files(directory: Path, *names: str) -> None:
+    """Files of the README, and a tiny model of their words in `model`."""
+    texts = [_block("file", name) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        (directory / name).write_text(text)
+    words = {word for text in texts for word in re.findall(r"[A-Za-z]+[.,?]?", text)}
+    tokenizer = tiny.make_tokenizer(sorted(words))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(directory / "model")
+    tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(directory / "model")
+
+
+def test_the_pipeline_runs_with_a_local_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write_files(tmp_path, "answers.jsonl", "pairs.jsonl", "prompts.jsonl", "reward.py")
+    commands = [shlex.split(line)[1:] for line in _block("command", "pipeline").splitlines()]
+    assert [command[0] for command in commands] == ["sft", "reward", "train", "dpo"]
+    short = ["--updates", "1", "--rollout.batch-size", "16", "--rollout.max-new-tokens", "4"]
+    for command in commands:
+        local = ["model" if word == "Qwen/Qwen2.5-0.5B" else word for word in command]
+        small = [*(short if command[0] == "train" else []), "--threads", "1", "--log.no-tensorboard"]
+        assert cli.main([*local, *small]) == 0
+    for name in ("sft", "reward", "ppo", "dpo"):
+        assert (tmp_path / "runs" / name / "final" / "config.json").is_file()
+
+
 def test_the_training_example_runs_with_a_local_model(tmp_path: Path) -> None:
-    for name in ("run.yaml", "reward.py", "prompts.jsonl"):
-        (tmp_path / name).write_text(_block("file", name))
-    words = sorted(
-        {word for line in _block("file", "prompts.jsonl").splitlines() for word in json.loads(line)["prompt"].split()}
-    )
-    tokenizer = tiny.make_tokenizer([*words, "please"])
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(tmp_path / "model")
+    _write_files(tmp_path, "run.yaml", "reward.py", "prompts.jsonl")
     small = "--model.path model --updates 2 --rollout.batch-size 16 --rollout.max-new-tokens 6 --threads 1"
     command = [sys.executable, "-m", "ppo_fast.cli", "train", "--config", "run.yaml", *small.split()]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -51,3 +78,49 @@ def test_the_training_example_runs_with_a_local_model(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert "objective/kl" in json.loads(lines[0])
     assert (tmp_path / "runs" / "first" / "final" / "config.json").is_file()
+
+
+def test_the_example_of_rewards_runs_with_local_models(tmp_path: Path) -> None:
+    for name in ("ensemble.yaml", "scores.py"):
+        (tmp_path / name).write_text(_block("file", name))
+    tokenizer = tiny.make_tokenizer(["The", "capital", "of", "France", "is", "salt", "Paris"])
+    model = tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2, max_positions=512, num_labels=1)
+    for name in ("policy", "judge-model", "reward-a", "reward-b"):
+        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+    for name in ("reward-a", "reward-b"):
+        AutoModelForSequenceClassification.from_config(model.config).save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"The {topic}", "level": level, "topic": topic} for level, topic in enumerate(["salt", "Paris"])]
+    for name in ("prompts.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = "--model policy --updates 1 --rollout.max-new-tokens 4 --rollout.batch-size 16 --threads 1 --out run"
+    command = [sys.executable, "-m", "ppo_fast.cli", "train", "--config", "ensemble.yaml", *small.split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert {"hacking/ensemble_std", "filter/masked", "eval/win_rate", "eval/capitals"} <= metrics.keys()
+    assert (tmp_path / "run" / "best" / "config.json").is_file()
+    groups = sorted({name.partition("/")[0] for name in metrics if "/" in name})
+    named = re.findall(rf"`((?:{'|'.join(groups)})/\w+)`", README + DEBUGGING)
+    assert len(named) > 30
+    assert set(named) <= metrics.keys()
+
+
+def test_the_knobs_are_fields_of_the_config_with_their_defaults() -> None:
+    fields = field_defaults()
+    rows = re.findall(r"^\| (`[^|]*`) \((\S+)\) \|", README, re.MULTILINE)
+    assert len(rows) == 10
+    for names, default in rows:
+        assert [fields[name] for name in re.findall(r"`(.*?)`", names)] == [float(default)] * (names.count("`") // 2)
+    groups = sorted({name.partition(".")[0] for name in fields if "." in name})
+    named = re.findall(rf"`((?:{'|'.join(groups)})\.\w+)", README + DEBUGGING)
+    assert len(named) > 40
+    assert set(named) - {"reward.py"} <= fields.keys()
+
+
+def test_the_page_on_debugging_names_every_sign_of_reward_hacking() -> None:
+    for sign in SIGNS:
+        (row,) = re.findall(rf"^\| `{sign.metric}` .*", DEBUGGING, re.MULTILINE)[-1:]
+        assert sign.limit == 0 or f" {sign.limit:g} " in row
+        for field in re.findall(r"\w+\.\w+", sign.remedy):
+            assert field in row

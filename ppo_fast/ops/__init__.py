@@ -7,6 +7,7 @@ from ppo_fast.ops.linear_policy_loss import linear_policy_loss
 from ppo_fast.ops.linear_token_stats import linear_token_stats
 from ppo_fast.ops.masked import kl_estimate, masked_mean, whiten
 from ppo_fast.ops.policy_loss import policy_loss
+from ppo_fast.ops.preference import dpo_loss, preference_loss
 from ppo_fast.ops.results import LossOutput, TokenStats
 from ppo_fast.ops.token_stats import entropy, token_logprobs, token_stats
 from ppo_fast.ops.value_loss import value_loss
@@ -19,6 +20,8 @@ __all__ = [
     "linear_token_stats",
     "linear_policy_loss",
     "value_loss",
+    "preference_loss",
+    "dpo_loss",
     "gae",
     "gae_packed",
     "kl_estimate",

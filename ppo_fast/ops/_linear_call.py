@@ -145,6 +145,11 @@ def _reference(
     return ref
 
 
+def is_eager(call: LinearCall) -> bool:
+    """Whether nothing but this process will see the call: Tensor subclasses, such as those that trace, need the op."""
+    return not torch.compiler.is_compiling() and type(call.hidden) is Tensor
+
+
 def prepare(
     op: str,
     hidden: Tensor,

@@ -15,8 +15,9 @@ from ppo_fast.ops import _registry
 from ppo_fast.ops._checks import accumulation_dtype
 from ppo_fast.ops._linear_call import LinearCall
 
-# Rows per chunk. On a CPU 256 to 512 rows keep the products at full speed and the chunk at 1/8 of 2048 rows or more.
-_CPU_CHUNK = (256, 512)
+# Rows per chunk on a CPU: the products are at full speed from 256 on. Of _CPU_MANY rows or more, 1/8 at most.
+_CPU_CHUNK = 512
+_CPU_MANY = 2048
 # On a GPU each chunk reads and writes the float32 gradient of the weight, so chunks are as large as 1 GiB allows.
 _GPU_CHUNK = (2048, 4096)
 _GPU_CHUNK_BYTES = 2**30
@@ -24,7 +25,7 @@ _GPU_CHUNK_FROZEN = 1024
 # Rows whose logits exist at one time, by device, where their gradient has a buffer of its own; elsewhere a chunk's.
 _TILE = {"cuda": 512}
 # Words per partial product on a CPU, where a half-precision product cannot add to a float32 sum: it is rounded first.
-_WORDS = 4096
+_WORDS = 1024
 # Elements of a temporary: a block that fits a CPU's cache; few launches, 64 MiB on a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 
@@ -147,9 +148,8 @@ def chunk_rows(call: LinearCall, count: int, trained: bool) -> int:
         by_bytes = _GPU_CHUNK_BYTES // (V * itemsize) // 128 * 128
         rows = min(high, max(low, by_bytes)) if trained else _GPU_CHUNK_FROZEN
     else:
-        low, high = _CPU_CHUNK
         buffers = 1 + (call.ref_hidden is not None) + (call.softcap is not None)
-        rows = max(low, min(count // 8, high)) // buffers
+        rows = min(_CPU_CHUNK, count // 8 if count >= _CPU_MANY else _CPU_CHUNK) // buffers
     return max(1, min(rows, count))
 
 
@@ -187,7 +187,7 @@ class Sweep:
     def stats(self, into: RowStats) -> None:
         """The statistics of every row that counts."""
         for first, last in spans(0, len(self.rows), self.tile):
-            self._load(first, last)
+            self.load(first, last)
             rows = self.rows[first:last]
             into.put(rows, self.row_stats(rows))
 
@@ -196,7 +196,7 @@ class Sweep:
         total = Gradients.zeros(self.call, self.wanted)
         for start, stop in spans(0, len(self.rows), self.chunk):
             for first, last in spans(start, stop, self.tile):
-                self._load(first, last)
+                self.load(first, last)
                 self._write_gradient(first - start, self.rows[first:last], *upstream(self.rows[first:last]))
                 self._loaded = None
             total.add(self.call, self.rows[start:stop], self.gradient[: stop - start])
@@ -211,10 +211,14 @@ class Sweep:
     def _views(self, count: int) -> tuple[Tensor, Tensor | None]:
         return self.logits[None, :count], None if self.ref_logits is None else self.ref_logits[None, :count]
 
-    def _load(self, first: int, last: int) -> None:
-        """Compute the logits of a tile, unless they are there."""
-        if self._loaded == (first, last):
-            return
+    def load(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits of a tile, unless they are there; its logits [1, n, V] and the reference's."""
+        if self._loaded != (first, last):
+            self._compute(first, last)
+            self._loaded = (first, last)
+        return self._views(last - first)
+
+    def _compute(self, first: int, last: int) -> None:
         call, rows = self.call, self.rows[first:last]
         logits, ref_logits = self.logits[: last - first], self.ref_logits
         _product(logits, call.hidden[rows], call.weight, call.bias)
@@ -223,7 +227,6 @@ class Sweep:
             ref_weight = call.weight if call.ref_weight is None else call.ref_weight
             _product(ref_logits[: last - first], call.ref_hidden[rows], ref_weight, call.ref_bias)
             _squash(ref_logits[: last - first], call.softcap)
-        self._loaded = (first, last)
 
     def _write_gradient(self, offset: int, rows: Tensor, g: Upstream, stats: RowStats) -> None:
         """The gradient of x, the logits before softcap, in the chunk's buffer from row ``offset`` on."""
@@ -273,6 +276,8 @@ def by_rows(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * factor``, rounded once to ``dtype``."""
+    if gradient.dtype == factor.dtype == dtype:
+        return gradient * factor
     out = torch.empty_like(gradient, dtype=dtype)
     by_rows(out, lambda x: x.to(factor.dtype) * factor, gradient)
     return out

@@ -1,12 +1,13 @@
 """The policy loss from hidden states and the head's weight: no more than a chunk of logits exists at any time."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppo_fast.ops import _checks, _linear_call, _registry, _triton, reference
-from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._linear_call import LinearCall, is_eager
 from ppo_fast.ops._linear_sweep import Gradients, RowStats, Sweep, Upstream, Wanted, scaled, take, unit_scale
 from ppo_fast.ops._policy_terms import Terms, check_config, check_terms, flat_terms, named_output
 from ppo_fast.ops.config import PolicyLossConfig
@@ -43,15 +44,15 @@ def _terms(
     return run(stats.logprobs, stats.entropy, stats.kl, mask, *terms, **weights)
 
 
-def _token_ratio(call: LinearCall, wanted: Wanted, terms: Terms, stats: RowStats) -> tuple[Gradients, Tensor]:
+def _by_tile(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
     """One pass: a token's share of the loss depends on its own row alone, and its weight on the mask."""
+    call = sweep.call
     counted = torch.ones_like(stats.logprobs, dtype=torch.bool) if call.mask is None else call.mask
     weights = reference.token_weights(
         counted, terms.cu_seqlens, terms.denominator, terms.aggregation, stats.logprobs.dtype
     )
     scale = unit_scale(call.hidden, weights)
     weights = weights / scale
-    sweep = Sweep(call, wanted)
 
     def upstream(rows: Tensor) -> tuple[Upstream, RowStats]:
         values = sweep.row_stats(rows)
@@ -59,17 +60,56 @@ def _token_ratio(call: LinearCall, wanted: Wanted, terms: Terms, stats: RowStats
         chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
         return _upstream(_terms(call.backend, values, None, chosen, weights=take(weights, rows))), values
 
-    return sweep.gradients(upstream), scale
+    gradients = sweep.gradients(upstream)
+    return _terms(call.backend, stats, call.mask, terms), gradients, scale
 
 
-def _sequence_ratio(call: LinearCall, wanted: Wanted, terms: Terms, stats: RowStats) -> tuple[Gradients, Tensor]:
-    """Two passes, since a sequence's ratio needs all its tokens; a single tile's logits are still there."""
-    sweep = Sweep(call, wanted)
+def _whole(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
+    """Two passes, as a sequence's ratio needs all its tokens; of a single tile the logits are still there."""
+    call = sweep.call
     sweep.stats(stats)
-    upstream = _upstream(_terms(call.backend, stats, call.mask, terms))
+    out = _terms(call.backend, stats, call.mask, terms)
+    upstream = _upstream(out)
     scale = unit_scale(call.hidden, *upstream)
     unit = Upstream(*(None if x is None else x / scale for x in upstream))
-    return sweep.gradients(saved_rows(stats, unit)), scale
+    return out, sweep.gradients(saved_rows(stats, unit)), scale
+
+
+def _fused(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
+    """Of a single tile: a row kernel makes statistics, loss and gradient in one go."""
+    call, rows = sweep.call, sweep.rows
+    logits, ref_logits = sweep.load(0, len(rows))
+    run = _registry.implementation("policy_loss", call.backend)
+    given = logits, take(call.targets, rows), None, ref_logits, call.temperature
+    chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
+    out = run(*given, *chosen, out=logits if any(sweep.wanted) else None)
+    loss, metrics, *of_rows = out[:7]
+    stats.put(rows, RowStats(*of_rows))
+    kl = stats.kl
+    if terms.ref_logprobs is not None:
+        kl = torch.zeros_like(stats.logprobs)
+        kl.view(-1).index_copy_(0, rows, of_rows[2].view(-1))
+    gradients = Gradients.zeros(call, sweep.wanted)
+    gradients.add(call, rows, logits[0])
+    return reference.PolicyTerms(loss, metrics, kl, *out[7:]), gradients, torch.ones_like(loss)
+
+
+def _values(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
+    """Without gradients."""
+    sweep.stats(stats)
+    out = _terms(sweep.call.backend, stats, sweep.call.mask, terms)
+    return out, Gradients.zeros(sweep.call, sweep.wanted), torch.ones_like(out.loss)
+
+
+def _method(sweep: Sweep, terms: Terms) -> Callable[..., tuple[reference.PolicyTerms, Gradients, Tensor]]:
+    """The one of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
+    call, one_tile = sweep.call, len(sweep.rows) <= sweep.tile
+    by_row = terms.ratio == "token" and terms.aggregation == "token-mean" and call.softcap is None
+    if one_tile and by_row and _registry.fuses_backward("policy_loss", call.backend):
+        return _fused
+    if not any(sweep.wanted):
+        return _values
+    return _whole if one_tile or terms.ratio == "sequence" else _by_tile
 
 
 def _at(terms: Terms, rows: Tensor) -> dict[str, Any]:
@@ -83,15 +123,9 @@ def _upstream(terms: reference.PolicyTerms) -> Upstream:
 
 
 def _launch(call: LinearCall, wanted: Wanted, terms: Terms) -> _Results:
-    """Statistics of every row, and the gradients where any is wanted; then the loss of the statistics."""
-    stats = RowStats.zeros(call, call.ref_hidden is not None)
-    if any(wanted):
-        run = _token_ratio if terms.ratio == "token" else _sequence_ratio
-        gradients, scale = run(call, wanted, terms, stats)
-    else:
-        Sweep(call, wanted).stats(stats)
-        gradients, scale = Gradients.zeros(call, wanted), stats.logprobs.new_ones(())
-    out = _terms(call.backend, stats, call.mask, terms)
+    """Statistics of every row, the loss of them, and the gradients that are wanted."""
+    stats, sweep = RowStats.zeros(call, call.ref_hidden is not None), Sweep(call, wanted)
+    out, gradients, scale = _method(sweep, terms)(sweep, terms, stats)
     kl = out.kl if terms.ref_logprobs is not None else stats.kl
     return _Results(out.loss, out.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 
@@ -101,18 +135,20 @@ _registry.register("policy_terms", "native", _registry.Implementation(reference.
 _registry.register("policy_terms", "triton", _triton.implementation("policy_terms", "policy_loss"))
 
 
-@torch.library.custom_op(
-    "ppo_fast::linear_policy_loss",
-    mutates_args=(),
-    schema=f"({_linear_call.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, {_TERMS}) -> "
-    f"({', '.join(['Tensor'] * len(_Results._fields))})",
-)
-def _linear_policy_loss(*inputs: Any) -> tuple[Tensor, ...]:
+def _checked_launch(*inputs: Any) -> tuple[Tensor, ...]:
     call, wanted, terms = _unpacked(inputs)
     _checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     _checks.cu_seqlens_values(_OP, terms.cu_seqlens, call.targets.numel())
     with torch.autocast(call.hidden.device.type, enabled=False):
         return _launch(call, wanted, terms)
+
+
+_linear_policy_loss = torch.library.custom_op(
+    "ppo_fast::linear_policy_loss",
+    mutates_args=(),
+    schema=f"({_linear_call.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, {_TERMS}) -> "
+    f"({', '.join(['Tensor'] * len(_Results._fields))})",
+)(_checked_launch)
 
 
 @_linear_policy_loss.register_fake
@@ -130,10 +166,12 @@ def _unpacked(inputs: tuple[Any, ...]) -> tuple[LinearCall, Wanted, Terms]:
     return LinearCall(*inputs[:n]), Wanted(*inputs[n : n + 3]), Terms(*inputs[n + 3 :])
 
 
-@torch.library.custom_op("ppo_fast::linear_policy_loss_backward", mutates_args=())
-def _scaled_gradient(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
     """``gradient * scale * grad_loss`` in the dtype of ``like``."""
     return scaled(gradient, scale * grad_loss, like.dtype)
+
+
+_scaled_gradient = torch.library.custom_op("ppo_fast::linear_policy_loss_backward", mutates_args=())(_scaled)
 
 
 @_scaled_gradient.register_fake
@@ -147,18 +185,38 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.wanted = _unpacked(inputs)[1]
     ctx.save_for_backward(results.d_hidden, results.d_weight, results.d_bias, results.scale)
     ctx.mark_non_differentiable(*output[1:])
+    # Else the backward pass would be given zeros in the shape of every output, the weight's gradient included.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, *_: Any, run: Callable[..., Tensor] = _scaled_gradient
+) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.inputs
     *gradients, scale = ctx.saved_tensors
     found = (
-        _scaled_gradient(x, scale, grad_loss, ctx.like) if wanted else None
-        for x, wanted in zip(gradients, ctx.wanted, strict=True)
+        run(x, scale, grad_loss, ctx.like) if wanted else None for x, wanted in zip(gradients, ctx.wanted, strict=True)
     )
     return *found, *((None,) * (ctx.inputs - 3))
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The registered op without the dispatcher, which takes longer than a small batch's work."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _checked_launch(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_loss, run=_scaled)
 
 
 def linear_policy_loss(
@@ -255,4 +313,5 @@ def linear_policy_loss(
     heads = (call.hidden, call.weight, call.bias)
     wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads)
     terms = flat_terms(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
-    return named_output(_linear_policy_loss(*call, *wanted, *terms), targets.shape)
+    run = _Eager.apply if is_eager(call) else _linear_policy_loss
+    return named_output(run(*call, *wanted, *terms), targets.shape)

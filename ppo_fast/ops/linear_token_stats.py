@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops import _checks, _linear_call
-from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._linear_call import LinearCall, is_eager
 from ppo_fast.ops._linear_sweep import Gradients, RowStats, Sweep, Upstream, Wanted, scaled, take, unit_scale
 from ppo_fast.ops.results import TokenStats
 
@@ -36,16 +36,18 @@ def _gradients(call: LinearCall, wanted: Wanted, upstream: Upstream, stats: RowS
     return tuple(scaled(x, scale, call.hidden.dtype) for x in total)
 
 
-@torch.library.custom_op(
-    "ppo_fast::linear_token_stats",
-    mutates_args=(),
-    schema=f"({_linear_call.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear_token_stats(*inputs: Any) -> tuple[Tensor, ...]:
+def _checked_forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = LinearCall(*inputs)
     _checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     with torch.autocast(call.hidden.device.type, enabled=False):
         return tuple(_forward(call))
+
+
+_linear_token_stats = torch.library.custom_op(
+    "ppo_fast::linear_token_stats",
+    mutates_args=(),
+    schema=f"({_linear_call.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(_checked_forward)
 
 
 @_linear_token_stats.register_fake
@@ -171,6 +173,8 @@ def linear_token_stats(
         chunk_size=chunk_size,
         backend=backend,
     )
-    logprobs, entropy, kl, _, _ = _linear_token_stats(*call)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:3])
+    run = _checked_forward if is_eager(call) and not differentiable else _linear_token_stats
+    logprobs, entropy, kl, _, _ = run(*call)
     shape = targets.shape
     return TokenStats(logprobs.view(shape), entropy.view(shape), None if ref_hidden is None else kl.view(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ppo_fast import ops
@@ -24,9 +25,16 @@ class Targets:
 def compute_targets(rollout: Rollout, rewards: Rewards, config: AdvantageConfig) -> Targets:
     """Generalised advantage estimation with value 0 after the last counted token, then whitening.
 
-    Source: Schulman et al. 2016, arXiv:1506.02438, equation 16.
+    Per sequence, every token has the advantage of the first, A = return - value at the last prompt token, and the
+    value model regresses on the Monte Carlo returns.
+
+    Source: Schulman et al. 2016, arXiv:1506.02438, equation 16; per sequence Ahmadian et al. 2024, arXiv:2402.14740.
     """
-    advantages, returns = ops.gae(rewards.rewards, rollout.values, rollout.mask, gamma=config.gamma, lam=config.lam)
+    mask, whole = rollout.mask, config.kind == "sequence"
+    lam = 1.0 if whole else config.lam
+    advantages, returns = ops.gae(rewards.rewards, rollout.values, mask, gamma=config.gamma, lam=lam)
+    if whole:
+        advantages = torch.where(mask, advantages[:, :1], 0.0)
     if config.whiten:
-        advantages = ops.whiten(advantages, rollout.mask)
+        advantages = ops.whiten(advantages, mask)
     return Targets(advantages, returns)

@@ -1,26 +1,180 @@
-"""The only place that writes weights: whole model directories, each there completely or not at all."""
+"""The only place that writes weights: model directories and checkpoints, each there completely or not at all.
+
+A checkpoint is a model directory, as `from_pretrained` reads it, with the state of its loop beside the weights:
+
+    RUN/checkpoints/update-000020/
+        config.json  model.safetensors  tokenizer.json  ...   written by the loop's own `write`
+        state.safetensors                                     every tensor of the state
+        state.json                                            the rest of it; nothing is ever unpickled
+
+`loop.Loop` saves and restores what a stage keeps in parts with `state_dict()` and `load_state_dict()`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import require
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError, require
 from .models import VALUE_CONFIG, VALUE_FILE, Models, no_progress_bars
+
+STATE, STATE_TENSORS = "state.json", "state.safetensors"
+NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
+TENSOR, ITEMS = "<tensor>", "<items>"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    directory: Path
+    state: dict[str, Any]  # as it was saved; tensors on the CPU
+
+
+def save_checkpoint(
+    target: Path, write: Callable[[Path], None], state: Mapping[str, Any], *, keep_last: int = 0
+) -> Path:
+    """Save weights and state as `target`, whose name ends in a number; then remove all but the `keep_last` highest.
+
+    Args:
+        write: puts the weights, and what belongs to them, into the directory it is given.
+        state: nested dicts and lists of tensors, numbers, text, bools and None.
+        keep_last: 0 keeps all.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or the like. What was saved before is as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    record = _pack(state, "state", tensors)
+    with atomic_directory(target) as scratch:
+        write(scratch)
+        save_tensors(tensors, scratch / STATE_TENSORS)
+        (scratch / STATE).write_text(json.dumps(record))
+    _prune(target.parent, keep_last)
+    return target
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The complete checkpoint of the highest number, if there is one."""
+    numbered = _numbered(checkpoints)
+    return numbered[-1] if numbered else None
+
+
+def load_latest(checkpoints: Path, *, tensors: bool = True) -> Checkpoint:
+    """The newest complete checkpoint with its state, `tensors` or the rest alone.
+
+    Raises UserError when there is none or it cannot be read.
+    """
+    directory = latest(checkpoints)
+    if directory is None:
+        raise UserError(f"resume: expected a complete checkpoint in {str(checkpoints)!r}, got none")
+    try:
+        record = json.loads((directory / STATE).read_text())
+        return Checkpoint(directory, _unpack(record, _read_tensors(directory / STATE_TENSORS)) if tensors else record)
+    except (OSError, ValueError, KeyError, require("safetensors").SafetensorError) as error:
+        raise UserError(f"resume: cannot read {str(directory)!r}: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Cloned: what safetensors returns are views of the file, which pruning removes and whose alignment varies."""
+    return {name: value.clone() for name, value in require("safetensors.torch").load_file(path).items()}
+
+
+def load_saved(model: Any, directory: Path) -> None:
+    """Copy the weights that `model.save_pretrained(directory)` wrote into `model`, bit by bit."""
+    with no_progress_bars():
+        saved = type(model).from_pretrained(directory, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
 
 
 def save_models(models: Models, directory: Path) -> Path:
     """Write policy and tokenizer as `from_pretrained` reads them, and beside them what `model.value_path` reads."""
-    with atomic_directory(directory) as scratch, no_progress_bars():
-        models.policy.save_pretrained(scratch)
-        models.tokenizer.save_pretrained(scratch)
-        state = {name: value.contiguous() for name, value in models.value.state_dict().items()}
-        require("safetensors.torch").save_file(state, scratch / VALUE_FILE)
-        models.value.backbone.config.to_json_file(scratch / VALUE_CONFIG)
+    with atomic_directory(directory) as scratch:
+        write_models(models, scratch)
     return directory
+
+
+def write_models(models: Models, directory: Path) -> None:
+    """The files of `save_models`, into an existing directory."""
+    write_model(models.policy, models.tokenizer, directory)
+    save_tensors(models.value.state_dict(), directory / VALUE_FILE)
+    models.value.backbone.config.to_json_file(directory / VALUE_CONFIG)
+
+
+def load_weights(models: Models, directory: Path) -> None:
+    """Copy what `write_models` wrote into the policy and the value model."""
+    load_saved(models.policy, directory)
+    models.value.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; what shares storage with another, such as tied weights, is copied."""
+    plain, seen = {}, set()
+    for name, value in tensors.items():
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = (value.clone() if storage in seen else value).contiguous()
+        seen.add(storage)
+    require("safetensors.torch").save_file(plain, path)
+
+
+def rng_state(generator: torch.Generator) -> dict[str, Any]:
+    """State of the run's generator and of the global ones of Python, NumPy and torch, which user functions may use."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "run": generator.get_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: Mapping[str, Any], generator: torch.Generator) -> None:
+    """Put every generator of `rng_state` back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    generator.set_state(state["run"])
+
+
+def fingerprint(module: nn.Module) -> list[int]:
+    """The sum of the bits of each parameter, read as integers: equal for equal weights."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = (p.detach().reshape(-1).view(integers[p.element_size()]) for p in module.parameters())
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a model and its tokenizer as `from_pretrained` reads them, and beside them `extra`: file name -> JSON."""
+    with atomic_directory(directory) as scratch:
+        write_model(model, tokenizer, scratch)
+        for name, content in (extra or {}).items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def write_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """The files of `save_model`, into an existing directory."""
+    with no_progress_bars():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 @contextlib.contextmanager
@@ -41,7 +195,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(aside)
         scratch.rename(target)
-        _fsync(target.parent)
+        for parent in (target.parent.parent, target.parent):
+            _fsync(parent)
     finally:
         if aside.exists() and not target.exists():
             aside.rename(target)
@@ -55,3 +210,42 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _numbered(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints by rising number."""
+    found = [(NUMBERED.fullmatch(path.name), path) for path in checkpoints.glob("*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _prune(checkpoints: Path, keep_last: int) -> None:
+    """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
+    for path in _numbered(checkpoints)[:-keep_last] if keep_last else []:
+        path.rename(path.with_name(f".{path.name}.removed"))
+    for path in checkpoints.glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; its tensors go into `tensors` and leave their names behind."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {TENSOR: name}
+    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+        packed = [(key, _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
+        return dict(packed) if all(isinstance(key, str) for key in value) else {ITEMS: packed}
+    if isinstance(value, list | tuple):
+        return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{name}: expected tensors, numbers, text, lists and dicts, got {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    return {key: _unpack(item, tensors) for key, item in value.get(ITEMS, value.items())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,26 +12,37 @@ from .errors import UserError, check, check_choices, divides, not_negative, posi
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Where the weights come from. The reference is a frozen copy of the policy."""
+class WeightsConfig:
+    """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to train: a local directory or a hub id
-    value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
-    value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
+    trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
+    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
 
     def __post_init__(self) -> None:
         check_choices("model", self)
 
 
 @dataclass(frozen=True)
+class ModelConfig(WeightsConfig):
+    """The policy and the value model. The reference is a frozen copy of the policy."""
+
+    value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
+    value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Prompts: JSONL, one {"prompt": text or role/content messages, ...} per line."""
+    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet or a dataset saved on disk."""
 
     prompts: str | None = None  # path; columns beside "prompt" are handed to the reward function
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or "file.py:function" giving them
+    balance: str | None = None  # column of topics; every topic is drawn equally often
 
     def __post_init__(self) -> None:
         positive("data.max_prompt_tokens", self.max_prompt_tokens)
@@ -44,6 +56,8 @@ class RolloutConfig:
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
+    stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
+    static_cache: bool = False  # keys and values in buffers of fixed size, which compiled decoding needs
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
@@ -51,6 +65,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
+        check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
         positive("rollout.temperature", self.temperature)
         check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
@@ -60,16 +75,30 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The score of a response, before the KL term."""
+    """The score of a response, before the KL term: sources, normalised, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function"
+    models: tuple[str, ...] = ()  # directories of sequence-classification models with one output
+    weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
+    combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
+    std_coef: float = 1.0  # price of disagreement
+    normalise: Literal["saved", "running", "none"] = "saved"  # by a model's reward_stats.json; by all scores so far
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
+    length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
+    filter: str | None = None  # "file.py:function" -> True (keep), False (reject) or "mask" for each response
+    rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
     def __post_init__(self) -> None:
+        check_choices("reward", self)
         if self.clip is not None:
             positive("reward.clip", self.clip)
-        not_negative("reward.missing_eos_penalty", self.missing_eos_penalty)
+        for name in ("missing_eos_penalty", "length_penalty", "std_coef"):
+            not_negative(f"reward.{name}", getattr(self, name))
+        check(math.isfinite(self.rejected_score), "reward.rejected_score", "a finite number", self.rejected_score)
+        for weight in self.weights:
+            not_negative("reward.weights", weight)
+        check(not self.weights or sum(self.weights) > 0, "reward.weights", "one above 0", self.weights)
 
 
 @dataclass(frozen=True)
@@ -114,13 +143,15 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Generalised advantage estimation."""
+    """Per token by generalised advantage estimation, or one for the whole response."""
 
+    kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
     gamma: float = 1.0  # discount
     lam: float = 0.95  # 0: one-step TD error, 1: Monte Carlo return minus value
     whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
 
     def __post_init__(self) -> None:
+        check_choices("advantage", self)
         check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
         check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
 
@@ -162,30 +193,41 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
+class AdamWConfig:
+    """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
-    lr: float = 1e-6  # policy; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
-    value_lr: float = 5e-6  # value model
+    lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled
-    max_grad_norm: float = 1.0  # of policy and value separately, once per optimizer step
+    max_grad_norm: float = 1.0  # of each trained network, once per optimizer step
     warmup_frac: float = 0.03  # of all optimizer steps
     final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
-    epochs: int = 4  # passes over one rollout batch
-    minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
-    micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
-    target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
 
     def __post_init__(self) -> None:
-        for name in ("lr", "value_lr", "eps", "max_grad_norm", "epochs"):
+        for name in ("lr", "eps", "max_grad_norm"):
             positive(f"optim.{name}", getattr(self, name))
         for name in ("warmup_frac", "final_lr_frac"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
         check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
         not_negative("optim.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class OptimConfig(AdamWConfig):
+    """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
+
+    value_lr: float = 5e-6  # peak for the value model
+    epochs: int = 4  # passes over one rollout batch
+    minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("value_lr", "epochs"):
+            positive(f"optim.{name}", getattr(self, name))
         if self.target_kl is not None:
             positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
@@ -193,21 +235,60 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class RunLogConfig:
     """What a run leaves behind."""
 
-    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    dir: str = "runs"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     overwrite: bool = False  # write over an earlier run in dir
     tensorboard: bool = True  # event files
     console: bool = True  # progress bar, a line per update, tables of samples
     print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
-    samples_every: int = 10  # updates between tables of samples; 0: never
-    samples: int = 4  # rows of the table
-    save_every: int = 0  # updates between saved model directories; 0: only the final one
+    save_every: int = 0  # updates between checkpoints, which a run resumes from; 0: only when a signal stops it
+    keep_last: int = 2  # checkpoints kept; 0: all
 
     def __post_init__(self) -> None:
-        for name in ("print_every", "samples_every", "samples", "save_every"):
-            not_negative(f"log.{name}", getattr(self, name))
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                not_negative(f"log.{name}", value)
+
+
+@dataclass(frozen=True)
+class LogConfig(RunLogConfig):
+    """What a PPO run leaves behind."""
+
+    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    samples_every: int = 10  # updates between tables of samples; 0: never
+    samples: int = 4  # rows of the table
+    all_samples: bool = False  # samples.jsonl takes every response of every update, for `ppo-fast export`
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """What the KL is measured against: the model at the start, or one that follows the policy."""
+
+    update: Literal["fixed", "replace", "ema"] = "fixed"  # replace: by the policy; ema: a moving average of it
+    every: int = 10  # updates between two changes
+    decay: float = 0.9  # ema: reference = decay * reference + (1 - decay) * policy; bfloat16 loses small changes
+
+    def __post_init__(self) -> None:
+        check_choices("reference", self)
+        positive("reference.every", self.every)
+        check(0 <= self.decay < 1, "reference.decay", "0 <= decay < 1", self.decay)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out prompts, answered and scored during the run; metrics eval/*."""
+
+    every: int = 0  # updates between evaluations; 0: never
+    prompts: str | None = None  # held-out prompts, in the format of data.prompts
+    evaluators: tuple[str, ...] = ()  # "file.py:function"; f(generate, model, tokenizer) -> {name: number}
+    best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
+    best_is: Literal["max", "min"] = "max"  # of that metric
+
+    def __post_init__(self) -> None:
+        check_choices("evaluation", self)
+        not_negative("evaluation.every", self.every)
 
 
 @dataclass(frozen=True)
@@ -217,6 +298,7 @@ class PPOConfig:
     updates: int = 100  # rollout batches
     seed: int = 0  # of every random number of the run
     threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
+    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -226,8 +308,11 @@ class PPOConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
         positive("updates", self.updates)
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         if self.threads is not None:

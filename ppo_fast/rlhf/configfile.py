@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,15 @@ def load_config(
 
     Raises UserError for a missing file, an unknown key (naming the nearest one) or a value of the wrong type.
     """
+    values = read_values(path, preset=preset, flags=flags)
+    sources = [str(path or preset)] if path or preset else []
+    return config_from_dict(values, source=" and ".join(sources + ["flags"] * bool(flags)) or "config", kind=kind)
+
+
+def read_values(
+    path: str | Path | None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What flags, file and preset say, nested; neither checked nor complete."""
     values: dict[str, Any] = {}
     if preset is not None:
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -34,12 +43,11 @@ def load_config(
             raise UserError(f"preset: expected one of {', '.join(known)}, got {preset!r}")
         values = _read(PRESETS / f"{preset}.yaml")
     if path is not None:
-        values = _merge(values, _read(Path(path)))
+        values = merge(values, _read(Path(path)))
     for name, value in (flags or {}).items():
         group, _, field_name = name.rpartition(".")
-        values = _merge(values, {group: {field_name: value}} if group else {field_name: value})
-    sources = [str(path or preset)] if path or preset else []
-    return config_from_dict(values, source=" and ".join(sources + ["flags"] * bool(flags)) or "config", kind=kind)
+        values = merge(values, {group: {field_name: value}} if group else {field_name: value})
+    return values
 
 
 def config_from_dict(
@@ -98,12 +106,23 @@ def _toml() -> Any:
         return require("tomli")
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `base` with the values of `over`."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """The dotted name of the first field that differs between two configs of one kind, with both values.
+
+    Fields that `free` names, by themselves or by their group, may differ.
+    """
+    pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
+    told = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
+    return next((found for found in told if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None)
 
 
 def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:

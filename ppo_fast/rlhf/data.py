@@ -1,13 +1,13 @@
-"""Prompts: JSONL in, tokenised once, shuffled every epoch, left-padded batches out."""
+"""Rows of JSONL, Parquet and saved datasets; prompts, tokenised once, shuffled every epoch, in left-padded batches."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from .config import DataConfig
 from .errors import UserError, require
 
 RESERVED = ("prompts", "completions", "completion_ids")
+Row = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Prompts:
     prompts: list[Any]  # [M] as given: text, or a list of role/content messages
     token_ids: list[list[int]]  # [M] lists of ints, 1 to max_prompt_tokens each
     columns: dict[str, list[Any]]  # each [M]: the other keys of the rows, for the reward function
-    dropped: int  # prompts left out because they were too long
+    dropped: int  # prompts left out: too long, or repeated with `deduplicate`
 
 
 @dataclass(frozen=True)
@@ -39,44 +41,118 @@ class PromptBatch:
 
 
 def load_prompts(source: str | Path | Iterable[Any], tokenizer: Any, config: DataConfig) -> Prompts:
-    """Read prompts from a JSONL file or from memory (texts, or rows with a "prompt" key) and tokenise them.
+    """Read prompts from a file (see `read_rows`) or from memory (texts, or rows with a "prompt" key); tokenise them.
 
-    Raises UserError naming file and line for a line that is no prompt; warns about prompts that are too long.
+    Raises UserError naming file and line for a row that is no prompt; warns about prompts that are left out.
     """
-    rows = list(_file_rows(Path(source)) if isinstance(source, str | Path) else _memory_rows(source))
+    rows = [(where, _prompt_row(row, where)) for where, row in read_rows(source, "prompts")]
     names = sorted({name for _, row in rows for name in row} - {"prompt"})
-    kept: list[tuple[Mapping[str, Any], list[int]]] = []
-    for where, row in rows:
-        ids = _tokenise(row, tokenizer, where)
-        if len(ids) <= config.max_prompt_tokens:
-            kept.append((row, ids))
-    dropped = len(rows) - len(kept)
-    if not kept:
-        raise UserError(
-            f"data: expected a prompt of at most {config.max_prompt_tokens} tokens, got {len(rows)} rows, "
-            f"{dropped} of them longer"
-        )
-    if dropped:
-        limit = f"data.max_prompt_tokens = {config.max_prompt_tokens}"
-        warnings.warn(f"dropped {dropped} of {len(rows)} prompts longer than {limit}", stacklevel=2)
+    tokenised = [(row, tokenise_prompt(row["prompt"], tokenizer, where)) for where, row in rows]
+    kept = usable(tokenised, "prompt", "data.max_prompt_tokens", config.max_prompt_tokens, lambda item: len(item[1]))
+    if config.deduplicate:
+        kept = distinct(kept, "prompt", lambda item: tuple(item[1]))
     return Prompts(
         prompts=[row["prompt"] for row, _ in kept],
         token_ids=[ids for _, ids in kept],
         columns={name: [row.get(name) for row, _ in kept] for name in names},
-        dropped=dropped,
+        dropped=len(rows) - len(kept),
     )
+
+
+def read_rows(source: str | Path | Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """Iterate over (where, row) of a JSONL file, a Parquet file, a directory saved by `datasets`, or rows in memory.
+
+    `where` is file:line, or file[row]. Of a saved dataset with splits the one named "train" is read.
+
+    Raises:
+        UserError: `data.<name>` is no such file, or a file that cannot be read.
+    """
+    if not isinstance(source, str | Path):
+        return ((f"{name}[{number}]", row) for number, row in enumerate(source))
+    path = Path(source)
+    if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
+        return _dataset_rows(path)
+    if not path.is_file():
+        raise UserError(f"data.{name}: no such file {str(path)!r}")
+    return _json_lines(path)
+
+
+def usable(items: list[Item], noun: str, field: str, limit: int, length: Callable[[Item], int]) -> list[Item]:
+    """Those of at most `limit` tokens; warns about the others, UserError when none is left."""
+    kept = [item for item in items if length(item) <= limit]
+    dropped = len(items) - len(kept)
+    if not kept:
+        raise UserError(
+            f"data: expected at least one {noun} of at most {limit} tokens, got {len(items)} rows, "
+            f"{dropped} of them longer"
+        )
+    if dropped:
+        warnings.warn(f"dropped {dropped} of {len(items)} {noun}s longer than {field} = {limit}", stacklevel=2)
+    return kept
+
+
+def distinct(items: list[Item], noun: str, key: Callable[[Item], Any]) -> list[Item]:
+    """The first of each key, in order; warns how many are dropped."""
+    first: dict[Any, Item] = {}
+    for item in items:
+        first.setdefault(key(item), item)
+    kept = list(first.values())
+    if len(kept) < len(items):
+        warnings.warn(f"dropped {len(items) - len(kept)} of {len(items)} {noun}s that repeat another", stacklevel=2)
+    return kept
+
+
+def is_messages(value: Any) -> bool:
+    """Whether it is a list of role/content messages."""
+    return bool(value) and isinstance(value, list) and all(_is_message(message) for message in value)
+
+
+def tokenise_prompt(prompt: str | list[Any], tokenizer: Any, where: str) -> list[int]:
+    """Token ids of a text, or of messages through the chat template up to where the answer begins."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = apply_template(prompt, tokenizer, where, add_generation_prompt=True)
+    if not ids:
+        raise UserError(f"{where}: the prompt has no tokens")
+    return list(ids)
+
+
+def apply_template(messages: list[Any], tokenizer: Any, where: str, **options: Any) -> list[int]:
+    """Token ids of messages; UserError when there is no chat template or it refuses them."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"{where}: the prompt is a list of messages, but the tokenizer has no chat template")
+    template_error = require("jinja2").TemplateError
+    try:
+        return list(tokenizer.apply_chat_template(messages, return_dict=False, **options))
+    except template_error as error:
+        raise UserError(f"{where}: the chat template refuses the messages: {error}") from error
 
 
 class PromptSampler:
     """Endless batches of row numbers; every prompt once per epoch, a new order in each.
 
-    `order` and `position` are its whole state.
+    `arrange` makes the rows of an epoch out of that order. `order` and `position` are the whole state, the generator
+    aside.
     """
 
-    def __init__(self, size: int, generator: torch.Generator, *, shuffle: bool = True) -> None:
-        self.size, self.generator, self.shuffle = size, generator, shuffle
+    def __init__(
+        self,
+        size: int,
+        generator: torch.Generator,
+        *,
+        shuffle: bool = True,
+        arrange: Callable[[list[int]], list[int]] = list,
+    ) -> None:
+        self.size, self.generator, self.shuffle, self.arrange = size, generator, shuffle, arrange
         self.order: list[int] = []
         self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.position = state["order"], state["position"]
 
     def take(self, count: int) -> list[int]:
         """The next `count` row numbers; a batch may straddle two epochs."""
@@ -86,7 +162,7 @@ class PromptSampler:
         if self.position == len(self.order):
             device = self.generator.device
             permutation = torch.randperm(self.size, generator=self.generator, device=device)
-            self.order = permutation.tolist() if self.shuffle else list(range(self.size))
+            self.order = self.arrange(permutation.tolist() if self.shuffle else list(range(self.size)))
             self.position = 0
         self.position += 1
         return self.order[self.position - 1]
@@ -106,35 +182,41 @@ def make_batch(prompts: Prompts, rows: list[int], pad_id: int, device: torch.dev
     )
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not path.is_file():
-        raise UserError(f"data.prompts: no such file {str(path)!r}")
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}:{number}"
                 try:
-                    yield where, _row(json.loads(line), where)
+                    yield where, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
                 except UnicodeDecodeError as error:
                     raise UserError(f"{where}: not UTF-8") from error
 
 
-def _memory_rows(source: Iterable[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, item in enumerate(source):
-        where = f"prompts[{number}]"
-        yield where, _row({"prompt": item} if isinstance(item, str) else item, where)
+def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    datasets = require("datasets")
+    try:
+        if path.is_dir():
+            rows = datasets.load_from_disk(str(path))
+        else:  # streaming copies nothing into the cache of the library
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        if isinstance(rows, dict):
+            if "train" not in rows:
+                raise UserError(f"{path}: expected a split 'train', got {', '.join(rows)}")
+            rows = rows["train"]
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _row(row: Any, where: str) -> Mapping[str, Any]:
+def _prompt_row(item: Any, where: str) -> Row:
+    row = {"prompt": item} if isinstance(item, str) else item
     prompt = row.get("prompt") if isinstance(row, Mapping) else None
-    messages = (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
-    )
-    if not (isinstance(prompt, str) or messages):
+    if not (isinstance(prompt, str) or is_messages(prompt)):
         raise UserError(f'{where}: expected {{"prompt": text or role/content messages}}, got {row!r}')
     for name in RESERVED:
         if name in row:
@@ -142,22 +224,5 @@ def _row(row: Any, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _tokenise(row: Mapping[str, Any], tokenizer: Any, where: str) -> list[int]:
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise UserError(f"{where}: the prompt is a list of messages, but the tokenizer has no chat template")
-    else:
-        ids = _apply_template(prompt, tokenizer, where)
-    if not ids:
-        raise UserError(f"{where}: the prompt has no tokens")
-    return list(ids)
-
-
-def _apply_template(messages: Any, tokenizer: Any, where: str) -> Any:
-    template_error = require("jinja2").TemplateError
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except template_error as error:
-        raise UserError(f"{where}: the chat template refuses the messages: {error}") from error
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()

@@ -11,6 +11,14 @@ class UserError(ValueError):
     """An input the user can correct: one sentence; the command line prints it without a traceback."""
 
 
+class NotFiniteError(UserError):
+    """A NaN or an infinity in a named tensor; `rows` are the responses of the batch concerned, None: all."""
+
+    def __init__(self, message: str, rows: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 def require(module: str) -> Any:
     """Import an optional dependency on use; UserError with the install command when it is missing."""
     try:

@@ -14,7 +14,7 @@ from ppo_fast import ops
 
 from .advantages import Targets
 from .config import PPOConfig
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .rewards import Rewards
 from .rollout import Rollout
 from .update import UpdateStats
@@ -39,6 +39,7 @@ def collect(
         | _update(stats, config)
         | _lengths(rollout, rewards)
         | {"value/explained_variance": explained_variance(rollout.values, targets.returns, rollout.mask)}
+        | ({} if rewards.spread is None else {"hacking/ensemble_std": rewards.spread.mean()})
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
@@ -46,19 +47,25 @@ def collect(
         if not math.isfinite(value):
             raise UserError(f"{name} is not finite: {value}")
     metrics |= _repetition(rewards.completion_ids)
-    metrics |= {"lr": stats.lr, "memory/peak": _peak_memory(rollout.mask.device)}
+    metrics |= {
+        "lr": stats.lr,
+        "filter/rejected": float(rewards.verdicts.count(False)),
+        "filter/masked": float(config.rollout.batch_size - len(rewards.verdicts)),
+        "nan/skipped_steps": float(stats.skipped),
+        "memory/peak": _peak_memory(rollout.mask.device),
+    }
     metrics |= {f"time/{stage}": value for stage, value in seconds.items()}
     tokens = metrics["length/mean"] * len(rollout.mask)
     return metrics | {"tokens_per_second": tokens / max(sum(seconds.values()), 1e-9)}
 
 
 def require_finite(**tensors: Tensor) -> None:
-    """UserError with the name of the first tensor that holds a NaN or an infinity."""
+    """NotFiniteError with the name of the first tensor that holds a NaN or an infinity."""
     finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
     for name, ok in zip(tensors, finite, strict=True):
         if not ok:
             values = tensors[name].flatten()
-            raise UserError(f"{name} is not finite: {values[~values.isfinite()][0].item()}")
+            raise NotFiniteError(f"{name} is not finite: {values[~values.isfinite()][0].item()}")
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Policy, frozen reference and value model, and the one forward pass that scoring and update share."""
+"""Policy, frozen reference and value model."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import ModelConfig, WeightsConfig
 from .errors import UserError, require
+from .forward import backbone_of, check_linear, model_inputs
 
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
 
@@ -42,6 +42,7 @@ class Models:
     tokenizer: Any
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
     eos_id: int  # ends a response
+    linear: bool  # scoring and update use the linear ops; False: the policy's own logits
 
     @property
     def device(self) -> torch.device:
@@ -56,28 +57,71 @@ def load_models(
     tokenizer: Any = None,
 ) -> Models:
     """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
-    transformers = require("transformers")
-    if (policy is None or tokenizer is None) and config.path is None:
-        raise UserError("model.path: expected a model directory or hub id, got null")
-    dtype = getattr(torch, config.dtype)
-    if policy is None:
-        policy = _pretrained(transformers.AutoModelForCausalLM, config.path, dtype=dtype)
-    if tokenizer is None:
-        tokenizer = _pretrained(transformers.AutoTokenizer, config.path)
-    if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer: expected an EOS token, got none")
-    policy = disable_dropout(policy.to(generator.device))
-    _make_saveable(policy)
+    policy, tokenizer = load_policy(config, generator.device, policy, tokenizer)
     value = disable_dropout(make_value_model(config, policy, generator))
-    pad_id = tokenizer.pad_token_id
     return Models(
         policy=policy,
         reference=copy.deepcopy(policy).requires_grad_(False),
         value=value,
         tokenizer=tokenizer,
-        pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
+        pad_id=padding_id(tokenizer),
         eos_id=tokenizer.eos_token_id,
+        linear=config.logits == "linear",
     )
+
+
+def load_policy(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """`load_causal`; UserError for a model whose log-probabilities cannot be had as `config.logits` wants them."""
+    model, tokenizer = load_causal(config, device, model, tokenizer)
+    if config.logits == "linear":
+        check_linear(model)
+    return model, tokenizer
+
+
+def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The causal LM and tokenizer given, or what `config` names in place of None; dropout off, fit to be saved."""
+    transformers = require("transformers")
+    if (model is None or tokenizer is None) and config.path is None:
+        raise UserError("model.path: expected a model directory or hub id, got null")
+    trust = config.trust_remote_code
+    if model is None:
+        dtype = getattr(torch, config.dtype)
+        model = load_pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
+    model = disable_dropout(model.to(device))
+    _make_saveable(model)
+    return model, load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
+
+
+def load_reward_model(field: str, path: str, dtype: torch.dtype, trust: bool = False) -> Any:
+    """The sequence classification model at `path`, None when there is another kind of model.
+
+    Raises UserError naming `field` unless it has a linear head "score" with one output.
+    """
+    transformers = require("transformers")
+    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return None
+    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
+    return model
+
+
+def load_tokenizer(path: str | None, trust: bool = False) -> Any:
+    """The tokenizer at `path`; UserError when it has no EOS token."""
+    return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
+
+
+def checked_tokenizer(tokenizer: Any) -> Any:
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer: expected an EOS token, got none")
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up batches; attention masks say what counts, so that EOS will do where there is none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generator) -> ValueModel:
@@ -88,9 +132,9 @@ def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generato
     Raises UserError for a `value_path` that is no such model or knows fewer tokens than the policy.
     """
     if config.value_path is None:
-        backbone, scores = copy.deepcopy(policy.base_model), None
+        backbone, scores = copy.deepcopy(backbone_of(policy)), None
     else:
-        backbone, scores = _load_backbone(config.value_path, policy.dtype)
+        backbone, scores = _load_backbone(config.value_path, policy.dtype, config.trust_remote_code)
     known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
     if known < needed:
         raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
@@ -125,30 +169,17 @@ def disable_dropout(model: Any) -> Any:
     return model.eval()
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """cumsum(mask) - 1 [B, L] int64: the first real token is position 0, however much padding is before it."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a forward pass over left-padded ids [B, L]; positions only where the model takes them."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = position_ids(attention_mask)
-    return inputs
-
-
-def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
-    inputs: dict[str, Any] = model_inputs(model, input_ids, attention_mask)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = length + 1
-    return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
-
-
 def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
     """Values [B, T] float32 of the states before each response token; T = `length`."""
     return model(input_ids, attention_mask)[:, -length - 1 : -1]
+
+
+def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Scores [B] of a reward model at the last counted token of rows [B, L], padded on either side."""
+    scores = ValueModel(model.base_model, model.score)(input_ids, attention_mask)
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = torch.where(attention_mask, position, 0).argmax(dim=1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)
 
 
 @contextlib.contextmanager
@@ -180,36 +211,35 @@ def _make_saveable(policy: Any) -> None:
             raise UserError(f"model.path: its generation config cannot be saved: {reason}") from error
 
 
-def _load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, nn.Linear | None]:
+def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.Linear | None]:
     """The backbone at `path`, and its scalar head if it has one."""
     transformers = require("transformers")
     if (Path(path) / VALUE_FILE).is_file():
         return _load_saved_value(Path(path), dtype)
-    architectures = _pretrained(transformers.AutoConfig, path).architectures or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
-        return _pretrained(transformers.AutoModel, path, dtype=dtype), None
-    model = _pretrained(transformers.AutoModelForSequenceClassification, path, dtype=dtype)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"model.value_path: expected a linear head 'score' with one output, got {head} in {path!r}")
-    return model.base_model, head
+    model = load_reward_model("model.value_path", path, dtype, trust)
+    if model is None:
+        return load_pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
+    return model.base_model, model.score
 
 
 def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Linear]:
     """The value model that a run left beside its policy."""
-    shape = _pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
+    shape = load_pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
     backbone = require("transformers").AutoModel.from_config(shape, dtype=dtype)
     saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32))
     saved.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
     return saved.backbone, saved.head
 
 
-def _pretrained(loader: Any, path: str | None, **options: Any) -> Any:
+def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
+    """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
     failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
     try:
         with no_progress_bars():
-            return loader.from_pretrained(path, trust_remote_code=False, **options)
+            return loader.from_pretrained(path, trust_remote_code=trust, **options)
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
         raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error

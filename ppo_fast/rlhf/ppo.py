@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-import warnings
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,27 @@ from typing import Any
 import torch
 
 from .advantages import compute_targets
-from .checkpoint import save_models
+from .callables import forget_modules, load_callable
+from .checkpoint import load_weights, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
+from .curriculum import make_arrangement
 from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
-from .errors import UserError
+from .errors import NotFiniteError, UserError
+from .evaluation import Evaluation, load_evaluation
+from .failures import save_failure
+from .loop import Loop
 from .metrics import collect, require_finite
 from .models import Models, load_models
-from .rewards import KLCoefficient, RewardFunction, compute_rewards, load_reward_function
-from .rollout import generate, score, warn_about_filters
-from .runlog import CHECKPOINTS, FINAL, RunLog
+from .monitors import Monitors
+from .reference import Reference
+from .resume import failed_writes_told, inputs, load_start
+from .reward_sources import RewardFunction, load_sources
+from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
+from .rollout import Generation, generate, score, warn_about_filters
+from .runlog import BEST, FINAL, RunLog
+from .runtime import Stopwatch, find_device, threads, warn_about_precision
+from .signals import StopSignals
 from .update import Learner
 
 
@@ -38,43 +48,92 @@ class PPOResult:
 
 
 @dataclass
-class Run:
+class Run(Loop):
     """The moving parts of a run and one turn of its loop."""
 
     config: PPOConfig
     models: Models
     data: Prompts
-    reward_fn: RewardFunction
-    generator: torch.Generator  # every random number of the run
+    scorer: Scorer
+    evaluation: Evaluation | None
+    generator: torch.Generator  # every random number of the run, those of the evaluation aside
+    length = "updates"
 
     def __post_init__(self) -> None:
-        self.sampler = PromptSampler(len(self.data.token_ids), self.generator, shuffle=self.config.data.shuffle)
+        settings, arrange = self.config.data, make_arrangement(self.data, self.config.data)
+        count = len(self.data.token_ids)
+        self.sampler = PromptSampler(count, self.generator, shuffle=settings.shuffle, arrange=arrange)
         self.learner = Learner(self.models, self.config)
+        self.reference = Reference(self.models, self.config.reference)
+        self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
+        self.inputs = inputs(self.models.reference, {"prompts": self.data.token_ids})
+        self.total = self.config.updates
         # Scored in the batches of the update, the logits of the whole rollout never exist.
         optim, rollout = self.config.optim, self.config.rollout
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
+
+    def loop(self, log: RunLog, stop: StopSignals) -> None:  # type: ignore[override]  # a StageLog of updates
+        """The updates still to do, each a safe point to save and to stop at."""
+        if self.evaluation is not None:
+            self.evaluation.begin()
+        super().loop(log, stop)
 
     def step(self, update: int, log: RunLog) -> None:
         """Update number `update`, counted from 1: sample, score, improve, report."""
         config, clock = self.config, Stopwatch(self.models.device)
         with clock("rollout"):
             generation = generate(self.models, self._next_prompts(), config.rollout, self.generator)
-        with clock("logprobs"):
-            rollout = score(self.models, generation, self.scoring)
-            require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
-        with clock("score"):
-            rewards = compute_rewards(rollout, self.models.tokenizer, self.reward_fn, self.kl, config.reward)
-        with clock("update"):
-            targets = compute_targets(rollout, rewards, config.advantage)
-            stats = self.learner.update(rollout, targets, self.kl.coef, update - 1, self.generator)
-            self.kl.update(rewards.kl)
-        metrics = collect(rollout, rewards, targets, stats, config, clock.seconds)
-        log.write(update, metrics, stats.note)
-        log.write_samples(update, rollout, rewards)
-        if config.log.save_every and update % config.log.save_every == 0:
-            save_models(self.models, log.directory / CHECKPOINTS / f"update-{update:06d}")
+        with self._on_nan(update, log, generation) as seen:
+            with clock("logprobs"):
+                rollout = score(self.models, generation, self.scoring)
+                seen.append(rollout)
+                require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
+            with clock("score"):
+                rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
+                rollout, rewards = without_masked(rollout, rewards)
+                seen[:] = [rollout, rewards]
+                require_finite(rewards=rewards.rewards)
+            with clock("update"):
+                targets = compute_targets(rollout, rewards, config.advantage)
+                seen.append(targets)
+                stats = self.learner.update(rollout, targets, self.kl.coef, update - 1, self.generator)
+                self.kl.update(rewards.kl)
+                self.reference.update(update)
+            metrics = collect(rollout, rewards, targets, stats, config, clock.seconds)
+            metrics |= {"nan/skipped_batches": float(self.skipped)}
+            notes = [stats.note, *self.monitors.watch(metrics)]
+            if self.evaluation is not None and self.evaluation.due(update):
+                measured, note = self.evaluation.run(log.directory / BEST)
+                metrics, notes = metrics | measured, [*notes, note]
+                log.write_answers(update, self.evaluation.answers)
+            log.write(update, metrics, "; ".join(filter(None, notes)) or None)
+            log.write_samples(update, rollout, rewards)
+
+    @contextlib.contextmanager
+    def _on_nan(self, update: int, log: RunLog, generation: Generation) -> Iterator[list[Any]]:
+        """Stop at a number that is not finite, with all that was `seen` saved, or give the batch up and count it."""
+        seen: list[Any] = []
+        try:
+            yield seen
+        except NotFiniteError as error:
+            generation = seen[0].generation if seen else generation
+            self.give_up(update, log, error, functools.partial(save_failure, self.models, generation, seen))
+
+    def _write(self, directory: Path) -> None:
+        write_models(self.models, directory)
+
+    def _load(self, directory: Path) -> None:
+        load_weights(self.models, directory)
+
+    def _parts(self) -> dict[str, Any]:
+        """What changes during a run, the weights of policy and value model aside."""
+        named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
+        parts = {name: getattr(self, name) for name in named}
+        users = [getattr(source, "function", None) for source in self.scorer.sources]
+        parts |= {"reward": users[0], "filter": self.scorer.filter}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
 
     def _next_prompts(self) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt
@@ -90,6 +149,8 @@ def train_ppo(
     prompts: Iterable[Any] | None = None,
     policy: Any = None,
     tokenizer: Any = None,
+    eval_prompts: Iterable[Any] | None = None,
+    resume: bool = False,
 ) -> PPOResult:
     """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
 
@@ -100,82 +161,47 @@ def train_ppo(
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
         tokenizer: the one the policy was made with.
+        eval_prompts: held-out prompts, in the forms of `prompts`.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped. The
+            inputs are those the run was begun with; of the config, `updates` and `log` may differ. Another number of
+            updates stretches the learning-rate schedule.
 
     Raises:
-        UserError: an input that cannot be used, a failing reward function, a NaN; one sentence, which names the
-            update. What was saved before stays as it is.
+        UserError: an input that cannot be used, a failing reward function, a NaN, a full disk; one sentence, which
+            names the update. What was saved before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the update when a checkpoint is saved.
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
-    log = RunLog(config)
+    start = load_start(config, "updates", "log") if resume else None
+    log = RunLog(config, resume=start.state["log"] if start else None)
     warn_about_filters(config.rollout)
-    generator = torch.Generator(_device(config.model.device)).manual_seed(config.seed)
-    with _threads(config.threads):
-        reward_fn = reward_fn or load_reward_function(config.reward.function)
+    forget_modules()
+    generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
+    with threads(config.threads):
+        filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
-        _check_vocabulary(models, data)
-        _check_context(config, models, data)
-        _warn_about_precision(models, config)
-        run = Run(config, models, data, reward_fn, generator)
-        with log:
+        warn_about_precision(models.policy, config.optim)
+        scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
+        evaluation = load_evaluation(config, models, scorer, eval_prompts)
+        for asked in (data, evaluation.data) if evaluation else (data,):
+            _check_vocabulary(models, asked)
+            _check_context(config, models, asked)
+        run = Run(config, models, data, scorer, evaluation, generator)
+        if start is not None:
+            run.restore(start)
+        with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
             save_config(config, log.directory / "config.yaml")
-            for update in range(1, config.updates + 1):
-                with _named(f"update {update}"):
-                    run.step(update, log)
+            run.loop(log, stop)
             final = save_models(models, log.directory / FINAL)
     return PPOResult(log.directory, final, log.history, models)
-
-
-class Stopwatch:
-    """Wall seconds by stage name; waits for the device at the end of a stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] = time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Put `where` in front of the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name not in usable:
-        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
-    return torch.device(name)
 
 
 def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
     source = config.data.prompts if prompts is None else prompts
     if source is None:
-        raise UserError("data.prompts: expected a JSONL file, got null")
+        raise UserError("data.prompts: expected a file of prompts, got null")
     return source
 
 
@@ -184,15 +210,6 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
-
-
-def _warn_about_precision(models: Models, config: PPOConfig) -> None:
-    if models.policy.dtype == torch.bfloat16:
-        warnings.warn(
-            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.optim.lr:g}; "
-            "set model.dtype to float32 unless the reward rises",
-            stacklevel=3,
-        )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

@@ -1,14 +1,9 @@
-"""From responses to a reward per token: the user's score, its clip and penalties, and the KL to the reference."""
+"""From responses to a reward per token: the sources' scores combined, clip, penalties, filter, KL to the reference."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +11,25 @@ from torch import Tensor
 
 from ppo_fast import ops
 
+from .callables import call, listed
 from .config import KLConfig, RewardConfig
-from .errors import UserError
-from .rollout import Rollout
+from .errors import UserError, check
+from .reward_sources import Responses, Score
+from .rollout import Rollout, select
 
-RewardFunction = Callable[..., Sequence[Any]]
+
+@dataclass(frozen=True)
+class Scores:
+    """What the sources and the filter make of responses."""
+
+    rows: Tensor  # [B, T] float32: on the tokens that earned them; clipped, less penalties; 0 where masked
+    verdicts: list[Any]  # [B] True, False or "mask"
+    spread: Tensor | None  # [B] float32
+
+    @property
+    def totals(self) -> Tensor:
+        """[B] float32."""
+        return self.rows.sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,13 @@ class Rewards:
     """What a rollout earned."""
 
     rewards: Tensor  # [B, T] float32: score on the last counted token (or spread) - kl_coef * k1; 0 where masked
-    scores: Tensor  # [B] float32: clipped score, missing-EOS penalty included
+    scores: Tensor  # [B] float32: clipped score, penalties included
     kl: Tensor  # [B, T] float32: logprob - ref_logprob; 0 where masked
     kl_coef: Tensor  # 0-d float32: the coefficient these rewards were made with
     completion_ids: list[list[int]]  # [B] the counted tokens of each response, EOS included
     completions: list[str]  # [B] decoded responses without special tokens
+    verdicts: list[Any]  # [B] of the filter: True, False (rejected) or "mask"
+    spread: Tensor | None  # [B] float32: standard deviation of the sources' scores; None where they are summed
 
 
 class KLCoefficient:
@@ -54,115 +65,159 @@ class KLCoefficient:
             error = (kl.sum(dim=1).mean() / self.config.target - 1).clamp(-0.2, 0.2)
             self.coef = self.coef * (1 + error * len(kl) / self.config.horizon)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef}
 
-def load_reward_function(spec: str | None) -> RewardFunction:
-    """Load "path/to/file.py:function"; UserError when there is no such file or function, or the file fails."""
-    path, separator, name = (spec or "").rpartition(":")
-    if not separator:
-        raise UserError(f"reward.function: expected 'path/to/file.py:function', got {spec!r}")
-    if not Path(path).is_file():
-        raise UserError(f"reward.function: no such file {path!r}")
-    module_spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"reward.function: expected a Python file, got {path!r}")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their module up there
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward.function: {path!r} does not import: {_told(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward.function: no function {name!r} in {path!r}")
-    return function
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        coef = state["coef"]
+        self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
 
 
-def compute_rewards(
-    rollout: Rollout,
-    tokenizer: Any,
-    function: RewardFunction,
-    kl: KLCoefficient,
-    config: RewardConfig,
-) -> Rewards:
+class Scorer:
+    """Every source of reward in one: each normalised, weighted, then combined.
+
+    With weights w, sources s and their sum W = sum_s w_s: sum = sum_s w_s r_s; mean = sum / W; min = the w_s r_s that
+    is lowest in total; mean-std = mean - std_coef * sqrt(sum_s w_s (r_s - mean)^2 / W), of the totals.
+    Source: Coste et al. 2024, arXiv:2310.02743, section 3.
+
+    Raises UserError when the weights do not fit the sources.
+    """
+
+    def __init__(
+        self, sources: Sequence[Callable[[Responses], list[Score]]], config: RewardConfig, filter_fn: Any = None
+    ) -> None:
+        self.sources, self.config, self.filter = sources, config, filter_fn
+        count = len(sources)
+        weights = config.weights or (1.0,) * count
+        check(len(weights) == count, "reward.weights", f"one for each of the {count} sources", config.weights)
+        self.weights = torch.tensor(weights)
+        self.running = [RunningStats() for _ in sources]
+
+    def __call__(self, responses: Responses, mask: Tensor, *, learn: bool = True) -> Scores:
+        """Score responses whose counted tokens are the True of mask [B, T]; `learn`: take them into the statistics."""
+        last, config = _is_last(mask), self.config
+        rows, spread = self._combined([self._rows(n, responses, mask, learn) for n in range(len(self.sources))], last)
+        if config.clip is not None:
+            rows = rows.clamp(-config.clip, config.clip)
+        penalty = config.length_penalty * mask.sum(dim=1)
+        ended = torch.tensor(responses.ended, device=mask.device)
+        penalty = penalty + torch.where(ended, 0.0, config.missing_eos_penalty)
+        rows = rows - torch.where(last, penalty[:, None], 0.0)
+        verdicts = self._verdicts(responses)
+        rejected = torch.tensor([verdict is False for verdict in verdicts], device=mask.device)[:, None]
+        return Scores(torch.where(rejected, last * config.rejected_score, rows), verdicts, spread)
+
+    def _combined(self, sources: list[Tensor], last: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [B, T] of all sources in one, and the deviation [B] between them."""
+        rows, weights = torch.stack(sources), self.weights.to(last.device)
+        weighted = rows * weights[:, None, None]
+        if self.config.combine == "sum":
+            return weighted.sum(dim=0), None
+        mean = weighted.sum(dim=0) / weights.sum()
+        deviations = rows.sum(dim=-1) - mean.sum(dim=-1)
+        std = ((weights[:, None] * deviations**2).sum(dim=0) / weights.sum()).sqrt()
+        if self.config.combine == "min":
+            lowest = weighted.sum(dim=-1).argmin(dim=0)
+            return weighted[lowest, torch.arange(len(last), device=last.device)], std
+        price = self.config.std_coef if self.config.combine == "mean-std" else 0.0
+        return mean - torch.where(last, price * std[:, None], 0.0), std
+
+    def _verdicts(self, responses: Responses) -> list[Any]:
+        if self.filter is None:
+            return [True] * len(responses.completions)
+        answer = call("filter", self.filter, **responses.arguments())
+        verdicts = listed("filter", "verdicts", answer, len(responses.completions))
+        for sample, verdict in enumerate(verdicts):
+            known = isinstance(verdict, bool) or verdict == "mask"
+            check(known, "filter", f"True, False or 'mask' for sample {sample}", verdict)
+        return verdicts
+
+    def _rows(self, number: int, responses: Responses, mask: Tensor, learn: bool) -> Tensor:
+        """Scores [B, T] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
+        source, running = self.sources[number], self.running[number]
+        rows = _spread(source(responses), mask)
+        if self.config.normalise == "running" and learn:
+            running.update(rows.sum(dim=-1))
+        stats = {"running": running.stats(), "saved": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
+        mean, std = stats[self.config.normalise]
+        return torch.where(mask, rows / std, 0.0) - torch.where(_is_last(mask), mean / std, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"running": [stats.state_dict() for stats in self.running]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for stats, saved in zip(self.running, state["running"], strict=True):
+            stats.load_state_dict(saved)
+
+
+class RunningStats:
+    """Mean and standard deviation of all numbers seen, batch by batch.
+
+    Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Take in values [B]."""
+        values = values.double()
+        count, mean = len(values), values.mean().item()
+        total = self.count + count
+        self.squares += ((values - mean) ** 2).sum().item() + (mean - self.mean) ** 2 * self.count * count / total
+        self.mean += (mean - self.mean) * count / total
+        self.count = total
+
+    def stats(self) -> tuple[float, float]:
+        """Mean and population standard deviation; 1 in place of a deviation of 0."""
+        return self.mean, (self.squares / max(self.count, 1)) ** 0.5 or 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def compute_rewards(rollout: Rollout, tokenizer: Any, scorer: Scorer, kl: KLCoefficient) -> Rewards:
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
-    mask = rollout.mask
-    lengths = mask.sum(dim=1).tolist()
-    ids = [row[:length] for row, length in zip(rollout.generation.responses.tolist(), lengths, strict=True)]
-    completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    prompts = rollout.generation.prompts
-    answer = _call(function, prompts=prompts.prompts, completions=completions, completion_ids=ids, **prompts.columns)
-    spread = _spread(_validated(answer, ids), lengths, mask, config.clip)
-    penalty = torch.where(rollout.generation.ended, 0.0, config.missing_eos_penalty)
-    rewards = spread + torch.where(_is_last(mask), -penalty[:, None], 0.0)
-    scores = rewards.sum(dim=1)
+    mask, responses = rollout.mask, Responses.of(rollout.generation, tokenizer)
+    scores = scorer(responses, mask)
     k1 = torch.where(mask, ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, kl.config.reward_estimator), 0.0)
+    rewards = scores.rows
     if kl.config.in_reward and (isinstance(kl.coef, Tensor) or kl.coef != 0):
         rewards = rewards - kl.coef * k1
-    return Rewards(rewards, scores, k1, torch.as_tensor(kl.coef, device=mask.device), ids, completions)
+    return Rewards(
+        rewards=rewards,
+        scores=scores.totals,
+        kl=k1,
+        kl_coef=torch.as_tensor(kl.coef, device=mask.device),
+        completion_ids=responses.completion_ids,
+        completions=responses.completions,
+        verdicts=scores.verdicts,
+        spread=scores.spread,
+    )
 
 
-def _call(function: RewardFunction, **arguments: Any) -> Any:
-    try:
-        return function(**arguments)
-    except Exception as error:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise UserError(f"the reward function {name!r} failed with {_told(error)}") from error
+def without_masked(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards]:
+    """Leave out the responses that the filter masks; UserError when none is left."""
+    rows = [row for row, verdict in enumerate(rewards.verdicts) if verdict != "mask"]
+    if len(rows) == len(rewards.verdicts):
+        return rollout, rewards
+    if not rows:
+        raise UserError(f"filter: expected one response or more to be kept, got 'mask' for all {len(rewards.verdicts)}")
+    return select(rollout, rows), select(rewards, rows)
 
 
-def _told(error: BaseException) -> str:
-    """Type and message of an error in the user's code, and the innermost line of the user's file, in one line."""
-    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
-    lines = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename]
-    return f"{message} ({Path(theirs[0].filename).name}:{lines[-1]})" if theirs else message
-
-
-def _validated(answer: Any, ids: list[list[int]]) -> list[float | list[float]]:
-    """A number per response or a list of numbers per response, all finite."""
-    try:
-        answer = list(_plain(answer))
-    except TypeError as error:
-        raise UserError(f"reward function: expected a list of {len(ids)} scores, got {answer!r}") from error
-    if len(answer) != len(ids):
-        raise UserError(f"reward function: expected {len(ids)} scores, one per completion, got {len(answer)}")
-    checked: list[float | list[float]] = []
-    for sample, (score, tokens) in enumerate(zip(map(_plain, answer), ids, strict=True)):
-        per_token = isinstance(score, list | tuple)
-        values = [_number(value, sample) for value in (score if per_token else [score])]
-        if per_token and len(values) != len(tokens):
-            raise UserError(
-                f"reward function: expected {len(tokens)} scores for the tokens of sample {sample}, got {len(values)}"
-            )
-        checked.append(values if per_token else values[0])
-    return checked
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and lists of tensors and of NumPy arrays."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _number(value: Any, sample: int) -> float:
-    value = _plain(value)
-    try:
-        finite = math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max
-    except (TypeError, OverflowError):
-        finite = False
-    if not finite:
-        raise UserError(f"reward function: expected a finite score for sample {sample}, got {value!r}")
-    return float(value)
-
-
-def _spread(scores: list[float | list[float]], lengths: list[int], mask: Tensor, clip: float | None) -> Tensor:
-    """[B, T] float32: a list goes on its tokens, a number on the last counted token; both clipped."""
+def _spread(scores: list[Score], mask: Tensor) -> Tensor:
+    """[B, T] float32: a list goes on its tokens, a number on the last counted token."""
     rows = torch.zeros(mask.shape)
-    for row, score, length in zip(rows, scores, lengths, strict=True):
+    for row, score, length in zip(rows, scores, mask.sum(dim=1).tolist(), strict=True):
         if isinstance(score, list):
             row[:length] = torch.tensor(score)
         else:
             row[length - 1] = score
-    return (rows if clip is None else rows.clamp(-clip, clip)).to(mask.device)
+    return rows.to(mask.device)
 
 
 def _is_last(mask: Tensor) -> Tensor:

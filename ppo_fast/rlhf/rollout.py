@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from ppo_fast import ops
 
 from .config import RolloutConfig
 from .data import PromptBatch
-from .errors import require
-from .models import Models, response_logits, response_values
+from .errors import UserError, require
+from .forward import response_stats
+from .models import Models, response_values
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Generation:
     prompts: PromptBatch
     input_ids: Tensor  # [B, L] int64: prompt left-padded, then the response right-padded
     attention_mask: Tensor  # [B, L] bool, True: a prompt token or a counted response token
-    mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS included
-    ended: Tensor  # [B] bool, True: the response has an EOS
+    mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS or stop string included
+    ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
 
     @property
@@ -75,17 +76,41 @@ class Sampler:
         return (probs / race).argmax(dim=-1)
 
 
+class StopStrings:
+    """A stopping criterion that keeps where each response first had a stop string; the prompt is not looked at.
+
+    `stopped_at` [B] int64 is the position of the token that completes it, beyond every response where there is none.
+    """
+
+    def __init__(self, config: RolloutConfig, tokenizer: Any, prompts: Tensor) -> None:
+        self.width, self.never = prompts.shape[1], config.max_new_tokens
+        self.stopped_at = torch.full((len(prompts),), self.never, device=prompts.device)
+        if config.stop:
+            try:
+                self.found = require("transformers").StopStringCriteria(tokenizer, list(config.stop))
+            except ValueError as error:
+                kind = type(tokenizer).__name__
+                raise UserError(f"rollout.stop: expected a tokenizer that can spell any text, got {kind}") from error
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        response = input_ids[:, self.width :]
+        found: Tensor = self.found(response, scores)
+        self.stopped_at = torch.where(found, self.stopped_at.clamp_max(response.shape[1] - 1), self.stopped_at)
+        return self.stopped_at < self.never
+
+
 @torch.no_grad()
 def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, generator: torch.Generator) -> Generation:
     """Sample one response of at most `max_new_tokens` tokens to each prompt."""
     width = config.micro_batch_size or len(prompts.prompts)
     chunks = zip(prompts.input_ids.split(width), prompts.attention_mask.split(width), strict=True)
     parts = [_generate(models, ids, attention, config, generator) for ids, attention in chunks]
-    length = max(tokens.shape[1] for tokens, _ in parts)
-    responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _ in parts])
-    ended_at = first_eos(responses, models.eos_id)
+    length = max(tokens.shape[1] for tokens, _, _ in parts)
+    responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _, _ in parts])
+    stopped_at = torch.cat([stops for _, _, stops in parts])
+    ended_at = torch.minimum(first_eos(responses, models.eos_id), stopped_at)
     mask = torch.arange(length, device=responses.device) < (ended_at + 1)[:, None]
-    logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values in parts])
+    logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values, _ in parts])
     return Generation(
         prompts=prompts,
         input_ids=torch.cat([prompts.input_ids, torch.where(mask, responses, models.pad_id)], dim=1),
@@ -99,17 +124,46 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
 @torch.no_grad()
 def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
     """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
-    width = config.micro_batch_size or len(generation.mask)
-    fields = (generation.input_ids, generation.attention_mask, generation.responses, generation.mask)
-    columns = []
-    for ids, attention, responses, mask in zip(*(field.split(width) for field in fields), strict=True):
-        inputs = (ids, attention, mask.shape[1])
-        counted: dict[str, Any] = {"mask": mask, "temperature": config.temperature}
-        stats = ops.token_stats(response_logits(models.policy, *inputs), responses, **counted)
-        reference = ops.token_logprobs(response_logits(models.reference, *inputs), responses, **counted)
+    columns, batches = [], alike(generation.attention_mask, config.micro_batch_size or len(generation.mask))
+    for rows in batches:
+        both, response = used_columns(generation.attention_mask[rows], generation.mask[rows])
+        mask, responses = generation.mask[rows, response], generation.responses[rows, response]
+        inputs = (generation.input_ids[rows, both], generation.attention_mask[rows, both], mask.shape[1])
+        options: dict[str, Any] = {"linear": models.linear, "mask": mask, "temperature": config.temperature}
+        stats, reference = (
+            response_stats(model, inputs, responses, **options) for model in (models.policy, models.reference)
+        )
         values = torch.where(mask, response_values(models.value, *inputs), 0.0)
-        columns.append((stats.logprobs, reference, stats.entropy, values))
-    return Rollout(generation, *(torch.cat(column) for column in zip(*columns, strict=True)))
+        found = (stats.logprobs, reference.logprobs, stats.entropy, values)
+        columns.append([_pad_right(values, generation.mask.shape[1], 0.0) for values in found])
+    back = torch.cat(batches).argsort()
+    return Rollout(generation, *(torch.cat(column)[back] for column in zip(*columns, strict=True)))
+
+
+def alike(attention_mask: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Rows of micro-batches of `size`, those of like length together; in order where one batch holds them all."""
+    if size >= len(attention_mask):
+        return (torch.arange(len(attention_mask), device=attention_mask.device),)
+    return attention_mask.sum(dim=1).argsort(stable=True).split(size)
+
+
+def used_columns(attention_mask: Tensor, mask: Tensor) -> tuple[slice, slice]:
+    """Columns that are not padding in every row: of token ids [B, L], and of responses [B, T]."""
+    prompt = attention_mask.shape[1] - mask.shape[1]
+    widest = torch.stack([attention_mask[:, :prompt].sum(dim=1).max(), mask.sum(dim=1).max()])
+    before, after = widest.tolist()
+    return slice(prompt - before, prompt + after), slice(after)
+
+
+def select(value: Any, rows: list[int]) -> Any:
+    """The rows of every tensor [B, ...] and list [B] in nested dataclasses and dicts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: select(getattr(value, field.name), rows) for field in fields(value)})
+    if isinstance(value, dict):
+        return {name: select(item, rows) for name, item in value.items()}
+    if isinstance(value, list):
+        return [value[row] for row in rows]
+    return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 
 def first_eos(responses: Tensor, eos_id: int) -> Tensor:
@@ -130,15 +184,19 @@ def warn_about_filters(config: RolloutConfig) -> None:
 
 def _generate(
     models: Models, ids: Tensor, attention_mask: Tensor, config: RolloutConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Responses [b, t] int64 and their log-probabilities [b, t] float32; what follows an EOS is arbitrary."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Responses [b, t] int64, their log-probabilities [b, t] float32, the ends [b] int64 of their stop strings.
+
+    What follows an EOS or a stop string is arbitrary.
+    """
     transformers = require("transformers")
-    sampler = Sampler(config, generator)
+    sampler, stopper = Sampler(config, generator), StopStrings(config, models.tokenizer, ids)
     settings = transformers.GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
         eos_token_id=models.eos_id,
         pad_token_id=models.pad_id,
+        cache_implementation="static" if config.static_cache else None,
     )
     with _plain_generation_config(models.policy, settings):
         output = models.policy.generate(
@@ -146,8 +204,9 @@ def _generate(
             attention_mask=attention_mask.long(),
             generation_config=settings,
             logits_processor=transformers.LogitsProcessorList([sampler]),
+            stopping_criteria=transformers.StoppingCriteriaList([stopper] if config.stop else []),
         )
-    return output[:, ids.shape[1] :], torch.stack(sampler.logprobs, dim=1)
+    return output[:, ids.shape[1] :], torch.stack(sampler.logprobs, dim=1), stopper.stopped_at
 
 
 @contextlib.contextmanager

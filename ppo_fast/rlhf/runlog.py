@@ -4,109 +4,185 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from .config import PPOConfig
+from .config import PPOConfig, RunLogConfig
 from .errors import UserError, require
 from .rewards import Rewards
 from .rollout import Rollout
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-TENSORBOARD, CHECKPOINTS, FINAL = "tensorboard", "checkpoints", "final"
-REPLACED = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, FINAL)
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
+TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
+REPLACED = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
-class RunLog:
-    """Writes every metric of every update at once, so that a crashed run leaves a readable file.
+def require_free(log: RunLogConfig) -> None:
+    """UserError for a directory that holds what the run would replace, with `overwrite` off."""
+    held = [name for name in REPLACED if (Path(log.dir) / name).exists()]
+    if held and not log.overwrite:
+        raise UserError(f"log.dir: {log.dir!r} already holds {held[0]!r}; choose another or set log.overwrite")
 
-    Use as a context manager; `history` keeps the metrics of the updates so far. UserError, before anything is
-    written, for a directory that holds what the run would replace, with `overwrite` off.
+
+class StageLog:
+    """Writes every metric of every step at once, so that a crashed run leaves a readable file.
+
+    Use as a context manager; `history` keeps the metrics of the `total` steps so far. UserError, before anything is
+    written, for a directory that holds what the run would replace, with `overwrite` off. `resume` is what `position`
+    returned at a checkpoint: the files are cut back to it and go on from there.
     """
 
-    def __init__(self, config: PPOConfig, console: Console | None = None) -> None:
-        self.config, self.log = config, config.log
-        self.directory = Path(config.log.dir)
-        self.history: list[dict[str, float]] = []
-        self.console = console or Console(quiet=not config.log.console)
-        held = [name for name in REPLACED if (self.directory / name).exists()]
-        if held and not self.log.overwrite:
-            raise UserError(
-                f"log.dir: {str(self.directory)!r} already holds {held[0]!r}; choose another or set log.overwrite"
-            )
+    unit = "step"  # what is counted
+    files: tuple[str, ...] = (METRICS,)
 
-    def __enter__(self) -> RunLog:
-        self._empty_directory()
+    def __init__(
+        self,
+        log: RunLogConfig,
+        stage: str,
+        total: int,
+        console: Console | None = None,
+        *,
+        resume: Mapping[str, int] | None = None,
+    ) -> None:
+        if resume is None:
+            require_free(log)
+        self.log, self.stage, self.total, self.resume = log, stage, total, resume
+        self.directory = Path(log.dir)
+        self.history: list[dict[str, float]] = []
+        self.console = console or Console(quiet=not log.console)
+
+    def __enter__(self) -> Self:
+        if self.resume is None:
+            self._empty_directory()
+        else:
+            self._cut_back(self.resume)
+        mode: Literal["w", "a"] = "w" if self.resume is None else "a"
         with contextlib.ExitStack() as resources:
             self._board = self._open_board(resources)
-            self._metrics, self._samples = (
-                resources.enter_context((self.directory / name).open("w", encoding="utf-8"))
-                for name in (METRICS, SAMPLES)
-            )
-            columns = (TextColumn("PPO"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._open = {
+                name: resources.enter_context((self.directory / name).open(mode, encoding="utf-8"))
+                for name in self.files
+            }
+            columns = (TextColumn(self.stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = resources.enter_context(Progress(*columns, console=self.console))
             self._resources = resources.pop_all()
-        self._task = self._progress.add_task("updates", total=self.config.updates)
+        done = self.resume["done"] if self.resume else 0
+        if self.resume:
+            self.console.print(f"resumed after {self.unit} {done}", highlight=False)
+        self._task = self._progress.add_task(self.stage, total=self.total, completed=done)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._resources.close()
 
-    def write(self, update: int, metrics: dict[str, float], note: str | None = None) -> None:
-        """Record the metrics of update number `update`, counted from 1, and a remark about it."""
+    def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
+        """Record the metrics of step number `number`, counted from 1, and a remark about it."""
         self.history.append(metrics)
-        record: dict[str, Any] = {"update": update} | metrics
-        _line(self._metrics, record | ({"note": note} if note else {}))
+        record: dict[str, Any] = {self.unit: number} | metrics
+        _line(self._open[METRICS], record | ({"note": note} if note else {}))
         if self._board is not None:
             for name, value in metrics.items():
-                self._board.add_scalar(name, value, update)
+                self._board.add_scalar(name, value, number)
             self._board.flush()
-        if self.log.print_every and update % self.log.print_every == 0:
-            self.console.print(self._summary(update, metrics), highlight=False, soft_wrap=True)
-        if note:
-            self.console.print(f"update {update}: {note}", style="yellow", highlight=False, soft_wrap=True)
-        self._progress.advance(self._task)
+        if self.log.print_every and number % self.log.print_every == 0:
+            line = f"{number:>5}/{self.total}  {self._summary(metrics)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+        self.note(number, note)
+        self._progress.update(self._task, completed=number)
 
-    def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
-        """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
-        if not self.log.samples_every or update % self.log.samples_every:
-            return
-        table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")
-        prompts = rollout.generation.prompts.prompts
-        scores = rewards.scores[: self.log.samples].tolist()
-        for prompt, response, value in zip(prompts, rewards.completions, scores, strict=False):
-            _line(self._samples, {"update": update, "prompt": prompt, "completion": response, "score": value})
-            table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
-        self.console.print(table)
+    def note(self, number: int, note: str | None) -> None:
+        """Show a remark, if there is one."""
+        if note:
+            self.console.print(f"{self.unit} {number}: {note}", style="yellow", highlight=False, soft_wrap=True)
+
+    def position(self, done: int) -> dict[str, int]:
+        """The steps done and the bytes in each file, flushed to disk: where a resumed run goes on."""
+        for file in self._open.values():
+            os.fsync(file.fileno())
+        return {"done": done} | {name: (self.directory / name).stat().st_size for name in self.files}
+
+    def _summary(self, metrics: dict[str, float]) -> str:
+        shown = (name for name in metrics if name.startswith(("train/", "eval/")) or name == "lr")
+        return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
 
     def _empty_directory(self) -> None:
         """Make the directory, without what an earlier run left there."""
-        for name in (TENSORBOARD, CHECKPOINTS, FINAL):
+        for name in REPLACED[2:]:
             shutil.rmtree(self.directory / name, ignore_errors=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
 
+    def _cut_back(self, position: Mapping[str, int]) -> None:
+        """Drop what was written after the checkpoint, and read the history before it."""
+        for name in self.files:
+            path = self.directory / name
+            size = path.stat().st_size if path.is_file() else 0
+            if size < position[name]:
+                raise UserError(f"resume: expected {position[name]} bytes or more in {str(path)!r}, got {size}")
+            os.truncate(path, position[name])
+        records = map(json.loads, (self.directory / METRICS).read_text(encoding="utf-8").splitlines())
+        self.history = [{k: v for k, v in record.items() if k not in (self.unit, "note")} for record in records]
+
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
         if not self.log.tensorboard:
             return None
         require("tensorboard")
         writer = require("torch.utils.tensorboard").SummaryWriter
-        return resources.enter_context(writer(str(self.directory / TENSORBOARD)))
+        after = self.resume["done"] + 1 if self.resume else None
+        return resources.enter_context(writer(str(self.directory / TENSORBOARD), purge_step=after))
 
-    def _summary(self, update: int, metrics: dict[str, float]) -> str:
+
+class RunLog(StageLog):
+    """The log of a PPO run: updates, and a table of samples now and then."""
+
+    unit = "update"
+    files = (METRICS, SAMPLES, EVALUATIONS)
+
+    def __init__(
+        self, config: PPOConfig, console: Console | None = None, *, resume: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(config.log, "PPO", config.updates, console, resume=resume)
+        self.config = config
+
+    def write_answers(self, update: int, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Record the answers to the held-out prompts, for the comparison in `ppo-fast report`."""
+        for answer in answers:
+            _line(self._open[EVALUATIONS], {"update": update, **answer})
+
+    def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
+        """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
+        log = self.config.log
+        shown = log.samples_every > 0 and update % log.samples_every == 0
+        prompts, scores = rollout.generation.prompts.prompts, rewards.scores.tolist()
+        kept = len(scores) if log.all_samples else log.samples * shown
+        for prompt, response, value in zip(prompts[:kept], rewards.completions, scores, strict=False):
+            _line(self._open[SAMPLES], {"update": update, "prompt": prompt, "completion": response, "score": value})
+        if not shown:
+            return
+        table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")
+        for prompt, response, value in zip(prompts[: log.samples], rewards.completions, scores, strict=False):
+            table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
+        self.console.print(table)
+
+    def _summary(self, metrics: dict[str, float]) -> str:
         loss = self.config.loss
         value = loss.vf_coef * metrics["loss/value"]
         entropy = loss.ent_coef * metrics["policy/entropy"]
         return (
-            f"{update:>5}/{self.config.updates}  reward {metrics['objective/rlhf_reward']:+.3f}  "
+            f"reward {metrics['objective/rlhf_reward']:+.3f}  "
             f"score {metrics['objective/scores']:+.3f}  KL {metrics['objective/kl']:.3f}  "
             f"loss: policy {metrics['loss/policy']:+.4f}  value {value:+.4f}  entropy {-entropy:+.4f}  "
             f"total {metrics['loss/total']:+.4f}  {metrics['tokens_per_second']:.0f} tok/s"

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppo_fast import ops
 
 from .advantages import Targets
-from .config import LossConfig, OptimConfig, PPOConfig
-from .models import Models, response_logits, response_values
-from .rollout import Rollout
+from .config import PPOConfig
+from .errors import NotFiniteError
+from .forward import response_loss
+from .models import Models, response_values
+from .optim import Network, PenaltyCoefficient, schedule
+from .rollout import Rollout, alike, used_columns
 
 Metrics = dict[str, Tensor]
 
@@ -49,14 +52,17 @@ class Minibatch:
             returns=targets.returns,
         )
 
-    def rows(self, index: Tensor | slice) -> Minibatch:
+    def rows(self, index: Tensor) -> Minibatch:
         """The rows at `index`."""
         return Minibatch(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def split(self, size: int) -> Iterator[Minibatch]:
-        """Consecutive micro-batches of `size` rows."""
-        for start in range(0, len(self.mask), size):
-            yield self.rows(slice(start, start + size))
+        """Micro-batches of `size` rows of like length, without the columns that are padding in all of them."""
+        for rows in alike(self.attention_mask, size):
+            both, response = used_columns(self.attention_mask[rows], self.mask[rows])
+            part = self.rows(rows)
+            columns = {name: both if name in ("input_ids", "attention_mask") else response for name in vars(part)}
+            yield Minibatch(**{name: getattr(part, name)[:, used] for name, used in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -67,51 +73,33 @@ class UpdateStats:
     value: Metrics  # metrics of `value_loss`, the same
     grad_norms: Tensor  # [2] float32: policy, value; before clipping, mean over the optimizer steps; 0: no step
     lr: float  # of the policy at the last step
-    note: str | None  # why the epochs stopped early
+    note: str | None  # why the epochs stopped early, or which steps were skipped
+    skipped: int = 0  # optimizer steps left out because a number was not finite
 
 
-class Network:
-    """A trained module with its own AdamW and its own gradient-norm clip."""
+@dataclass(frozen=True)
+class Step:
+    """One minibatch, by its numbers; all on the device."""
 
-    def __init__(self, module: nn.Module, lr: float, config: OptimConfig) -> None:
-        self.config, self.lr = config, lr
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+    epoch: int  # from 0
+    number: int  # of the minibatch in its epoch, from 0
+    rows: Tensor  # [b] int64: rows of the rollout batch
+    policy: Metrics
+    value: Metrics
+    norms: Tensor  # [2] float32: gradient norms of policy and value before clipping
+    taken: bool  # False: target_kl stopped the epochs here
 
-    def step(self, lr_factor: float) -> Tensor:
-        """Clip, step, clear; returns the 0-d gradient norm from before the clip."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
-
-class PenaltyCoefficient:
-    """penalty_coef, fixed or adapted: x2 above 1.5 x target, /2 below target / 1.5, by the mean KL(old || new).
-
-    Source: Schulman et al. 2017, arXiv:1707.06347, section 4.
-    """
-
-    def __init__(self, config: LossConfig, device: torch.device) -> None:
-        self.target = config.penalty_target
-        self.coef: float | Tensor = config.penalty_coef
-        if self.target is not None:
-            self.coef = torch.tensor(config.penalty_coef, dtype=torch.float32, device=device)
-
-    def update(self, approx_kl: Tensor) -> None:
-        """Adapt by the 0-d mean KL per token of the last epoch."""
-        if self.target is not None:
-            up, down = approx_kl > 1.5 * self.target, approx_kl < self.target / 1.5
-            self.coef = self.coef * torch.where(up, 2.0, torch.where(down, 0.5, 1.0))
+    def checked(self) -> dict[str, Tensor]:
+        """What must be finite for the step to be taken, 0-d each, by the name of its metric."""
+        return {
+            "loss/policy": self.policy["policy_loss"],
+            "loss/value": self.value["value_loss"],
+            "loss/total": self.policy["loss"],
+            "policy/approxkl": self.policy["approx_kl"],
+            "policy/ratio_max": self.policy["ratio_max"],
+            "grad_norm/policy": self.norms[0],
+            "grad_norm/value": self.norms[1],
+        }
 
 
 class Learner:
@@ -122,6 +110,7 @@ class Learner:
         self.policy = Network(models.policy, config.optim.lr, config.optim)
         self.value = Network(models.value, config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
+        self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 
     def update(
         self,
@@ -131,30 +120,39 @@ class Learner:
         index: int,
         generator: torch.Generator,
     ) -> UpdateStats:
-        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate."""
+        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
+
+        A step with a number that is not finite changes nothing. With on_nan = "skip" it is left out and counted;
+        else, or when no step is left, NotFiniteError tells the first one, and no later step changes anything either.
+        """
+        whole, steps = Minibatch.whole(rollout, targets), list[Step]()
         first = index * self.config.optim.epochs * self.config.steps_per_epoch
-        epochs: list[list[Metrics]] = [[] for _ in range(self.config.optim.epochs)]
-        value: list[Metrics] = []
-        norms: list[Tensor] = []
+        stop = self.config.on_nan == "stop"
+        failed = torch.zeros((), dtype=torch.bool, device=rollout.mask.device)
         lr_factor, note = 0.0, None
-        for number, minibatch in self._minibatches(Minibatch.whole(rollout, targets), generator):
-            policy_metrics, value_metrics = self.backward(minibatch, kl_coef)
-            epochs[number].append(policy_metrics)
-            value.append(value_metrics)
-            note = self._stop_note(policy_metrics["approx_kl"], number)
+        for epoch, number, rows in self._minibatches(len(whole.mask), generator):
+            policy, value = self.backward(whole.rows(rows), kl_coef)
+            note = self._stop_note(policy["approx_kl"], epoch)
+            norm = torch.stack([self.policy.clip(), self.value.clip()])
+            steps.append(Step(epoch, number, rows, policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
                 break
-            lr_factor = schedule(first + len(norms), self.config)
-            norms.append(torch.stack([self.policy.step(lr_factor), self.value.step(lr_factor)]))
-        last_epoch = next(epoch for epoch in reversed(epochs) if epoch)
-        self.penalty.update(combine(last_epoch)["approx_kl"])
+            not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
+            failed = failed | not_finite if stop else not_finite
+            lr_factor = schedule(first + len(steps) - 1, self.steps, self.config.optim)
+            self.policy.step(lr_factor, failed)
+            self.value.step(lr_factor, failed)
+        good, skipped = finite_steps(steps, stop=stop)
+        norms = [step.norms for step in good if step.taken]
+        self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
         return UpdateStats(
-            policy=combine([metrics for epoch in epochs for metrics in epoch]),
-            value=combine(value),
+            policy=combine([step.policy for step in good]),
+            value=combine([step.value for step in good]),
             grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, device=rollout.mask.device),
             lr=self.config.optim.lr * lr_factor,
-            note=note,
+            note="; ".join(filter(None, [note, *skipped])) or None,
+            skipped=len(skipped),
         )
 
     def backward(self, batch: Minibatch, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
@@ -169,7 +167,6 @@ class Learner:
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
     def _policy_backward(self, micro: Minibatch, kl_coef: float | Tensor, count: Tensor) -> Metrics:
-        inputs = (micro.input_ids, micro.attention_mask, micro.mask.shape[1])
         settings: dict[str, Any] = {
             "penalty_coef": self.penalty.coef,
             "temperature": self.config.rollout.temperature,
@@ -178,19 +175,19 @@ class Learner:
         if self.config.kl.in_loss:
             settings |= {"kl_coef": kl_coef, "kl_estimator": self.config.kl.loss_estimator}
             if self.config.kl.loss_estimator == "full":
-                with torch.no_grad():
-                    reference["ref_logits"] = response_logits(self.models.reference, *inputs)
+                reference["reference"] = self.models.reference
             else:
                 reference["ref_logprobs"] = micro.ref_logprobs
-        output = ops.policy_loss(
-            response_logits(self.models.policy, *inputs),
+        output = response_loss(
+            self.models.policy,
+            (micro.input_ids, micro.attention_mask, micro.mask.shape[1]),
             micro.responses,
             micro.logprobs,
             micro.advantages,
             micro.mask,
             config=self.config.loss.policy_loss(**settings),
+            linear=self.models.linear,
             denominator=count,
-            inplace=True,
             **reference,
         )
         output.loss.backward()
@@ -208,12 +205,20 @@ class Learner:
         (self.config.loss.vf_coef * output.loss).backward()
         return output.metrics
 
-    def _minibatches(self, batch: Minibatch, generator: torch.Generator) -> Iterator[tuple[int, Minibatch]]:
-        """(epoch, minibatch) in a new order every epoch."""
+    def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Tensor]]:
+        """(epoch, number in it, rows of the minibatch), in a new order every epoch."""
         for epoch in range(self.config.optim.epochs):
-            order = torch.randperm(len(batch.mask), generator=generator, device=generator.device)
-            for rows in order.split(self.config.optim.minibatch_size):
-                yield epoch, batch.rows(rows)
+            order = torch.randperm(size, generator=generator, device=generator.device)
+            for number, rows in enumerate(order.split(self.config.optim.minibatch_size)):
+                yield epoch, number, rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers and penalty coefficient; the weights are the models' own."""
+        return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
 
     def _discard_gradients(self) -> None:
         self.policy.optimizer.zero_grad()
@@ -228,13 +233,24 @@ class Learner:
         return f"stopped in epoch {epoch + 1} of {self.config.optim.epochs}: {reason}"
 
 
-def schedule(step: int, config: PPOConfig) -> float:
-    """Learning-rate factor of optimizer step `step` (from 0): linear warm-up, then linear to `final_lr_frac`."""
-    total = config.updates * config.optim.epochs * config.steps_per_epoch
-    warmup = math.ceil(config.optim.warmup_frac * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 1 - (1 - config.optim.final_lr_frac) * (step - warmup) / max(1, total - warmup)
+def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str]]:
+    """The steps whose numbers are all finite, and a remark on each other; one read from the device for all.
+
+    NotFiniteError for the first that is not when `stop`, or when no step is left.
+    """
+    values = torch.stack([torch.stack([*step.checked().values()]) for step in steps]).tolist()
+    good, remarks, first = [], [], None
+    for step, numbers in zip(steps, values, strict=True):
+        found = [(name, x) for name, x in zip(step.checked(), numbers, strict=True) if not math.isfinite(x)]
+        if not found:
+            good.append(step)
+            continue
+        told = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
+        first = first or NotFiniteError(told, step.rows.tolist())
+        remarks.append(f"skipped {told}")
+    if first is not None and (stop or not good):
+        raise first
+    return good, remarks
 
 
 def combine(parts: list[Metrics], losses: Any = torch.mean) -> Metrics:

@@ -136,6 +136,16 @@ EXAMPLES: dict[str, Example] = {
         None,
         ("rewards", "values", "dones"),
     ),
+    "preference_loss": Example(
+        "", pf.preference_loss, _rows("chosen_scores", "rejected_scores", "margin", shape=(B,)), "chosen_scores", ()
+    ),
+    "dpo_loss": Example(
+        "",
+        pf.dpo_loss,
+        _rows("logprobs_chosen", "logprobs_rejected", "ref_chosen", "ref_rejected", shape=(B,)),
+        "logprobs_chosen",
+        (),
+    ),
     "masked_mean": Example("", pf.masked_mean, {"x": _normal(B, T), "mask": MASK}, "x", ("x",)),
     "whiten": Example("", pf.whiten, {"x": _normal(B, T), "mask": MASK}, "x", ("x",)),
     "kl_estimate": Example("", pf.kl_estimate, _rows("logprobs", "ref_logprobs", shape=(B, T)), "logprobs", ()),

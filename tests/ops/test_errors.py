@@ -231,6 +231,33 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         lambda: pf.kl_estimate(ROWS, ROWS[0]),
         "kl_estimate: expected ref_logprobs to match logprobs [2, 3], got [3]",
     ),
+    # preference pairs
+    (
+        lambda: pf.preference_loss(TARGETS, ROWS),
+        f"preference_loss: expected chosen_scores to be {FLOATS}, got torch.int64",
+    ),
+    (lambda: pf.preference_loss(FLAT, None), "preference_loss: expected rejected_scores to be a tensor, got NoneType"),
+    (
+        lambda: pf.preference_loss(FLAT, FLAT[:2]),
+        "preference_loss: expected rejected_scores to match chosen_scores [6], got [2]",
+    ),
+    (
+        lambda: pf.preference_loss(FLAT, FLAT, margin=FLAT[:1]),
+        "preference_loss: expected margin to match chosen_scores [6], got [1]",
+    ),
+    (
+        lambda: pf.preference_loss(FLAT, FLAT.to(META)),
+        "preference_loss: expected rejected_scores on the device of chosen_scores (cpu), got meta",
+    ),
+    (lambda: pf.dpo_loss(FLAT, FLAT, FLAT, None), "dpo_loss: expected ref_rejected to be a tensor, got NoneType"),
+    (
+        lambda: pf.dpo_loss(FLAT, FLAT, FLAT[:2], FLAT),
+        "dpo_loss: expected ref_chosen to match logprobs_chosen [6], got [2]",
+    ),
+    (
+        lambda: pf.dpo_loss(FLAT, FLAT, FLAT, FLAT, beta=0),
+        "dpo_loss: expected beta to be a finite number > 0, got 0",
+    ),
     # the configuration
     (config(clip_low=-0.1), "PolicyLossConfig: expected clip_low to be a finite number >= 0, got -0.1"),
     (config(clip_high=math.inf), "PolicyLossConfig: expected clip_high to be a finite number >= 0, got inf"),

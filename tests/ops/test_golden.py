@@ -169,6 +169,23 @@ def test_gae(backend: str, dtype: torch.dtype, mode: str) -> None:
             near(ours, exact)
 
 
+def test_preferences() -> None:
+    chosen, rejected, margin = [1.5, -0.25], [0.5, 2.0], [0.25, 0.0]
+    gaps = [Decimal(c) - Decimal(r) for c, r in zip(chosen, rejected, strict=True)]
+
+    def exact(wanted: Sequence[Decimal]) -> Decimal:
+        return sum((1 + (-x).exp()).ln() for x in wanted) / 2
+
+    out = pf.preference_loss(as_double(chosen), as_double(rejected), margin=as_double(margin))
+    near(out.loss, [exact([gap - Decimal(m) for gap, m in zip(gaps, margin, strict=True)])])
+    near(out.metrics["margin"], [sum(gaps) / 2])
+    beta, ref = Decimal("0.125"), as_double([0.5, -1.0])
+    out = pf.dpo_loss(as_double(chosen), as_double(rejected), ref, as_double([0.0, 0.0]), beta=0.125)
+    rewards = [gaps[0] - Decimal("0.5"), gaps[1] + 1]
+    near(out.loss, [exact([beta * r for r in rewards])])
+    near(out.metrics["reward_chosen"], [beta * (Decimal("1.0") + Decimal("0.75")) / 2])
+
+
 def test_masked_functions() -> None:
     x = [Fraction(3, 4), Fraction(-5, 2), Fraction(9, 8)]
     tensor, mask = as_double([0.75, -2.5, 99.0, 1.125]), torch.tensor([True, True, False, True])

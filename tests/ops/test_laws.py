@@ -137,6 +137,19 @@ def test_whitened_elements_have_mean_zero_and_variance_one(seed: int, N: int, me
         assert white[mask].var().item() == pytest.approx(1, rel=1e-5)
 
 
+@given(seed=seeds, N=lengths, shift=st.integers(-50, 50))
+def test_preferences_see_differences_alone(seed: int, N: int, shift: int) -> None:
+    chosen, rejected, ref = (normal(seed + i, N).double() for i in range(3))
+    plain = pf.preference_loss(chosen, rejected)
+    assert_same(pf.preference_loss(chosen + shift, rejected + shift).loss, plain.loss)
+    assert_same(
+        pf.dpo_loss(chosen + shift, rejected, ref + shift, ref).loss, pf.dpo_loss(chosen, rejected, ref, ref).loss
+    )
+    # log(1 + e^-x) - log(1 + e^x) = -x
+    swapped = pf.preference_loss(rejected, chosen)
+    assert (swapped.loss - plain.loss).item() == pytest.approx(plain.metrics["margin"].item(), abs=1e-12)
+
+
 @each_backend("value_loss")
 @given(seed=seeds, clip=st.floats(0.01, 2))
 def test_clipping_never_lowers_the_value_loss(backend: str, seed: int, clip: float) -> None:

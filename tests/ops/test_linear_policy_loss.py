@@ -1,5 +1,6 @@
 """linear_policy_loss against float64, against policy_loss on materialised logits, and what it owes for being linear."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_equals_policy_loss_on_materialised_logits(backend: str, layout: str, so
         expected, expected_gradients = run_materialised(loss_of, case, config, softcap, **more)
         out, gradients = run(case, config, backend, softcap=softcap, chunk_size=5, **more)
         close((tuple(out), gradients), (tuple(expected), expected_gradients))
+
+
+@each_backend("linear_policy_loss")
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("aggregation", OPTIONS["aggregation"])
+@pytest.mark.parametrize("estimator", ["k2", "full"])
+def test_one_tile_of_all_rows(backend: str, softcap: float | None, aggregation: str, estimator: str) -> None:
+    case = hide_uncounted(make_linear_case("padded"))
+    config = dataclasses.replace(ALL, aggregation=aggregation, kl_estimator=estimator)
+    more = {"importance_weights": torch.rand(case.rows.targets.shape) + 0.5, "denominator": 7, "softcap": softcap}
+    whole, tiles = (run(case, config, backend, chunk_size=size, **more) for size in (None, 5))
+    assert whole[0].per_token.kl.any()
+    close(whole, tiles)
 
 
 @each_case("linear_policy_loss")

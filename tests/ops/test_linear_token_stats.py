@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ppo_fast as pf
+from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._linear_sweep import RowStats, Sweep, Upstream, Wanted
 from tests import eager, oracles
 from tests.helpers import INTERPRETED, assert_near_truth, assert_same, each_backend, each_case
 from tests.ops.linear_cases import LEAVES, D, LinearCase, doubled_error, hide_uncounted, logits_of, make_linear_case
@@ -139,16 +141,50 @@ def test_a_backward_may_come_twice(backend: str) -> None:
     assert_same(once, again)
 
 
+def weight_gradient(op: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """Of a loss of large hidden states and a small weight, whose logits are moderate."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, D, generator=generator) for n in (N, V))
+    leaf = (weight / 1024).to(dtype).requires_grad_()
+    return torch.autograd.grad(op((1024 * hidden.abs()).to(dtype), leaf), leaf)[0].float()
+
+
 @each_case("linear_token_stats", (torch.float16,))
 def test_a_small_upstream_does_not_underflow_in_float16(backend: str, dtype: torch.dtype) -> None:
-    case = make_linear_case("padded", dtype)
-    leaves = [x.detach().requires_grad_() for x in case.head()]
+    """The gradient of a logit is below the smallest float16, 2^-24; that of the weight is not."""
+    targets = torch.randint(V, (N,))
 
-    def gradients(scale: float) -> tuple[Tensor, ...]:
-        small = (linear_stats(case, backend, leaves).logprobs / scale).mean()
-        return torch.autograd.grad(small * scale, leaves)
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return 2.0**-26 * pf.linear_token_stats(hidden, weight, targets, backend=backend).logprobs.sum()
 
-    assert_same(gradients(2.0**30), gradients(1.0))
+    expected = weight_gradient(loss, torch.float32)
+    assert expected.abs().max() > 2.0**-15
+    torch.testing.assert_close(weight_gradient(loss, dtype), expected, rtol=0.01, atol=2.0**-22)
+
+
+@each_case("linear_policy_loss", (torch.float16,))
+def test_a_sum_over_rows_does_not_overflow_in_float16(backend: str, dtype: torch.dtype) -> None:
+    """Before it is divided by the number of tokens it is above the largest float16, 65504."""
+    targets, advantages = torch.zeros(N, dtype=torch.long), torch.full((N,), 50.0)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return pf.linear_policy_loss(hidden, weight, targets, None, advantages, None, backend=backend).loss
+
+    expected = weight_gradient(loss, torch.float32)
+    assert 65504 < N * expected.abs().max() < N * 65504
+    torch.testing.assert_close(weight_gradient(loss, dtype), expected, rtol=0.01, atol=16)
+
+
+@each_backend("linear_token_stats")
+def test_a_second_sweep_over_the_same_rows_is_like_the_first(backend: str) -> None:
+    """The logits that the first has overwritten are computed again."""
+    inputs = torch.randn(N, D), torch.randn(V, D), None, torch.randint(V, (1, N)), *[None] * 4
+    sweep = Sweep(LinearCall(*inputs, None, 1.0, None, backend), Wanted(True, True, False))
+
+    def upstream(rows: Tensor) -> tuple[Upstream, RowStats]:
+        return Upstream(torch.ones(1, len(rows)), None, None), sweep.row_stats(rows)
+
+    assert_same(tuple(sweep.gradients(upstream)), tuple(sweep.gradients(upstream)))
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -12,9 +12,8 @@ from ppo_fast.rlhf.configfile import config_from_dict
 from ppo_fast.rlhf.data import load_prompts, make_batch
 from ppo_fast.rlhf.models import Models, load_models
 from ppo_fast.rlhf.rollout import Rollout, Sampler, generate, score
+from tests.rlhf.stages import EOS, STAGES, WORDS, make_model, rows
 
-WORDS = [f"w{i}" for i in range(60)]
-EOS = 2
 PROMPTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
 
 
@@ -74,3 +73,31 @@ def make_rollout(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rollout]:
         return score(models, generate(models, batch, config.rollout, generator), config.rollout)
 
     return make
+
+
+@pytest.fixture
+def run_stage(tmp_path: Any, tokenizer: Any) -> Callable[..., Any]:
+    """run_stage(stage, examples, policy=None, resume=False, **config) -> the result of a quiet run on a tiny model."""
+
+    def go(
+        stage: str,
+        examples: Any = None,
+        *,
+        policy: Any = None,
+        tokenizer: Any = tokenizer,
+        resume: bool = False,
+        **values: Any,
+    ) -> Any:
+        train, kind, _ = STAGES[stage]
+        base = {
+            "threads": 1,
+            "optim": {"lr": 1e-3, "batch_size": 8},
+            "log": {"dir": str(tmp_path / stage), "tensorboard": False, "console": False},
+        }
+        merged = base | {
+            name: base.get(name, {}) | value if isinstance(value, dict) else value for name, value in values.items()
+        }
+        given = {} if values.get("init") else {"model": policy or make_model(), "tokenizer": tokenizer}
+        return train(config_from_dict(merged, kind=kind), train=examples or rows(40), resume=resume, **given)
+
+    return go

@@ -14,7 +14,7 @@ LENGTHS = [2, 5, 1, 4]
 def rewards_for(rollout, seed=7, fill=0.0):
     made = made_rollout(LENGTHS, seed=seed, width=rollout.mask.shape[1], fill=fill)
     zeros = torch.zeros(len(LENGTHS))
-    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [])
+    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [], [True] * 4, None)
 
 
 def double_sum(rewards, values, gamma, lam):
@@ -46,6 +46,20 @@ def test_rule_08_returns_are_advantages_before_whitening_plus_old_values():
     torch.testing.assert_close(plain.returns, expected)
     assert torch.equal(whitened.returns, plain.returns)
     assert not torch.equal(whitened.advantages, plain.advantages)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_per_sequence_every_token_has_the_return_less_the_value_of_the_prompt(gamma):
+    rollout = made_rollout(LENGTHS, width=7, fill=100.0)
+    rewards = rewards_for(rollout)
+    config = AdvantageConfig(kind="sequence", gamma=gamma, lam=0.3, whiten=False)
+    targets = compute_targets(rollout, rewards, config)
+    for row, n in enumerate(LENGTHS):
+        earned, values = rewards.rewards[row, :n].tolist(), rollout.values[row, :n].tolist()
+        returns = [sum(gamma ** (k - t) * earned[k] for k in range(t, n)) for t in range(n)]
+        torch.testing.assert_close(targets.advantages[row, :n], torch.full((n,), returns[0] - values[0]))
+        torch.testing.assert_close(targets.returns[row, :n], torch.tensor(returns))
+    assert (targets.advantages[~rollout.mask] == 0).all()
 
 
 def test_rule_09_whitening_is_over_the_counted_tokens_of_the_whole_batch():

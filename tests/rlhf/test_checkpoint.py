@@ -1,15 +1,27 @@
 """Checkpoints: complete or not there, and readable by others."""
 
+import json
 import pathlib
+import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_fast.rlhf import UserError, checkpoint, tiny
-from ppo_fast.rlhf.checkpoint import atomic_directory, save_models
+from ppo_fast.rlhf.checkpoint import (
+    atomic_directory,
+    fingerprint,
+    load_latest,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+    save_models,
+)
 from ppo_fast.rlhf.models import VALUE_FILE, load_models
+from tests.helpers import raises_exactly
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen2"])
@@ -87,3 +99,81 @@ def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path):
             (scratch / name).write_text(name)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def save(target, state=None, keep_last=0):
+    return save_checkpoint(target, lambda directory: None, state or {}, keep_last=keep_last)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    shared = torch.randn(3, 4)
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = {
+        "numbers": [1, 0.1 + 0.2, float("inf"), True, None, "text"],
+        "nested": {"a": [{"b": torch.arange(3)}], "empty": {}},
+        "tied": [shared, shared, shared.T],
+        "dtypes": [torch.ones((), dtype=d) for d in (torch.bfloat16, torch.float64, torch.uint8, torch.bool)],
+        "optimizer": optimizer.state_dict(),
+    }
+    save(tmp_path / "step-1", state)
+    loaded = load_latest(tmp_path).state
+    stored = tmp_path / "step-1" / "state.safetensors"
+    with stored.open("r+b") as file:
+        file.write(bytes(stored.stat().st_size))  # what was loaded is no view of the file
+    assert loaded["numbers"] == state["numbers"]
+    assert torch.equal(loaded["nested"]["a"][0]["b"], torch.arange(3))
+    assert loaded["nested"]["empty"] == {}
+    for name in ("tied", "dtypes"):
+        for ours, theirs in zip(loaded[name], state[name], strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+    again = torch.optim.AdamW(module.parameters())
+    again.load_state_dict(loaded["optimizer"])
+    assert again.state_dict()["state"].keys() == {0, 1}
+    assert torch.equal(again.state[module.weight]["exp_avg"], optimizer.state[module.weight]["exp_avg"])
+    assert load_latest(tmp_path, tensors=False).state["numbers"][0] == 1
+
+
+def test_a_state_that_only_a_pickle_could_hold_is_refused(tmp_path):
+    with raises_exactly("state.part.0: expected tensors, numbers, text, lists and dicts, got PosixPath", TypeError):
+        save(tmp_path / "step-1", {"part": [tmp_path]})
+    assert not (tmp_path / "step-1").exists()
+
+
+def test_the_newest_are_kept_and_names_without_a_number_are_left_alone(tmp_path):
+    save(tmp_path / "best")
+    (tmp_path / ".step-1.new-123").mkdir()  # left by a killed process
+    for number in (8, 9, 10):
+        save(tmp_path / f"step-{number}", {"step": number}, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-10", "step-9"]
+    assert load_latest(tmp_path).state == {"step": 10}
+    save(tmp_path / "step-11", keep_last=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-10", "step-11", "step-9"]
+
+
+def test_every_generator_goes_on_where_it_was():
+    generator = torch.Generator().manual_seed(3)
+
+    def draw():
+        normal = np.random.normal(), random.gauss(0, 1)  # both keep a second number back
+        return *normal, random.random(), torch.rand(2).tolist(), torch.rand(2, generator=generator).tolist()
+
+    draw()
+    state = json.loads(json.dumps(rng_state(generator), default=lambda x: {"tensor": x.tolist()}))
+    state = {name: torch.tensor(x["tensor"], dtype=torch.uint8) if "tensor" in x else x for name, x in state.items()}
+    expected = draw()
+    draw()
+    restore_rng(state, generator)
+    assert draw() == expected
+
+
+def test_a_fingerprint_tells_weights_apart():
+    first, second = tiny.make_model(64, hidden=32), tiny.make_model(64, hidden=32)
+    assert fingerprint(first) == fingerprint(second)
+    assert fingerprint(first.bfloat16()) != fingerprint(second)
+    with torch.no_grad():
+        next(second.parameters())[3, 4] += 1e-6
+    assert fingerprint(tiny.make_model(64, hidden=32)) != fingerprint(second)

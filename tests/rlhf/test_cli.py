@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from transformers import AutoModelForCausalLM
 
 from ppo_fast import __version__, cli
@@ -40,8 +41,37 @@ def test_train_runs_from_a_file_and_flags_win(files, capsys):
     assert (resolved.updates, resolved.optim.lr, resolved.optim.minibatch_size) == (1, 1e-4, 4)
 
 
+SUPERVISED = {
+    "sft": ("AutoModelForCausalLM", []),
+    "reward": ("AutoModelForSequenceClassification", ["reward_stats.json"]),
+    "dpo": ("AutoModelForCausalLM", []),
+}
+
+
+@pytest.mark.parametrize("command", SUPERVISED)
+def test_the_other_stages_run_from_a_file_and_flags(files, capsys, command):
+    loader, extra = SUPERVISED[command]
+    row = {"prompt": "w1", "completion": " w2", "chosen": " w2", "rejected": " w3"}
+    (files / "rows.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    (files / "stage.toml").write_text("[optim]\nlr = 1e-3\nepochs = 3\n[log]\nconsole = false\ntensorboard = false\n")
+    flags = ["--config", "stage.toml", "--model", "model", "--data", "rows.jsonl", "--optim.epochs", "1"]
+    capsys.readouterr()
+    assert cli.main([command, *flags, "--out", "out"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("model: out/final\n", "")
+    getattr(transformers, loader).from_pretrained("out/final")
+    transformers.AutoTokenizer.from_pretrained("out/final")
+    assert all((files / "out" / "final" / name).is_file() for name in extra)
+    lines = (files / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]  # 18 rows of 20 in batches of 16
+    if command == "reward":
+        assert cli.main([command, *flags, "--out", "again", "--init", "out/final"]) == 0
+    assert cli.main([command, *flags, "--out", "out"]) == 2
+    assert "already holds 'metrics.jsonl'" in capsys.readouterr().err
+
+
 def test_flags_over_file_over_preset_over_defaults(files):
-    config = cli.parse_train(["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
+    config = cli.parse("train", ["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
     assert config.optim.epochs == 7
     assert config.optim.lr == 1e-3
     assert config.optim.value_lr == 1e-3
@@ -50,7 +80,7 @@ def test_flags_over_file_over_preset_over_defaults(files):
 
 
 def test_short_flags():
-    config = cli.parse_train(["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
+    config = cli.parse("train", ["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
     assert (config.model.path, config.data.prompts, config.reward.function, config.log.dir) == (
         "m",
         "p.jsonl",
@@ -62,7 +92,15 @@ def test_short_flags():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trane"], "no command 'trane'; the commands are train, quickstart, doctor"),
+        (
+            ["trane"],
+            "no command 'trane'; the commands are sft, reward, train, dpo, export, quickstart, plot, report, doctor",
+        ),
+        (["sft", "--prompts", "p.jsonl"], "no option '--prompts', the nearest is '--data.held-out'"),
+        (["sft", "--preset", "tiny-cpu"], "no option '--preset', the nearest is '--log.print-every'"),
+        (["dpo", "--optim.lrr", "1"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
+        (["reward", "--data", "none.jsonl", "--model", "model"], "data.train: no such file 'none.jsonl'"),
+        (["dpo", "--beta", "-1"], "flags: beta: expected a number > 0, got -1.0"),
         (["train", "--config", "none.yaml"], "config: no such file 'none.yaml'"),
         (
             ["train", "--config", "run.yaml", "--log.dir", "o", "--reward", "r.py:g"],
@@ -106,10 +144,13 @@ def test_mistakes_are_one_line_and_status_2(files, capsys, arguments, message):
 
 def test_flags_say_every_kind_of_value():
     flags = "--log.no-console --log.overwrite --log.tensorboard False --threads None --optim.betas 0.5 0.75"
-    config = cli.parse_train([*flags.split(), "--loss.clip-high=null", "--updates", "7", "--optim.weight_decay=1e-2"])
+    more = ["--loss.clip-high=null", "--updates", "7", "--optim.weight_decay=1e-2"]
+    config = cli.parse("train", [*flags.split(), *more])
     assert (config.log.console, config.log.overwrite, config.log.tensorboard) == (False, True, False)
     assert (config.threads, config.optim.betas, config.loss.clip_high) == (None, (0.5, 0.75), None)
     assert (config.updates, config.optim.weight_decay) == (7, 0.01)
+    assert cli.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
+    assert cli.parse("train", ["--reward.models", "a", "b"]).reward.models == ("a", "b")
 
 
 def test_an_error_inside_the_run_is_one_line_without_a_traceback(files):

@@ -9,11 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from ppo_fast.rlhf.config import KLConfig, LossConfig, ModelConfig, PPOConfig
-from ppo_fast.rlhf.configfile import config_from_dict, load_config, save_config
+from ppo_fast.rlhf.config import (
+    AdvantageConfig,
+    EvaluationConfig,
+    KLConfig,
+    LossConfig,
+    ModelConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
+from ppo_fast.rlhf.configfile import config_from_dict, first_difference, load_config, save_config
 from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.supervised_config import DPOConfig, RewardModelConfig, SFTConfig
 
-GROUPS = [field.default_factory for field in dataclasses.fields(PPOConfig) if field.default is dataclasses.MISSING]
+KINDS = (PPOConfig, SFTConfig, RewardModelConfig, DPOConfig)
+GROUPS = dict.fromkeys(
+    f.default_factory for kind in KINDS for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
+)
 
 
 def test_defaults_are_the_published_ones():
@@ -39,7 +52,7 @@ def test_defaults_are_the_published_ones():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_field_has_a_line_of_help(group):
-    source = inspect.getsource(group)
+    source = "".join(inspect.getsource(base) for base in group.__mro__[:-1])
     for name in (f.name for f in dataclasses.fields(group)):
         assert re.search(rf"^    {name}: [^#\n]+  # \S", source, re.MULTILINE), name
 
@@ -130,6 +143,7 @@ def test_rule_07_k1_is_no_loss():
     ("values", "message"),
     [
         ({"rollout": {"temperature": 0}}, "rollout.temperature: expected a number > 0, got 0.0"),
+        ({"rollout": {"stop": [""]}}, "rollout.stop: expected strings that are not empty, got ('',)"),
         ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
         ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),
         ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1, got 2.0"),
@@ -143,6 +157,17 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: expected two numbers 0 <= beta < 1, got (0.9, 1.0)"),
         ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
         ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"length_penalty": -1}}, "reward.length_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"std_coef": -1}}, "reward.std_coef: expected a number >= 0, got -1.0"),
+        ({"reward": {"weights": [1, -1]}}, "reward.weights: expected a number >= 0, got -1.0"),
+        ({"reward": {"weights": [0, 0]}}, "reward.weights: expected one above 0, got (0.0, 0.0)"),
+        (
+            {"reward": {"rejected_score": float("nan")}},
+            "reward.rejected_score: expected a finite number, got nan",
+        ),
+        ({"reference": {"every": 0}}, "reference.every: expected a number > 0, got 0"),
+        ({"reference": {"decay": 1}}, "reference.decay: expected 0 <= decay < 1, got 1.0"),
+        ({"evaluation": {"every": -1}}, "evaluation.every: expected a number >= 0, got -1"),
         ({"data": {"max_prompt_tokens": 0}}, "data.max_prompt_tokens: expected a number > 0, got 0"),
         ({"log": {"save_every": -1}}, "log.save_every: expected a number >= 0, got -1"),
     ],
@@ -160,6 +185,16 @@ def test_choices_are_checked_in_a_config_made_in_python_too():
         ModelConfig(value_head="zeros")
     with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', 'bfloat16', got 'float16'$"):
         ModelConfig(dtype="float16")
+    with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
+        RewardConfig(combine="max")
+    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', got 'mc'$"):
+        AdvantageConfig(kind="mc")
+    with pytest.raises(
+        UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"
+    ):
+        ReferenceConfig(update="moving")
+    with pytest.raises(UserError, match=r"^evaluation\.best_is: expected one of 'max', 'min', got 'high'$"):
+        EvaluationConfig(best_is="high")
 
 
 def test_the_loss_config_is_checked_by_the_op_it_configures():
@@ -193,3 +228,13 @@ def test_importing_the_trainer_needs_torch_only():
     code = f"import sys, ppo_fast.rlhf; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stderr.strip() == "[]"
+
+
+def test_a_free_group_frees_no_field_whose_name_begins_alike():
+    def config(value):
+        group = dataclasses.make_dataclass("Log", ["dir"])(value)
+        return dataclasses.make_dataclass("Config", ["log", "log_more"])(group, value)
+
+    assert first_difference(config(1), config(2)) == ("log.dir", 1, 2)
+    assert first_difference(config(1), config(2), ["log"]) == ("log_more", 1, 2)
+    assert first_difference(config(1), config(2), ["log", "log_more"]) is None

@@ -3,7 +3,7 @@
 import pytest
 
 from ppo_fast.rlhf import tiny, train_ppo
-from tests.rlhf.conftest import WORDS
+from tests.rlhf.stages import WORDS
 
 GOOD = [10, 20, 30, 40, 50]  # token ids; 5 of V = 64, so chance is 0.08
 

@@ -64,7 +64,9 @@ def made_update(lengths=(2, 4, 3), fill=0.0):
     per_token = -0.1 * kl
     per_token[:, 0] += scores
     ids = [rollout.generation.responses[row, :n].tolist() for row, n in enumerate(lengths)]
-    rewards = Rewards(per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths])
+    rewards = Rewards(
+        per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths], [True] * len(lengths), None
+    )
     zero = torch.zeros_like(kl)
     targets = Targets(zero, torch.where(rollout.mask, rollout.values + 1, zero))
     policy_names = ("policy_loss", "entropy", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max")

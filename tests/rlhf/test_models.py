@@ -1,5 +1,8 @@
 """Models: positions, dropout, heads, and the shared forward pass."""
 
+import json
+import sys
+
 import pytest
 import torch
 import transformers
@@ -8,7 +11,8 @@ from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.checkpoint import save_models
 from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.models import disable_dropout, load_models, model_inputs, response_logits, response_values
+from ppo_fast.rlhf.forward import model_inputs, response_logits
+from ppo_fast.rlhf.models import disable_dropout, load_models, response_values
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 
@@ -171,3 +175,51 @@ def test_models_that_cannot_be_used(make_models, make_config, tmp_path, tokenize
     transformers.LlamaForSequenceClassification(llama).save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match=r"model\.value_path: expected a linear head 'score' with one output, got"):
         make_models(make_config(model={"value_path": str(tmp_path / "two")}))
+
+
+@pytest.fixture
+def remote_code(tmp_path, tokenizer, monkeypatch):
+    """A model directory whose own code leaves a file behind when it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    directory, ran = tmp_path / "model", tmp_path / "ran"
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return directory, ran
+
+
+def test_code_of_a_model_runs_only_when_trusted(make_config, remote_code):
+    directory, ran = remote_code
+    with pytest.raises(UserError, match=r"cannot load directory .* only when model\.trust_remote_code is true$"):
+        load_models(make_config(model={"path": str(directory)}).model, torch.Generator())
+    assert not ran.exists()
+    trusted = make_config(model={"path": str(directory), "trust_remote_code": True}).model
+    assert type(load_models(trusted, torch.Generator()).policy).__name__ == "Model"
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_tokenizer_and_model_are_told_the_same_trust(make_config, tokenizer, tmp_path, monkeypatch, trust):
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    seen = []
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        real = loader.from_pretrained
+
+        def spy(path, real=real, **options):
+            seen.append(options["trust_remote_code"])
+            return real(path, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    config = make_config(model={"path": str(tmp_path / "model")} | ({"trust_remote_code": True} if trust else {}))
+    load_models(config.model, torch.Generator())
+    assert seen == [trust, trust]

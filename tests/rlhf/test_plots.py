@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from ppo_fast import cli
 from ppo_fast.rlhf import UserError, plots
 from tests.helpers import raises_exactly
 
@@ -49,3 +50,49 @@ def test_history_of_a_run_is_what_the_reader_returns(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in _history(3)))
     assert plots.read_metrics(path) == _history(3)
+
+
+def _run(directory: Path, *, shift: float = 0.0, names: tuple[str, ...] = ("objective/scores", "lr")) -> Path:
+    directory.mkdir(parents=True)
+    rows = [{"update": i, **dict.fromkeys(names, i + shift)} for i in range(1, 9)]
+    rows[3]["eval/scores"] = 2.0
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot_draws_runs_over_each_other(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / f"curves.{suffix}"
+    runs = [str(_run(tmp_path / name / "ppo", shift=shift)) for name, shift in (("with", 0.0), ("without", 3.0))]
+    assert cli.main(["plot", *runs, "--out", str(out), "--title", "Two runs"]) == 0
+    assert capsys.readouterr().out == f"curves: {out}\n"
+    if suffix == "svg":
+        text = out.read_text()
+        assert [name in text for name in ("with/ppo", "without/ppo", "Two runs", ">Reward<", ">Entropy")] == [
+            *[True] * 4,
+            False,
+        ]
+    else:
+        assert matplotlib.image.imread(out).shape[1] == 1440
+
+
+def test_panels_are_what_every_run_has_or_what_is_asked_for(tmp_path: Path) -> None:
+    losses = plots.read_metrics(_run(tmp_path / "a", names=("train/loss", "lr", "x", "y", "z")))
+    assert [panel.metric for panel in plots.choose_panels([losses])] == ["train/loss", "lr", "x", "y"]
+    rewards = plots.read_metrics(_run(tmp_path / "b"))
+    assert [panel.title for panel in plots.choose_panels([rewards])] == ["Reward"]
+    assert [panel.metric for panel in plots.choose_panels([losses, rewards])] == ["lr", "eval/scores"]
+    assert [panel.metric for panel in plots.choose_panels([losses], ["eval/scores"])] == ["eval/scores"]
+    message = "plot: expected metrics that every run has (eval/scores, lr, update), got 'x'"
+    with raises_exactly(message, UserError):
+        plots.choose_panels([losses, rewards], ["x"])
+
+
+def test_a_run_is_drawn_once_and_only_into_a_picture(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a")
+    with raises_exactly(f"plot: expected different runs, got {run} {run}", UserError):
+        plots.main([str(run), str(run)])
+    out = tmp_path / "curves.txt"
+    message = f"draw_curves: expected a file name ending in .png, .svg, .pdf, got {str(out)!r}"
+    with raises_exactly(message, UserError):
+        plots.main([str(run), "--out", str(out)])

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.rlhf import PPOConfig, UserError, load_config, tiny, train_ppo
-from ppo_fast.rlhf.models import response_logits
-from ppo_fast.rlhf.ppo import _device
+from ppo_fast.rlhf import PPOConfig, UserError, forward, load_config, tiny, train_ppo
+from ppo_fast.rlhf.runtime import find_device
 from ppo_fast.rlhf.update import Learner
 from tests.rlhf.conftest import PROMPTS
 
@@ -45,11 +44,20 @@ def test_a_run_repeats_to_the_bit(run, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_a_run_begins_without_the_variables_of_another(run, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("calls = []\ndef f(prompts, **_):\n    calls.append(1)\n    return [len(calls)] * len(prompts)\n")
+    settings = {"reward": {"function": f"{path}:f", "missing_eos_penalty": 0.0}, "log": {"overwrite": True}}
+    for _ in range(2):
+        assert [metrics["objective/scores"] for metrics in run(None, **settings).history] == [1, 2]
+
+
 def test_what_a_run_leaves(run, make_config):
     result = run(updates=2, log={"save_every": 1, "samples_every": 1, "tensorboard": True})
     assert sorted(path.name for path in result.directory.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "evaluations.jsonl",
         "final",
         "metrics.jsonl",
         "samples.jsonl",
@@ -84,16 +92,17 @@ def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
 @pytest.mark.parametrize(
     ("values", "width"), [({"optim": {"minibatch_size": 4}}, 4), ({"optim": {"micro_batch_size": 2}}, 2)]
 )
-def test_the_logits_of_the_whole_rollout_never_exist(run, monkeypatch, values, width):
-    seen = []
+@pytest.mark.parametrize(("path", "name"), [("linear", "response_hidden"), ("materialised", "response_logits")])
+def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, values, width, path, name):
+    policy, seen, made = tiny.make_model(64, hidden=32, layers=1, heads=2), [], getattr(forward, name)
 
-    def spy(*arguments):
-        seen.append(len(arguments[1]))
-        return response_logits(*arguments)
+    def spy(model, *inputs):
+        seen.append(len(inputs[0]))
+        return made(model, *inputs)
 
-    monkeypatch.setattr("ppo_fast.rlhf.rollout.response_logits", spy)
-    monkeypatch.setattr("ppo_fast.rlhf.update.response_logits", spy)
-    run(updates=1, **values)
+    monkeypatch.setattr("ppo_fast.rlhf.models.check_linear", lambda model: None)
+    monkeypatch.setattr(forward, name, spy)
+    run(policy=policy, updates=1, model={"logits": path}, **values)
     assert set(seen) == {width}
 
 
@@ -130,10 +139,77 @@ def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch
     assert seen == [(0.25, 0), (0.25, 1), (0.25, 2)]
 
 
+@pytest.mark.parametrize("placement", ["reward", "loss", "both"])
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
-def test_kl_may_be_placed_in_reward_and_loss(run, estimator):
-    result = run(kl={"placement": "both", "loss_estimator": estimator, "coef": 0.5})
-    assert result.history[1]["objective/non_score_reward"] != 0
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_kl_may_be_placed_in_reward_and_loss(run, placement, estimator, adaptive):
+    kl = {"placement": placement, "loss_estimator": estimator, "adaptive": adaptive, "coef": 0.5}
+    last = run(kl=kl, reward={"missing_eos_penalty": 0.0}).history[1]
+    assert (abs(last["objective/non_score_reward"]) > 1e-6) is (placement != "loss")
+    assert (last["objective/kl_coef"] != 0.5) is adaptive
+
+
+def test_masked_responses_are_counted_and_not_trained_on(run, tmp_path, monkeypatch):
+    path, seen, update = tmp_path / "own.py", [], Learner.update
+    path.write_text("def some(completion_ids, **_):\n    return ['mask', False, *[True] * (len(completion_ids) - 2)]\n")
+
+    def spy(self, rollout, targets, *others):
+        seen.append((rollout, targets))
+        return update(self, rollout, targets, *others)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    result = run(updates=1, reward={"filter": f"{path}:some", "rejected_score": -7.0, "missing_eos_penalty": 0.0})
+    assert (result.history[0]["filter/masked"], result.history[0]["filter/rejected"]) == (1, 1)
+    ((rollout, targets),) = seen
+    assert len(rollout.mask) == len(targets.advantages) == 7
+    assert targets.advantages[rollout.mask].mean().abs() < 1e-6  # whitened over what is left
+    assert run(updates=1, log={"overwrite": True}).history[0]["filter/masked"] == 0
+
+
+def test_the_prompts_come_in_the_order_of_the_curriculum(run):
+    seen = []
+
+    def record(prompts, level, **_):
+        seen.extend(level)
+        return [0.0] * len(prompts)
+
+    prompts = [{"prompt": f"w{n}", "level": -n} for n in range(16)]
+    run(record, prompts=prompts, data={"order": "level"})
+    assert seen == sorted(seen) == list(range(-15, 1))
+
+
+def test_a_sign_of_hacking_is_on_record_once(run):
+    words = [f"w{n}" for n in range(60)]
+    calls = []
+
+    def widens(completion_ids, **_):
+        calls.append(1)
+        sign = 1 if len(calls) > 5 else -1
+        return [sign * float(len(ids)) for ids in completion_ids]
+
+    result = run(
+        widens,
+        prompts=words,
+        updates=12,
+        optim={"lr": 1e-5, "epochs": 1},
+        reward={"missing_eos_penalty": 0.0},
+        rollout={"batch_size": 32, "max_new_tokens": 24},
+    )
+    records = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    told = [record["update"] for record in records if "follows the length" in record.get("note", "")]
+    assert told == [10]
+
+
+def test_a_reference_that_follows_keeps_the_kl_low(run):
+    fixed = run(updates=4, kl={"coef": 0.0})
+    follows = run(updates=4, kl={"coef": 0.0}, reference={"update": "replace", "every": 1}, log={"overwrite": True})
+    assert fixed.history[3]["objective/kl"] != 0
+    assert [metrics["objective/kl"] for metrics in follows.history] == [0.0] * 4
+
+
+def test_advantages_per_sequence_train(run):
+    result = run(advantage={"kind": "sequence"})
+    assert result.history[1]["objective/kl"] != 0
 
 
 def test_a_failing_reward_function_leaves_what_was_saved(run, make_config):
@@ -145,7 +221,8 @@ def test_a_failing_reward_function_leaves_what_was_saved(run, make_config):
 
     with pytest.raises(UserError) as error:
         run(fails_later, updates=5, log={"save_every": 1})
-    assert str(error.value) == "update 3: reward function: expected a finite score for sample 0, got nan"
+    told = "update 3: reward function: expected a finite score for sample 0, got nan; the batch and the weights"
+    assert str(error.value).startswith(told)
     directory = make_config().log.dir
     for update in (1, 2):
         AutoModelForCausalLM.from_pretrained(f"{directory}/checkpoints/update-{update:06d}")
@@ -157,12 +234,12 @@ def test_a_broken_model_is_named_before_it_is_trained(run):
     policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
     with torch.no_grad():
         policy.get_output_embeddings().weight[5] = float("nan")
-    with pytest.raises(UserError, match=r"^update 1: logprobs is not finite: nan$"):
+    with pytest.raises(UserError, match=r"^update 1: logprobs is not finite: nan; "):
         run(policy=policy)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run):
-    with pytest.raises(UserError, match=r"^update \d: loss/\w+ is not finite: inf$"):
+    with pytest.raises(UserError, match=r"^update 1: epoch 1, minibatch 1: loss/\w+ is not finite: inf; "):
         run(lambda completions, **_: [1e25] * len(completions), reward={"clip": None}, advantage={"whiten": False})
 
 
@@ -171,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
     [
         ({"rollout": {"max_new_tokens": 124}}, r"rollout\.max_new_tokens: expected at most 123 .* got 124"),
         ({"model": {"device": "abacus"}}, r"model\.device: expected 'auto' or one of 'cpu'.*, got 'abacus'"),
-        ({"prompts": None}, r"data\.prompts: expected a JSONL file, got null"),
+        ({"prompts": None}, r"data\.prompts: expected a file of prompts, got null"),
         ({"reward_fn": None}, r"reward\.function: expected 'path/to/file\.py:function', got None"),
     ],
 )
@@ -198,16 +275,16 @@ def test_threads_are_set_for_the_run_alone(run):
 
 
 def test_the_device_is_chosen(monkeypatch):
-    assert _device("cpu") == torch.device("cpu")
+    assert find_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _device("auto") == torch.device("cuda")
-    assert _device("cuda:1") == torch.device("cuda", 1)
+    assert find_device("auto") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(UserError, match=r"expected 'auto' or one of 'cpu', 'cuda', 'cuda:0', 'cuda:1', got 'cuda:2'"):
-        _device("cuda:2")
+        find_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert _device("auto") == torch.device("cpu")
+    assert find_device("auto") == torch.device("cpu")
 
 
 def test_bfloat16_weights_train_under_a_warning(run):

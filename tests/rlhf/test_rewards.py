@@ -6,9 +6,11 @@ import numpy
 import pytest
 import torch
 
+from ppo_fast.rlhf.callables import forget_modules, load_callable
 from ppo_fast.rlhf.config import KLConfig, RewardConfig
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.rewards import KLCoefficient, compute_rewards, load_reward_function
+from ppo_fast.rlhf.reward_sources import FunctionSource, Responses
+from ppo_fast.rlhf.rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from tests.rlhf.made import EOS, made_rollout
 
 CPU = torch.device("cpu")
@@ -16,11 +18,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def rewarded(tokenizer):
-    """rewarded(rollout, function, reward={...}, kl={...}) -> Rewards."""
+    """rewarded(rollout, function or list of them, reward={...}, kl={...}, filter_fn=...) -> Rewards."""
 
-    def compute(rollout, function, *, reward=None, kl=None):
-        coefficient = KLCoefficient(KLConfig(**(kl or {})), CPU)
-        return compute_rewards(rollout, tokenizer, function, coefficient, RewardConfig(**(reward or {})))
+    def compute(rollout, function, *, reward=None, kl=None, filter_fn=None):
+        functions = function if isinstance(function, list) else [function]
+        scorer = Scorer([FunctionSource(f) for f in functions], RewardConfig(**(reward or {})), filter_fn)
+        return compute_rewards(rollout, tokenizer, scorer, KLCoefficient(KLConfig(**(kl or {})), CPU))
 
     return compute
 
@@ -119,7 +122,7 @@ def broken_below(**_):
     ("function", "message"),
     [
         (lambda **_: None, "reward function: expected a list of 2 scores, got None"),
-        (scores(1.0), "reward function: expected 2 scores, one per completion, got 1"),
+        (scores(1.0), "reward function: expected 2 scores, got 1"),
         (scores(1.0, float("nan")), "reward function: expected a finite score for sample 1, got nan"),
         (scores(None, 1.0), "reward function: expected a finite score for sample 0, got None"),
         (scores("1.0", 1.0), "reward function: expected a finite score for sample 0, got '1.0'"),
@@ -154,25 +157,25 @@ def test_a_reward_file_may_hold_dataclasses(tmp_path):
         "@dataclass\nclass Weights:\n    _: KW_ONLY\n    length: float = 2.0\n"
         "def f(completions, **_):\n    return [Weights().length] * len(completions)\n"
     )
-    assert load_reward_function(f"{path}:f")(completions=["a"]) == [2.0]
+    assert load_callable(f"{path}:f", "reward.function")(completions=["a"]) == [2.0]
 
 
 def test_a_function_is_loaded_from_a_file(tmp_path):
     path = tmp_path / "r.py"
     path.write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
-    assert load_reward_function(f"{path}:length")(completions=["ab"]) == [2]
+    assert load_callable(f"{path}:length", "reward.function")(completions=["ab"]) == [2]
     with pytest.raises(UserError, match=r"reward\.function: no function 'width' in"):
-        load_reward_function(f"{path}:width")
+        load_callable(f"{path}:width", "reward.function")
     with pytest.raises(UserError, match=r"reward\.function: no such file 'none\.py'"):
-        load_reward_function("none.py:f")
+        load_callable("none.py:f", "reward.function")
     with pytest.raises(UserError, match=r"reward\.function: expected 'path/to/file\.py:function', got None"):
-        load_reward_function(None)
+        load_callable(None, "reward.function")
     path.write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"reward\.function: .*r\.py.* ModuleNotFoundError: .*no_such_module"):
-        load_reward_function(f"{path}:length")
+        load_callable(f"{path}:length", "reward.function")
     (tmp_path / "r.txt").write_text("")
     with pytest.raises(UserError, match=r"reward\.function: expected a Python file, got"):
-        load_reward_function(f"{tmp_path / 'r.txt'}:f")
+        load_callable(f"{tmp_path / 'r.txt'}:f", "reward.function")
 
 
 def test_rule_13_the_coefficient_follows_the_published_rule():
@@ -192,3 +195,138 @@ def test_a_fixed_coefficient_stays():
     kl = KLCoefficient(KLConfig(coef=0.2), CPU)
     kl.update(torch.full((2, 2), 100.0))
     assert kl.coef == 0.2
+
+
+NO_EXTRAS = {"clip": None, "missing_eos_penalty": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        # Totals per source: (1, 4) and (3, -2), weights 1 and 3.
+        ("sum", [10.0, -2.0]),
+        ("mean", [2.5, -0.5]),
+        ("min", [1.0, -6.0]),
+        # Weighted deviations: sqrt((1.5^2 + 3 * 0.5^2) / 4) and sqrt((4.5^2 + 3 * 1.5^2) / 4).
+        ("mean-std", [2.5 - 2 * 0.75**0.5, -0.5 - 2 * 6.75**0.5]),
+    ],
+)
+def test_sources_are_combined(rewarded, rule, expected):
+    reward = {"combine": rule, "weights": (1.0, 3.0), "std_coef": 2.0, **NO_EXTRAS}
+    rewards = rewarded(made_rollout([2, 3]), [scores(1.0, 4.0), scores(3.0, -2.0)], reward=reward, kl={"coef": 0.0})
+    assert rewards.scores.tolist() == pytest.approx(expected)
+    assert rewards.rewards[0, 1] == pytest.approx(expected[0])
+    if rule == "sum":
+        assert rewards.spread is None
+    else:
+        assert rewards.spread.tolist() == pytest.approx([0.75**0.5, 6.75**0.5])
+
+
+def test_min_keeps_the_tokens_of_the_lowest_source(rewarded):
+    sources = [scores([1.0, 2.0], 0.0), scores(2.5, [0.5, 0.0, -1.0])]
+    rewards = rewarded(made_rollout([2, 3]), sources, reward={"combine": "min", **NO_EXTRAS}, kl={"coef": 0.0})
+    assert rewards.rewards.tolist() == [[0.0, 2.5, 0.0], [0.5, 0.0, -1.0]]
+
+
+def test_weights_must_fit_the_sources(rewarded):
+    with pytest.raises(UserError, match=r"^reward\.weights: expected one for each of the 2 sources, got \(1\.0,\)$"):
+        rewarded(made_rollout([2]), [scores(1.0), scores(1.0)], reward={"weights": (1.0,)})
+
+
+def test_scores_are_normalised_by_the_statistics_of_their_source(tokenizer):
+    def fixed(responses):
+        return [7.0, [1.0, 2.0, 4.0]]
+
+    fixed.saved_stats = (3.0, 2.0)
+    rollout = made_rollout([2, 3])
+    responses = Responses.of(rollout.generation, tokenizer)
+    saved = Scorer([fixed], RewardConfig(**NO_EXTRAS))(responses, rollout.mask)
+    assert saved.rows.tolist() == [[0.0, 2.0, 0.0], [0.5, 1.0, 0.5]]
+    raw = Scorer([fixed], RewardConfig(normalise="none", **NO_EXTRAS))(responses, rollout.mask)
+    assert raw.totals.tolist() == [7.0, 7.0]
+
+
+def test_running_statistics_are_those_of_all_scores_so_far(tokenizer):
+    answers = iter([[1.0, 3.0], [5.0, 11.0], [4.0, 6.0]])
+    scorer = Scorer([lambda responses: next(answers)], RewardConfig(normalise="running", **NO_EXTRAS))
+    rollout = made_rollout([2, 3])
+    responses = Responses.of(rollout.generation, tokenizer)
+    assert scorer(responses, rollout.mask).totals.tolist() == pytest.approx([-1.0, 1.0])
+    mean, std = 5.0, (56 / 4) ** 0.5  # of 1, 3, 5, 11
+    expected = [0.0, (11 - mean) / std]
+    assert scorer(responses, rollout.mask).totals.tolist() == pytest.approx(expected, abs=1e-6)
+    resumed = Scorer([lambda responses: [4.0, 6.0]], scorer.config)
+    resumed.load_state_dict(json.loads(json.dumps(scorer.state_dict())))
+    for one in (scorer, resumed):  # scored by the statistics, without changing them
+        measured = one(responses, rollout.mask, learn=False).totals.tolist()
+        assert measured == pytest.approx([-1 / std, 1 / std])
+    assert scorer.running[0].count == resumed.running[0].count == 4
+
+
+def test_equal_scores_are_centred_alone(tokenizer):
+    scorer = Scorer([lambda responses: [4.0, 4.0]], RewardConfig(normalise="running", **NO_EXTRAS))
+    rollout = made_rollout([2, 3])
+    assert scorer(Responses.of(rollout.generation, tokenizer), rollout.mask).totals.tolist() == [0, 0]
+
+
+def test_length_is_charged_per_token_after_the_clip(rewarded):
+    reward = {"clip": 1.0, "length_penalty": 0.25, "missing_eos_penalty": 0.0}
+    rewards = rewarded(made_rollout([2, 4]), scores(5.0, 0.0), reward=reward, kl={"coef": 0.0})
+    assert rewards.rewards.tolist() == [[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]]
+
+
+def test_a_rejected_response_has_the_score_of_the_rejected(rewarded):
+    rollout = made_rollout([2, 3], ended=[False, True], columns={"topic": ["a", "b"]})
+    reward = {"rejected_score": -4.0, "length_penalty": 0.5}
+    rewards = rewarded(
+        rollout,
+        scores([1.0, 9.0], 2.0),
+        reward=reward,
+        kl={"coef": 0.0},
+        filter_fn=lambda prompts, completions, completion_ids, topic: [name != "a" for name in topic],
+    )
+    assert rewards.rewards.tolist() == [[0.0, -4.0, 0.0], [0.0, 0.0, 0.5]]
+    assert rewards.verdicts == [False, True]
+
+
+def test_masked_responses_leave_rollout_and_rewards(rewarded):
+    rollout = made_rollout([2, 3, 4], columns={"topic": ["a", "b", "c"]})
+    rewards = rewarded(rollout, scores(1.0, 2.0, 3.0), filter_fn=lambda **_: [True, "mask", numpy.bool_(False)])
+    kept, earned = without_masked(rollout, rewards)
+    assert earned.completion_ids == [rewards.completion_ids[0], rewards.completion_ids[2]]
+    assert earned.scores.tolist() == [1.0, -10.0]
+    assert kept.generation.prompts.columns == {"topic": ["a", "c"]}
+    for name in ("logprobs", "ref_logprobs", "values", "mask"):
+        assert torch.equal(getattr(kept, name), getattr(rollout, name)[[0, 2]])
+    assert torch.equal(earned.kl, rewards.kl[[0, 2]])
+    assert without_masked(kept, earned) == (kept, earned)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([True], "filter: expected 2 verdicts, got 1"),
+        ([True, "drop"], "filter: expected True, False or 'mask' for sample 1, got 'drop'"),
+        ([1, True], "filter: expected True, False or 'mask' for sample 0, got 1"),
+    ],
+)
+def test_a_bad_verdict_names_the_sample(rewarded, answer, message):
+    with pytest.raises(UserError) as error:
+        rewarded(made_rollout([2, 3]), scores(0.0, 0.0), filter_fn=lambda **_: answer)
+    assert str(error.value) == message
+
+
+def test_a_filter_that_masks_everything_is_an_error(rewarded):
+    rollout = made_rollout([2, 3])
+    rewards = rewarded(rollout, scores(0.0, 0.0), filter_fn=lambda **_: ["mask", "mask"])
+    with pytest.raises(UserError, match=r"^filter: expected one response or more to be kept, got 'mask' for all 2$"):
+        without_masked(rollout, rewards)
+
+
+def test_functions_of_one_file_share_its_variables_until_the_next_run(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text("seen = []\ndef a(**_):\n    seen.append(1)\n    return seen\ndef b(**_):\n    return seen\n")
+    first, other = (load_callable(f"{path}:{name}", "reward.function") for name in "ab")
+    assert first() is other()
+    forget_modules()
+    assert load_callable(f"{path}:b", "reward.function")() == []

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf import UserError, tiny
 from ppo_fast.rlhf.config import DataConfig, RolloutConfig
 from ppo_fast.rlhf.data import load_prompts, make_batch
-from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf.forward import response_logits
+from ppo_fast.rlhf.models import load_models
 from ppo_fast.rlhf.rollout import Sampler, first_eos, generate, score, warn_about_filters
+from tests.helpers import raises_exactly
 
 PAD, EOS = 0, 2
 
@@ -40,6 +43,59 @@ def test_rule_02_the_mask_ends_with_the_first_eos(make_models, make_config, scri
     assert generation.mask.long().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert generation.ended.tolist() == [True, True, False]
     assert torch.equal(generation.attention_mask, torch.cat([prompts.attention_mask, generation.mask], dim=1))
+
+
+def byte_tokenizer():
+    """A token for every byte, after <pad> = 0, <bos> = 1 and <eos> = 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def test_a_stop_string_ends_a_response_as_eos_does(make_config, scripted):
+    tokenizer = byte_tokenizer()
+    policy = tiny.make_model(len(tokenizer), hidden=16, heads=2)
+    models = load_models(make_config().model, torch.Generator(), policy=policy, tokenizer=tokenizer)
+    # The prompt of the second has the stop string, and its response half of it.
+    texts = ["ab##cd", "cd#abc", "ab", "# #x##"]
+    script = [tokenizer(text)["input_ids"] for text in texts]
+    script[2] += [EOS, 7, 7, 7]
+    scripted(script)
+    prompts = batch_of(tokenizer, "x", "##", "y", "#")
+    settings = RolloutConfig(batch_size=4, max_new_tokens=6, stop=("##", "never"))
+    generation = generate(models, prompts, settings, torch.Generator())
+    ids = [row[mask].tolist() for row, mask in zip(generation.responses, generation.mask, strict=True)]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == ["ab##", "cd#abc", "ab", "# #x##"]
+    assert generation.mask.sum(dim=1).tolist() == [4, 6, 3, 6]
+    assert generation.ended.tolist() == [True, False, True, True]
+    assert torch.equal(generation.logprobs != 0, generation.mask)
+
+
+def test_a_tokenizer_that_cannot_find_stop_strings_is_named(make_models, make_config):
+    models = make_models(make_config())
+    settings = RolloutConfig(max_new_tokens=2, stop=("w5",))
+    kind = type(models.tokenizer).__name__
+    with raises_exactly(f"rollout.stop: expected a tokenizer that can spell any text, got {kind}", UserError):
+        generate(models, batch_of(models.tokenizer, "w1"), settings, torch.Generator())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_the_static_cache_gives_the_same_responses(make_models, make_config, arch):
+    config = make_config()
+    models = make_models(config, policy=tiny.make_model(64, arch=arch, hidden=16, heads=2, seed=3))
+    prompts = batch_of(models.tokenizer, "w1 w2 w3", "w4", "w7 w8")
+    dynamic, static = (
+        generate(
+            models, prompts, RolloutConfig(max_new_tokens=9, static_cache=static), torch.Generator().manual_seed(5)
+        )
+        for static in (False, True)
+    )
+    assert torch.equal(dynamic.responses, static.responses)
+    assert torch.allclose(dynamic.logprobs, static.logprobs, atol=2e-5)
+    assert models.policy.generation_config.cache_implementation is None
 
 
 def test_rule_02_pad_may_be_the_same_token_as_eos(make_models, make_config, scripted):

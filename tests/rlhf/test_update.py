@@ -1,6 +1,6 @@
 """The update: ratio 1 at the start, one normaliser per step, clips, schedules and early stops."""
 
-import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -9,9 +9,11 @@ from ppo_fast import PolicyLossConfig, ops
 from ppo_fast.ops import _native, _registry
 from ppo_fast.rlhf.advantages import Targets, compute_targets
 from ppo_fast.rlhf.config import LossConfig
-from ppo_fast.rlhf.models import response_logits
+from ppo_fast.rlhf.forward import response_logits
+from ppo_fast.rlhf.optim import Network, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.rewards import Rewards
-from ppo_fast.rlhf.update import Learner, Minibatch, Network, PenaltyCoefficient, combine, schedule
+from ppo_fast.rlhf.rollout import score
+from ppo_fast.rlhf.update import Learner, Minibatch, combine
 
 CPU = torch.device("cpu")
 DROPOUT = {
@@ -30,7 +32,7 @@ def random_targets(rollout, seed=3):
 
 def made_rewards(rollout):
     zero = torch.zeros(rollout.mask.shape)
-    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [])
+    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [], [True] * len(zero), None)
 
 
 @pytest.fixture
@@ -64,6 +66,24 @@ def test_rule_04_the_ratio_is_1_to_rounding_in_a_shuffled_minibatch(setup):
     rows = torch.tensor([6, 1, 3])
     policy, _ = learner.backward(Minibatch.whole(rollout, targets).rows(rows), 0.0)
     assert abs(policy["ratio_max"].item() - 1) < 1e-5
+
+
+def test_micro_batches_are_of_like_length_and_without_common_padding(setup):
+    _, rollout, targets = setup(rollout={"max_new_tokens": 12})
+    whole = Minibatch.whole(rollout, targets)
+    parts = list(whole.split(2))
+    sizes = [part.attention_mask.sum(dim=1).tolist() for part in parts]
+    assert list(itertools.chain(*sizes)) == sorted(whole.attention_mask.sum(dim=1).tolist())
+    for part in parts:
+        prompt = part.input_ids.shape[1] - part.mask.shape[1]
+        assert part.attention_mask[:, :prompt].any(dim=0).all()
+        assert part.mask.any(dim=0).all()
+        assert torch.equal(part.attention_mask[:, prompt:], part.mask)
+        assert torch.equal(part.input_ids[:, prompt:], part.responses)
+        assert {getattr(part, name).shape for name in ("logprobs", "advantages", "returns")} == {part.mask.shape}
+    assert sum(part.input_ids.numel() for part in parts) < whole.input_ids.numel()
+    (alone,) = whole.split(len(whole.mask))
+    assert torch.equal(alone.input_ids, whole.input_ids)
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
@@ -166,7 +186,8 @@ def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make
     module.weight = weight
     network = Network(module, 0.1, make_config(optim={"max_grad_norm": 1.0}).optim)
     weight.grad = torch.tensor([3.0, 4.0])
-    assert network.step(1.0) == 5
+    assert network.clip() == 5
+    network.step(1.0, failed=torch.tensor(False))
     # The first step of AdamW is lr * g / (|g| + eps), with g clipped to norm 1.
     clipped = torch.tensor([0.6, 0.8])
     torch.testing.assert_close(weight.detach(), -0.1 * clipped / (clipped + 1e-5))
@@ -192,12 +213,12 @@ def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeyp
 
 def test_rule_15_the_learning_rate_warms_up_and_anneals(make_config):
     # 10 updates x 2 epochs x 2 minibatches = 40 steps, 4 of them warm-up.
-    config = make_config(updates=10, optim={"warmup_frac": 0.1, "final_lr_frac": 0.2})
-    factors = [schedule(step, config) for step in range(40)]
+    config = make_config(updates=10, optim={"warmup_frac": 0.1, "final_lr_frac": 0.2}).optim
+    factors = [schedule(step, 40, config) for step in range(40)]
     assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert factors[-1] == pytest.approx(0.2 + 0.8 / 36)
-    assert schedule(22, config) == pytest.approx(0.6)
+    assert schedule(22, 40, config) == pytest.approx(0.6)
 
 
 def test_the_learning_rate_used_is_that_of_the_update(setup):
@@ -250,14 +271,25 @@ def test_only_the_trained_networks_change(setup):
     assert not all(torch.equal(*pair) for pair in zip(value, models.value.parameters(), strict=True))
 
 
-def test_scoring_and_update_run_on_the_backend_of_this_machine(setup, monkeypatch):
-    ran, lookup = set(), _registry.implementation
+@pytest.mark.parametrize("path", ["linear", "materialised"])
+def test_scoring_and_update_run_the_ops_of_their_path_on_the_backend_of_this_machine(setup, monkeypatch, path):
+    called, ran, lookup = set(), set(), _registry.implementation
+
+    def spied(name, op):
+        return lambda *inputs, **options: called.add(name) or op(*inputs, **options)
+
+    for name in ("token_stats", "policy_loss", "linear_token_stats", "linear_policy_loss"):
+        monkeypatch.setattr(ops, name, spied(name, getattr(ops, name)))
     monkeypatch.setattr(_registry, "implementation", lambda *names: ran.add(names) or lookup(*names))
-    learner, rollout, _ = setup()
+    learner, rollout, _ = setup(model={"logits": path})
+    called.clear()  # the comparison at the start
+    score(learner.models, rollout.generation, learner.config.rollout)
     compute_targets(rollout, made_rewards(rollout), learner.config.advantage)
     learner.update(rollout, random_targets(rollout), 0.0, 0, torch.Generator())
+    prefix = "linear_" if path == "linear" else ""
+    assert called == {f"{prefix}token_stats", f"{prefix}policy_loss"}
     expected = "torch" if _native.load_error else "native"
-    assert ran >= {(op, expected) for op in ("token_stats", "gae", "policy_loss", "value_loss")}
+    assert ran >= {(op, expected) for op in ("token_stats", "gae", "value_loss")}
     assert {backend for _, backend in ran} == {expected}
 
 
@@ -270,7 +302,7 @@ def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
             seen.append((logits.detach(), logits.detach().clone())) or op(logits, *rest, **named)
         ),
     )
-    learner, rollout, targets = setup()
+    learner, rollout, targets = setup(model={"logits": "materialised"})
     learner.backward(Minibatch.whole(rollout, targets), 0.0)
     ((logits, before),) = seen
     assert not torch.equal(logits, before)
@@ -346,11 +378,9 @@ def test_combine_weights_means_by_tokens():
 
 
 def test_minibatches_cover_the_batch_once_per_epoch(setup):
-    learner, rollout, targets = setup(optim={"epochs": 2, "minibatch_size": 4})
-    batch = Minibatch.whole(rollout, targets)
-    tagged = dataclasses.replace(batch, returns=torch.arange(8)[:, None].expand(batch.returns.shape))
-    seen = [(epoch, part.returns[:, 0].tolist()) for epoch, part in learner._minibatches(tagged, torch.Generator())]
-    assert [epoch for epoch, _ in seen] == [0, 0, 1, 1]
-    first, second = seen[0][1] + seen[1][1], seen[2][1] + seen[3][1]
+    learner, _, _ = setup(optim={"epochs": 2, "minibatch_size": 4})
+    seen = [(epoch, number, rows.tolist()) for epoch, number, rows in learner._minibatches(8, torch.Generator())]
+    assert [(epoch, number) for epoch, number, _ in seen] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    first, second = seen[0][2] + seen[1][2], seen[2][2] + seen[3][2]
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second

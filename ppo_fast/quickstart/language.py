@@ -2,11 +2,12 @@
 
 Templates generate the reviews and a regular expression made from the same templates recognises them, so
 "is this a sentence" has an exact answer. The words carry a tone. Plain Python without imports from the
-package: the quickstart copies this file into its output directory as the reward function of the run.
+package: the quickstart copies this file into its output directory, where its runs call `gold` in their evaluations.
 """
 
 import random
 import re
+from collections.abc import Callable
 
 # Symbols are upper case; each stands for any one of its words.
 NOUNS = {
@@ -74,13 +75,19 @@ def _sample_clause(rng: random.Random, lexicon: dict[str, str]) -> str:
     return " ".join(rng.choice(lexicon[part].split()) if part in lexicon else part for part in clause)
 
 
+def sample_answers(count: int, rng: random.Random, *, longest: int = 5) -> list[dict[str, str]]:
+    """Draw ``count`` reviews cut in two, {"prompt", "completion"}: the first 1 to ``longest`` words, and the rest."""
+    answers = []
+    for _ in range(count):
+        words = sample(rng).split()
+        cut = min(rng.randint(1, longest), len(words) - 1)
+        answers.append({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:])})
+    return answers
+
+
 def sample_prompts(count: int, rng: random.Random, *, longest: int = 5) -> list[str]:
     """Draw ``count`` beginnings: the first 1 to ``longest`` words of sampled reviews, never a whole one."""
-    prompts = []
-    for _ in range(count):
-        review = sample(rng).split()
-        prompts.append(" ".join(review[: min(rng.randint(1, longest), len(review) - 1)]))
-    return prompts
+    return [answer["prompt"] for answer in sample_answers(count, rng, longest=longest)]
 
 
 def _any_of(texts: list[str]) -> str:
@@ -115,5 +122,12 @@ def score(text: str) -> float:
 
 
 def reward(prompts: list[str], completions: list[str], completion_ids: list, **columns: list) -> list[float]:
-    """The reward function of the quickstart: the score of each prompt together with its completion."""
+    """The score of each prompt together with its completion, as a reward function."""
     return [score(f"{prompt} {completion}") for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def gold(generate: Callable[[list[str]], list[str]], **_: object) -> dict[str, float]:
+    """An evaluator: the mean score of completions, and the share of well-formed ones, that no training sees."""
+    prompts = sample_prompts(200, random.Random(2))
+    texts = [f"{prompt} {completion}" for prompt, completion in zip(prompts, generate(prompts), strict=True)]
+    return {"gold": sum(map(score, texts)) / len(texts), "valid": sum(map(is_valid, texts)) / len(texts)}

@@ -1,0 +1,77 @@
+"""Direct preference optimisation: preference pairs without a reward model or rollouts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+
+from .examples import Pair, preference_pair
+from .models import load_policy, padding_id
+from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
+from .supervised_config import DPOConfig
+
+
+@dataclass(frozen=True)
+class DPO(Objective[Pair]):
+    """-mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)); see :func:`ppo_fast.dpo_loss`."""
+
+    stage = "DPO"
+    reference: Any  # causal LM, frozen
+    beta: float
+    linear: bool = True  # log-probabilities without the logits of the batch
+
+    def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
+        batch = self.batch(pairs)
+        with torch.no_grad():
+            ref_chosen, ref_rejected = _halves(completion_logprobs(self.reference, batch, linear=self.linear))
+        chosen, rejected = _halves(completion_logprobs(self.model, batch, linear=self.linear))
+        return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+
+
+def train_dpo(
+    config: DPOConfig,
+    *,
+    train: Source | None = None,
+    held_out: Source | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+) -> SupervisedResult:
+    """Train a causal language model on preference pairs; the reference is the model as it was at the start.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        train: a path, or rows {"prompt", "chosen", "rejected"}.
+        held_out: the same, for the evaluation.
+        model: a causal LM, trained in place.
+        tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+
+    Raises:
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290.
+    """
+    with prepared(config, resume) as start:
+        model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
+        data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
+        reference = copy.deepcopy(model).requires_grad_(False)
+        linear = config.model.logits == "linear"
+        objective = DPO(model, padding_id(tokenizer), config.optim.width, reference, config.beta, linear)
+        return fit(config, objective, data, tokenizer, start)
+
+
+def _halves(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums [B] over the completions of the first and of the second half of [2B, L-1]."""
+    chosen, rejected = logprobs.sum(dim=1).chunk(2)
+    return chosen, rejected

@@ -1,0 +1,63 @@
+"""A run's scored samples as preference pairs, to train the next reward model on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .runlog import SAMPLES
+
+PAIRS = "pairs.jsonl"
+
+
+def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the best and the worst response to each prompt of each update as {"prompt", "chosen", "rejected"}.
+
+    The scores go along as "score_chosen" and "score_rejected". Messages get messages: an answer of the assistant's.
+
+    Args:
+        run: directory of a run with several responses per prompt (`rollout.samples_per_prompt`) and all of them
+            saved (`log.all_samples`).
+        out: JSONL file; None: pairs.jsonl in the run.
+
+    Raises:
+        UserError: there is no such run, or no prompt in it has two responses of different scores.
+    """
+    source = Path(run) / SAMPLES
+    if not source.is_file():
+        raise UserError(f"export: expected a run with {SAMPLES}, got {str(run)!r}")
+    target = Path(out or Path(run) / PAIRS)
+    pairs = list(_pairs(source))
+    if not pairs:
+        raise UserError(
+            f"export: expected responses of different scores to one prompt in {str(source)!r}, got none; "
+            "set rollout.samples_per_prompt to 2 or more and log.all_samples"
+        )
+    target.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    return target
+
+
+def _pairs(source: Path) -> Iterator[dict[str, Any]]:
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    with source.open(encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
+    for group in groups.values():
+        ordered = sorted(group, key=lambda record: record["score"])
+        rejected, chosen = ordered[0], ordered[-1]
+        if chosen["score"] > rejected["score"] and chosen["completion"] != rejected["completion"]:
+            yield {
+                "prompt": chosen["prompt"],
+                "chosen": _answer(chosen),
+                "rejected": _answer(rejected),
+                "score_chosen": chosen["score"],
+                "score_rejected": rejected["score"],
+            }
+
+
+def _answer(record: dict[str, Any]) -> Any:
+    text = record["completion"]
+    return text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]

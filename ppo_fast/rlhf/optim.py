@@ -1,0 +1,84 @@
+"""What optimizer steps are made of, in every stage: AdamW with its clip, learning rate, penalty coefficient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdamWConfig, LossConfig
+
+
+class Network:
+    """A trained module with its own AdamW and its own gradient-norm clip."""
+
+    def __init__(self, module: nn.Module, lr: float, config: AdamWConfig) -> None:
+        self.config, self.lr = config, lr
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer: Any = torch.optim.AdamW(
+            self.parameters,
+            lr=lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their 0-d norm from before."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+
+    def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
+        """Step and clear the gradients; where `failed`, a 0-d bool, weights and moments stay as they are.
+
+        The fused kernel reads the flag on the device, as it does for `torch.amp.GradScaler`: the host waits for
+        nothing.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor
+        if failed is not None:
+            self.optimizer.found_inf = failed.float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class PenaltyCoefficient:
+    """penalty_coef, fixed or adapted: x2 above 1.5 x target, /2 below target / 1.5, by the mean KL(old || new).
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, section 4.
+    """
+
+    def __init__(self, config: LossConfig, device: torch.device) -> None:
+        self.target = config.penalty_target
+        self.coef: float | Tensor = config.penalty_coef
+        if self.target is not None:
+            self.coef = torch.tensor(config.penalty_coef, dtype=torch.float32, device=device)
+
+    def update(self, approx_kl: Tensor) -> None:
+        """Adapt by the 0-d mean KL per token of the last epoch."""
+        if self.target is not None:
+            up, down = approx_kl > 1.5 * self.target, approx_kl < self.target / 1.5
+            self.coef = self.coef * torch.where(up, 2.0, torch.where(down, 0.5, 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        coef = state["coef"]
+        self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
+
+
+def schedule(step: int, total: int, config: AdamWConfig) -> float:
+    """Learning-rate factor of step `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
+    warmup = math.ceil(config.warmup_frac * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - config.final_lr_frac) * (step - warmup) / max(1, total - warmup)

@@ -1,0 +1,182 @@
+"""Reward models: a causal backbone with a scalar head, trained on preference pairs by Bradley-Terry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast import ops
+
+from .errors import UserError, require
+from .examples import Pair, chunks, preference_pair
+from .models import (
+    checked_tokenizer,
+    disable_dropout,
+    load_causal,
+    load_reward_model,
+    load_tokenizer,
+    padding_id,
+    sequence_scores,
+)
+from .reward_sources import STATS
+from .supervised import Objective, Source, SupervisedResult, fit, load_data, prepared
+from .supervised_config import RewardModelConfig
+
+QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
+
+
+class RewardModel(Objective[Pair]):
+    """-mean log sigmoid(chosen - rejected - margin); see :func:`ppo_fast.preference_loss`."""
+
+    stage = "reward model"
+
+    def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
+        batch = self.batch(pairs)
+        chosen, rejected = sequence_scores(self.model, batch.input_ids, batch.attention_mask).chunk(2)
+        return chosen, rejected
+
+    def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
+        return ops.preference_loss(*self.scores(pairs), margin=self._margins(pairs))
+
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        return self._metrics(pairs, *self._all_scores(pairs))
+
+    def _metrics(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+        output = ops.preference_loss(chosen, rejected, margin=self._margins(pairs))
+        scores = torch.cat([chosen, rejected])
+        return {
+            "loss": output.loss.item(),
+            **{name: value.item() for name, value in output.metrics.items()},
+            "ece": calibration_error(reliability(chosen - rejected)),
+            "score_mean": scores.mean().item(),
+            "score_std": scores.std(correction=0).item(),
+        }
+
+    def extra_files(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Mean and std of the scores of the held-out completions, chosen and rejected alike, and how good they are."""
+        if not pairs:
+            return {}
+        chosen, rejected = self._all_scores(pairs)
+        metrics = self._metrics(pairs, chosen, rejected)
+        quantiles = torch.cat([chosen, rejected]).quantile(torch.tensor(QUANTILES).to(chosen))
+        stats = {
+            "mean": metrics.pop("score_mean"),
+            "std": metrics.pop("score_std"),
+            "quantiles": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True)),
+            "pairs": len(pairs),
+            **metrics,
+            "reliability": reliability(chosen - rejected),
+        }
+        return {STATS: stats}
+
+    @torch.no_grad()
+    def _all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        parts = [self.scores(part) for part in chunks(pairs, self.width)]
+        chosen, rejected = (torch.cat(column).double() for column in zip(*parts, strict=True))
+        return chosen, rejected
+
+    def _margins(self, pairs: Sequence[Pair]) -> Tensor:
+        return torch.tensor([pair.margin for pair in pairs], device=self.model.device)
+
+
+def train_reward_model(
+    config: RewardModelConfig,
+    *,
+    train: Source | None = None,
+    held_out: Source | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+) -> SupervisedResult:
+    """Train a reward model on preference pairs; what is not passed is read from where `config` says.
+
+    The result is a model for AutoModelForSequenceClassification, with `reward_stats.json` beside it.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        train: a path, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
+        held_out: the same, for the evaluation and the statistics.
+        model: a causal LM, whose backbone gets a new head; trained in place.
+        tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+
+    Raises:
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
+
+    Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
+    """
+    with prepared(config, resume) as start:
+        if config.init is None:
+            causal, tokenizer = load_causal(config.model, start.generator.device, model, tokenizer)
+            model = add_score_head(causal, tokenizer, start.generator)
+        else:
+            model = load_reward_model("init", config.init, getattr(torch, config.model.dtype))
+            if model is None:
+                raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
+            model = disable_dropout(model.to(start.generator.device))
+            tokenizer = load_tokenizer(config.init) if tokenizer is None else checked_tokenizer(tokenizer)
+        data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
+        objective = RewardModel(model, padding_id(tokenizer), config.optim.width)
+        return fit(config, objective, data, tokenizer, start)
+
+
+def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> Any:
+    """The backbone of a causal LM, in place, under a new head N(0, 1/sqrt(D+1)) without bias.
+
+    The saved model itself scores the last token that is not padding, so that a padding token that is EOS as well
+    would hide the EOS from it: then the config names none, and the model refuses batches rather than misread them.
+    """
+    config = causal.config
+    config.num_labels = 1
+    config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    try:
+        with torch.device("meta"):
+            model = require("transformers").AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        known = "an architecture that transformers has a sequence classifier of"
+        raise UserError(f"model.path: expected {known}, got {type(config).__name__}") from error
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"model.path: expected an architecture with a linear head 'score', got {type(model).__name__}")
+    setattr(model, model.base_model_prefix, causal.base_model)
+    weight = torch.randn((1, config.hidden_size), generator=generator, device=generator.device)
+    model.score = nn.Linear(config.hidden_size, 1, bias=False, device=generator.device, dtype=causal.dtype)
+    with torch.no_grad():
+        model.score.weight.copy_(weight / (config.hidden_size + 1) ** 0.5)
+    return disable_dropout(model)
+
+
+def reliability(gaps: Tensor) -> list[dict[str, float]]:
+    """Pairs by how sure the model is of the one it prefers, max(p, 1 - p) with p = sigmoid(gap): `BINS` from 0.5 to 1.
+
+    Each bin that holds pairs gives their mean confidence, their accuracy and their count; gaps are [M],
+    chosen - rejected.
+    """
+    confidence = torch.sigmoid(gaps.abs())
+    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    rows = []
+    for number in bins.unique().tolist():
+        inside = bins == number
+        rows.append(
+            {
+                "confidence": confidence[inside].mean().item(),
+                "accuracy": (gaps[inside] > 0).double().mean().item(),
+                "count": int(inside.sum()),
+            }
+        )
+    return rows
+
+
+def calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over the pairs.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
+    """
+    total = sum(row["count"] for row in bins)
+    return sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / total

@@ -1,0 +1,191 @@
+"""Where scores come from: Python functions and reward models."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .callables import call, listed, load_callable, plain
+from .config import ModelConfig, PPOConfig
+from .errors import NotFiniteError, UserError
+from .models import Models, disable_dropout, load_reward_model, load_tokenizer, sequence_scores
+from .rollout import Generation
+
+RewardFunction = Callable[..., Sequence[Any]]
+Score = float | list[float]  # of a response, or of each of its tokens
+STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What is scored; lists of the same length B."""
+
+    prompts: list[Any]  # as given: text or messages
+    prompt_ids: list[list[int]]
+    completions: list[str]  # decoded, without special tokens
+    completion_ids: list[list[int]]  # the counted tokens, EOS included
+    ended: list[bool]  # there is an EOS
+    columns: dict[str, list[Any]]  # the other keys of the prompts' rows
+
+    @classmethod
+    def of(cls, generation: Generation, tokenizer: Any) -> Responses:
+        prompts = generation.prompts
+        ids = _counted(generation.responses, generation.mask)
+        return cls(
+            prompts=prompts.prompts,
+            prompt_ids=_counted(prompts.input_ids, prompts.attention_mask),
+            completions=tokenizer.batch_decode(ids, skip_special_tokens=True),
+            completion_ids=ids,
+            ended=generation.ended.tolist(),
+            columns=prompts.columns,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """What a user's function of responses is called with."""
+        return {
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "completion_ids": self.completion_ids,
+            **self.columns,
+        }
+
+
+class FunctionSource:
+    """A user's reward function, its answer checked."""
+
+    saved_stats = (0.0, 1.0)
+
+    def __init__(self, function: RewardFunction) -> None:
+        self.function = function
+
+    def __call__(self, responses: Responses) -> list[Score]:
+        answer = call("reward function", self.function, **responses.arguments())
+        scores = listed("reward function", "scores", answer, len(responses.completions))
+        pairs = zip(scores, responses.completion_ids, strict=True)
+        return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
+
+
+class ModelSource:
+    """A sequence-classification model with one output, read at the last counted token of prompt and response.
+
+    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the decoded text, encoded
+    again by its own, with its own chat template for messages and its own EOS where the response has one.
+    """
+
+    def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:
+        trust = model.trust_remote_code
+        loaded = load_reward_model("reward.models", path, getattr(torch, model.dtype), trust)
+        if loaded is None:
+            raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
+        self.model = disable_dropout(loaded.to(device)).requires_grad_(False)
+        self.tokenizer, self.own = tokenizer, load_tokenizer(path, trust)
+        self.same = self.own.get_vocab() == tokenizer.get_vocab()
+        self.path, self.batch_size = path, batch_size
+        self.saved_stats = _read_stats(Path(path) / STATS)
+
+    @torch.no_grad()
+    def __call__(self, responses: Responses) -> list[Score]:
+        rows = self.encode(responses)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # batches of like length
+        scores: list[Score] = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            for row, score in zip(chosen, self._scores([rows[row] for row in chosen]), strict=True):
+                if not math.isfinite(score):
+                    raise NotFiniteError(f"{self.path}: expected a finite score for sample {row}, got {score}", [row])
+                scores[row] = score
+        return scores
+
+    def encode(self, responses: Responses) -> list[list[int]]:
+        """Token ids of each prompt with its response, as this model reads them."""
+        pairs = zip(responses.prompt_ids, responses.completion_ids, strict=True)
+        if self.same:
+            return [prompt + completion for prompt, completion in pairs]
+        texts = self.tokenizer.batch_decode([p + c for p, c in pairs], skip_special_tokens=True)
+        conversations = zip(responses.prompts, responses.completions, texts, responses.ended, strict=True)
+        return [self._encode(*conversation) for conversation in conversations]
+
+    def _encode(self, prompt: Any, completion: str, text: str, ended: bool) -> list[int]:
+        if isinstance(prompt, str) or self.own.chat_template is None:
+            ids = list(self.own(text)["input_ids"])
+        else:
+            messages = [*prompt, {"role": "assistant", "content": completion}]
+            ids = list(self.own.apply_chat_template(messages, return_dict=False))
+        eos = self.own.eos_token_id
+        return [*ids, eos] if ended and eos is not None and ids[-1:] != [eos] else ids
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        width, device = max(map(len, rows)), self.model.device
+        limit = getattr(self.model.config, "max_position_embeddings", width)
+        if width > limit:
+            raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
+        return sequence_scores(self.model, ids, attention_mask).float().tolist()
+
+
+Source = FunctionSource | ModelSource
+
+
+def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
+    """The function, given or named, and then the reward models; UserError when there is neither."""
+    reward, sources = config.reward, list[Source]()
+    if function is not None or reward.function is not None or not reward.models:
+        sources.append(FunctionSource(function or load_callable(reward.function, "reward.function")))
+    options: dict[str, Any] = {
+        "model": config.model,
+        "device": models.device,
+        "batch_size": config.rollout.micro_batch_size or 16,
+    }
+    return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
+
+
+def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The rows of ids [B, L] at the True of mask."""
+    rows = zip(ids.tolist(), mask.tolist(), strict=True)
+    return [[token for token, counts in zip(*row, strict=True) if counts] for row in rows]
+
+
+def _checked(score: Any, ids: list[int], sample: int) -> Score:
+    """A number, or a list of one number per token, all finite."""
+    if not isinstance(score, list | tuple):
+        return _number(score, sample)
+    values = [_number(value, sample) for value in score]
+    if len(values) != len(ids):
+        raise UserError(
+            f"reward function: expected {len(ids)} scores for the tokens of sample {sample}, got {len(values)}"
+        )
+    return values
+
+
+def _number(value: Any, sample: int) -> float:
+    value = plain(value)
+    try:
+        finite = math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        kind = NotFiniteError if isinstance(value, int | float) else UserError
+        raise kind(f"reward function: expected a finite score for sample {sample}, got {value!r}")
+    return float(value)
+
+
+def _read_stats(path: Path) -> tuple[float, float]:
+    """Mean and standard deviation of a model's scores; 0 and 1 where none are saved."""
+    if not path.is_file():
+        return 0.0, 1.0
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = float(stats["mean"]), float(stats["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: expected {{"mean": number, "std": number}}, got {error!r}') from error
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise UserError(f"{path}: expected a finite mean and a std > 0, got {mean} and {std}")
+    return mean, std

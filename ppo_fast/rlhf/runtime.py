@@ -1,0 +1,71 @@
+"""The machine a run is on: device, threads, precision, clock, and where an error happened."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .config import AdamWConfig
+from .errors import UserError
+
+
+class Stopwatch:
+    """Wall seconds by stage name; waits for the device at the end of a stage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put `where` in front of the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Set the CPU threads of torch for the block; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `model.device` names; UserError when this machine has none of that name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in usable:
+        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
+    return torch.device(name)
+
+
+def warn_about_precision(model: Any, config: AdamWConfig) -> None:
+    """Warn once when bfloat16 weights are to take steps that they may round away."""
+    if model.dtype == torch.bfloat16:
+        warnings.warn(
+            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.lr:g}; "
+            "set model.dtype to float32 unless the run learns",
+            stacklevel=3,
+        )

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning: the loss counts the tokens of the completions alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppo_fast import ops
+
+from .examples import Example, completion_example
+from .models import load_policy, padding_id
+from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
+from .supervised_config import SFTConfig
+
+
+@dataclass(frozen=True)
+class SFT(Objective[Example]):
+    """-mean log pi(token | all before it) over the tokens of the completions."""
+
+    stage = "SFT"
+    linear: bool = True  # log-probabilities without the logits of the batch
+
+    def loss(self, examples: Sequence[Example]) -> ops.LossOutput:
+        batch = self.batch(examples)
+        logprobs = completion_logprobs(self.model, batch, linear=self.linear)
+        return ops.LossOutput(-ops.masked_mean(logprobs, batch.mask[:, 1:]), {})
+
+    def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
+        metrics = super().evaluate(examples)
+        return metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))}
+
+
+def train_sft(
+    config: SFTConfig,
+    *,
+    train: Source | None = None,
+    held_out: Source | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+) -> SupervisedResult:
+    """Fine-tune a causal language model on completions; what is not passed is read from where `config` says.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        train: a path, or rows {"prompt", "completion"} or {"messages"}.
+        held_out: the same, for the evaluation.
+        model: a causal LM, trained in place.
+        tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+
+    Raises:
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
+    """
+    with prepared(config, resume) as start:
+        model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
+        data = load_data(config, completion_example, tokenizer, start.generator, train, held_out)
+        objective = SFT(model, padding_id(tokenizer), config.optim.width, config.model.logits == "linear")
+        return fit(config, objective, data, tokenizer, start)

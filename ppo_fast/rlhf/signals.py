@@ -1,0 +1,50 @@
+"""SIGINT and SIGTERM as requests that a loop answers at a safe point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run, after a checkpoint."""
+
+    def __init__(self, number: int, last: str, checkpoint: Path) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: stopped after {last}; saved {str(checkpoint)!r}, --resume continues there")
+        self.number = number
+
+
+class StopSignals:
+    """Within the block the first SIGINT or SIGTERM is kept in `number`; a SIGINT after it raises KeyboardInterrupt.
+
+    Python takes signals in its main thread alone: in another one nothing changes. A signal that is ignored stays so.
+    `unit` is what the loop finishes before it stops.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in wanted}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+        # Not by print: the signal may have come in the middle of one.
+        told = f"\nppo-fast: stopping after this {self.unit}, then saving; Ctrl-C aborts at once\n"
+        os.write(2, told.encode())

@@ -1,0 +1,400 @@
+"""A run that is stopped and resumed ends with the bits of the run that never stopped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ppo_fast import cli
+from ppo_fast.rlhf import UserError, tiny, train_ppo
+from ppo_fast.rlhf.signals import Interrupted, StopSignals
+from tests.helpers import raises_exactly
+
+MANY = [f"w{i} w{i + 1}" for i in range(11)]  # no batch of 8 ends with an epoch
+CLOCK = ("time/", "tokens_per_second", "memory/")
+EVERYTHING = {  # every part of a run that has a state of its own
+    "kl": {"adaptive": True, "coef": 0.1, "target": 1.0, "horizon": 50, "placement": "both"},
+    "loss": {"penalty_coef": 0.1, "penalty_target": 0.01},
+    "log": {"save_every": 2, "samples_every": 1, "keep_last": 2},
+}
+
+
+def reward(completion_ids, **_):
+    """A score with noise from each of the global generators."""
+    noise = random.random() + np.random.rand() + torch.rand(()).item()
+    return [sum(token % 2 for token in ids) / len(ids) + 0.1 * noise for ids in completion_ids]
+
+
+def seed_globals():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(make_config, tokenizer):
+    """run(reward_fn, **config) -> PPOResult of a fresh tiny model; resume=True continues."""
+
+    def go(reward_fn=reward, *, resume=False, prompts=MANY, policy=None, eval_prompts=None, **values):
+        values = {name: {**EVERYTHING.get(name, {}), **values.get(name, {})} for name in EVERYTHING} | {
+            name: value for name, value in values.items() if name not in EVERYTHING
+        }
+        policy = policy or tiny.make_model(64, hidden=32, layers=1, heads=2)
+        config = make_config(**values)
+        return train_ppo(
+            config,
+            reward_fn=reward_fn,
+            prompts=prompts,
+            policy=policy,
+            tokenizer=tokenizer,
+            eval_prompts=eval_prompts,
+            resume=resume,
+        )
+
+    return go
+
+
+def left_by(directory):
+    """What must not depend on where a run was stopped: weights, samples, and metrics without the clock's."""
+    directory = Path(directory)
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{n: x for n, x in record.items() if not n.startswith(CLOCK)} for record in records]
+    final = {path.name: path.read_bytes() for path in (directory / "final").iterdir()}
+    return metrics, (directory / "samples.jsonl").read_text(), final
+
+
+class Stop(BaseException):
+    """Ends a run where it stands."""
+
+
+def stops_in(update, then=Stop):
+    calls = []
+
+    def stopping(**arguments):
+        calls.append(1)
+        if len(calls) == update:
+            raise then
+        return reward(**arguments)
+
+    return stopping
+
+
+@pytest.mark.parametrize("resumed_at", [2, 4])
+def test_rule_16_a_resumed_run_ends_with_the_same_bits(run, tmp_path, resumed_at):
+    seed_globals()
+    whole = run(updates=6, log={"dir": str(tmp_path / "whole")})
+    seed_globals()
+    with pytest.raises(Stop):
+        run(stops_in(resumed_at + 2), updates=6)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == f"update-{resumed_at:06d}"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == resumed_at + 1
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)  # another process
+    resumed = run(updates=6, resume=True)
+    assert left_by(resumed.directory) == left_by(whole.directory)
+    assert [set(m) for m in resumed.history] == [set(m) for m in whole.history]
+    for name in ("policy", "value"):
+        pairs = zip(getattr(resumed.models, name).parameters(), getattr(whole.models, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_rule_16_holds_for_everything_that_may_change_beside_the_weights(run, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def some(completion_ids, **_):\n    return [ids[0] % 5 > 0 or 'mask' for ids in completion_ids]\n"
+    )
+    options = {
+        "updates": 6,
+        "prompts": [{"prompt": prompt, "level": number % 2} for number, prompt in enumerate(MANY)],
+        "eval_prompts": ["w20", "w21 w22"],
+        "data": {"order": "level", "balance": "level"},
+        "reward": {"normalise": "running", "filter": f"{tmp_path / 'own.py'}:some"},
+        "advantage": {"kind": "sequence"},
+        "reference": {"update": "ema", "every": 1, "decay": 0.5},
+        "evaluation": {"every": 3},
+    }
+    seed_globals()
+    whole = run(log={"dir": str(tmp_path / "whole")}, **options)
+    seed_globals()
+    with pytest.raises(Stop):  # scored once a training update, twice an evaluation
+        run(stops_in(8), **options)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == "update-000004"
+    resumed = run(resume=True, **options)
+    assert left_by(resumed.directory) == left_by(whole.directory)
+    masked = [metrics["filter/masked"] for metrics in whole.history]
+    assert any(masked)
+    assert all("eval/win_rate" in whole.history[update - 1] for update in (3, 6))
+
+
+def test_a_longer_run_is_a_resumed_shorter_one(run, tmp_path):
+    constant = {"optim": {"warmup_frac": 0.0, "final_lr_frac": 1.0}}  # so that the number of updates sets no rate
+    seed_globals()
+    whole = run(updates=6, log={"dir": str(tmp_path / "whole")}, **constant)
+    seed_globals()
+    run(updates=3, **constant)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["update-000002", "update-000003"]
+    resumed = run(updates=6, resume=True, log={"save_every": 1, "keep_last": 0}, **constant)
+    assert left_by(resumed.directory) == left_by(whole.directory)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"update-{n:06d}" for n in (2, 3, 4, 5, 6)]
+    again = run(updates=6, resume=True, **constant)  # nothing left to do
+    assert left_by(again.directory) == left_by(whole.directory)
+
+
+def test_tensorboard_shows_each_update_once(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = {"tensorboard": True}
+    with pytest.raises(Stop):
+        run(stops_in(4), updates=5, log=log)  # update 3 is written, update 2 saved
+    run(updates=5, resume=True, log=log)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_is_a_model_directory_and_holds_no_pickle(run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    result = run(updates=2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "update-000002"
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    pairs = zip(loaded.parameters(), result.models.policy.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert {path.suffix for path in checkpoint.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_the_state_of_a_reward_function_is_saved(run, tmp_path):
+    class Counting:
+        calls = 0
+
+        def __call__(self, completions, **_):
+            self.calls += 1
+            return [self.calls] * len(completions)
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    plain = {"missing_eos_penalty": 0.0}
+    run(Counting(), updates=2, reward=plain)
+    resumed = run(Counting(), updates=4, reward=plain, resume=True)
+    assert [m["objective/scores"] for m in resumed.history] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"^resume: expected a run of \[.*'reward', 'sampler'.*\], got \["):
+        run(updates=4, reward=plain, resume=True)
+
+
+def test_the_count_of_skipped_batches_goes_on(run):
+    def fails_once(completions, **_):
+        return [float("nan") if not calls.append(1) and len(calls) == 1 else 0.5] * len(completions)
+
+    calls = []
+    run(fails_once, updates=2, on_nan="skip")
+    resumed = run(fails_once, updates=3, on_nan="skip", resume=True)
+    assert [metrics["nan/skipped_batches"] for metrics in resumed.history] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim": {"lr": 0.5}}, r"resume: optim\.lr: expected 0\.001 as in '.*update-000002', got 0\.5"),
+        ({"on_nan": "skip"}, r"resume: on_nan: expected 'stop' as in '.*update-000002', got 'skip'"),
+        ({"updates": 1}, r"resume: updates: expected at least the 2 that are done, got 1"),
+        ({"prompts": ["w1", "w2"]}, r"resume: expected the prompts that the run was begun with, got others"),
+    ],
+)
+def test_another_run_is_not_resumed(run, values, message):
+    run(updates=2)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        run(resume=True, **({"updates": 4} | values))
+
+
+def test_the_policy_given_to_a_resumed_run_is_the_one_at_the_start(run):
+    policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
+    run(updates=2, policy=policy)
+    with pytest.raises(UserError, match=r"^resume: expected the model weights that the run was begun with, got"):
+        run(updates=4, policy=policy, resume=True)
+
+
+def test_there_must_be_something_to_resume_and_it_must_be_whole(run, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with raises_exactly(f"resume: expected a complete checkpoint in '{checkpoints}', got none", UserError):
+        run(resume=True)
+    run(updates=2)
+    os.truncate(tmp_path / "run" / "metrics.jsonl", 10)
+    with pytest.raises(UserError, match=r"^resume: expected \d+ bytes or more in '.*metrics\.jsonl', got 10$"):
+        run(updates=2, resume=True)
+    os.truncate(checkpoints / "update-000002" / "state.safetensors", 10)
+    with pytest.raises(UserError, match=r"^resume: cannot read '.*update-000002': "):
+        run(updates=2, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(run, tmp_path, capfd, number):
+    seed_globals()
+    whole = run(updates=4, log={"dir": str(tmp_path / "whole")})
+    before = signal.getsignal(number)
+    calls = []
+
+    def interrupted(**arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return reward(**arguments)
+
+    seed_globals()
+    with pytest.raises(Interrupted) as stopped:
+        run(interrupted, updates=4, log={"save_every": 0})
+    checkpoint = tmp_path / "run" / "checkpoints" / "update-000003"
+    told = f"{number.name}: stopped after update 3; saved {str(checkpoint)!r}, --resume continues there"
+    assert str(stopped.value) == told
+    assert "ppo-fast: stopping after this update" in capfd.readouterr().err
+    assert signal.getsignal(number) is before
+    assert left_by(run(updates=4, resume=True).directory) == left_by(whole.directory)
+
+
+def test_a_second_interrupt_aborts_at_once(run, tmp_path):
+    reached = []
+
+    def twice(completions, **_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        reached.append(1)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(twice, updates=4)
+    assert not isinstance(stopped.value, Interrupted)
+    assert not reached
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_signals_are_left_alone_in_other_threads_and_where_they_are_ignored():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def enter():
+        with StopSignals("update"):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        enter()
+        assert seen[1] is signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def files(tmp_path, tokenizer, monkeypatch):
+    """A model, prompts and a config in the working directory; `hook.py` in a reward file of noise and scores."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(cli.__file__).parents[1])]))
+    tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in MANY))
+    Path("run.yaml").write_text(
+        "updates: 8\nthreads: 1\nmodel: {path: model}\ndata: {prompts: p.jsonl}\nreward: {function: r.py:f}\n"
+        "rollout: {batch_size: 8, max_new_tokens: 4}\noptim: {minibatch_size: 4, lr: 1e-3}\n"
+        "log: {console: false, tensorboard: false, save_every: 1, samples_every: 1, dir: run}\n"
+    )
+    Path("r.py").write_text(REWARD)
+    return tmp_path
+
+
+REWARD = """import os, random, signal
+random.seed(0)
+calls, flushed, fsync = 0, 0, os.fsync
+def f(completion_ids, **_):
+    global calls
+    calls += 1
+    if os.environ.get("TERM_AT") == str(calls):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [sum(t % 2 for t in ids) / len(ids) + random.random() for ids in completion_ids]
+def flush(descriptor):
+    global flushed
+    flushed += calls >= 3  # in the save after the third update of this process
+    if os.environ.get("KILL_AT") == str(flushed):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = flush
+"""
+
+
+def start(*arguments, **environment):
+    command = [sys.executable, "-m", "ppo_fast.cli", "train", *arguments]
+    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_rule_16_a_run_killed_again_and_again_ends_with_the_same_bits(files):
+    assert cli.main(["train", "--config", "run.yaml", "--out", "whole"]) == 0
+    killed = start("--config", "run.yaml", KILL_AT="6")  # the third save: two logs, then the files of the checkpoint
+    assert killed.wait() == -signal.SIGKILL
+    killed.stderr.close()
+    held = sorted(os.listdir("run/checkpoints"))
+    assert held[0].startswith(".update-000003.new-")  # the kill came in the middle of it
+    assert held[1:] == ["update-000001", "update-000002"]
+
+    again = start("--resume", "--out", "run")
+    delay = random.Random(0).random() * 0.3
+    while not Path("run/checkpoints/update-000003").exists():
+        time.sleep(0.001)
+    time.sleep(delay)
+    again.kill()
+    again.communicate()
+
+    assert cli.main(["train", "--resume", "--out", "run"]) == 0
+    assert left_by("run") == left_by("whole")
+    assert sorted(os.listdir("run/checkpoints")) == ["update-000007", "update-000008"]
+
+
+def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
+    assert cli.main(["train", "--config", "run.yaml", "--out", "whole"]) == 0
+    process = start("--config", "run.yaml", "--log.save-every", "0", TERM_AT="2")
+    told = process.communicate()[1].splitlines()
+    assert process.returncode == 143
+    checkpoint = "run/checkpoints/update-000002"
+    assert told[-1] == f"ppo-fast: SIGTERM: stopped after update 2; saved {checkpoint!r}, --resume continues there"
+    assert "Traceback" not in "".join(told)
+    assert cli.main(["train", "--resume", "--log.dir", "run"]) == 0
+    assert left_by("run") == left_by("whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "none"], "resume: expected a complete checkpoint in 'none/checkpoints', got none"),
+        (["--config", "null.yaml"], "resume: expected a complete checkpoint in 'runs/ppo/checkpoints', got none"),
+        (["--config", "run.yaml", "--optim.lr", "1"], "resume: optim.lr: expected 0.001 as in {}, got 1.0"),
+        (["--out", "run", "--seed", "7"], "resume: seed: expected 0 as in {}, got 7"),
+        (
+            ["--out", "run", "--updates", "fast"],
+            "resume: updates: Input should be a valid integer, unable to parse string as an integer, got 'fast'",
+        ),
+    ],
+)
+def test_what_resume_refuses_is_one_line_and_status_2(files, capsys, arguments, message):
+    assert cli.main(["train", "--config", "run.yaml", "--updates", "1"]) == 0
+    Path("null.yaml").write_text("log:\n")
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", *arguments]) == 2
+    assert capsys.readouterr().err == f"ppo-fast: {message.format(repr('run/checkpoints/update-000001'))}\n"
+
+
+def test_flags_and_file_of_a_resumed_run_may_change_its_length_and_log(files):
+    assert cli.main(["train", "--config", "run.yaml", "--updates", "1", "--seed", "5"]) == 0
+    shutil.rmtree("run/final")
+    assert cli.main(["train", "--resume", "--out", "run", "--updates", "3", "--log.keep-last=1"]) == 0
+    assert os.listdir("run/checkpoints") == ["update-000003"]
+    assert "seed: 5" in Path("run/config.yaml").read_text()
