@@ -144,7 +144,7 @@ _TARGETS = (
     ),
 )
 _KEPT = {"the losses of GRPO and DPO": "they are lines inside the trainers, on [B, T]; what feeds them is replaced"}
-_KEPT_KERNELS = {"trl.kernels.ChunkedLogProbFunction": "GRPO and DPO of this release use it; it never holds all logits"}
+_KEPT_KERNELS = {"trl.kernels.ChunkedLogProbFunction": "it never holds all logits; GRPO and DPO use it since TRL 1.15"}
 
 
 def patch_trl() -> Report:
