@@ -1,5 +1,6 @@
 # CI and people call the same targets. `make check` is everything; each stage prints its seconds.
-.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu mutants clean
+.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu peers mutants \
+	clean
 
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -q -m "not gpu and not peers and not slow"
@@ -50,6 +51,20 @@ acceptance:
 
 gpu:
 	$(PYTHON) -m pytest -m gpu tests
+
+# The newest TRL, verl and OpenRLHF beside what importing the patched modules needs, as overlays on this environment.
+# A checkout instead: PYTHONPATH=CHECKOUT python -m pytest tests/integrations/test_openrlhf.py
+PEERS = trl verl openrlhf
+peers: $(PEERS:%=peer-%)
+
+peer-verl: EXTRA = tensordict omegaconf "antlr4-python3-runtime==4.9.*" hydra-core pyvers orjson importlib_metadata \
+	codetiming pylatexenc ray msgpack jsonschema attrs referencing rpds-py jsonschema-specifications click protobuf \
+	cloudpickle
+
+peer-%:
+	rm -rf build/peers/$*
+	$(PYTHON) -m pip install -q --no-deps --target build/peers/$* $* $(EXTRA)
+	PYTHONPATH=build/peers/$*:$$PYTHONPATH $(PYTHON) -m pytest -q -m "not gpu" tests/integrations/test_$*.py
 
 mutants:
 	$(PYTHON) -m tests.mutants

@@ -74,9 +74,16 @@ def test_every_module_of_the_trainer_has_a_place():
     assert {path.stem for path in (ROOT / "rlhf").glob("*.py")} <= {*STAGES, *TOOLS}
 
 
-def test_ops_import_no_stage():
+def test_ops_import_no_stage_and_nothing_that_is_built_on_them():
+    above = ("ppo_fast.rlhf", "ppo_fast.cli", "ppo_fast.integrations", "ppo_fast.nn")
     for path in (ROOT / "ops").rglob("*.py"):
-        assert not {name for name in imports(path) if name.startswith(("ppo_fast.rlhf", "ppo_fast.cli"))}, path
+        assert not {name for name in imports(path) if name.startswith(above)}, path
+
+
+def test_integrations_import_ops_alone():
+    for path in (ROOT / "integrations").glob("*.py"):
+        own = {name for name in imports(path) if name.startswith("ppo_fast.")}
+        assert all(name.startswith(("ppo_fast.ops", "ppo_fast.integrations")) for name in own), path
 
 
 def test_the_walk_sees_relative_absolute_and_nested_imports(tmp_path, monkeypatch):

@@ -43,6 +43,20 @@ def test_ops_in_your_loop_learns() -> None:
     assert shares[-1] > 0.8
 
 
+def test_cartpole_balances() -> None:
+    lengths = [float(steps) for steps in re.findall(r"steps per episode +([\d.]+)", _run("cartpole.py"))]
+    assert len(lengths) == 40
+    assert lengths[0] < 40
+    assert min(lengths[-5:]) > 150
+
+
+def test_patched_trl_learns_with_the_ops() -> None:
+    printed = _run("patched_trl.py")
+    shares = [float(share) for share in re.findall(r"'rewards/reward/mean': '([\d.]+)'", printed)]
+    assert shares[-1] > shares[0] + 0.2
+    assert "replaced trl.trainer.utils.selective_log_softmax (3x), 20 calls" in printed
+
+
 @pytest.mark.parametrize(
     ("advantage", "dual", "values", "slopes"),
     [

@@ -59,7 +59,8 @@ def _check_plain(op: str, name: str, value: object) -> None:
     _checks.tensor(op, name, value)
     assert isinstance(value, Tensor)
     kind = type(value)
-    package = kind.__module__.split(".")[0]
+    # torch.compile cannot read the module of the class Parameter, whose data are checked by their dtype alone.
+    package = "torch" if kind is torch.nn.Parameter else kind.__module__.split(".")[0]
     if kind.__name__ == "DTensor":
         raise ValueError(f"{op}: expected {name} to be a whole tensor, got a DTensor: pass {name}.full_tensor()")
     if value.dtype not in _checks.FLOATS or package in ("torchao", "bitsandbytes"):

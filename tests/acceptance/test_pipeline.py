@@ -18,7 +18,6 @@ def notes(run_directory: Path) -> str:
     return " ".join(json.loads(line).get("note", "") for line in lines)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_penalty_keeps_what_the_reward_model_cannot_see(seed: int, tmp_path: Path) -> None:
     result = run(Options(out=tmp_path, seed=seed))
     assert json.loads((tmp_path / "reward/final/reward_stats.json").read_text())["accuracy"] > 0.65
