@@ -22,7 +22,7 @@ from ppo_fast.rlhf.errors import require
 from ppo_fast.rlhf.supervised_config import RewardModelConfig, SFTConfig
 
 from . import files, show
-from .judging import Evaluation, Judge, write_preferences
+from .judging import Evaluation, Examiner, write_preferences
 
 History = list[dict[str, float]]
 
@@ -34,7 +34,7 @@ class Options:
     out: Path = Path("runs/quickstart")  # directory of everything that is written
     seed: int = 0  # of the language sample, the models and the training
     answers: int = 10_000  # examples of supervised fine-tuning
-    pairs: int = 3_000  # preferences for the reward model
+    pairs: int = 1_000  # preferences for the reward model
     updates: int = 50  # PPO updates of each of the two runs
 
     def __post_init__(self) -> None:
@@ -83,8 +83,8 @@ def run(options: Options) -> Result:
     console.print("\n[bold]4  The same without the penalty[/]")
     train_ppo(load_config(out / "ppo.yaml", flags={"kl.coef": 0.0, "log.dir": str(out / "no-kl")}))
     histories = {name: plots.read_metrics(out / run) for name, run in (("with KL", "ppo"), ("without KL", "no-kl"))}
-    judge = Judge(out, options.seed)
-    sft, with_kl, without_kl = (judge.evaluate(out / name / "final") for name in ("sft", "ppo", "no-kl"))
+    examiner = Examiner(out, options.seed)
+    sft, with_kl, without_kl = (examiner.evaluate(out / name / "final") for name in ("sft", "ppo", "no-kl"))
     result = Result(sft, with_kl, without_kl, histories)
     show_result(result, options, console, start)
     return result

@@ -40,7 +40,7 @@ model: {{path: "{here}/sft/final", value_path: "{here}/reward/final", device: cp
 data: {{prompts: "{here}/prompts.jsonl", max_prompt_tokens: 8}}
 reward: {{models: ["{here}/reward/final"]}}
 rollout: {{batch_size: 128, max_new_tokens: {max_new_tokens}}}
-kl: {{coef: 0.15}}
+kl: {{coef: 0.2}}
 optim: {{lr: 4.0e-4, value_lr: 1.0e-3, warmup_frac: 0.1, epochs: 4, minibatch_size: 32}}
 evaluation: {{every: 5, prompts: "{here}/test.jsonl", evaluators: ["{here}/gold.py:gold"], best: eval/gold}}
 log: {{dir: "{here}/ppo", overwrite: true, tensorboard: false, print_every: 10, samples_every: 10, samples: 2}}

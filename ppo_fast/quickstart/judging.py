@@ -43,7 +43,7 @@ class Evaluation:
         return sum(map(language.is_valid, self.texts)) / len(self.texts)
 
 
-class Judge:
+class Examiner:
     """Compares models on the same prompts, sampled from the same random numbers."""
 
     def __init__(self, out: Path, seed: int) -> None:

@@ -20,7 +20,7 @@ def notes(run_directory: Path) -> str:
 
 def test_the_penalty_keeps_what_the_reward_model_cannot_see(seed: int, tmp_path: Path) -> None:
     result = run(Options(out=tmp_path, seed=seed))
-    assert json.loads((tmp_path / "reward/final/reward_stats.json").read_text())["accuracy"] > 0.65
+    assert json.loads((tmp_path / "reward/final/reward_stats.json").read_text())["accuracy"] > 0.6
     assert result.with_kl.gold - result.sft.gold >= 0.5
     assert result.without_kl.reward > result.with_kl.reward
     assert result.without_kl.gold < result.sft.gold

@@ -68,7 +68,7 @@ def test_picture_metrics_and_configs_are_written(short: tuple[Path, Result]) -> 
     assert [row["update"] for row in rows] == list(range(1, 6))
     assert rows == result.histories["with KL"]
     assert {"eval/gold", "eval/valid"} <= rows[-1].keys()
-    assert (load_config(out / "ppo/config.yaml").kl.coef, load_config(out / "no-kl/config.yaml").kl.coef) == (0.15, 0.0)
+    assert (load_config(out / "ppo/config.yaml").kl.coef, load_config(out / "no-kl/config.yaml").kl.coef) == (0.2, 0.0)
 
 
 def test_the_report_of_a_run_has_its_answers_to_compare(short: tuple[Path, Result]) -> None:
