@@ -35,6 +35,7 @@ class Evaluation:
     ) -> None:
         self.config, self.models, self.scorer, self.data, self.evaluators = config, models, scorer, data, evaluators
         self.start: list[list[int]] = []  # token ids of the answers of the model at the start
+        self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
         self.best: float | None = None
         self.answers: list[dict[str, Any]] = []  # of the latest evaluation, beside those of the model at the start
 
@@ -45,7 +46,8 @@ class Evaluation:
     def begin(self) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""
         if not self.start:
-            self.start = Responses.of(self._answers(self.data), self.models.tokenizer).completion_ids
+            answers = Responses.of(self._answers(self.data), self.models.tokenizer)
+            self.start, self.start_ended = answers.completion_ids, answers.ended
 
     def run(self, best: Path) -> tuple[dict[str, float], str | None]:
         """The metrics now, and a remark when the model is the best so far and is saved in `best`."""
@@ -101,8 +103,7 @@ class Evaluation:
         lengths = torch.tensor([len(ids) for ids in self.start])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.models.device)
         texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
-        ended = [ids[-1] == self.models.eos_id for ids in self.start]
-        start = Responses(now.prompts, now.prompt_ids, texts, self.start, ended, now.columns)
+        start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
         return start, self.scorer(start, mask, learn=False).totals
 
     def _users_metrics(self) -> dict[str, float]:
@@ -134,12 +135,13 @@ class Evaluation:
         return dataclasses.replace(self.config.rollout, micro_batch_size=width)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self.data.token_ids, "start": self.start, "best": self.best}
+        start = {"start": self.start, "start_ended": self.start_ended}
+        return {"prompts": self.data.token_ids, "best": self.best} | start
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["prompts"] != self.data.token_ids:
             raise UserError("resume: expected the held-out prompts that the run was begun with, got others")
-        self.start, self.best = state["start"], state["best"]
+        self.start, self.start_ended, self.best = state["start"], state["start_ended"], state["best"]
 
 
 def load_evaluation(

@@ -1,5 +1,6 @@
 """Evaluation: held-out prompts, paired with the model at the start; user's evaluators; the best model kept."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.evaluation import load_evaluation
 from ppo_fast.rlhf.reward_sources import FunctionSource
 from ppo_fast.rlhf.rewards import Scorer
+from ppo_fast.rlhf.rollout import generate
 from tests.rlhf.conftest import PROMPTS
 
 HELD_OUT = ["w20", "w21 w22 w23", "w24 w25"]
@@ -69,6 +71,19 @@ def test_the_model_at_the_start_ties_with_itself(make_evaluation, tmp_path):
     assert metrics["eval/scores"] == pytest.approx(sum(expected) / 3)
     assert metrics["eval/length"] == pytest.approx(sum(map(len, evaluation.start)) / 3)
     assert 0 <= metrics["eval/truncated_frac"] <= 1
+
+
+def test_an_answer_at_the_start_that_a_stop_string_ended_lacks_no_eos(make_evaluation, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        generation = generate(*arguments)
+        return dataclasses.replace(generation, ended=torch.ones_like(generation.ended))
+
+    monkeypatch.setattr("ppo_fast.rlhf.evaluation.generate", stopped)
+    evaluation = make_evaluation(reward={"missing_eos_penalty": 1.0})
+    assert not any(ids[-1] == 2 for ids in evaluation.start)
+    metrics, _ = evaluation.run(tmp_path / "best")
+    assert metrics["eval/win_rate"] == 0.5
+    assert metrics["eval/scores"] == pytest.approx(sum(even(evaluation.start)) / 3)
 
 
 def test_a_better_model_wins(make_evaluation, tmp_path):
