@@ -107,6 +107,13 @@ def is_messages(value: Any) -> bool:
     return bool(value) and isinstance(value, list) and all(_is_message(message) for message in value)
 
 
+def as_text(prompt: Any) -> str:
+    """A prompt as people read it: messages become one "role: content" line each."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def tokenise_prompt(prompt: str | list[Any], tokenizer: Any, where: str) -> list[int]:
     """Token ids of a text, or of messages through the chat template up to where the answer begins."""
     if isinstance(prompt, str):

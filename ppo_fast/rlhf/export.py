@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .runlog import SAMPLES
+from .runlog import SAMPLES, read_records
 
 PAIRS = "pairs.jsonl"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``ppo-fast export RUN [--out FILE]``."""
+    parser = argparse.ArgumentParser("ppo-fast export", description="Write a run's scored samples as preference pairs.")
+    parser.add_argument("run", help="directory of a run with rollout.samples_per_prompt > 1 and log.all_samples")
+    parser.add_argument("--out", help="JSONL file; RUN/pairs.jsonl when not given")
+    options = parser.parse_args(argv)
+    print(f"pairs: {export_pairs(options.run, options.out)}")
 
 
 def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
@@ -42,9 +52,8 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
 
 def _pairs(source: Path) -> Iterator[dict[str, Any]]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    with source.open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
+    for record in read_records(source):
+        groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
     for group in groups.values():
         ordered = sorted(group, key=lambda record: record["score"])
         rejected, chosen = ordered[0], ordered[-1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .data import as_text
 from .errors import UserError, require
 from .models import disable_dropout, load_pretrained
 
@@ -81,10 +82,10 @@ class Judge:
 
     def instruction(self, prompt: Any, response: str) -> str:
         """What the judge is asked; messages become "role: content" lines."""
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
         lowest, highest = self.scale
-        return TASK.format(standard=self.standard, prompt=prompt, response=response, lowest=lowest, highest=highest)
+        return TASK.format(
+            standard=self.standard, prompt=as_text(prompt), response=response, lowest=lowest, highest=highest
+        )
 
 
 def read_score(answer: str, scale: tuple[float, float]) -> float | None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import PPOConfig, RunLogConfig
+from .data import as_text
 from .errors import UserError, require
 from .rewards import Rewards
 from .rollout import Rollout
@@ -133,7 +134,7 @@ class StageLog:
             if size < position[name]:
                 raise UserError(f"resume: expected {position[name]} bytes or more in {str(path)!r}, got {size}")
             os.truncate(path, position[name])
-        records = map(json.loads, (self.directory / METRICS).read_text(encoding="utf-8").splitlines())
+        records = read_records(self.directory / METRICS)
         self.history = [{k: v for k, v in record.items() if k not in (self.unit, "note")} for record in records]
 
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
@@ -189,13 +190,17 @@ class RunLog(StageLog):
         )
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of a run, none where there is no file; a killed run may cut its last line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def _line(file: TextIO, record: dict[str, Any]) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()
 
 
 def _one_line(text: Any) -> Text:
-    """Text, or the contents of messages, without line breaks; never read as markup."""
-    if not isinstance(text, str):
-        text = " ".join(str(message["content"]) for message in text)
-    return Text(" ".join(text.split()))
+    """Text or messages without line breaks; never read as markup."""
+    return Text(" ".join(as_text(text).split()))

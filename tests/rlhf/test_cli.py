@@ -151,6 +151,7 @@ def test_flags_say_every_kind_of_value():
     assert (config.updates, config.optim.weight_decay) == (7, 0.01)
     assert cli.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
     assert cli.parse("train", ["--reward.models", "a", "b"]).reward.models == ("a", "b")
+    assert cli.parse("train", ["--reward.models", "null"]).reward.models == ()
 
 
 def test_an_error_inside_the_run_is_one_line_without_a_traceback(files):

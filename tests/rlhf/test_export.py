@@ -17,7 +17,7 @@ def write(path, *records):
     names = ("update", "prompt", "completion", "score")
     path.mkdir(exist_ok=True)
     lines = [json.dumps(dict(zip(names, record, strict=True))) for record in records]
-    (path / "samples.jsonl").write_text("\n".join(lines))
+    (path / "samples.jsonl").write_text("\n".join(lines) + '\n{"update": 3, "pro')  # killed in the last line
     return path
 
 
