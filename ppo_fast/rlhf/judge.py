@@ -12,6 +12,7 @@ import torch
 from .data import as_text
 from .errors import UserError, require
 from .models import disable_dropout, load_pretrained
+from .runtime import find_device
 
 TASK = """\
 You judge the response of an assistant.
@@ -57,7 +58,7 @@ class Judge:
         scale: tuple[float, float] = (1, 10),
         max_new_tokens: int = 256,
         batch_size: int = 8,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: str = "float32",
     ) -> None:
         if bool(principles) == (rubric is not None):
@@ -106,12 +107,12 @@ class LocalModel:
     """A causal LM that answers instructions greedily, through its chat template if it has one."""
 
     def __init__(self, path: str, max_new_tokens: int, batch_size: int, device: str, dtype: str) -> None:
-        transformers = require("transformers")
+        transformers, target = require("transformers"), find_device(device, "Judge: device")
         self.tokenizer = load_pretrained(transformers.AutoTokenizer, path, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model = load_pretrained(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
-        self.model = disable_dropout(model.to(device)).requires_grad_(False)
+        self.model = disable_dropout(model.to(target)).requires_grad_(False)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def __call__(self, instructions: list[str]) -> list[str]:
