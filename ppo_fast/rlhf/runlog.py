@@ -1,8 +1,9 @@
-"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard."""
+"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -49,13 +50,14 @@ class StageLog:
 
     def __init__(
         self,
-        log: RunLogConfig,
+        config: Any,
         stage: str,
         total: int,
         console: Console | None = None,
         *,
         resume: Mapping[str, int] | None = None,
     ) -> None:
+        self.config, log = config, config.log
         if resume is None:
             require_free(log)
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
@@ -70,7 +72,7 @@ class StageLog:
             self._cut_back(self.resume)
         mode: Literal["w", "a"] = "w" if self.resume is None else "a"
         with contextlib.ExitStack() as resources:
-            self._board = self._open_board(resources)
+            self._board, self._wandb = self._open_board(resources), self._open_wandb(resources)
             self._open = {
                 name: resources.enter_context((self.directory / name).open(mode, encoding="utf-8"))
                 for name in self.files
@@ -96,6 +98,8 @@ class StageLog:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, number)
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=number)
         if self.log.print_every and number % self.log.print_every == 0:
             line = f"{number:>5}/{self.total}  {self._summary(metrics)}"
             self.console.print(line, highlight=False, soft_wrap=True)
@@ -145,6 +149,15 @@ class StageLog:
         after = self.resume["done"] + 1 if self.resume else None
         return resources.enter_context(writer(str(self.directory / TENSORBOARD), purge_step=after))
 
+    def _open_wandb(self, resources: contextlib.ExitStack) -> Any:
+        """A run of Weights & Biases with the config; a resumed run is another one, from the step it goes on with."""
+        if self.log.wandb is None:
+            return None
+        init = require("wandb", "wandb").init
+        run = init(project=self.log.wandb, name=self.log.dir, dir=self.log.dir, config=dataclasses.asdict(self.config))
+        resources.callback(run.finish)
+        return run
+
 
 class RunLog(StageLog):
     """The log of a PPO run: updates, and a table of samples now and then."""
@@ -155,8 +168,7 @@ class RunLog(StageLog):
     def __init__(
         self, config: PPOConfig, console: Console | None = None, *, resume: Mapping[str, int] | None = None
     ) -> None:
-        super().__init__(config.log, "PPO", config.updates, console, resume=resume)
-        self.config = config
+        super().__init__(config, "PPO", config.updates, console, resume=resume)
 
     def write_answers(self, update: int, answers: Iterable[Mapping[str, Any]]) -> None:
         """Record the answers to the held-out prompts, for the comparison in `ppo-fast report`."""
