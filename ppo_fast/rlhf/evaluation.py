@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .checkpoint import save_models
 from .config import PPOConfig
 from .data import Prompts, load_prompts, make_batch
 from .errors import UserError
+from .metrics import check_metrics
 from .models import Models
 from .reward_sources import Responses
 from .rewards import Scorer
@@ -52,9 +53,7 @@ class Evaluation:
     def run(self, best: Path) -> tuple[dict[str, float], str | None]:
         """The metrics now, and a remark when the model is the best so far and is saved in `best`."""
         metrics = self._measured() | self._users_metrics()
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise UserError(f"{name} is not finite: {value}")
+        check_metrics(metrics)
         return metrics, self._keep_best(metrics, best)
 
     def _keep_best(self, metrics: dict[str, float], directory: Path) -> str | None:
@@ -150,6 +149,8 @@ def load_evaluation(
     """The evaluation that `config` asks for, if any, on the prompts given or named."""
     settings = config.evaluation
     if not settings.every:
+        if prompts is not None or settings.prompts is not None:
+            warnings.warn("evaluation.every is 0: the held-out prompts are not used", stacklevel=2)
         return None
     source = settings.prompts if prompts is None else prompts
     if source is None:

@@ -75,7 +75,7 @@ class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
     It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the decoded text, encoded
-    again by its own, with its own chat template for messages. A response that ended, be it by a stop string, has an EOS.
+    again by its own, with its own chat template for messages. A response that ended, if by a stop string, has an EOS.
     """
 
     def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:

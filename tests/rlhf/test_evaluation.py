@@ -161,7 +161,7 @@ def test_a_run_evaluates_in_time_and_leaves_its_random_numbers_alone(run, tmp_pa
     settings = {"every": 2, "best": "eval/scores"}
     logs = [{"dir": str(tmp_path / name)} for name in "ab"]
     with_it = run(updates=3, evaluation=settings, log=logs[0])
-    without = run(updates=3, log=logs[1])
+    without = run(updates=3, eval_prompts=None, log=logs[1])
     assert ["eval/scores" in metrics for metrics in with_it.history] == [False, True, True]
     for ours, theirs in zip(with_it.history, without.history, strict=True):
         assert ours["objective/kl"] == theirs["objective/kl"]
@@ -198,5 +198,7 @@ def test_held_out_prompts_come_from_a_file(run, tmp_path):
     path.write_text('{"prompt": "w20"}\n')
     result = run(updates=1, eval_prompts=None, evaluation={"every": 1, "prompts": str(path)})
     assert "eval/win_rate" in result.history[0]
+    with pytest.warns(UserWarning, match=r"^evaluation\.every is 0: the held-out prompts are not used$"):
+        run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, log={"overwrite": True})
     with pytest.raises(UserError, match=r"^evaluation\.prompts: expected a file of prompts, got null$"):
         run(updates=1, eval_prompts=None, evaluation={"every": 1}, log={"overwrite": True})
