@@ -117,6 +117,8 @@ class Evaluation:
         return metrics
 
     def _complete(self, prompts: Iterable[Any]) -> list[str]:
+        if isinstance(prompts, str):
+            raise UserError(f"evaluator: generate: expected a list of prompts, got {prompts!r}")
         data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
         if data.dropped:
             limit = self.config.data.max_prompt_tokens
@@ -156,4 +158,5 @@ def load_evaluation(
     if source is None:
         raise UserError("evaluation.prompts: expected a file of prompts, got null")
     evaluators = [load_callable(spec, "evaluation.evaluators") for spec in settings.evaluators]
-    return Evaluation(config, models, scorer, load_prompts(source, models.tokenizer, config.data), evaluators)
+    data = load_prompts(source, models.tokenizer, config.data, "evaluation.prompts")
+    return Evaluation(config, models, scorer, data, evaluators)

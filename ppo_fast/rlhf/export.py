@@ -46,6 +46,7 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
             f"export: expected responses of different scores to one prompt in {str(source)!r}, got none; "
             "set rollout.samples_per_prompt to 2 or more and log.all_samples"
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     return target
 

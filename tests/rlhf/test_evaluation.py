@@ -126,13 +126,14 @@ def test_evaluators_see_the_policy(make_evaluation, tmp_path):
     ("body", "message"),
     [
         ("return 3", r"^evaluator: expected a dict of numbers, got 3$"),
+        ("generate('Hi')", r"^evaluator: generate: expected a list of prompts, got 'Hi'$"),
         ("return {'a': 'b'}", r"^evaluator: expected a dict of numbers, got \{'a': 'b'\}$"),
         ("return {'a': float('nan')}", r"^eval/a is not finite: nan$"),
         ("raise KeyError('x')", r"^the evaluator 'own' failed with KeyError: 'x' \(own\.py:2\)$"),
     ],
 )
 def test_a_bad_evaluator_is_named(make_evaluation, tmp_path, body, message):
-    (tmp_path / "own.py").write_text(f"def own(**_):\n    {body}\n")
+    (tmp_path / "own.py").write_text(f"def own(generate, **_):\n    {body}\n")
     evaluation = make_evaluation(evaluators=[f"{tmp_path / 'own.py'}:own"])
     with pytest.raises(UserError, match=message):
         evaluation.run(tmp_path / "best")
@@ -202,3 +203,5 @@ def test_held_out_prompts_come_from_a_file(run, tmp_path):
         run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, log={"overwrite": True})
     with pytest.raises(UserError, match=r"^evaluation\.prompts: expected a file of prompts, got null$"):
         run(updates=1, eval_prompts=None, evaluation={"every": 1}, log={"overwrite": True})
+    with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl'$"):
+        run(updates=1, eval_prompts="none.jsonl", evaluation={"every": 1}, log={"overwrite": True})

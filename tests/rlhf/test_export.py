@@ -46,7 +46,7 @@ def test_the_best_and_the_worst_response_to_a_prompt_make_a_pair(tmp_path):
 def test_messages_get_messages(tmp_path):
     prompt = [{"role": "user", "content": "hi"}]
     run = write(tmp_path / "run", (1, prompt, "yes", 1.0), (1, prompt, "no", 0.0))
-    (pair,) = read(export_pairs(run, tmp_path / "out.jsonl"))
+    (pair,) = read(export_pairs(run, tmp_path / "new" / "out.jsonl"))
     assert pair["prompt"] == prompt
     assert pair["chosen"] == [{"role": "assistant", "content": "yes"}]
     assert pair["rejected"] == [{"role": "assistant", "content": "no"}]
