@@ -64,8 +64,8 @@ def load_prompts(
 def read_rows(source: str | Path | Iterable[Any], setting: str) -> Iterator[tuple[str, Any]]:
     """Iterate over (where, row) of a JSONL file, a Parquet file, a directory saved by `datasets`, or rows in memory.
 
-    `where` is file:line, file[row], or in memory the last part of `setting` with the row. Of a saved dataset with splits
-    the one named "train" is read.
+    `where` is file:line, file[row], or for rows in memory the last part of `setting` with the number of the row. Of a
+    saved dataset with splits the one named "train" is read.
 
     Raises:
         UserError: there is no such file, which names `setting`, or it cannot be read.
