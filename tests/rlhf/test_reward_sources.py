@@ -74,7 +74,7 @@ def test_a_model_with_the_same_vocabulary_gets_the_ids_themselves(make_reward_mo
 
 def test_a_model_with_another_tokenizer_gets_the_text_and_its_own_eos(make_reward_model, tokenizer):
     other = source(make_reward_model(words=list(reversed(WORDS))), tokenizer)
-    rows = other.encode(made([[20, EOS], [21, EOS], [22]]))
+    rows = other.encode(made([[20, EOS], [1, 21, EOS], [22]]))  # 1 is <bos>, which is no text
     assert [other.own.decode(row) for row in rows] == ["w1 w16 <eos>", "w2 w3 w4 w17 <eos>", "w5 w6 w18"]
     assert rows[0][:2] == [4 + 59 - 1, 4 + 59 - 16]
 
