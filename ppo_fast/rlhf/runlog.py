@@ -204,8 +204,10 @@ class RunLog(StageLog):
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file of a run, none where there is no file; a killed run may cut its last line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as lines:  # unlike splitlines, not cut at a U+2028 within a text
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _line(file: TextIO, record: dict[str, Any]) -> None:
