@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +55,13 @@ STAGES = {
         "--model, --prompts, --reward FILE.py:FUNCTION, --out",
     ),
     "dpo": Stage("train_dpo", "DPOConfig", "Train a causal language model on preference pairs by DPO."),
+}
+TOOLS = {
+    "export": "ppo_fast.rlhf.export",
+    "quickstart": "ppo_fast.quickstart",
+    "plot": "ppo_fast.rlhf.plots",
+    "report": "ppo_fast.rlhf.report",
+    "doctor": "ppo_fast.doctor",
 }
 TRAIN_HELP = """\
 {about}
@@ -158,7 +165,10 @@ def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
 
 
 def _read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
-    """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form."""
+    """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form.
+
+    "null" is None, and an empty list where a list is due.
+    """
     from ppo_fast.rlhf.errors import UserError
 
     given: dict[str, list[str]] = {}
@@ -190,58 +200,20 @@ def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]
         raise UserError(f"{flag}: expected a value, got none")
     if len(values) > 1 and not isinstance(fields[name], tuple):
         raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
-    texts = [None if value in ("None", "null") else value for value in values]
+    texts = [value for value in values if value not in ("None", "null")]
     if isinstance(fields[name], tuple):
-        return name, () if texts == [None] else texts
-    return name, texts[0] if texts else True
+        return name, texts
+    return name, True if not values else texts[0] if texts else None
 
 
-def export(argv: list[str]) -> None:
-    """`ppo-fast export RUN [--out FILE]`."""
-    parser = argparse.ArgumentParser("ppo-fast export", description="Write a run's scored samples as preference pairs.")
-    parser.add_argument("run", help="directory of a run with rollout.samples_per_prompt > 1 and log.all_samples")
-    parser.add_argument("--out", help="JSONL file; RUN/pairs.jsonl when not given")
-    options = parser.parse_args(argv)
-    from ppo_fast.rlhf.export import export_pairs
-
-    print(f"pairs: {export_pairs(options.run, options.out)}")
-
-
-def quickstart(argv: list[str]) -> None:
-    """`ppo-fast quickstart`."""
-    from ppo_fast.quickstart import main as run
-
-    run(argv)
-
-
-def plot(argv: list[str]) -> None:
-    """`ppo-fast plot`."""
-    from ppo_fast.rlhf.plots import main as run
-
-    run(argv)
-
-
-def report(argv: list[str]) -> None:
-    """`ppo-fast report`."""
-    from ppo_fast.rlhf.report import main as run
-
-    run(argv)
-
-
-def doctor(argv: list[str]) -> None:
-    """`ppo-fast doctor`."""
-    from ppo_fast.doctor import main as run
-
-    run(argv)
+def tool(module: str, argv: list[str]) -> None:
+    """A command that trains nothing: the `main` of a module."""
+    importlib.import_module(module).main(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: functools.partial(train, name) for name in STAGES},
-    "export": export,
-    "quickstart": quickstart,
-    "plot": plot,
-    "report": report,
-    "doctor": doctor,
+    **{name: functools.partial(tool, module) for name, module in TOOLS.items()},
 }
 
 

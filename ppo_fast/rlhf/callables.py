@@ -48,7 +48,7 @@ def _module(path: str, changed: int) -> ModuleType:
     return module
 
 
-def call(role: str, function: Callable[..., Any], **arguments: Any) -> Any:
+def call(role: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
     """The function's answer; UserError, "the <role> <name> failed with ...", when it raises."""
     try:
         return function(**arguments)

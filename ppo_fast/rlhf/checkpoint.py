@@ -181,11 +181,12 @@ def write_model(model: Any, tokenizer: Any, directory: Path) -> None:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A scratch directory beside `target` that takes its place, flushed to disk, when the block succeeds.
 
-    When the block or the exchange fails nothing changes. An earlier `target` is moved aside first and removed last.
+    When the block or the exchange fails nothing changes. An earlier `target` is moved aside first and removed last;
+    what a killed process left of such an exchange is put right.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch, aside = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    _settle(target, scratch, aside)
     scratch.mkdir()
     try:
         yield scratch
@@ -198,10 +199,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         for parent in (target.parent.parent, target.parent):
             _fsync(parent)
     finally:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        _settle(target, scratch, aside)
+
+
+def _settle(target: Path, scratch: Path, aside: Path) -> None:
+    """`target` as it was when it is not there, and nothing beside it."""
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

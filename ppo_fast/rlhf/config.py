@@ -15,18 +15,24 @@ from .errors import UserError, check, check_choices, divides, not_negative, posi
 class WeightsConfig:
     """Where the weights come from and where they live."""
 
-    path: str | None = None  # causal LM to train: a local directory or a hub id
+    path: str | None = None  # causal LM to begin with: a local directory or a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
-    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
 
     def __post_init__(self) -> None:
         check_choices("model", self)
 
 
 @dataclass(frozen=True)
-class ModelConfig(WeightsConfig):
+class CausalConfig(WeightsConfig):
+    """The language model that is trained."""
+
+    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
+
+
+@dataclass(frozen=True)
+class ModelConfig(CausalConfig):
     """The policy and the value model. The reference is a frozen copy of the policy."""
 
     value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
@@ -245,6 +251,7 @@ class RunLogConfig:
     print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
     save_every: int = 0  # updates between checkpoints, which a run resumes from; 0: only when a signal stops it
     keep_last: int = 2  # checkpoints kept; 0: all
+    wandb: str | None = None  # project of Weights & Biases that gets the metrics as well; needs the package wandb
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -292,13 +299,25 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """One PPO run."""
+class RunConfig:
+    """What all stages have in common."""
 
-    updates: int = 100  # rollout batches
     seed: int = 0  # of every random number of the run
     threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
     on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
+
+    def __post_init__(self) -> None:
+        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
+        not_negative("seed", self.seed)
+        if self.threads is not None:
+            positive("threads", self.threads)
+
+
+@dataclass(frozen=True)
+class PPOConfig(RunConfig):
+    """One PPO run."""
+
+    updates: int = 100  # rollout batches
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -312,11 +331,9 @@ class PPOConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
+        super().__post_init__()
         positive("updates", self.updates)
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
-        if self.threads is not None:
-            positive("threads", self.threads)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -40,12 +40,14 @@ class PromptBatch:
     columns: dict[str, list[Any]]  # each [B]
 
 
-def load_prompts(source: str | Path | Iterable[Any], tokenizer: Any, config: DataConfig) -> Prompts:
+def load_prompts(
+    source: str | Path | Iterable[Any], tokenizer: Any, config: DataConfig, setting: str = "data.prompts"
+) -> Prompts:
     """Read prompts from a file (see `read_rows`) or from memory (texts, or rows with a "prompt" key); tokenise them.
 
     Raises UserError naming file and line for a row that is no prompt; warns about prompts that are left out.
     """
-    rows = [(where, _prompt_row(row, where)) for where, row in read_rows(source, "prompts")]
+    rows = [(where, _prompt_row(row, where)) for where, row in read_rows(source, setting)]
     names = sorted({name for _, row in rows for name in row} - {"prompt"})
     tokenised = [(row, tokenise_prompt(row["prompt"], tokenizer, where)) for where, row in rows]
     kept = usable(tokenised, "prompt", "data.max_prompt_tokens", config.max_prompt_tokens, lambda item: len(item[1]))
@@ -59,21 +61,23 @@ def load_prompts(source: str | Path | Iterable[Any], tokenizer: Any, config: Dat
     )
 
 
-def read_rows(source: str | Path | Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+def read_rows(source: str | Path | Iterable[Any], setting: str) -> Iterator[tuple[str, Any]]:
     """Iterate over (where, row) of a JSONL file, a Parquet file, a directory saved by `datasets`, or rows in memory.
 
-    `where` is file:line, or file[row]. Of a saved dataset with splits the one named "train" is read.
+    `where` is file:line, file[row], or for rows in memory the last part of `setting` with the number of the row. Of a
+    saved dataset with splits the one named "train" is read.
 
     Raises:
-        UserError: `data.<name>` is no such file, or a file that cannot be read.
+        UserError: there is no such file, which names `setting`, or it cannot be read.
     """
     if not isinstance(source, str | Path):
+        name = setting.rpartition(".")[2]
         return ((f"{name}[{number}]", row) for number, row in enumerate(source))
     path = Path(source)
     if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
         return _dataset_rows(path)
     if not path.is_file():
-        raise UserError(f"data.{name}: no such file {str(path)!r}")
+        raise UserError(f"{setting}: no such file {str(path)!r}")
     return _json_lines(path)
 
 
@@ -105,6 +109,13 @@ def distinct(items: list[Item], noun: str, key: Callable[[Item], Any]) -> list[I
 def is_messages(value: Any) -> bool:
     """Whether it is a list of role/content messages."""
     return bool(value) and isinstance(value, list) and all(_is_message(message) for message in value)
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt as people read it: messages become one "role: content" line each."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def tokenise_prompt(prompt: str | list[Any], tokenizer: Any, where: str) -> list[int]:

@@ -19,14 +19,12 @@ class NotFiniteError(UserError):
         self.rows = rows
 
 
-def require(module: str) -> Any:
-    """Import an optional dependency on use; UserError with the install command when it is missing."""
+def require(module: str, package: str = "'ppo-fast[train]'") -> Any:
+    """Import an optional dependency on use; UserError with the command that installs `package` when it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"this command needs {error.name}, which is not installed: pip install 'ppo-fast[train]'"
-        ) from error
+        raise UserError(f"this command needs {error.name}, which is not installed: pip install {package}") from error
 
 
 def check(ok: bool, name: str, expected: str, got: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .checkpoint import save_models
 from .config import PPOConfig
 from .data import Prompts, load_prompts, make_batch
 from .errors import UserError
+from .metrics import check_metrics
 from .models import Models
 from .reward_sources import Responses
 from .rewards import Scorer
@@ -35,6 +36,7 @@ class Evaluation:
     ) -> None:
         self.config, self.models, self.scorer, self.data, self.evaluators = config, models, scorer, data, evaluators
         self.start: list[list[int]] = []  # token ids of the answers of the model at the start
+        self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
         self.best: float | None = None
         self.answers: list[dict[str, Any]] = []  # of the latest evaluation, beside those of the model at the start
 
@@ -45,14 +47,13 @@ class Evaluation:
     def begin(self) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""
         if not self.start:
-            self.start = Responses.of(self._answers(self.data), self.models.tokenizer).completion_ids
+            answers = Responses.of(self._answers(self.data), self.models.tokenizer)
+            self.start, self.start_ended = answers.completion_ids, answers.ended
 
     def run(self, best: Path) -> tuple[dict[str, float], str | None]:
         """The metrics now, and a remark when the model is the best so far and is saved in `best`."""
         metrics = self._measured() | self._users_metrics()
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise UserError(f"{name} is not finite: {value}")
+        check_metrics(metrics)
         return metrics, self._keep_best(metrics, best)
 
     def _keep_best(self, metrics: dict[str, float], directory: Path) -> str | None:
@@ -101,8 +102,7 @@ class Evaluation:
         lengths = torch.tensor([len(ids) for ids in self.start])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.models.device)
         texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
-        ended = [ids[-1] == self.models.eos_id for ids in self.start]
-        start = Responses(now.prompts, now.prompt_ids, texts, self.start, ended, now.columns)
+        start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
         return start, self.scorer(start, mask, learn=False).totals
 
     def _users_metrics(self) -> dict[str, float]:
@@ -117,6 +117,8 @@ class Evaluation:
         return metrics
 
     def _complete(self, prompts: Iterable[Any]) -> list[str]:
+        if isinstance(prompts, str):
+            raise UserError(f"evaluator: generate: expected a list of prompts, got {prompts!r}")
         data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
         if data.dropped:
             limit = self.config.data.max_prompt_tokens
@@ -134,12 +136,13 @@ class Evaluation:
         return dataclasses.replace(self.config.rollout, micro_batch_size=width)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self.data.token_ids, "start": self.start, "best": self.best}
+        start = {"start": self.start, "start_ended": self.start_ended}
+        return {"prompts": self.data.token_ids, "best": self.best} | start
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["prompts"] != self.data.token_ids:
             raise UserError("resume: expected the held-out prompts that the run was begun with, got others")
-        self.start, self.best = state["start"], state["best"]
+        self.start, self.start_ended, self.best = state["start"], state["start_ended"], state["best"]
 
 
 def load_evaluation(
@@ -148,9 +151,12 @@ def load_evaluation(
     """The evaluation that `config` asks for, if any, on the prompts given or named."""
     settings = config.evaluation
     if not settings.every:
+        if prompts is not None or settings.prompts is not None:
+            warnings.warn("evaluation.every is 0: the held-out prompts are not used", stacklevel=2)
         return None
     source = settings.prompts if prompts is None else prompts
     if source is None:
         raise UserError("evaluation.prompts: expected a file of prompts, got null")
     evaluators = [load_callable(spec, "evaluation.evaluators") for spec in settings.evaluators]
-    return Evaluation(config, models, scorer, load_prompts(source, models.tokenizer, config.data), evaluators)
+    data = load_prompts(source, models.tokenizer, config.data, "evaluation.prompts")
+    return Evaluation(config, models, scorer, data, evaluators)

@@ -99,7 +99,7 @@ def load_examples(
     """
     if source is None:
         raise UserError(f"data.{name}: expected a file of examples, got null")
-    examples = [make(row, tokenizer, where) for where, row in read_rows(source, name)]
+    examples = [make(row, tokenizer, where) for where, row in read_rows(source, f"data.{name}")]
     kept = usable(examples, "example", "data.max_tokens", config.max_tokens, lambda example: example.length)
     if config.deduplicate:
         kept = distinct(kept, "example", lambda example: example)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .runlog import SAMPLES
+from .runlog import SAMPLES, read_records
 
 PAIRS = "pairs.jsonl"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``ppo-fast export RUN [--out FILE]``."""
+    parser = argparse.ArgumentParser("ppo-fast export", description="Write a run's scored samples as preference pairs.")
+    parser.add_argument("run", help="directory of a run with rollout.samples_per_prompt > 1 and log.all_samples")
+    parser.add_argument("--out", help="JSONL file; RUN/pairs.jsonl when not given")
+    options = parser.parse_args(argv)
+    print(f"pairs: {export_pairs(options.run, options.out)}")
 
 
 def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
@@ -36,15 +46,15 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
             f"export: expected responses of different scores to one prompt in {str(source)!r}, got none; "
             "set rollout.samples_per_prompt to 2 or more and log.all_samples"
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     return target
 
 
 def _pairs(source: Path) -> Iterator[dict[str, Any]]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    with source.open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
+    for record in read_records(source):
+        groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
     for group in groups.values():
         ordered = sorted(group, key=lambda record: record["score"])
         rejected, chosen = ordered[0], ordered[-1]

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from .data import as_text
 from .errors import UserError, require
 from .models import disable_dropout, load_pretrained
+from .runtime import find_device
 
 TASK = """\
 You judge the response of an assistant.
@@ -56,7 +58,7 @@ class Judge:
         scale: tuple[float, float] = (1, 10),
         max_new_tokens: int = 256,
         batch_size: int = 8,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: str = "float32",
     ) -> None:
         if bool(principles) == (rubric is not None):
@@ -81,10 +83,10 @@ class Judge:
 
     def instruction(self, prompt: Any, response: str) -> str:
         """What the judge is asked; messages become "role: content" lines."""
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
         lowest, highest = self.scale
-        return TASK.format(standard=self.standard, prompt=prompt, response=response, lowest=lowest, highest=highest)
+        return TASK.format(
+            standard=self.standard, prompt=as_text(prompt), response=response, lowest=lowest, highest=highest
+        )
 
 
 def read_score(answer: str, scale: tuple[float, float]) -> float | None:
@@ -105,12 +107,12 @@ class LocalModel:
     """A causal LM that answers instructions greedily, through its chat template if it has one."""
 
     def __init__(self, path: str, max_new_tokens: int, batch_size: int, device: str, dtype: str) -> None:
-        transformers = require("transformers")
+        transformers, target = require("transformers"), find_device(device, "Judge: device")
         self.tokenizer = load_pretrained(transformers.AutoTokenizer, path, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model = load_pretrained(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
-        self.model = disable_dropout(model.to(device)).requires_grad_(False)
+        self.model = disable_dropout(model.to(target)).requires_grad_(False)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def __call__(self, instructions: list[str]) -> list[str]:

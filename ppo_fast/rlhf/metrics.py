@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,9 +43,7 @@ def collect(
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise UserError(f"{name} is not finite: {value}")
+    check_metrics(metrics)
     metrics |= _repetition(rewards.completion_ids)
     metrics |= {
         "lr": stats.lr,
@@ -66,6 +64,13 @@ def require_finite(**tensors: Tensor) -> None:
         if not ok:
             values = tensors[name].flatten()
             raise NotFiniteError(f"{name} is not finite: {values[~values.isfinite()][0].item()}")
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """UserError that names the first metric that is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} is not finite: {value}")
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, WeightsConfig
+from .config import CausalConfig, ModelConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import backbone_of, check_linear, model_inputs
 
@@ -70,7 +70,7 @@ def load_models(
     )
 
 
-def load_policy(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def load_policy(config: CausalConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """`load_causal`; UserError for a model whose log-probabilities cannot be had as `config.logits` wants them."""
     model, tokenizer = load_causal(config, device, model, tokenizer)
     if config.logits == "linear":

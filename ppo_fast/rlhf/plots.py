@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, require
+from .runlog import METRICS, read_records
 
 COUNTERS = ("update", "step")  # the position in a run, of which a line of a metrics file has one
 History = Sequence[Mapping[str, float]]  # one mapping of metric names to numbers per update
@@ -91,11 +91,10 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         UserError: there is no such file, or it has no complete line.
     """
     path = Path(path)
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    path = path / METRICS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"read_metrics: expected a metrics file, got no file at {str(path)!r}")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may cut its last line
+    rows = read_records(path)
     if not rows:
         raise UserError(f"read_metrics: expected at least one update in {str(path)!r}, got none")
     return rows

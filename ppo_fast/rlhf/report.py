@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .data import as_text
 from .errors import UserError, require
-from .runlog import EVALUATIONS, SAMPLES
+from .runlog import EVALUATIONS, SAMPLES, read_records
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PAIRS = 12  # of the blind comparison, at most
@@ -41,7 +41,7 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
     history = plots.read_metrics(run)
     config = run / "config.yaml"
     environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["plain"] = plain
+    environment.filters["plain"] = as_text
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=run.resolve().name,
         summary=_summary(history),
@@ -49,8 +49,8 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
         warnings=_warnings(history),
         curves=_curves(history),
         metrics=_first_and_last(history),
-        samples=_samples(_records(run / SAMPLES)),
-        pairs=_blind_pairs(_records(run / EVALUATIONS), random.Random(seed)),
+        samples=_samples(read_records(run / SAMPLES)),
+        pairs=_blind_pairs(read_records(run / EVALUATIONS), random.Random(seed)),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
     try:
@@ -58,18 +58,6 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
     except OSError as error:
         raise UserError(f"report: cannot write {str(out)!r}: {error.strerror}") from error
     return out
-
-
-def plain(prompt: Any) -> str:
-    """A prompt as text: messages become one line each."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _summary(history: plots.History) -> str:

@@ -32,7 +32,8 @@ def load_start(config: Any, *free: str) -> Checkpoint:
 
 def inputs(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
     """What a resumed run reads anew and must find as it was when the run was begun, in short."""
-    return {"model weights": fingerprint(model)} | {name: _digest(rows) for name, rows in data.items()}
+    device, weights = next(model.parameters()).device.type, fingerprint(model)
+    return {"kinds of device": device, "model weights": weights} | {name: _digest(rows) for name, rows in data.items()}
 
 
 def _digest(rows: Iterable[Any]) -> str:

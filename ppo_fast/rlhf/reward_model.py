@@ -117,11 +117,12 @@ def train_reward_model(
             causal, tokenizer = load_causal(config.model, start.generator.device, model, tokenizer)
             model = add_score_head(causal, tokenizer, start.generator)
         else:
-            model = load_reward_model("init", config.init, getattr(torch, config.model.dtype))
+            trust = config.model.trust_remote_code
+            model = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
             if model is None:
                 raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
             model = disable_dropout(model.to(start.generator.device))
-            tokenizer = load_tokenizer(config.init) if tokenizer is None else checked_tokenizer(tokenizer)
+            tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
         data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
         objective = RewardModel(model, padding_id(tokenizer), config.optim.width)
         return fit(config, objective, data, tokenizer, start)

@@ -30,7 +30,7 @@ class Responses:
     prompt_ids: list[list[int]]
     completions: list[str]  # decoded, without special tokens
     completion_ids: list[list[int]]  # the counted tokens, EOS included
-    ended: list[bool]  # there is an EOS
+    ended: list[bool]  # there is an EOS or a stop string
     columns: dict[str, list[Any]]  # the other keys of the prompts' rows
 
     @classmethod
@@ -75,7 +75,7 @@ class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
     It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the decoded text, encoded
-    again by its own, with its own chat template for messages and its own EOS where the response has one.
+    again by its own, with its own chat template for messages. A response that ended, if by a stop string, has an EOS.
     """
 
     def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:
@@ -104,21 +104,20 @@ class ModelSource:
 
     def encode(self, responses: Responses) -> list[list[int]]:
         """Token ids of each prompt with its response, as this model reads them."""
-        pairs = zip(responses.prompt_ids, responses.completion_ids, strict=True)
-        if self.same:
-            return [prompt + completion for prompt, completion in pairs]
-        texts = self.tokenizer.batch_decode([p + c for p, c in pairs], skip_special_tokens=True)
-        conversations = zip(responses.prompts, responses.completions, texts, responses.ended, strict=True)
-        return [self._encode(*conversation) for conversation in conversations]
+        rows = [p + c for p, c in zip(responses.prompt_ids, responses.completion_ids, strict=True)]
+        if not self.same:
+            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            conversations = zip(responses.prompts, responses.completions, texts, strict=True)
+            rows = [self._encode(*conversation) for conversation in conversations]
+        eos = (self.tokenizer if self.same else self.own).eos_token_id
+        pairs = zip(rows, responses.ended, strict=True)
+        return [[*ids, eos] if ended and ids[-1:] != [eos] else ids for ids, ended in pairs]
 
-    def _encode(self, prompt: Any, completion: str, text: str, ended: bool) -> list[int]:
+    def _encode(self, prompt: Any, completion: str, text: str) -> list[int]:
         if isinstance(prompt, str) or self.own.chat_template is None:
-            ids = list(self.own(text)["input_ids"])
-        else:
-            messages = [*prompt, {"role": "assistant", "content": completion}]
-            ids = list(self.own.apply_chat_template(messages, return_dict=False))
-        eos = self.own.eos_token_id
-        return [*ids, eos] if ended and eos is not None and ids[-1:] != [eos] else ids
+            return list(self.own(text)["input_ids"])
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        return list(self.own.apply_chat_template(messages, return_dict=False))
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width, device = max(map(len, rows)), self.model.device

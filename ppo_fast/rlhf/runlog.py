@@ -1,8 +1,9 @@
-"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard."""
+"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import PPOConfig, RunLogConfig
+from .data import as_text
 from .errors import UserError, require
 from .rewards import Rewards
 from .rollout import Rollout
@@ -48,13 +50,14 @@ class StageLog:
 
     def __init__(
         self,
-        log: RunLogConfig,
+        config: Any,
         stage: str,
         total: int,
         console: Console | None = None,
         *,
         resume: Mapping[str, int] | None = None,
     ) -> None:
+        self.config, log = config, config.log
         if resume is None:
             require_free(log)
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
@@ -69,7 +72,7 @@ class StageLog:
             self._cut_back(self.resume)
         mode: Literal["w", "a"] = "w" if self.resume is None else "a"
         with contextlib.ExitStack() as resources:
-            self._board = self._open_board(resources)
+            self._board, self._wandb = self._open_board(resources), self._open_wandb(resources)
             self._open = {
                 name: resources.enter_context((self.directory / name).open(mode, encoding="utf-8"))
                 for name in self.files
@@ -95,6 +98,8 @@ class StageLog:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, number)
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=number)
         if self.log.print_every and number % self.log.print_every == 0:
             line = f"{number:>5}/{self.total}  {self._summary(metrics)}"
             self.console.print(line, highlight=False, soft_wrap=True)
@@ -133,7 +138,7 @@ class StageLog:
             if size < position[name]:
                 raise UserError(f"resume: expected {position[name]} bytes or more in {str(path)!r}, got {size}")
             os.truncate(path, position[name])
-        records = map(json.loads, (self.directory / METRICS).read_text(encoding="utf-8").splitlines())
+        records = read_records(self.directory / METRICS)
         self.history = [{k: v for k, v in record.items() if k not in (self.unit, "note")} for record in records]
 
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
@@ -143,6 +148,15 @@ class StageLog:
         writer = require("torch.utils.tensorboard").SummaryWriter
         after = self.resume["done"] + 1 if self.resume else None
         return resources.enter_context(writer(str(self.directory / TENSORBOARD), purge_step=after))
+
+    def _open_wandb(self, resources: contextlib.ExitStack) -> Any:
+        """A run of Weights & Biases with the config; a resumed run is another one, from the step it goes on with."""
+        if self.log.wandb is None:
+            return None
+        init = require("wandb", "wandb").init
+        run = init(project=self.log.wandb, name=self.log.dir, dir=self.log.dir, config=dataclasses.asdict(self.config))
+        resources.callback(run.finish)
+        return run
 
 
 class RunLog(StageLog):
@@ -154,8 +168,7 @@ class RunLog(StageLog):
     def __init__(
         self, config: PPOConfig, console: Console | None = None, *, resume: Mapping[str, int] | None = None
     ) -> None:
-        super().__init__(config.log, "PPO", config.updates, console, resume=resume)
-        self.config = config
+        super().__init__(config, "PPO", config.updates, console, resume=resume)
 
     def write_answers(self, update: int, answers: Iterable[Mapping[str, Any]]) -> None:
         """Record the answers to the held-out prompts, for the comparison in `ppo-fast report`."""
@@ -189,13 +202,19 @@ class RunLog(StageLog):
         )
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of a run, none where there is no file; a killed run may cut its last line."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as lines:  # unlike splitlines, not cut at a U+2028 within a text
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def _line(file: TextIO, record: dict[str, Any]) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()
 
 
 def _one_line(text: Any) -> Text:
-    """Text, or the contents of messages, without line breaks; never read as markup."""
-    if not isinstance(text, str):
-        text = " ".join(str(message["content"]) for message in text)
-    return Text(" ".join(text.split()))
+    """Text or messages without line breaks; never read as markup."""
+    return Text(" ".join(as_text(text).split()))

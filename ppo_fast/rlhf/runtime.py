@@ -50,14 +50,14 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def find_device(name: str) -> torch.device:
-    """The device that `model.device` names; UserError when this machine has none of that name."""
+def find_device(name: str, setting: str = "model.device") -> torch.device:
+    """The device of that name, "auto": a GPU if there is one; UserError, naming `setting`, when there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name not in usable:
-        raise UserError(f"model.device: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
+        raise UserError(f"{setting}: expected 'auto' or one of {', '.join(map(repr, usable))}, got {name!r}")
     return torch.device(name)
 
 

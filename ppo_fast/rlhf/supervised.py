@@ -24,7 +24,7 @@ from .examples import Batch, Batches, Kind, Make, chunks, collate, load_examples
 from .failures import save_batch
 from .forward import response_stats
 from .loop import Loop
-from .metrics import require_finite
+from .metrics import check_metrics, require_finite
 from .optim import Network, schedule
 from .resume import failed_writes_told, inputs, load_start
 from .runlog import FINAL, StageLog, require_free
@@ -119,6 +119,7 @@ class Run(Loop, Generic[Kind]):
         if self._evaluation_is_due(number):
             evaluated = self.objective.evaluate(self.data.held_out)
             metrics |= {f"eval/{name}": value for name, value in evaluated.items()}
+            check_metrics(metrics)
         if metrics:
             log.write(number, metrics | {"nan/skipped_batches": float(self.skipped)})
 
@@ -207,7 +208,7 @@ def fit(
     run, checkpoint = Run(config, objective, data, tokenizer, start.generator), start.checkpoint
     if checkpoint is not None:
         run.restore(checkpoint)
-    log = StageLog(config.log, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
+    log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
     with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)

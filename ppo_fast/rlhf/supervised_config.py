@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from .config import AdamWConfig, RunLogConfig, WeightsConfig
-from .errors import check, divides, not_negative, positive
+from .config import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig
+from .errors import check, divides, positive
 
 
 @dataclass(frozen=True)
@@ -83,28 +82,20 @@ class DPOLogConfig(SupervisedLogConfig):
 
 
 @dataclass(frozen=True)
-class SupervisedConfig:
+class SupervisedConfig(RunConfig):
     """What the three have in common."""
 
-    seed: int = 0  # of every random number of the run
-    threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
-    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the batch out and count it
     model: WeightsConfig = field(default_factory=WeightsConfig)
     data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     log: SupervisedLogConfig = field(default_factory=SupervisedLogConfig)
-
-    def __post_init__(self) -> None:
-        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
-        not_negative("seed", self.seed)
-        if self.threads is not None:
-            positive("threads", self.threads)
 
 
 @dataclass(frozen=True)
 class SFTConfig(SupervisedConfig):
     """One run of supervised fine-tuning on {"prompt", "completion"} or {"messages"}."""
 
+    model: CausalConfig = field(default_factory=CausalConfig)
     log: SFTLogConfig = field(default_factory=SFTLogConfig)
 
 
@@ -121,6 +112,7 @@ class DPOConfig(SupervisedConfig):
     """One run of direct preference optimisation on {"prompt", "chosen", "rejected"}."""
 
     beta: float = 0.1  # strength of the implied KL to the reference, which is model.path as it was
+    model: CausalConfig = field(default_factory=CausalConfig)
     optim: DPOOptimConfig = field(default_factory=DPOOptimConfig)
     log: DPOLogConfig = field(default_factory=DPOLogConfig)
 

@@ -85,12 +85,22 @@ def test_an_earlier_directory_comes_back_when_its_successor_cannot_take_its_plac
     rename = pathlib.Path.rename
 
     def fail_for_new(self, target):
-        return 1 / 0 if ".new-" in self.name else rename(self, target)
+        return 1 / 0 if self.name.endswith(".new") else rename(self, target)
 
     monkeypatch.setattr(pathlib.Path, "rename", fail_for_new)
     with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "d") as scratch:
         (scratch / "second").write_text("y")
     assert [path.name for path in tmp_path.rglob("*")] == ["d", "first"]
+
+
+def test_what_a_process_killed_in_the_exchange_left_is_put_right(tmp_path):
+    for name in (".d.old", ".d.new"):  # the earlier directory moved aside, its successor not yet in its place
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "d") as scratch:
+        1 / len(list(scratch.iterdir()))
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert (tmp_path / "d" / "file").read_text() == ".d.old"
 
 
 def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path):
@@ -145,7 +155,7 @@ def test_a_state_that_only_a_pickle_could_hold_is_refused(tmp_path):
 
 def test_the_newest_are_kept_and_names_without_a_number_are_left_alone(tmp_path):
     save(tmp_path / "best")
-    (tmp_path / ".step-1.new-123").mkdir()  # left by a killed process
+    (tmp_path / ".step-1.new").mkdir()  # left by a killed process
     for number in (8, 9, 10):
         save(tmp_path / f"step-{number}", {"step": number}, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-10", "step-9"]

@@ -152,6 +152,7 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"lr": 0}}, "optim.lr: expected a number > 0, got 0.0"),
         ({"optim": {"warmup_frac": 1.5}}, "optim.warmup_frac: expected 0 <= warmup_frac <= 1, got 1.5"),
         ({"loss": {"penalty_target": 0.01}}, "loss.penalty_coef: expected a number > 0, got 0.0"),
+        ({"seed": -1}, "seed: expected a number >= 0, got -1"),
         ({"updates": 0}, "updates: expected a number > 0, got 0"),
         ({"kl": {"coef": float("inf")}}, "kl.coef: expected a number >= 0, got inf"),
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: expected two numbers 0 <= beta < 1, got (0.9, 1.0)"),

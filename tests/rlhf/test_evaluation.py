@@ -1,5 +1,6 @@
 """Evaluation: held-out prompts, paired with the model at the start; user's evaluators; the best model kept."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.evaluation import load_evaluation
 from ppo_fast.rlhf.reward_sources import FunctionSource
 from ppo_fast.rlhf.rewards import Scorer
+from ppo_fast.rlhf.rollout import generate
 from tests.rlhf.conftest import PROMPTS
 
 HELD_OUT = ["w20", "w21 w22 w23", "w24 w25"]
@@ -71,6 +73,19 @@ def test_the_model_at_the_start_ties_with_itself(make_evaluation, tmp_path):
     assert 0 <= metrics["eval/truncated_frac"] <= 1
 
 
+def test_an_answer_at_the_start_that_a_stop_string_ended_lacks_no_eos(make_evaluation, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        generation = generate(*arguments)
+        return dataclasses.replace(generation, ended=torch.ones_like(generation.ended))
+
+    monkeypatch.setattr("ppo_fast.rlhf.evaluation.generate", stopped)
+    evaluation = make_evaluation(reward={"missing_eos_penalty": 1.0})
+    assert not any(ids[-1] == 2 for ids in evaluation.start)
+    metrics, _ = evaluation.run(tmp_path / "best")
+    assert metrics["eval/win_rate"] == 0.5
+    assert metrics["eval/scores"] == pytest.approx(sum(even(evaluation.start)) / 3)
+
+
 def test_a_better_model_wins(make_evaluation, tmp_path):
     evaluation = make_evaluation()
     with torch.no_grad():  # the logits of odd tokens fall far below the others
@@ -111,13 +126,14 @@ def test_evaluators_see_the_policy(make_evaluation, tmp_path):
     ("body", "message"),
     [
         ("return 3", r"^evaluator: expected a dict of numbers, got 3$"),
+        ("generate('Hi')", r"^evaluator: generate: expected a list of prompts, got 'Hi'$"),
         ("return {'a': 'b'}", r"^evaluator: expected a dict of numbers, got \{'a': 'b'\}$"),
         ("return {'a': float('nan')}", r"^eval/a is not finite: nan$"),
         ("raise KeyError('x')", r"^the evaluator 'own' failed with KeyError: 'x' \(own\.py:2\)$"),
     ],
 )
 def test_a_bad_evaluator_is_named(make_evaluation, tmp_path, body, message):
-    (tmp_path / "own.py").write_text(f"def own(**_):\n    {body}\n")
+    (tmp_path / "own.py").write_text(f"def own(generate, **_):\n    {body}\n")
     evaluation = make_evaluation(evaluators=[f"{tmp_path / 'own.py'}:own"])
     with pytest.raises(UserError, match=message):
         evaluation.run(tmp_path / "best")
@@ -146,7 +162,7 @@ def test_a_run_evaluates_in_time_and_leaves_its_random_numbers_alone(run, tmp_pa
     settings = {"every": 2, "best": "eval/scores"}
     logs = [{"dir": str(tmp_path / name)} for name in "ab"]
     with_it = run(updates=3, evaluation=settings, log=logs[0])
-    without = run(updates=3, log=logs[1])
+    without = run(updates=3, eval_prompts=None, log=logs[1])
     assert ["eval/scores" in metrics for metrics in with_it.history] == [False, True, True]
     for ours, theirs in zip(with_it.history, without.history, strict=True):
         assert ours["objective/kl"] == theirs["objective/kl"]
@@ -183,5 +199,9 @@ def test_held_out_prompts_come_from_a_file(run, tmp_path):
     path.write_text('{"prompt": "w20"}\n')
     result = run(updates=1, eval_prompts=None, evaluation={"every": 1, "prompts": str(path)})
     assert "eval/win_rate" in result.history[0]
+    with pytest.warns(UserWarning, match=r"^evaluation\.every is 0: the held-out prompts are not used$"):
+        run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, log={"overwrite": True})
     with pytest.raises(UserError, match=r"^evaluation\.prompts: expected a file of prompts, got null$"):
         run(updates=1, eval_prompts=None, evaluation={"every": 1}, log={"overwrite": True})
+    with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl'$"):
+        run(updates=1, eval_prompts="none.jsonl", evaluation={"every": 1}, log={"overwrite": True})

@@ -88,6 +88,8 @@ def test_a_completion_ends_with_one_eos(tokenizer):
     assert example == Example((*ids(tokenizer, "w1 w2 w3"), EOS), 2)
     assert (example.length, example.weight) == (4, 2)
     assert completion_example({"prompt": "w1 w2", "completion": " w3 <eos>"}, tokenizer, "") == example
+    example = completion_example({"prompt": "w1", "completion": " w2 <eos> w3"}, tokenizer, "")
+    assert example.ids == ids(tokenizer, "w1 w2 <eos> w3 <eos>")
     assert completion_example({"prompt": "w1 w2", "completion": ""}, tokenizer, "").ids[2:] == (EOS,)
 
 

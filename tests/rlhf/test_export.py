@@ -16,20 +16,20 @@ from tests.rlhf.conftest import PROMPTS
 def write(path, *records):
     names = ("update", "prompt", "completion", "score")
     path.mkdir(exist_ok=True)
-    lines = [json.dumps(dict(zip(names, record, strict=True))) for record in records]
-    (path / "samples.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps(dict(zip(names, record, strict=True)), ensure_ascii=False) for record in records]
+    (path / "samples.jsonl").write_text("\n".join(lines) + '\n{"update": 3, "pro')  # killed in the last line
     return path
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def test_the_best_and_the_worst_response_to_a_prompt_make_a_pair(tmp_path):
     run = write(
         tmp_path / "run",
         (1, "p", "middle", 1.0),
-        (1, "p", "good", 2.0),
+        (1, "p", "good\u2028one", 2.0),
         (1, "q", "alone", 5.0),
         (1, "p", "bad", -1.0),
         (2, "p", "later", 0.0),
@@ -38,7 +38,7 @@ def test_the_best_and_the_worst_response_to_a_prompt_make_a_pair(tmp_path):
         (2, "p", "latest", 0.5),
     )
     assert read(export_pairs(run)) == [
-        {"prompt": "p", "chosen": "good", "rejected": "bad", "score_chosen": 2.0, "score_rejected": -1.0},
+        {"prompt": "p", "chosen": "good\u2028one", "rejected": "bad", "score_chosen": 2.0, "score_rejected": -1.0},
         {"prompt": "p", "chosen": "latest", "rejected": "later", "score_chosen": 0.5, "score_rejected": 0.0},
     ]
 
@@ -46,7 +46,7 @@ def test_the_best_and_the_worst_response_to_a_prompt_make_a_pair(tmp_path):
 def test_messages_get_messages(tmp_path):
     prompt = [{"role": "user", "content": "hi"}]
     run = write(tmp_path / "run", (1, prompt, "yes", 1.0), (1, prompt, "no", 0.0))
-    (pair,) = read(export_pairs(run, tmp_path / "out.jsonl"))
+    (pair,) = read(export_pairs(run, tmp_path / "new" / "out.jsonl"))
     assert pair["prompt"] == prompt
     assert pair["chosen"] == [{"role": "assistant", "content": "yes"}]
     assert pair["rejected"] == [{"role": "assistant", "content": "no"}]

@@ -72,12 +72,16 @@ def test_braces_in_a_response_are_left_alone():
     [
         ({}, "Judge: expected principles or a rubric, got both or neither"),
         ({"principles": ["a"], "rubric": "b"}, "Judge: expected principles or a rubric, got both or neither"),
+        (
+            {"rubric": "b", "model": "m", "device": "tpu"},
+            "Judge: device: expected 'auto' or one of 'cpu', got 'tpu'",
+        ),
         ({"rubric": "b", "scale": (5, 5)}, "Judge: expected a scale from a lower to a higher score, got (5, 5)"),
     ],
 )
 def test_a_judge_that_cannot_be_is_refused(options, message):
     with raises_exactly(message, UserError):
-        Judge(lambda instructions: [], **options)
+        Judge(**{"model": lambda instructions: []} | options)
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import re
+import sys
+import types
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from ppo_fast.rlhf.metrics import collect, explained_variance, require_finite
 from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.runlog import RunLog
 from ppo_fast.rlhf.update import UpdateStats
+from tests.helpers import raises_exactly
 from tests.rlhf.made import made_rollout
 
 NAMES = [
@@ -219,6 +223,34 @@ def test_tensorboard_holds_every_metric(logged):
     board = EventAccumulator(str(log.directory / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == metrics.keys()
     assert board.Scalars("lr")[0].value == pytest.approx(1e-3)
+
+
+def test_weights_and_biases_gets_every_metric(logged, monkeypatch):
+    calls = []
+
+    class Run:
+        log, finish = (lambda self, *a, **k: calls.append((a, k))), (lambda self: calls.append("finish"))
+
+    with raises_exactly("this command needs wandb, which is not installed: pip install wandb", UserError):
+        logged(wandb="project")[0].__enter__()
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log, _ = logged(wandb="project")
+    metrics = collected()
+    with log:
+        log.write(3, metrics)
+    directory = str(log.directory)
+    settings = {"project": "project", "name": directory, "dir": directory, "config": dataclasses.asdict(log.config)}
+    assert calls == [settings, ((metrics,), {"step": 3}), "finish"]
+
+
+def test_lines_on_the_console_come_as_often_as_asked(logged):
+    for print_every, expected in ((2, [2]), (0, [])):
+        log, screen = logged(print_every=print_every, overwrite=True)
+        with log:
+            for update in (1, 2, 3):
+                log.write(update, collected())
+        assert [int(number) for number in re.findall(r"(\d)/2  reward", screen.getvalue())] == expected
 
 
 def test_an_earlier_run_is_kept_unless_told_otherwise(logged):

@@ -44,6 +44,11 @@ def test_a_run_repeats_to_the_bit(run, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_the_kl_is_to_the_reference_of_the_latest_replacement(run):
+    history = run(updates=5, reference={"update": "replace", "every": 2}).history
+    assert [metrics["objective/kl"] == 0 for metrics in history] == [True, False, True, False, True]
+
+
 def test_a_run_begins_without_the_variables_of_another(run, tmp_path):
     path = tmp_path / "own.py"
     path.write_text("calls = []\ndef f(prompts, **_):\n    calls.append(1)\n    return [len(calls)] * len(prompts)\n")

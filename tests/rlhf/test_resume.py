@@ -17,6 +17,7 @@ import torch
 
 from ppo_fast import cli
 from ppo_fast.rlhf import UserError, tiny, train_ppo
+from ppo_fast.rlhf.resume import inputs
 from ppo_fast.rlhf.signals import Interrupted, StopSignals
 from tests.helpers import raises_exactly
 
@@ -224,6 +225,14 @@ def test_the_policy_given_to_a_resumed_run_is_the_one_at_the_start(run):
         run(updates=4, policy=policy, resume=True)
 
 
+def test_a_run_resumes_on_the_kind_of_device_it_was_begun_on(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ppo_fast.rlhf.ppo.inputs", lambda *given: inputs(*given) | {"kinds of device": "cuda"})
+        run(updates=1)
+    with raises_exactly("resume: expected the kinds of device that the run was begun with, got others", UserError):
+        run(updates=2, resume=True)
+
+
 def test_there_must_be_something_to_resume_and_it_must_be_whole(run, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     with raises_exactly(f"resume: expected a complete checkpoint in '{checkpoints}', got none", UserError):
@@ -343,7 +352,7 @@ def test_rule_16_a_run_killed_again_and_again_ends_with_the_same_bits(files):
     assert killed.wait() == -signal.SIGKILL
     killed.stderr.close()
     held = sorted(os.listdir("run/checkpoints"))
-    assert held[0].startswith(".update-000003.new-")  # the kill came in the middle of it
+    assert held[0] == ".update-000003.new"  # the kill came in the middle of it
     assert held[1:] == ["update-000001", "update-000002"]
 
     again = start("--resume", "--out", "run")

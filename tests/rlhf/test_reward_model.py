@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_fast.rlhf import (
     tiny,
@@ -84,6 +84,22 @@ def test_a_reward_model_continues_from_an_earlier_one(run_stage, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
     assert (second.model / "reward_stats.json").is_file()
     AutoModelForSequenceClassification.from_pretrained(second.model)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_an_earlier_one_runs_its_own_code_only_when_trusted(run_stage, tmp_path, monkeypatch, trust):
+    first, seen = run_stage("reward"), []
+    for loader in (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer):
+        real = loader.from_pretrained
+
+        def spy(path, real=real, **options):
+            seen.append(options["trust_remote_code"])
+            return real(path, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    log, model = {"dir": str(tmp_path / "second")}, {"trust_remote_code": trust}
+    run_stage("reward", init=str(first.model), log=log, model=model)
+    assert set(seen) == {trust}
 
 
 def test_the_critic_of_ppo_starts_from_the_reward_model(run_stage, make_config, tokenizer):

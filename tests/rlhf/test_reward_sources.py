@@ -1,5 +1,6 @@
 """Reward models as a source of scores: what they read, where they are read, and the statistics beside them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -73,9 +74,18 @@ def test_a_model_with_the_same_vocabulary_gets_the_ids_themselves(make_reward_mo
 
 def test_a_model_with_another_tokenizer_gets_the_text_and_its_own_eos(make_reward_model, tokenizer):
     other = source(make_reward_model(words=list(reversed(WORDS))), tokenizer)
-    rows = other.encode(made([[20, EOS], [21, EOS], [22]]))
+    rows = other.encode(made([[20, EOS], [1, 21, EOS], [22]]))  # 1 is <bos>, which is no text
     assert [other.own.decode(row) for row in rows] == ["w1 w16 <eos>", "w2 w3 w4 w17 <eos>", "w5 w6 w18"]
     assert rows[0][:2] == [4 + 59 - 1, 4 + 59 - 16]
+
+
+def test_a_response_that_a_stop_string_ended_is_read_at_an_eos(make_reward_model, tokenizer):
+    responses = dataclasses.replace(made([[20, EOS], [21, 22], [22]]), ended=[True, True, False])
+    assert source(make_reward_model(), tokenizer).encode(responses) == [
+        [5, 20, EOS],
+        [6, 7, 8, 21, 22, EOS],
+        [9, 10, 22],
+    ]
 
 
 def test_messages_go_through_the_models_own_chat_template(make_reward_model, tokenizer):

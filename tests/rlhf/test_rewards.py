@@ -99,15 +99,15 @@ def test_arrays_of_scores_are_taken_per_response_and_per_token(rewarded, kind):
 def test_the_function_sees_prompts_completions_tokens_and_columns(rewarded):
     seen = {}
 
-    def function(prompts, completions, completion_ids, topic):
-        seen.update(prompts=prompts, completions=completions, ids=completion_ids, topic=topic)
+    def function(prompts, completions, completion_ids, topic, role):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, topic=topic, role=role)
         return [0.0, 0.0]
 
-    rewarded(made_rollout([2, 3], columns={"topic": ["a", "b"]}), function)
+    rewarded(made_rollout([2, 3], columns={"topic": ["a", "b"], "role": ["c", "d"]}), function)
     assert seen["prompts"] == ["w1", "w1"]
     assert seen["ids"] == [[10, EOS], [10, 11, EOS]]
     assert seen["completions"] == ["w6", "w6 w7"]
-    assert seen["topic"] == ["a", "b"]
+    assert (seen["topic"], seen["role"]) == (["a", "b"], ["c", "d"])
 
 
 def broken(**_):

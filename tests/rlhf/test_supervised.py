@@ -235,6 +235,12 @@ def test_a_loss_that_is_not_finite_names_the_step(run_stage):
         run_stage("sft", policy=model)
 
 
+def test_an_evaluation_that_is_not_finite_names_the_metric(run_stage, monkeypatch):
+    monkeypatch.setattr(SFT, "evaluate", lambda self, examples: {"loss": math.inf})
+    with pytest.raises(UserError, match=r"^step 5: eval/loss is not finite: inf$"):
+        run_stage("sft")
+
+
 def test_bfloat16_weights_train_under_a_warning(run_stage):
     with pytest.warns(UserWarning, match=r"a bfloat16 weight w keeps no step below"):
         result = run_stage("reward", policy=make_model().bfloat16())
@@ -265,6 +271,12 @@ def test_the_default_config_names_no_model(stage):
         (SFTConfig, {"data": {"max_tokens": 0}}, "data.max_tokens: expected a number > 0, got 0"),
         (RewardModelConfig, {"log": {"eval_every": -1}}, "log.eval_every: expected a number >= 0, got -1"),
         (RewardModelConfig, {"threads": 0}, "threads: expected a number > 0, got 0"),
+        (
+            RewardModelConfig,
+            {"model": {"logits": "materialised"}},  # it has none
+            "unknown key 'model.logits', the nearest is 'model.path'",
+        ),
+        (SFTConfig, {"seed": -1}, "seed: expected a number >= 0, got -1"),
         (SFTConfig, {"model": {"dtype": "int8"}}, "model.dtype: Input should be 'float32' or 'bfloat16', got 'int8'"),
     ],
 )
