@@ -36,7 +36,7 @@ PPO = """\
 updates: {updates}
 seed: {seed}
 threads: 1
-model: {{path: "{here}/sft/final", value_path: "{here}/reward/final", device: cpu}}
+model: {{path: "{here}/sft/final", device: cpu}}
 data: {{prompts: "{here}/prompts.jsonl", max_prompt_tokens: 8}}
 reward: {{models: ["{here}/reward/final"]}}
 rollout: {{batch_size: 128, max_new_tokens: {max_new_tokens}}}

@@ -35,7 +35,7 @@ class CausalConfig(WeightsConfig):
 class ModelConfig(CausalConfig):
     """The policy and the value model. The reference is a frozen copy of the policy."""
 
-    value_path: str | None = None  # start of the value model: a causal LM, a reward model, or final/ of another run
+    value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
 
 
@@ -84,7 +84,7 @@ class RewardConfig:
     """The score of a response, before the KL term: sources, normalised, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function"
-    models: tuple[str, ...] = ()  # directories of sequence-classification models with one output
+    models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
     std_coef: float = 1.0  # price of disagreement

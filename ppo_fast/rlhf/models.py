@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import CausalConfig, ModelConfig, WeightsConfig
+from .config import CausalConfig, ModelConfig, RewardConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import backbone_of, check_linear, model_inputs
 
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
+STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
 
 
 class ValueModel(nn.Module):
@@ -55,19 +59,31 @@ def load_models(
     *,
     policy: Any = None,
     tokenizer: Any = None,
+    reward: RewardConfig = RewardConfig(),  # noqa: B008  # frozen
 ) -> Models:
-    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
+    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place.
+
+    The value model starts from `value_path`, or else from the first reward model where that has the policy's
+    vocabulary.
+    """
     policy, tokenizer = load_policy(config, generator.device, policy, tokenizer)
-    value = disable_dropout(make_value_model(config, policy, generator))
+    if config.value_path is None and reward.models and _reads_as(reward.models[0], tokenizer, config):
+        config = dataclasses.replace(config, value_path=reward.models[0])
+    value = make_value_model(config, policy, generator, normalised=reward.normalise == "saved")
     return Models(
         policy=policy,
         reference=copy.deepcopy(policy).requires_grad_(False),
-        value=value,
+        value=disable_dropout(value),
         tokenizer=tokenizer,
         pad_id=padding_id(tokenizer),
         eos_id=tokenizer.eos_token_id,
         linear=config.logits == "linear",
     )
+
+
+def _reads_as(path: str, tokenizer: Any, config: ModelConfig) -> bool:
+    """Whether the model at `path` has the vocabulary of `tokenizer`."""
+    return bool(load_tokenizer(path, config.trust_remote_code).get_vocab() == tokenizer.get_vocab())
 
 
 def load_policy(config: CausalConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -108,6 +124,21 @@ def load_reward_model(field: str, path: str, dtype: torch.dtype, trust: bool = F
     return model
 
 
+def read_stats(directory: str) -> tuple[float, float]:
+    """Mean and standard deviation of a model's scores; 0 and 1 where none are saved."""
+    path = Path(directory) / STATS
+    if not path.is_file():
+        return 0.0, 1.0
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = float(stats["mean"]), float(stats["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: expected {{"mean": number, "std": number}}, got {error!r}') from error
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise UserError(f"{path}: expected a finite mean and a std > 0, got {mean} and {std}")
+    return mean, std
+
+
 def load_tokenizer(path: str | None, trust: bool = False) -> Any:
     """The tokenizer at `path`; UserError when it has no EOS token."""
     return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
@@ -124,10 +155,13 @@ def padding_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generator) -> ValueModel:
+def make_value_model(
+    config: ModelConfig, policy: Any, generator: torch.Generator, *, normalised: bool = True
+) -> ValueModel:
     """A copy of the policy's backbone with a new head, or the model at `value_path` with its head if it has one.
 
-    A new head is N(0, 1/sqrt(D+1)) or zero; its bias is zero. The head is float32.
+    A new head is N(0, 1/sqrt(D+1)) or zero; its bias is zero. That of a reward model gives its scores, `normalised` as
+    PPO's reward has them: (score - mean) / std by the `reward_stats.json` beside it. The head is float32.
 
     Raises UserError for a `value_path` that is no such model or knows fewer tokens than the policy.
     """
@@ -148,8 +182,12 @@ def make_value_model(config: ModelConfig, policy: Any, generator: torch.Generato
         else:
             head.weight.zero_()
         head.bias.zero_()
-        if scores is not None and scores.bias is not None:
-            head.bias.copy_(scores.bias)
+        if scores is not None:
+            mean, std = read_stats(str(config.value_path)) if normalised else (0.0, 1.0)
+            if scores.bias is not None:
+                head.bias.copy_(scores.bias)
+            head.bias.sub_(mean).div_(std)
+            head.weight.div_(std)
     return ValueModel(backbone, head).to(generator.device).requires_grad_(True)
 
 

@@ -180,7 +180,7 @@ def train_ppo(
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
     with threads(config.threads):
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
-        models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer)
+        models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer, reward=config.reward)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)

@@ -13,6 +13,7 @@ from ppo_fast import ops
 from .errors import UserError, require
 from .examples import Pair, chunks, preference_pair
 from .models import (
+    STATS,
     checked_tokenizer,
     disable_dropout,
     load_causal,
@@ -21,7 +22,6 @@ from .models import (
     padding_id,
     sequence_scores,
 )
-from .reward_sources import STATS
 from .supervised import Objective, Source, SupervisedResult, fit, load_data, prepared
 from .supervised_config import RewardModelConfig
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +12,11 @@ import torch
 from .callables import call, listed, load_callable, plain
 from .config import ModelConfig, PPOConfig
 from .errors import NotFiniteError, UserError
-from .models import Models, disable_dropout, load_reward_model, load_tokenizer, sequence_scores
+from .models import Models, disable_dropout, load_reward_model, load_tokenizer, read_stats, sequence_scores
 from .rollout import Generation
 
 RewardFunction = Callable[..., Sequence[Any]]
 Score = float | list[float]  # of a response, or of each of its tokens
-STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class ModelSource:
         self.tokenizer, self.own = tokenizer, load_tokenizer(path, trust)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
         self.path, self.batch_size = path, batch_size
-        self.saved_stats = _read_stats(Path(path) / STATS)
+        self.saved_stats = read_stats(path)
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> list[Score]:
@@ -174,17 +171,3 @@ def _number(value: Any, sample: int) -> float:
         kind = NotFiniteError if isinstance(value, int | float) else UserError
         raise kind(f"reward function: expected a finite score for sample {sample}, got {value!r}")
     return float(value)
-
-
-def _read_stats(path: Path) -> tuple[float, float]:
-    """Mean and standard deviation of a model's scores; 0 and 1 where none are saved."""
-    if not path.is_file():
-        return 0.0, 1.0
-    try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = float(stats["mean"]), float(stats["std"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: expected {{"mean": number, "std": number}}, got {error!r}') from error
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise UserError(f"{path}: expected a finite mean and a std > 0, got {mean} and {std}")
-    return mean, std

@@ -11,7 +11,7 @@ from ppo_fast.rlhf import (
     train_ppo,
 )
 from ppo_fast.rlhf.examples import collate, preference_pair
-from ppo_fast.rlhf.models import disable_dropout, sequence_scores
+from ppo_fast.rlhf.models import disable_dropout, load_pretrained, sequence_scores
 from ppo_fast.rlhf.reward_model import RewardModel, add_score_head, calibration_error, reliability
 from tests.rlhf.stages import EOS, make_model, make_tokenizer, pairs, ragged, rows
 
@@ -102,11 +102,20 @@ def test_an_earlier_one_runs_its_own_code_only_when_trusted(run_stage, tmp_path,
     assert set(seen) == {trust}
 
 
-def test_the_critic_of_ppo_starts_from_the_reward_model(run_stage, make_config, tokenizer):
+@pytest.mark.parametrize("normalise", ["saved", "none"])
+@pytest.mark.parametrize("named", [False, True])
+def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_reward(
+    run_stage, make_config, tokenizer, normalise, named
+):
     reward_model = run_stage("reward")
+    path = str(reward_model.model)
     result = train_ppo(
-        make_config(updates=1, model={"value_path": str(reward_model.model)}, optim={"value_lr": 1e-9}),
-        reward_fn=lambda completions, **_: [0.0] * len(completions),
+        make_config(
+            updates=1,
+            model={"value_path": path} if named else {},
+            reward={"models": [path], "normalise": normalise},
+            optim={"value_lr": 1e-9},
+        ),
         prompts=["w1 w2", "w3"],
         policy=make_model(),
         tokenizer=tokenizer,
@@ -115,7 +124,20 @@ def test_the_critic_of_ppo_starts_from_the_reward_model(run_stage, make_config, 
     values = result.models.value(batch.input_ids, batch.attention_mask)
     last = torch.tensor([[example.length - 1] for example in ragged()])
     scores = sequence_scores(reward_model.trained, batch.input_ids, batch.attention_mask)
+    if normalise == "saved":
+        stats = json.loads((reward_model.model / "reward_stats.json").read_text())
+        scores = (scores - stats["mean"]) / stats["std"]
     torch.testing.assert_close(values.gather(1, last).squeeze(1), scores, rtol=0, atol=1e-5)
+
+
+def test_the_critic_does_not_start_from_a_reward_model_that_reads_other_words(run_stage, make_config):
+    path = str(run_stage("reward").model)
+    other = tiny.make_tokenizer([f"v{i}" for i in range(60)])
+    inputs = {"prompts": ["v1 v2", "v3"], "policy": make_model(), "tokenizer": other}
+    result = train_ppo(make_config(updates=1, reward={"models": [path]}, optim={"value_lr": 1e-9}), **inputs)
+    theirs = load_pretrained(AutoModelForSequenceClassification, path).get_input_embeddings().weight
+    ours = result.models.value.backbone.get_input_embeddings().weight
+    assert not torch.allclose(ours, theirs, atol=1e-3)
 
 
 def test_a_margin_is_asked_of_the_scores(tokenizer):
