@@ -157,8 +157,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(*request.param)
 
 
-CASES = [(shape, dtype, variant) for shape in SHAPES for dtype in DTYPES for variant in ("entropy", "no entropy")]
-CASES += [(next(iter(SHAPES)), dtype, "scoring") for dtype in DTYPES]
+CASES = [(shape, dtype, "entropy") for shape in SHAPES for dtype in DTYPES]
+CASES += [(next(iter(SHAPES)), dtype, variant) for dtype in DTYPES for variant in ("no entropy", "scoring")]
 OWN = ["eager", "torch.compile", PRODUCTS, *BACKENDS]
 RUNS = [pytest.param(case, name, id="-".join((*case, name))) for case in CASES for name in OWN]
 RUNS += [
@@ -184,4 +184,5 @@ def test_linear(benchmark: Any, case: Case, contender: str, request: pytest.Fixt
         error=case.error(contender),
         # A bfloat16 logit of 8 is off by up to 0.03, and so is the log-ratio: some tokens change sides of the clip.
         allowed_error=1e-4 if dtype == "float32" else 0.25,
+        rounds=5,  # a second each
     )

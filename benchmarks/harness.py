@@ -98,10 +98,11 @@ def measure(
     moved: int,
     error: float,
     allowed_error: float,
+    rounds: int = 7,
 ) -> None:
     """Check, then time ``run``; keep ratios to each baseline, bytes moved, peak memory and error in the result."""
     assert error <= allowed_error, f"{contender}: relative error {error:.2e} > {allowed_error:.2e}"
-    ratios = {name: paired_ratio(run, other) for name, other in baselines.items()} if benchmark.enabled else {}
+    ratios = {name: paired_ratio(run, other, rounds) for name, other in baselines.items()} if benchmark.enabled else {}
     benchmark.extra_info |= {
         "contender": contender,
         "bytes": moved,
@@ -114,4 +115,4 @@ def measure(
         run()
         synchronize()
 
-    benchmark.pedantic(timed, rounds=7, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=1)
