@@ -12,16 +12,40 @@ from .errors import UserError, check, check_choices, divides, not_negative, posi
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights: W x + alpha / rank * B A x, with B = 0 at the start.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; by the library peft.
+    """
+
+    rank: int = 0  # of B and A; 0: no adapters, all weights are trained
+    alpha: float = 32.0  # scale of the adapters, over rank
+    targets: tuple[str, ...] = ()  # names of the linear layers that get one; none: all but the head
+    merge: bool = False  # save the base with the adapters added to it; else a PEFT directory of the adapters alone
+
+    def __post_init__(self) -> None:
+        not_negative("model.lora.rank", self.rank)
+        positive("model.lora.alpha", self.alpha)
+
+
+@dataclass(frozen=True)
 class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights, activations and optimizer state
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
+    quantise: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits, by bitsandbytes; needs lora.rank
+    lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
+    attention: str | None = None  # transformers' attn_implementation; null: by device and batches
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
 
     def __post_init__(self) -> None:
         check_choices("model", self)
+        check(
+            self.quantise == "none" or self.lora.rank > 0, "model.quantise", "'none' without lora.rank", self.quantise
+        )
 
 
 @dataclass(frozen=True)
@@ -29,14 +53,28 @@ class CausalConfig(WeightsConfig):
     """The language model that is trained."""
 
     logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
+    batches: Literal["padded", "packed"] = "padded"  # of scoring and update; packed: one row without padding
 
 
 @dataclass(frozen=True)
 class ModelConfig(CausalConfig):
-    """The policy and the value model. The reference is a frozen copy of the policy."""
+    """The policy and the value model. The reference is the policy as it was at the start."""
 
+    layout: Literal["separate", "shared", "adapters"] = "separate"  # value model apart; a head on the policy; one base
+    park: bool = False  # reference and reward models wait in host memory while they are not used
     value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        adapted = self.layout == "adapters"
+        check(adapted == (self.lora.rank > 0), "model.layout", "'adapters' with lora.rank, and only so", self.layout)
+        check(
+            self.value_path is None or self.layout != "shared",
+            "model.value_path",
+            "null with model.layout 'shared', whose critic is the policy's trunk",
+            self.value_path,
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +240,8 @@ class LossConfig:
 class AdamWConfig:
     """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
+    states: Literal["full", "8bit"] = "full"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
+    masters: bool = False  # float32 copies of bfloat16 weights take the steps, which the weights are rounded from
     lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
@@ -211,6 +251,10 @@ class AdamWConfig:
     final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
 
     def __post_init__(self) -> None:
+        check_choices("optim", self)
+        check(
+            not self.masters or self.states == "full", "optim.masters", "false with optim.states '8bit'", self.masters
+        )
         for name in ("lr", "eps", "max_grad_norm"):
             positive(f"optim.{name}", getattr(self, name))
         for name in ("warmup_frac", "final_lr_frac"):

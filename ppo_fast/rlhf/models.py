@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .config import CausalConfig, ModelConfig, RewardConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import backbone_of, check_linear, model_inputs
 
+Role = Literal["policy", "reference", "value"]
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
 STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
 
@@ -47,10 +48,20 @@ class Models:
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
     eos_id: int  # ends a response
     linear: bool  # scoring and update use the linear ops; False: the policy's own logits
+    packed: bool = False  # scoring and update take sequences packed into one row; False: padded
 
     @property
     def device(self) -> torch.device:
         return self.policy.device
+
+    @contextlib.contextmanager
+    def using(self, role: Role) -> Iterator[Any]:
+        """The network of that role, ready on the device; what it does and its backward pass belong in the block."""
+        yield getattr(self, role)
+
+    def trained(self, role: Role) -> list[nn.Parameter]:
+        """What an optimizer step of "policy" or "value" changes."""
+        return [parameter for parameter in getattr(self, role).parameters() if parameter.requires_grad]
 
 
 def load_models(
@@ -78,6 +89,7 @@ def load_models(
         pad_id=padding_id(tokenizer),
         eos_id=tokenizer.eos_token_id,
         linear=config.logits == "linear",
+        packed=config.batches == "packed",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from .config import AdamWConfig, LossConfig
 
 
 class Network:
-    """A trained module with its own AdamW and its own gradient-norm clip."""
+    """The trained parameters of a network with their own AdamW and their own gradient-norm clip."""
 
-    def __init__(self, module: nn.Module, lr: float, config: AdamWConfig) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer: Any = torch.optim.AdamW(
             self.parameters,
             lr=lr,

@@ -105,7 +105,7 @@ class Run(Loop, Generic[Kind]):
         lengths = [example.length for example in self.data.train]
         self.batches = Batches(lengths, optim.batch_size, self.generator, bucket=self.config.data.bucket)
         self.total = optim.epochs * len(self.batches)
-        self.network = Network(self.objective.model, optim.lr, optim)
+        self.network = Network(self.objective.model.parameters(), optim.lr, optim)
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
 

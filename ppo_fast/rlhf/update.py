@@ -107,8 +107,8 @@ class Learner:
 
     def __init__(self, models: Models, config: PPOConfig) -> None:
         self.models, self.config = models, config
-        self.policy = Network(models.policy, config.optim.lr, config.optim)
-        self.value = Network(models.value, config.optim.value_lr, config.optim)
+        self.policy = Network(models.trained("policy"), config.optim.lr, config.optim)
+        self.value = Network(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
         self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 

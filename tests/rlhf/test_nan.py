@@ -118,7 +118,7 @@ def test_skip_leaves_the_step_out_and_counts_it(run, poison):
 
 def test_a_skipped_step_leaves_the_moments_and_their_count_alone(make_config):
     module = torch.nn.Linear(2, 1)
-    network = Network(module, 0.1, make_config().optim)
+    network = Network(module.parameters(), 0.1, make_config().optim)
 
     def step(gradient, failed):
         for p in network.parameters:

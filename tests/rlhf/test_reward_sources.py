@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import NotFiniteError
-from ppo_fast.rlhf.reward_sources import STATS, ModelSource, Responses
+from ppo_fast.rlhf.models import STATS
+from ppo_fast.rlhf.reward_sources import ModelSource, Responses
 from tests.rlhf.conftest import EOS, PROMPTS, WORDS
 
 CPU = torch.device("cpu")

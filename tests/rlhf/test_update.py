@@ -184,7 +184,7 @@ def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make
     weight = torch.nn.Parameter(torch.zeros(2))
     module = torch.nn.Module()
     module.weight = weight
-    network = Network(module, 0.1, make_config(optim={"max_grad_norm": 1.0}).optim)
+    network = Network(module.parameters(), 0.1, make_config(optim={"max_grad_norm": 1.0}).optim)
     weight.grad = torch.tensor([3.0, 4.0])
     assert network.clip() == 5
     network.step(1.0, failed=torch.tensor(False))
