@@ -223,9 +223,9 @@ def put_on(network: Any, saved: SavedAdapter) -> Adapters:
 
 def same_base(a: str, b: str) -> bool:
     """Whether two names of a base mean one model."""
-    if Path(a).exists() and Path(b).exists():
-        return Path(a).samefile(b)
-    return bool(a) and a == b
+    if not (a and b):
+        return False
+    return Path(a).samefile(b) if Path(a).exists() and Path(b).exists() else a == b
 
 
 def _new_config(network: Any, config: LoraConfig) -> Any:

@@ -46,7 +46,7 @@ class WeightsConfig:
         check(
             not (self.lora.merge and self.quantise != "none"),
             "model.lora.merge",
-            f"false with model.quantise {self.quantise!r}, whose weights have no room for the adapters",
+            f"false with model.quantise {self.quantise!r}",
             True,
         )
         check(

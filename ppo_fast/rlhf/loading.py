@@ -56,6 +56,7 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
         path = config.path if saved is None else saved.base
         options = {"dtype": getattr(torch, config.dtype)} | quantisation(config, device)
         model = load_pretrained(transformers.AutoModelForCausalLM, path, trust, **options)
+        _keep_differentiable(model)
     elif config.quantise != "none":
         raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")
     model = disable_dropout(model if config.quantise != "none" else model.to(device))
@@ -91,6 +92,13 @@ def quantisation(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
     return {"quantization_config": nf4, "device_map": {"": device}}
+
+
+def _keep_differentiable(model: Any) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes repacks weights in eval mode for a product without a gradient."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def checkpoint_activations(network: Any) -> None:
