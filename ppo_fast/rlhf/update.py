@@ -142,23 +142,14 @@ class Learner:
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
     def _policy_backward(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> Metrics:
+        terms = self._policy_terms(micro, kl_coef, count)
         with self.models.using("policy") as policy:
-            output = response_loss(
-                policy,
-                micro.sequences,
-                micro.tokens,
-                micro.logprobs,
-                micro.advantages,
-                linear=self.models.linear,
-                cu_seqlens=micro.cu_seqlens,
-                denominator=count,
-                **self._policy_terms(micro, kl_coef),
-            )
+            output = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
             output.loss.backward()
         return output.metrics | {"loss": output.loss.detach()}
 
-    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor) -> dict[str, Any]:
-        """The config of the policy's loss, and what its KL to the reference is charged by."""
+    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> dict[str, Any]:
+        """The arguments of the policy's loss beside its logits."""
         settings: dict[str, Any] = {
             "penalty_coef": self.penalty.coef,
             "temperature": self.config.rollout.temperature,
@@ -170,7 +161,14 @@ class Learner:
         if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
             with self.models.using("reference") as reference:
                 terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
-        return terms | {"config": self.config.loss.policy_loss(**settings)}
+        return terms | {
+            "targets": micro.tokens,
+            "old_logprobs": micro.logprobs,
+            "advantages": micro.advantages,
+            "cu_seqlens": micro.cu_seqlens,
+            "denominator": count,
+            "config": self.config.loss.policy_loss(**settings),
+        }
 
     def _value_backward(self, micro: MicroBatch, count: int) -> Metrics:
         with self.models.using("value") as value:
