@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, SavedAdapter, put_on, read_adapter, same_base
 from .config import ModelConfig, ReferenceConfig, RewardConfig
 from .errors import UserError, require
-from .forward import backbone_of, model_inputs
+from .forward import accepted, backbone_of, head_values
 from .loading import (
     Loaded,
     checkpoint_activations,
@@ -55,8 +55,10 @@ class ValueModel(nn.Module):
         return cls(classifier.base_model, classifier.score)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.backbone(**model_inputs(self.backbone, input_ids, attention_mask), use_cache=False)
-        return self.head(output.last_hidden_state.to(self.head.weight.dtype)).squeeze(-1)
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "position_ids": positions}
+        output = self.backbone(**accepted(self.backbone, inputs), use_cache=False)
+        return head_values(self.head, output.last_hidden_state)
 
 
 @dataclass(frozen=True)
@@ -249,11 +251,6 @@ def _head_like(scores: nn.Linear, stats: tuple[float, float]) -> nn.Linear:
             head.bias.copy_(scores.bias)
         head.bias.sub_(mean).div_(std)
     return head
-
-
-def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """Values [B, T] float32 of the states before each response token; T = `length`."""
-    return model(input_ids[:, :-1], attention_mask[:, :-1])[:, -length:]
 
 
 def sequence_scores(model: ValueModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
