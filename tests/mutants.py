@@ -147,7 +147,6 @@ MUTANTS = [
     Mutant(f"{RLHF}/adapters.py", "            self._switch(before)", "            pass", ADAPTERS),
     Mutant(f"{RLHF}/adapters.py", "parameter.requires_grad_(flag)", "parameter.requires_grad_(True)", ADAPTERS),
     Mutant(f"{RLHF}/adapters.py", "a=5**0.5, generator=generator", "a=5**0.5", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "weight.float() + layer", "weight + layer", ADAPTERS),
     Mutant(f"{RLHF}/adapters.py", "[*(own.keys() ^ tensors.keys())][:1]", "()", ADAPTERS),
     Mutant(f"{RLHF}/loading.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
     Mutant(f"{RLHF}/loading.py", "            layer.training = training", "            pass", LAYOUTS),
@@ -155,9 +154,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/parking.py", "            if not self._depth:", "            if True:", LAYOUTS),
     Mutant(f"{RLHF}/parking.py", ", copy=True)", ")", LAYOUTS),
     Mutant(f"{RLHF}/models.py", 'role == "value" and self.shared', "False", LAYOUTS),
-    Mutant(
-        f"{RLHF}/models.py", 'elif loaded.saved is not None or reference.update != "fixed":', "elif False:", LAYOUTS
-    ),
+    Mutant(f"{RLHF}/models.py", 'loaded.saved is not None or reference.update != "fixed"', "False", LAYOUTS),
     Mutant(f"{RLHF}/models.py", "same_base(saved.base, base)", "True", LAYOUTS),
     Mutant(f"{RLHF}/models.py", "head.bias.sub_(mean).div_(std)", "head.bias.div_(std)", LAYOUTS),
     Mutant(f"{RLHF}/reward_sources.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS),

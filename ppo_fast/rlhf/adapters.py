@@ -166,7 +166,7 @@ class Adapters:
             if TRAINED in getattr(layer, "r", ()):
                 weight = layer.get_base_layer().weight.detach()
                 with torch.no_grad():
-                    sums = weight.float() + layer.get_delta_weight(TRAINED)
+                    sums = weight + layer.get_delta_weight(TRAINED)  # of float32
                 # In host memory: a second copy of a base may not fit beside the first.
                 state[f"{name}.base_layer.weight"] = sums.to(weight.dtype).cpu()
         return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}

@@ -192,12 +192,12 @@ def make_value_model(
         backbone, scores = backbone_of(loaded.model), None
     else:
         backbone, scores = _own_backbone(config, loaded.model)
-        backbone.requires_grad_(True)
+        backbone.to(generator.device).requires_grad_(True)
     if scores is None:
         head = _new_head(config, backbone.config.hidden_size, generator)
     else:
         head = _head_like(scores, read_stats(str(config.value_path)) if normalised else (0.0, 1.0))
-    return ValueModel(backbone, head.requires_grad_(True)).to(generator.device)
+    return ValueModel(backbone, head.to(generator.device).requires_grad_(True))
 
 
 def _adapted_backbone(

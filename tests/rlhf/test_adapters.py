@@ -409,16 +409,19 @@ def test_a_base_in_4_bits(wide, dtype):
     assert fingerprint(models.policy) == fingerprint(models_in("adapters", wide, quantise="nf4", dtype=dtype).policy)
 
 
-def test_a_stage_on_a_base_in_4_bits(tmp_path, wide):
-    result = run_stage("sft", tmp_path / "run", wide, quantise="nf4", optim={"epochs": 2})
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_on_a_base_in_4_bits(tmp_path, wide, stage):
+    result = run_stage(stage, tmp_path / "run", wide, quantise="nf4", optim={"epochs": 2})
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
     assert (result.model / ADAPTER_FILE).exists()
 
 
-def test_4_bits_that_cannot_be_had(monkeypatch, base):
+def test_4_bits_that_cannot_be_had(tmp_path, monkeypatch, base):
     message = "model.quantise: expected 'none' for a model given as an object, got 'nf4'"
     with raises_exactly(message, UserError):
         models_in("adapters", quantise="nf4")
+    with raises_exactly("model.quantise: expected 'none' with init, got 'nf4'", UserError):
+        run_stage("reward", tmp_path / "rm", None, init=base, quantise="nf4")
     values = {"model": {"layout": "adapters", "quantise": "nf4", "lora": {"rank": 4, "merge": True}}}
     refused = "config: model.lora.merge: expected false with model.quantise 'nf4', got True"
     with raises_exactly(refused, UserError):
