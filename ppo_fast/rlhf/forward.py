@@ -131,7 +131,9 @@ def reference_terms(reference: Any, sequences: Sequences, *, linear: bool) -> di
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
     x = response_hidden(reference, sequences)
-    return {"ref_hidden": x.hidden, "ref_weight": x.weight, "ref_bias": x.bias}
+    # Detached: a parked reference's parameters are in host memory again by the time of the loss.
+    bias = None if x.bias is None else x.bias.detach()
+    return {"ref_hidden": x.hidden, "ref_weight": x.weight.detach(), "ref_bias": bias}
 
 
 @torch.no_grad()
