@@ -202,6 +202,16 @@ def test_targets_and_models_that_cannot_be_used():
         adapted(adapted().network)
 
 
+def test_an_adapter_on_layers_named_by_a_pattern_is_continued(tmp_path, base):
+    adapter = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, target_modules=r".*self_attn\.[qv]_proj")
+    )
+    adapter.save_pretrained(tmp_path / "own")
+    result = run_stage("sft", tmp_path / "sft", str(tmp_path / "own"))
+    assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(result.model)), logits(result.trained))
+    assert not torch.equal(logits(result.trained), logits(AutoModelForCausalLM.from_pretrained(base)))
+
+
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path, base):
     path = run_stage("sft", tmp_path / "sft", base).model
     for name in ("tokenizer.json", "tokenizer_config.json"):
