@@ -18,6 +18,7 @@ STAGES = [
     "data",
     "curriculum",
     "attention",
+    "batches",
     "forward",
     "examples",
     "models",

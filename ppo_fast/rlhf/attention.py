@@ -66,7 +66,7 @@ def check_packed(backbone: Any) -> None:
         UserError: hidden states differ by more than rounding: the model sees across sequences, or goes on counting.
     """
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
-        raise _refused(backbone, "which takes no positions")
+        raise _refused(backbone, "whose forward pass takes no positions")
     known = len(backbone.get_input_embeddings().weight)
     ids = (torch.arange(12, device=backbone.device) * known // 12)[None]
     lengths = (5, 7)

@@ -218,7 +218,7 @@ def test_models_that_can_be_packed_pass_the_check(shape):
         (
             transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1),
             "MambaModel",
-            "which takes no positions",
+            "whose forward pass takes no positions",
         ),
     ],
 )

@@ -1,5 +1,9 @@
 """Rollout: exact sampling, the mask, and two log-probabilities that agree."""
 
+import dataclasses
+import gc
+
+import peft
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +15,7 @@ from ppo_fast.rlhf.forward import response_logits
 from ppo_fast.rlhf.models import load_models
 from ppo_fast.rlhf.rollout import Sampler, first_eos, generate, score, warn_about_filters
 from tests.helpers import raises_exactly
+from tests.rlhf.made import pass_of
 
 PAD, EOS = 0, 2
 
@@ -95,6 +100,43 @@ def test_the_static_cache_gives_the_same_responses(make_models, make_config, arc
     )
     assert torch.equal(dynamic.responses, static.responses)
     assert torch.allclose(dynamic.logprobs, static.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_keys_and_values_are_gone_when_the_responses_are_there(make_models, make_config, static):
+    models = make_models(make_config())
+    models.policy._cache = "as transformers below 5 keeps it"
+    gc.collect()
+    gc.disable()  # nobody waits for the collector
+    try:
+        before = {id(x) for x in gc.get_objects()}
+        kept = generate(
+            models,
+            batch_of(models.tokenizer, "w1 w2", "w3"),
+            RolloutConfig(max_new_tokens=9, static_cache=static),
+            torch.Generator(),
+        )
+        found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before]
+    finally:
+        gc.enable()
+    assert max(x.ndim for x in found) == 2  # keys and values are [B, H, L, E]
+    assert any(x is kept.input_ids for x in found)
+    assert not hasattr(models.policy, "_cache")
+
+
+def test_generation_leaves_no_config_in_a_model_with_adapters(make_models, make_config):
+    models = make_models(make_config())
+    base = models.policy
+    own = base.generation_config
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    generate(
+        dataclasses.replace(models, policy=adapted),
+        batch_of(models.tokenizer, "w1 w2", "w3"),
+        RolloutConfig(max_new_tokens=2),
+        torch.Generator(),
+    )
+    assert base.generation_config is own
+    assert adapted.generation_config is own
     assert models.policy.generation_config.cache_implementation is None
 
 
@@ -203,10 +245,9 @@ def test_rule_12_entropy_is_that_of_the_full_tempered_distribution(make_models, 
     config = make_config(rollout={"temperature": 0.5})
     models = make_models(config)
     rollout = make_rollout(models, config)
-    generation = rollout.generation
     with torch.no_grad():
-        logits = response_logits(models.policy, generation.input_ids, generation.attention_mask, rollout.mask.shape[1])
+        logits = response_logits(models.policy, pass_of(rollout))
     truth = torch.distributions.Categorical(logits=logits / 0.5).entropy()
-    torch.testing.assert_close(rollout.entropy[rollout.mask], truth[rollout.mask])
+    torch.testing.assert_close(rollout.entropy[rollout.mask], truth)
     assert (rollout.entropy >= 0).all()
     assert (rollout.entropy <= torch.tensor(64.0).log()).all()
