@@ -138,7 +138,7 @@ MUTANTS = [
     ),
     Mutant(f"{RLHF}/reward_model.py", "chosen, rejected, margin=self._margins(pairs)", "chosen, rejected", REWARD),
     Mutant(f"{RLHF}/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
-    Mutant(f"{RLHF}/dpo.py", "completion_logprobs(self.reference", "completion_logprobs(self.model", SUPERVISED),
+    Mutant(f"{RLHF}/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(model)", "model", SUPERVISED),
     # examples

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ppo_fast import ops
 
-from .examples import Pair, preference_pair
+from .batches import put
+from .examples import Batch, Pair, preference_pair
 from .models import load_policy, padding_id
 from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
 from .supervised_config import DPOConfig
@@ -26,13 +27,21 @@ class DPO(Objective[Pair]):
     reference: Any  # causal LM, frozen
     beta: float
     linear: bool = True  # log-probabilities without the logits of the batch
+    packed: bool = False  # batches without padding
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
         batch = self.batch(pairs)
         with torch.no_grad():
-            ref_chosen, ref_rejected = _halves(completion_logprobs(self.reference, batch, linear=self.linear))
-        chosen, rejected = _halves(completion_logprobs(self.model, batch, linear=self.linear))
+            ref_chosen, ref_rejected = self._logprobs(self.reference, batch)
+        chosen, rejected = self._logprobs(self.model, batch)
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+
+    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums [B] over the completions of the chosen and of the rejected, [2B] one after the other."""
+        logprobs = completion_logprobs(model, batch, linear=self.linear, packed=self.packed)
+        lengths = put(batch.grid.lengths, logprobs.device)
+        chosen, rejected = torch.segment_reduce(logprobs, "sum", lengths=lengths, unsafe=True).chunk(2)
+        return chosen, rejected
 
 
 def train_dpo(
@@ -66,12 +75,6 @@ def train_dpo(
         model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
         data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
         reference = copy.deepcopy(model).requires_grad_(False)
-        linear = config.model.logits == "linear"
-        objective = DPO(model, padding_id(tokenizer), config.optim.width, reference, config.beta, linear)
+        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        objective = DPO(model, padding_id(tokenizer), config.optim.width, reference, config.beta, **ways)
         return fit(config, objective, data, tokenizer, start)
-
-
-def _halves(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [B] over the completions of the first and of the second half of [2B, L-1]."""
-    chosen, rejected = logprobs.sum(dim=1).chunk(2)
-    return chosen, rejected

@@ -1,17 +1,32 @@
-"""The machine a run is on: device, threads, precision, clock, and where an error happened."""
+"""The machine a run is on: device, threads, precision, clock, disk, and where an error happened."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import AdamWConfig
 from .errors import UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there completely or as it was before, even after a crash or on a full disk."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 class Stopwatch:

@@ -21,11 +21,11 @@ class SFT(Objective[Example]):
 
     stage = "SFT"
     linear: bool = True  # log-probabilities without the logits of the batch
+    packed: bool = False  # batches without padding
 
     def loss(self, examples: Sequence[Example]) -> ops.LossOutput:
-        batch = self.batch(examples)
-        logprobs = completion_logprobs(self.model, batch, linear=self.linear)
-        return ops.LossOutput(-ops.masked_mean(logprobs, batch.mask[:, 1:]), {})
+        logprobs = completion_logprobs(self.model, self.batch(examples), linear=self.linear, packed=self.packed)
+        return ops.LossOutput(-logprobs.mean(), {})
 
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         metrics = super().evaluate(examples)
@@ -62,5 +62,6 @@ def train_sft(
     with prepared(config, resume) as start:
         model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
         data = load_data(config, completion_example, tokenizer, start.generator, train, held_out)
-        objective = SFT(model, padding_id(tokenizer), config.optim.width, config.model.logits == "linear")
+        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        objective = SFT(model, padding_id(tokenizer), config.optim.width, **ways)
         return fit(config, objective, data, tokenizer, start)
