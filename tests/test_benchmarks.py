@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import profile_update, tables
 from benchmarks import run as runner
-from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,3 +73,13 @@ def test_only_our_own_suites_run_unless_named(monkeypatch: pytest.MonkeyPatch, t
         (tmp_path / f"bench_{name}.py").touch()
     assert runner.main([]) == runner.main(["trl"]) == 0
     assert [command[-2] for command in commands] == ["benchmarks/bench_gae.py", "benchmarks/bench_trl.py"]
+
+
+def test_the_profile_of_an_update_has_a_share_for_every_group() -> None:
+    times = profile_update.run("tiny", {"rollout.batch_size": "8", "optim.minibatch_size": "8"})
+    assert [*times] == [*profile_update.GROUPS, profile_update.REST]
+    assert min(times.values()) > 0
+    shown = profile_update.table("tiny", times).splitlines()
+    assert shown[0] == "| update, tiny | share | ms |"
+    assert len(shown) == 9
+    assert shown[-1].startswith("| all | 100% | ")
