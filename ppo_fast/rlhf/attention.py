@@ -42,6 +42,22 @@ def attention_implementation(
     return config.attention
 
 
+def use_attention(model: Any, config: WeightsConfig) -> None:
+    """Give a model on its device, or a backbone, the attention that `config` means, packed rows included.
+
+    Raises UserError for an attention that transformers does not have, and for a model that cannot be packed.
+    """
+    name = attention_implementation(config, model.device, model.dtype)
+    if name is not None:
+        try:
+            model.set_attn_implementation(name)
+        except (ImportError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.attention: {type(model).__name__} cannot have {name!r}: {reason}") from error
+    if getattr(config, "batches", "padded") == "packed":
+        check_packed(model.base_model)
+
+
 def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
     """What a backbone's forward pass takes, above ids and positions, to know the ends of the sequences of a row.
 

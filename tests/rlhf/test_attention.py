@@ -9,8 +9,15 @@ import transformers
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.rlhf import attention, tiny
-from ppo_fast.rlhf.attention import VARLEN, attention_implementation, check_packed, packed_arguments, varlen_attention
+from ppo_fast.rlhf import UserError, attention, tiny
+from ppo_fast.rlhf.attention import (
+    VARLEN,
+    attention_implementation,
+    check_packed,
+    packed_arguments,
+    use_attention,
+    varlen_attention,
+)
 from ppo_fast.rlhf.config import CausalConfig, ModelConfig, WeightsConfig
 from tests.helpers import raises_exactly
 
@@ -239,6 +246,30 @@ def test_layers_that_keep_the_ends_to_themselves_are_refused():
     message = "model.batches: expected 'padded' for Linear, which does not hand the ends of sequences on, got 'packed'"
     with raises_exactly(message):
         varlen_attention(torch.nn.Linear(1, 1), heads, heads, heads, empty)
+
+
+def test_a_model_gets_the_attention_asked_for():
+    for model in (tiny.make_model(64, hidden=32), tiny.make_model(64, hidden=32).base_model):
+        before = model.config._attn_implementation
+        use_attention(model, CausalConfig(batches="packed"))
+        assert model.config._attn_implementation == before
+        use_attention(model, WeightsConfig(attention="eager"))
+        assert model.base_model.config._attn_implementation == "eager"
+
+
+def test_an_attention_that_nobody_has_is_named():
+    with pytest.raises(UserError, match=r"^model\.attention: LlamaForCausalLM cannot have 'fast': .*\beager\b"):
+        use_attention(tiny.make_model(64, hidden=32), WeightsConfig(attention="fast"))
+
+
+def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded():
+    model = made(transformers.OPTConfig(**GROUPED, ffn_dim=64, word_embed_proj_dim=32))
+    use_attention(model, CausalConfig())
+    message = (
+        "model.batches: expected 'padded' for OPTModel, whose sequences in one row do not stay apart, got 'packed'"
+    )
+    with raises_exactly(message, UserError):
+        use_attention(model, CausalConfig(batches="packed"))
 
 
 @pytest.mark.gpu
