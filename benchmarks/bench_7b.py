@@ -60,9 +60,9 @@ TINY = {
     "max_position_embeddings": 256,
 }
 TINY_RUN = {
-    "rollout.batch_size": 8,
+    "rollout.batch_size": 16,
     "rollout.max_new_tokens": 8,
-    "optim.minibatch_size": 8,
+    "optim.minibatch_size": 16,
     "optim.epochs": 1,
     "data.max_prompt_tokens": 16,
 }
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_7b", description=__doc__)
     parser.add_argument("--preset", required=True)
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--cap", type=float, default=80.0, help="GiB of the GPU that the process may take")
+    parser.add_argument("--cap", type=float, default=80.0, help="GiB that torch may take of the GPU")
     parser.add_argument("--updates", type=int, default=2, help="the last is reported")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the config")
     parser.add_argument("--scale", choices=("full", "tiny"), default="full")

@@ -21,7 +21,7 @@ def test_a_preset_runs_and_tells_its_phases(preset, model, tmp_path, capsys):
     assert 0 < result["length_mean"] <= 5
     assert result["changes"] == {"rollout.max_new_tokens": "5"}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{model}, {preset}, 80.0 GiB, CPU: 8 responses of ")
+    assert lines[0].startswith(f"{model}, {preset}, 80.0 GiB, CPU: 16 responses of ")
     assert len(lines) == 9
 
 
