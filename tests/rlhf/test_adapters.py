@@ -267,10 +267,22 @@ def test_stages_train_adapters_alone_and_save_what_peft_loads(tmp_path, stage, a
     own = {name.replace(".base_layer", ""): value for name, value in every_bit(result.trained).items()}
     kept = [name for name in own if name in start]
     assert len(kept) >= len(start) - 1  # the head aside
+    if stage == "reward":
+        assert result.trained.score.weight.requires_grad
+        assert result.trained.score.weight.dtype == torch.float32
     assert all(torch.equal(own[name], start[name]) for name in kept)
     loaded = PEFT[stage].from_pretrained(result.model, **ONE[stage])
     assert torch.equal(logits(loaded), logits(result.trained))
     assert AutoTokenizer.from_pretrained(result.model).get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_float32_adapters_on_bfloat16_weights_lose_no_step(tmp_path, base, stage, recwarn):
+    result = run_stage(stage, tmp_path / "run", base, dtype="bfloat16", optim={"epochs": 2})
+    assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
+    trained = [parameter for parameter in result.trained.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert not [warning for warning in recwarn if "bfloat16" in str(warning.message)]
 
 
 def test_transformers_loads_the_adapter_of_a_causal_model(tmp_path, base):
