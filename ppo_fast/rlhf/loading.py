@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapters, SavedAdapter, adapt, put_on, read_adapter, tokenizer_path
+from .attention import use_attention
 from .config import CausalConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import check_linear
@@ -60,6 +61,7 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
     elif config.quantise != "none":
         raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")
     model = disable_dropout(model if config.quantise != "none" else model.to(device))
+    use_attention(model, config)
     _make_saveable(model)
     tokenizer = load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
     return Loaded(model, tokenizer, saved)
