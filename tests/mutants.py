@@ -33,6 +33,7 @@ RLHF = "ppo_fast/rlhf"
 SUPERVISED, RESUMED, REWARD, EXAMPLES = (
     f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
 )
+BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
 OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
 TRAPS, MASKED, METRICS, PREFERENCE = (
@@ -125,8 +126,27 @@ MUTANTS = [
         "model.generation_config = own[0]",
         ROLLOUT,
     ),
-    Mutant(f"{RLHF}/supervised.py", "mask=batch.mask[:, 1:]", "mask=batch.attention_mask[:, 1:]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "linear=linear,", "linear=True,", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", "linear=linear)", "linear=True)", RESUMED),
+    # micro-batches
+    Mutant(f"{RLHF}/batches.py", "- starts.repeat(lengths)", "", BATCHES),
+    Mutant(
+        f"{RLHF}/batches.py", "rank[self.counted[rows, 1:].ravel()]", "rank[self.counted[rows, :-1].ravel()]", BATCHES
+    ),
+    Mutant(f"{RLHF}/batches.py", "self.attention[rows].sum(axis=1).argsort", "rows.argsort", UPDATE),
+    Mutant(f"{RLHF}/batches.py", "None if attention.all() else", "None if True else", BATCHES),
+    Mutant(f"{RLHF}/batches.py", "(attention.cumsum(axis=1) - 1).clip(min=0)", "attention.cumsum(axis=1)", BATCHES),
+    Mutant(f"{RLHF}/batches.py", "first + 1 : last + 1", "first:last", BATCHES),
+    Mutant(f"{RLHF}/forward.py", "(states // width + 1) * (width - tail)", "(width - tail)", BATCHES),
+    Mutant(f"{RLHF}/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),
+    Mutant(f"{RLHF}/update.py", "(self.config.loss.vf_coef * error.loss)", "error.loss", UPDATE),
+    Mutant(f"{RLHF}/update.py", "loss.loss + self.config.loss.vf_coef * error", "loss.loss + error", SHARED),
+    Mutant(f"{RLHF}/rollout.py", "values if models.shared else None", "None", SHARED),
+    Mutant(
+        f"{RLHF}/advantages.py",
+        "starts[:-1].repeat(lengths)",
+        "starts[1:].repeat(lengths) - 1",
+        "tests/rlhf/test_advantages.py",
+    ),
     Mutant(f"{RLHF}/supervised.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED),
     Mutant(f"{RLHF}/supervised.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
     Mutant(f"{RLHF}/supervised.py", "schedule(number - 1,", "schedule(number,", SUPERVISED),
