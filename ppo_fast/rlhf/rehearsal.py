@@ -1,0 +1,180 @@
+"""One step of a run on tensors that have a shape but no data: what it keeps alive is what the run will.
+
+The engine's own code runs: models of transformers made from their configs, scoring and the update's backward passes.
+Sampling is `generate` at the two moments that count, after the prompts and at the last token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._linear_sweep import Buffers, Wanted
+
+from .advantages import Experience
+from .batches import Grid
+from .config import PPOConfig
+from .errors import require
+from .forward import accepted, response_stats, response_values, unwrapped
+from .models import Models
+from .rollout import Sampler
+from .shapes import Shapes, make_models
+from .tracing import Account, Timeline
+from .update import Learner
+
+_FIELDS = len(LinearCall._fields)
+
+
+class Rehearsal:
+    """The phases of one step, as a run on a device of that type would take them; all responses as long as allowed."""
+
+    def __init__(self, config: PPOConfig, shapes: Shapes, device: str, prompt_tokens: int) -> None:
+        self.config, self.shapes, self.device = config, shapes, device
+        self.prompt, self.response = prompt_tokens, config.rollout.max_new_tokens
+        self.timeline = Timeline(lambda func, args: inside(func, args, device))
+
+    def run(self) -> Timeline:
+        """The timeline of a step whose optimizers have taken one before."""
+        with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
+            self.models = make_models(self.config, self.shapes)
+            self._name_weights()
+            for role in ("policy", "value"):
+                self.timeline.hold("optimizer states", optimizer_bytes(self.models.trained(role), self.config))
+            self.rollout()
+            self.scoring()
+            self.update()
+        return self.timeline
+
+    @torch.no_grad()
+    def rollout(self) -> None:
+        """One chunk of prompts and its last token, as `generate` of transformers does them."""
+        rows = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
+        with self.timeline.phase("rollout"), self.models.using("policy") as policy:
+            cache = self._make_cache(policy)
+            self._sample(policy, rows, self.prompt, self.prompt, cache)
+            self._fill(cache)
+            self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
+
+    @torch.no_grad()
+    def scoring(self) -> None:
+        """One batch by each model."""
+        optim, config = self.config.optim, self.config.rollout
+        rows = config.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
+        grid = self._make_grid(rows)
+        with self.timeline.phase("scoring"):
+            sequences = grid.sequences(np.arange(rows), packed=self.models.packed)
+            targets = torch.zeros(len(sequences.states), dtype=torch.long)
+            options: dict[str, Any] = {"linear": self.models.linear, "temperature": config.temperature}
+            for role in ("policy", "reference"):
+                with self.models.using(role) as model:
+                    response_stats(model, sequences, targets, **options)
+            with self.models.using("value") as value:
+                response_values(value, sequences)
+
+    def update(self) -> None:
+        """Two micro-batches of a minibatch, the second beside the gradients of the first."""
+        settings = self.config.optim
+        # Which optimizer it is shows in its states alone, which are counted apart.
+        plain = dataclasses.replace(settings, states="full", masters=False)
+        learner = Learner(self.models, dataclasses.replace(self.config, optim=plain))
+        rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
+        trained = [*learner.policy.parameters, *learner.value.parameters]
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._name_gradient)
+        with self.timeline.phase("update"):
+            learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
+            learner.policy.clip(), learner.value.clip()
+        for parameter in trained:
+            parameter.grad = None
+
+    def _name_weights(self) -> None:
+        for model in (self.models.policy, self.models.reference, self.models.value):
+            self.timeline.name("weights", [*model.parameters(), *model.buffers()])
+
+    def _name_gradient(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            self.timeline.name("gradients", [parameter.grad])
+
+    def _make_grid(self, rows: int) -> Grid:
+        """Prompts and responses at their longest; one prompt is a token shorter, so that there is padding."""
+        width = self.prompt + self.response
+        attention = np.ones((rows, width), dtype=bool)
+        attention[0, : self.prompt > 1] = False
+        counted = np.zeros((rows, width), dtype=bool)
+        counted[:, self.prompt :] = True
+        return Grid(torch.zeros(rows, width, dtype=torch.long), attention, counted)
+
+    def _make_experience(self, rows: int) -> Experience:
+        grid, count = self._make_grid(rows), rows * self.response
+        numbers = {name: torch.zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+        return Experience(grid, torch.zeros(count, dtype=torch.long), **numbers)
+
+    def _make_cache(self, policy: Any) -> Any:
+        kinds, shape = require("transformers"), policy.config.get_text_config(decoder=True)
+        if self.config.rollout.static_cache:
+            return kinds.StaticCache(shape, max_cache_len=self.prompt + self.response)
+        return kinds.DynamicCache(config=shape)
+
+    def _sample(self, policy: Any, rows: int, new: int, seen: int, cache: Any) -> None:
+        """The forward pass over the last `new` of `seen` tokens, and a draw."""
+        ids = torch.zeros(rows, new, dtype=torch.long)
+        attention_mask = torch.ones(rows, seen, dtype=torch.long)
+        given = {
+            "input_ids": ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(-1) - 1)[:, -new:],
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        logits = policy(**accepted(unwrapped(policy), given)).logits
+        self._name_cache(cache)
+        latest = logits[:, -1].to(torch.float32, copy=True)
+        scores = Sampler(self.config.rollout, None)(ids, latest)  # type: ignore[arg-type]  # no number is drawn
+        scores.argmax(dim=-1)
+
+    def _fill(self, cache: Any) -> None:
+        """All responses but for their last two tokens."""
+        count = self.response - 2
+        for index, layer in enumerate(cache.layers):
+            keys = getattr(layer, "keys", None)
+            if keys is not None and count > 0 and not self.config.rollout.static_cache:
+                new = keys.new_empty(*keys.shape[:2], count, keys.shape[-1])
+                cache.update(new, new, index)
+                del new
+                self._name_cache(cache)
+
+    def _name_cache(self, cache: Any) -> None:
+        states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        self.timeline.name("KV cache", [x for x in states if x is not None])
+
+
+def inside(func: Any, args: Any, device: str) -> Account:
+    """The chunk of logits that a linear op holds while it runs on a device of that type."""
+    ops = torch.ops.ppo_fast
+    if func not in (ops.linear_token_stats.default, ops.linear_token_stats_backward.default, ops.linear_policy_loss.default):
+        return {}
+    call = LinearCall(*args[:_FIELDS])
+    wanted = Wanted(*args[_FIELDS : _FIELDS + 3]) if len(args) > _FIELDS else Wanted(False, False, False)
+    return {"logits chunk": Buffers.of(call, len(call.hidden), wanted, device).bytes(call)}
+
+
+def optimizer_bytes(parameters: list[nn.Parameter], config: PPOConfig) -> int:
+    """Both moments of AdamW, and the float32 masters of bfloat16 weights."""
+    total = 0
+    for parameter in parameters:
+        size, half = parameter.numel(), parameter.dtype != torch.float32
+        if config.optim.states == "8bit":
+            total += 2 * size
+        elif config.optim.masters and half:
+            total += 12 * size
+        else:
+            total += 2 * size * parameter.element_size()
+    return total
