@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from .advantages import Experience
 from .checkpoint import atomic_directory, save_tensors, write_models
 from .errors import NotFiniteError
 from .models import Models
@@ -32,13 +34,17 @@ def save_failure(
 ) -> Path:
     """`save_batch` of the rows of a rollout batch that are concerned.
 
-    Every tensor [B, ...] of `generation` and of `others` (dataclasses) is saved as "class.field".
+    Every tensor [B, ...] of `generation` and of `others` (dataclasses) is saved as "class.field"; those of an
+    `Experience` hold the rows' tokens one after another.
     """
     size = len(generation.mask)
     rows = list(range(size)) if error.rows is None else error.rows
-    parts = [(type(part).__name__.lower(), part) for part in (generation, *others)]
-    tensors = {f"{name}.{field.name}": getattr(part, field.name) for name, part in parts for field in fields(part)}
-    chosen = {name: x[rows] for name, x in tensors.items() if isinstance(x, Tensor) and x.shape[:1] == (size,)}
+    chosen: dict[str, Tensor] = {}
+    for part in (generation, *others):
+        values = {field.name: getattr(part, field.name) for field in fields(part)}
+        tensors = {name: x[rows] for name, x in values.items() if isinstance(x, Tensor) and x.shape[:1] == (size,)}
+        tensors = part.of(np.array(rows)) if isinstance(part, Experience) else tensors
+        chosen |= {f"{type(part).__name__.lower()}.{name}": x for name, x in tensors.items()}
     ids = [generation.responses[row][generation.mask[row]].tolist() for row in rows]
     record = {
         "error": str(error),

@@ -1,23 +1,24 @@
-"""The policy's forward pass, which scoring and update share: from token ids to statistics and loss of the responses.
+"""The forward passes that scoring and update share: from sequences to statistics, loss and values of counted tokens.
 
 Either the hidden states and the head's weight go to the linear ops, which make a chunk of logits at a time, or the
-model's own logits, [B, T, V] at once, go to the ops on logits. Both give the same numbers to rounding.
+model's own logits, [N, V] at once, go to the ops on logits. Both give the same numbers to rounding.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ppo_fast import ops
 
+from .batches import Grid, Sequences
 from .errors import UserError
-
-Inputs = tuple[Tensor, Tensor, int]  # token ids [B, L] int64, attention mask [B, L] bool, T
 
 # Of a log-probability, relative to the logits it is the difference of: about one rounding of each in that dtype.
 _ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -27,34 +28,10 @@ _ROUNDING_OF_SUMS = 1e-5
 class HeadInputs(NamedTuple):
     """What the head makes logits of: softcap * tanh(x / softcap), x = hidden @ weight.T + bias; None: x."""
 
-    hidden: Tensor  # [B, T, D]
+    hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     softcap: float | None
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """cumsum(mask) - 1 [B, L] int64: the first real token is position 0, however much padding is before it."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a forward pass over left-padded ids [B, L]; positions only where the model takes them."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
-    if "position_ids" in _parameters(model.__class__):
-        inputs["position_ids"] = position_ids(attention_mask)
-    return inputs
-
-
-def states_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a forward pass over the states that some token was drawn from: all but the last."""
-    return model_inputs(model, input_ids[:, :-1], attention_mask[:, :-1])
-
-
-@functools.cache
-def _parameters(kind: Any) -> frozenset[str]:
-    """Names of the arguments of the forward pass of a class of modules; asking takes 20 us."""
-    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def unwrapped(model: Any) -> Any:
@@ -67,49 +44,94 @@ def backbone_of(model: Any) -> Any:
     return unwrapped(model).base_model
 
 
-def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """Logits [B, T, V] whose row t is the distribution that response token t was drawn from; T = `length`."""
-    inputs: dict[str, Any] = states_inputs(unwrapped(model), input_ids, attention_mask)
-    if "logits_to_keep" in _parameters(unwrapped(model).__class__):
-        inputs["logits_to_keep"] = length
-    return model(**inputs, use_cache=False).logits[:, -length:]
+def model_inputs(model: Any, sequences: Sequences) -> dict[str, Any]:
+    """Arguments of a forward pass."""
+    inputs = accepted(model, sequences.inputs)
+    if sequences.packed and "position_ids" not in inputs:
+        kind = type(model).__name__
+        raise UserError(f"model.batches: expected 'padded' for {kind}, whose forward pass takes no positions")
+    return {"use_cache": False} | inputs
 
 
-def response_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> HeadInputs:
+def accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a backbone or model, without positions where it takes none."""
+    return {name: x for name, x in inputs.items() if name != "position_ids" or name in _parameters(model.__class__)}
+
+
+@functools.cache
+def _parameters(kind: Any) -> frozenset[str]:
+    """Names of the arguments of the forward pass of a class of modules; asking takes 20 us."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def hidden_states(backbone: Any, sequences: Sequences) -> Tensor:
+    """The states [N, D] that the counted tokens were drawn from."""
+    output = backbone(**model_inputs(backbone, sequences)).last_hidden_state
+    return output.flatten(0, 1).index_select(0, sequences.states)
+
+
+def response_values(value: Any, sequences: Sequences) -> Tensor:
+    """Values [N] float32 of the states before each counted token, by a value model's backbone and head."""
+    return head_values(value.head, hidden_states(value.backbone, sequences))
+
+
+def head_values(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """`response_values` from hidden states [N, D] at hand."""
+    return head(hidden.to(head.weight.dtype)).squeeze(-1)
+
+
+def response_logits(model: Any, sequences: Sequences) -> Tensor:
+    """Logits [N, V] whose row n is the distribution that counted token n was drawn from; the model's own."""
+    inputs, states = model_inputs(unwrapped(model), sequences), sequences.states
+    if "logits_to_keep" not in _parameters(unwrapped(model).__class__):
+        return model(**inputs).logits.flatten(0, 1).index_select(0, states)
+    if sequences.packed:
+        return model(**inputs, logits_to_keep=states).logits[0]
+    width, tail = inputs["input_ids"].shape[1], sequences.tail
+    logits = model(**inputs, logits_to_keep=tail).logits
+    return logits.flatten(0, 1).index_select(0, states - (states // width + 1) * (width - tail))
+
+
+def response_hidden(model: Any, sequences: Sequences) -> HeadInputs:
     """The hidden states that `response_logits` come from, and the head above them."""
-    base, head = unwrapped(model), model.get_output_embeddings()
-    output = base.base_model(**states_inputs(base.base_model, input_ids, attention_mask), use_cache=False)
-    softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    return HeadInputs(output.last_hidden_state[:, -length:], head.weight, head.bias, softcap)
+    head, config = model.get_output_embeddings(), unwrapped(model).config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return HeadInputs(hidden_states(backbone_of(model), sequences), head.weight, head.bias, softcap)
 
 
-def response_stats(model: Any, inputs: Inputs, targets: Tensor, *, linear: bool, **options: Any) -> ops.TokenStats:
-    """`token_stats` of the response tokens `targets` [B, T]; `options` are those of the op."""
+def response_stats(
+    model: Any, sequences: Sequences, targets: Tensor, *, linear: bool, **options: Any
+) -> ops.TokenStats:
+    """`token_stats` of the counted tokens `targets` [N]; `options` are those of the op."""
     if not linear:
-        return ops.token_stats(response_logits(model, *inputs), targets, **options)
-    x = response_hidden(model, *inputs)
+        return ops.token_stats(response_logits(model, sequences), targets, **options)
+    return head_stats(response_hidden(model, sequences), targets, **options)
+
+
+def head_stats(x: HeadInputs, targets: Tensor, **options: Any) -> ops.TokenStats:
+    """`response_stats` from hidden states at hand."""
     return ops.linear_token_stats(x.hidden, x.weight, targets, bias=x.bias, softcap=x.softcap, **options)
 
 
-def response_loss(
-    policy: Any, inputs: Inputs, *terms: Tensor, linear: bool, reference: Any = None, **options: Any
-) -> ops.LossOutput:
-    """`policy_loss` of the responses; `terms` and `options` are those of the op, from `targets` on.
+def response_loss(policy: Any, sequences: Sequences, *terms: Tensor, linear: bool, **options: Any) -> ops.LossOutput:
+    """`policy_loss` of the counted tokens; `terms` are its targets, old_logprobs and advantages, all [N]."""
+    if linear:
+        return head_loss(response_hidden(policy, sequences), *terms, **options)
+    return ops.policy_loss(response_logits(policy, sequences), *terms, None, inplace=True, **options)
 
-    Args:
-        reference: the model whose exact KL kl_estimator "full" charges; None: no such term.
-    """
+
+def head_loss(x: HeadInputs, *terms: Tensor, **options: Any) -> ops.LossOutput:
+    """`response_loss` from hidden states at hand."""
+    return ops.linear_policy_loss(x.hidden, x.weight, *terms, None, bias=x.bias, softcap=x.softcap, **options)
+
+
+@torch.no_grad()
+def reference_terms(reference: Any, sequences: Sequences, *, linear: bool) -> dict[str, Tensor | None]:
+    """What `response_loss` needs beside its terms to charge the exact KL to the reference, kl_estimator "full"."""
     if not linear:
-        if reference is not None:
-            with torch.no_grad():
-                options["ref_logits"] = response_logits(reference, *inputs)
-        return ops.policy_loss(response_logits(policy, *inputs), *terms, inplace=True, **options)
-    if reference is not None:
-        with torch.no_grad():
-            ref = response_hidden(reference, *inputs)
-        options |= {"ref_hidden": ref.hidden, "ref_weight": ref.weight, "ref_bias": ref.bias}
-    x = response_hidden(policy, *inputs)
-    return ops.linear_policy_loss(x.hidden, x.weight, *terms, bias=x.bias, softcap=x.softcap, **options)
+        return {"ref_logits": response_logits(reference, sequences)}
+    x = response_hidden(reference, sequences)
+    return {"ref_hidden": x.hidden, "ref_weight": x.weight, "ref_bias": x.bias}
 
 
 @torch.no_grad()
@@ -125,13 +147,12 @@ def check_linear(model: Any) -> None:
         _refuse(model, f"an output embedding that is a torch.nn.Linear, got {_kind(head)}")
     if backbone_of(model) is unwrapped(model):
         _refuse(model, "a backbone that gives hidden states, got none")
-    inputs = _short_batch(model)
-    targets = inputs[0][:, -inputs[2] :]
+    sequences, targets = _short_batch(model)
     try:
-        ours = response_stats(model, inputs, targets, linear=True).logprobs
+        ours = response_stats(model, sequences, targets, linear=True).logprobs
     except ValueError as reason:
         _refuse(model, f"a head that the linear ops take, got '{reason}'")
-    logits = response_logits(model, *inputs).double()
+    logits = response_logits(model, sequences).double()
     lse = logits.logsumexp(dim=-1)
     theirs = logits.gather(-1, targets[..., None])[..., 0] - lse
     error = (ours - theirs).abs()
@@ -146,13 +167,13 @@ def check_linear(model: Any) -> None:
         )
 
 
-def _short_batch(model: Any) -> Inputs:
-    """Two rows of eight words from all over the vocabulary, one of them left-padded."""
+def _short_batch(model: Any) -> tuple[Sequences, Tensor]:
+    """Two rows of eight words from all over the vocabulary, one of them left-padded, and the last four of each."""
     count = len(model.get_input_embeddings().weight)
     ids = (torch.arange(16, device=model.device) * count // 16).view(2, 8)
-    attention_mask = torch.ones_like(ids, dtype=torch.bool)
-    attention_mask[1, :3] = False
-    return ids, attention_mask, 4
+    attention = np.arange(8) >= np.array([[0], [3]])
+    grid = Grid(ids, attention, np.tile(np.arange(8) >= 4, (2, 1)))
+    return grid.sequences(np.arange(2), packed=False), ids[:, 4:].flatten()
 
 
 def _kind(head: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 
-from .advantages import Targets
+from .advantages import Experience
 from .config import PPOConfig
 from .errors import NotFiniteError, UserError
 from .rewards import Rewards
@@ -25,7 +25,7 @@ NGRAM = 3  # of hacking/repetition and hacking/distinct_n
 def collect(
     rollout: Rollout,
     rewards: Rewards,
-    targets: Targets,
+    experience: Experience,
     stats: UpdateStats,
     config: PPOConfig,
     seconds: dict[str, float],
@@ -38,7 +38,7 @@ def collect(
         _objective(rollout, rewards)
         | _update(stats, config)
         | _lengths(rollout, rewards)
-        | {"value/explained_variance": explained_variance(rollout.values, targets.returns, rollout.mask)}
+        | {"value/explained_variance": explained_variance(experience.values, experience.returns)}
         | ({} if rewards.spread is None else {"hacking/ensemble_std": rewards.spread.mean()})
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
@@ -73,14 +73,11 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
             raise UserError(f"{name} is not finite: {value}")
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - var(returns - values) / var(returns) over the counted tokens; 0 where the returns do not vary."""
-
-    def variance(x: Tensor) -> Tensor:
-        return ops.masked_mean((x - ops.masked_mean(x, mask)) ** 2, mask)
-
-    total = variance(returns)
-    return torch.where(total > 0, 1 - variance(returns - values) / total.clamp_min(1e-30), 0.0)
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - var(returns - values) / var(returns) over tokens [N]; 0 where the returns do not vary."""
+    total = returns.var(correction=0)
+    rest = (returns - values).var(correction=0)
+    return torch.where(total > 0, 1 - rest / total.clamp_min(1e-30), 0.0)
 
 
 def _objective(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:

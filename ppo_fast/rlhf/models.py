@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import CausalConfig, ModelConfig, RewardConfig, WeightsConfig
 from .errors import UserError, require
-from .forward import backbone_of, check_linear, model_inputs
+from .forward import accepted, backbone_of, check_linear, head_values
 
 Role = Literal["policy", "reference", "value"]
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
@@ -33,8 +33,10 @@ class ValueModel(nn.Module):
         self.head = head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.backbone(**model_inputs(self.backbone, input_ids, attention_mask), use_cache=False)
-        return self.head(output.last_hidden_state.to(self.head.weight.dtype)).squeeze(-1)
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "position_ids": positions}
+        output = self.backbone(**accepted(self.backbone, inputs), use_cache=False)
+        return head_values(self.head, output.last_hidden_state)
 
 
 @dataclass(frozen=True)
@@ -217,11 +219,6 @@ def disable_dropout(model: Any) -> Any:
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
     return model.eval()
-
-
-def response_values(model: ValueModel, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """Values [B, T] float32 of the states before each response token; T = `length`."""
-    return model(input_ids[:, :-1], attention_mask[:, :-1])[:, -length:]
 
 
 def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .advantages import compute_targets
+from .advantages import make_experience
 from .callables import forget_modules, load_callable
 from .checkpoint import load_weights, save_models, write_models
 from .config import PPOConfig
@@ -96,12 +96,12 @@ class Run(Loop):
                 seen[:] = [rollout, rewards]
                 require_finite(rewards=rewards.rewards)
             with clock("update"):
-                targets = compute_targets(rollout, rewards, config.advantage)
-                seen.append(targets)
-                stats = self.learner.update(rollout, targets, self.kl.coef, update - 1, self.generator)
+                experience = make_experience(rollout, rewards, config.advantage)
+                seen.append(experience)
+                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)
                 self.kl.update(rewards.kl)
                 self.reference.update(update)
-            metrics = collect(rollout, rewards, targets, stats, config, clock.seconds)
+            metrics = collect(rollout, rewards, experience, stats, config, clock.seconds)
             metrics |= {"nan/skipped_batches": float(self.skipped)}
             notes = [stats.note, *self.monitors.watch(metrics)]
             if self.evaluation is not None and self.evaluation.due(update):

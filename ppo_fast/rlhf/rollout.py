@@ -6,18 +6,20 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppo_fast import ops
 
+from .batches import Grid, Sequences
 from .config import RolloutConfig
 from .data import PromptBatch
 from .errors import UserError, require
-from .forward import response_stats
-from .models import Models, response_values
+from .forward import response_stats, response_values
+from .models import Models, Role
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Generation:
     mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS or stop string included
     ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
+
+    @property
+    def grid(self) -> Grid:
+        """Ids and masks as forward passes are made from; waits for the device once."""
+        return Grid.of(self.input_ids, self.attention_mask, self.mask)
 
     @property
     def responses(self) -> Tensor:
@@ -121,38 +128,43 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
     )
 
 
+class Pass(NamedTuple):
+    """One forward pass of scoring."""
+
+    places: Tensor  # [n] int64: its counted tokens in the flattened grid
+    sequences: Sequences
+
+
 @torch.no_grad()
 def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
     """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
-    columns, batches = [], alike(generation.attention_mask, config.micro_batch_size or len(generation.mask))
-    for rows in batches:
-        both, response = used_columns(generation.attention_mask[rows], generation.mask[rows])
-        mask, responses = generation.mask[rows, response], generation.responses[rows, response]
-        inputs = (generation.input_ids[rows, both], generation.attention_mask[rows, both], mask.shape[1])
-        options: dict[str, Any] = {"linear": models.linear, "mask": mask, "temperature": config.temperature}
-        stats, reference = (
-            response_stats(model, inputs, responses, **options) for model in (models.policy, models.reference)
-        )
-        values = torch.where(mask, response_values(models.value, *inputs), 0.0)
-        found = (stats.logprobs, reference.logprobs, stats.entropy, values)
-        columns.append([_pad_right(values, generation.mask.shape[1], 0.0) for values in found])
-    back = torch.cat(batches).argsort()
-    return Rollout(generation, *(torch.cat(column)[back] for column in zip(*columns, strict=True)))
+    grid, targets = generation.grid, generation.input_ids.flatten()
+    passes = [
+        Pass(grid.places(rows), grid.sequences(rows, packed=models.packed))
+        for rows in grid.alike(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
+    ]
 
+    def spread(parts: list[Tensor]) -> Tensor:
+        """[B, T]: values of the counted tokens of all passes, each in its place."""
+        empty = torch.zeros(grid.ids.shape, device=grid.ids.device).flatten()
+        filled = empty.index_copy(0, torch.cat([part.places for part in passes]), torch.cat(parts).float())
+        return filled.view(grid.ids.shape)[:, -generation.mask.shape[1] :]
 
-def alike(attention_mask: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Rows of micro-batches of `size`, those of like length together; in order where one batch holds them all."""
-    if size >= len(attention_mask):
-        return (torch.arange(len(attention_mask), device=attention_mask.device),)
-    return attention_mask.sum(dim=1).argsort(stable=True).split(size)
+    def stats(role: Role) -> list[ops.TokenStats]:
+        options: dict[str, Any] = {"linear": models.linear, "temperature": config.temperature}
+        with models.using(role) as model:
+            return [response_stats(model, part.sequences, targets[part.places], **options) for part in passes]
 
-
-def used_columns(attention_mask: Tensor, mask: Tensor) -> tuple[slice, slice]:
-    """Columns that are not padding in every row: of token ids [B, L], and of responses [B, T]."""
-    prompt = attention_mask.shape[1] - mask.shape[1]
-    widest = torch.stack([attention_mask[:, :prompt].sum(dim=1).max(), mask.sum(dim=1).max()])
-    before, after = widest.tolist()
-    return slice(prompt - before, prompt + after), slice(after)
+    policy, reference = stats("policy"), stats("reference")
+    with models.using("value") as value:
+        values = [response_values(value, part.sequences) for part in passes]
+    return Rollout(
+        generation,
+        logprobs=spread([part.logprobs for part in policy]),
+        ref_logprobs=spread([part.logprobs for part in reference]),
+        entropy=spread([part.entropy for part in policy]),
+        values=spread(values),
+    )
 
 
 def select(value: Any, rows: list[int]) -> Any:

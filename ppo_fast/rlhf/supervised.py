@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppo_fast import ops
 
+from .batches import Grid
 from .checkpoint import Checkpoint, load_saved, save_model, write_model
 from .configfile import save_config
 from .errors import NotFiniteError, UserError
@@ -239,8 +241,13 @@ def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True) -> Ten
 
     With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
     """
-    before = (batch.input_ids, batch.attention_mask, batch.input_ids.shape[1] - 1)
-    return response_stats(model, before, batch.input_ids[:, 1:], linear=linear, mask=batch.mask[:, 1:]).logprobs
+    grid = Grid.of(batch.input_ids, batch.attention_mask, batch.mask)
+    rows = np.arange(len(grid.ids))
+    places = grid.places(rows)
+    targets = batch.input_ids.flatten().index_select(0, places)
+    found = response_stats(model, grid.sequences(rows, packed=False), targets, linear=linear).logprobs
+    empty = torch.zeros(batch.input_ids.numel(), device=found.device)
+    return empty.index_copy(0, places, found).view(batch.input_ids.shape)[:, 1:]
 
 
 def _check_fit(model: Any, data: Data[Any]) -> None:

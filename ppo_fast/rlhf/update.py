@@ -12,57 +12,35 @@ from torch import Tensor
 
 from ppo_fast import ops
 
-from .advantages import Targets
+from .advantages import Experience
+from .batches import Array, Sequences, offsets, put
 from .config import PPOConfig
 from .errors import NotFiniteError
-from .forward import response_loss
-from .models import Models, response_values
+from .forward import reference_terms, response_loss, response_values
+from .models import Models
 from .optim import Network, PenaltyCoefficient, schedule
-from .rollout import Rollout, alike, used_columns
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Minibatch:
-    """Rows of a rollout and its targets."""
+class MicroBatch:
+    """One forward and backward pass, of n counted tokens."""
 
-    input_ids: Tensor  # [B, L] int64
-    attention_mask: Tensor  # [B, L] bool
-    responses: Tensor  # [B, T] int64
-    mask: Tensor  # [B, T] bool
-    logprobs: Tensor  # [B, T] float32: old
-    ref_logprobs: Tensor  # [B, T] float32
-    values: Tensor  # [B, T] float32: old
-    advantages: Tensor  # [B, T] float32
-    returns: Tensor  # [B, T] float32
+    sequences: Sequences
+    cu_seqlens: Tensor  # [b + 1] int64: where each response begins among the n tokens
+    tokens: Tensor  # [n] int64
+    logprobs: Tensor  # [n] float32: old
+    ref_logprobs: Tensor  # [n] float32
+    values: Tensor  # [n] float32: old
+    advantages: Tensor  # [n] float32
+    returns: Tensor  # [n] float32
 
     @classmethod
-    def whole(cls, rollout: Rollout, targets: Targets) -> Minibatch:
-        """All rows of the rollout."""
-        return cls(
-            input_ids=rollout.generation.input_ids,
-            attention_mask=rollout.generation.attention_mask,
-            responses=rollout.generation.responses,
-            mask=rollout.mask,
-            logprobs=rollout.logprobs,
-            ref_logprobs=rollout.ref_logprobs,
-            values=rollout.values,
-            advantages=targets.advantages,
-            returns=targets.returns,
-        )
-
-    def rows(self, index: Tensor) -> Minibatch:
-        """The rows at `index`."""
-        return Minibatch(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
-
-    def split(self, size: int) -> Iterator[Minibatch]:
-        """Micro-batches of `size` rows of like length, without the columns that are padding in all of them."""
-        for rows in alike(self.attention_mask, size):
-            both, response = used_columns(self.attention_mask[rows], self.mask[rows])
-            part = self.rows(rows)
-            columns = {name: both if name in ("input_ids", "attention_mask") else response for name in vars(part)}
-            yield Minibatch(**{name: getattr(part, name)[:, used] for name, used in columns.items()})
+    def of(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
+        """These responses, without what is padding in all of them."""
+        cu_seqlens = put(offsets(experience.lengths[rows]), experience.tokens.device)
+        return cls(experience.grid.sequences(rows, packed=packed), cu_seqlens, **experience.of(rows))
 
 
 @dataclass(frozen=True)
@@ -83,7 +61,7 @@ class Step:
 
     epoch: int  # from 0
     number: int  # of the minibatch in its epoch, from 0
-    rows: Tensor  # [b] int64: rows of the rollout batch
+    rows: list[int]  # of the rollout batch
     policy: Metrics
     value: Metrics
     norms: Tensor  # [2] float32: gradient norms of policy and value before clipping
@@ -113,28 +91,24 @@ class Learner:
         self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 
     def update(
-        self,
-        rollout: Rollout,
-        targets: Targets,
-        kl_coef: float | Tensor,
-        index: int,
-        generator: torch.Generator,
+        self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator
     ) -> UpdateStats:
         """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
 
         A step with a number that is not finite changes nothing. With on_nan = "skip" it is left out and counted;
         else, or when no step is left, NotFiniteError tells the first one, and no later step changes anything either.
+        Between the first step and the last the host waits for the device only where target_kl asks for it.
         """
-        whole, steps = Minibatch.whole(rollout, targets), list[Step]()
+        steps, device = list[Step](), experience.tokens.device
         first = index * self.config.optim.epochs * self.config.steps_per_epoch
         stop = self.config.on_nan == "stop"
-        failed = torch.zeros((), dtype=torch.bool, device=rollout.mask.device)
+        failed = torch.zeros((), dtype=torch.bool, device=device)
         lr_factor, note = 0.0, None
-        for epoch, number, rows in self._minibatches(len(whole.mask), generator):
-            policy, value = self.backward(whole.rows(rows), kl_coef)
+        for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
+            policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
             norm = torch.stack([self.policy.clip(), self.value.clip()])
-            steps.append(Step(epoch, number, rows, policy, value, norm, taken=note is None))
+            steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
                 break
@@ -149,68 +123,75 @@ class Learner:
         return UpdateStats(
             policy=combine([step.policy for step in good]),
             value=combine([step.value for step in good]),
-            grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, device=rollout.mask.device),
+            grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, device=device),
             lr=self.config.optim.lr * lr_factor,
             note="; ".join(filter(None, [note, *skipped])) or None,
             skipped=len(skipped),
         )
 
-    def backward(self, batch: Minibatch, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
-        """Accumulate the gradients of one minibatch, micro-batch by micro-batch, under one normaliser."""
-        tokens = batch.mask.sum()
-        by_token = self.config.loss.aggregation == "token-mean"
-        count = tokens if by_token else batch.mask.any(dim=1).sum()
+    def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
+        """Accumulate the gradients of a minibatch of these rows, micro-batch by micro-batch, under one normaliser."""
+        lengths = experience.lengths[rows]
+        tokens = int(lengths.sum())
+        count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
         policy, value = [], []
-        for micro in batch.split(self.config.optim.micro_batch_size or len(batch.mask)):
+        for part in experience.grid.alike(rows, self.config.optim.micro_batch_size or len(rows)):
+            micro = MicroBatch.of(experience, part, packed=self.models.packed)
             policy.append(self._policy_backward(micro, kl_coef, count))
             value.append(self._value_backward(micro, tokens))
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
-    def _policy_backward(self, micro: Minibatch, kl_coef: float | Tensor, count: Tensor) -> Metrics:
+    def _policy_backward(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> Metrics:
+        with self.models.using("policy") as policy:
+            output = response_loss(
+                policy,
+                micro.sequences,
+                micro.tokens,
+                micro.logprobs,
+                micro.advantages,
+                linear=self.models.linear,
+                cu_seqlens=micro.cu_seqlens,
+                denominator=count,
+                **self._policy_terms(micro, kl_coef),
+            )
+            output.loss.backward()
+        return output.metrics | {"loss": output.loss.detach()}
+
+    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor) -> dict[str, Any]:
+        """The config of the policy's loss, and what its KL to the reference is charged by."""
         settings: dict[str, Any] = {
             "penalty_coef": self.penalty.coef,
             "temperature": self.config.rollout.temperature,
         }
-        reference: dict[str, Any] = {}
+        terms: dict[str, Any] = {}
         if self.config.kl.in_loss:
             settings |= {"kl_coef": kl_coef, "kl_estimator": self.config.kl.loss_estimator}
-            if self.config.kl.loss_estimator == "full":
-                reference["reference"] = self.models.reference
-            else:
-                reference["ref_logprobs"] = micro.ref_logprobs
-        output = response_loss(
-            self.models.policy,
-            (micro.input_ids, micro.attention_mask, micro.mask.shape[1]),
-            micro.responses,
-            micro.logprobs,
-            micro.advantages,
-            micro.mask,
-            config=self.config.loss.policy_loss(**settings),
-            linear=self.models.linear,
-            denominator=count,
-            **reference,
-        )
-        output.loss.backward()
-        return output.metrics | {"loss": output.loss.detach()}
+            terms = {"ref_logprobs": micro.ref_logprobs}
+        if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
+            with self.models.using("reference") as reference:
+                terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
+        return terms | {"config": self.config.loss.policy_loss(**settings)}
 
-    def _value_backward(self, micro: Minibatch, count: Tensor) -> Metrics:
-        output = ops.value_loss(
-            response_values(self.models.value, micro.input_ids, micro.attention_mask, micro.mask.shape[1]),
-            micro.returns,
-            micro.mask,
-            old_values=micro.values,
-            clip=self.config.loss.value_clip,
-            denominator=count,
-        )
-        (self.config.loss.vf_coef * output.loss).backward()
+    def _value_backward(self, micro: MicroBatch, count: int) -> Metrics:
+        with self.models.using("value") as value:
+            output = ops.value_loss(
+                response_values(value, micro.sequences),
+                micro.returns,
+                None,
+                old_values=micro.values,
+                clip=self.config.loss.value_clip,
+                denominator=count,
+            )
+            (self.config.loss.vf_coef * output.loss).backward()
         return output.metrics
 
-    def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Tensor]]:
-        """(epoch, number in it, rows of the minibatch), in a new order every epoch."""
-        for epoch in range(self.config.optim.epochs):
-            order = torch.randperm(size, generator=generator, device=generator.device)
-            for number, rows in enumerate(order.split(self.config.optim.minibatch_size)):
-                yield epoch, number, rows
+    def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Array]]:
+        """(epoch, number in it, rows of the minibatch), in a new order every epoch; all drawn at the start."""
+        epochs = range(self.config.optim.epochs)
+        orders = [torch.randperm(size, generator=generator, device=generator.device) for _ in epochs]
+        for epoch, order in enumerate(torch.stack(orders).cpu().numpy()):
+            for number, start in enumerate(range(0, size, self.config.optim.minibatch_size)):
+                yield epoch, number, order[start : start + self.config.optim.minibatch_size]
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizers and penalty coefficient; the weights are the models' own."""
@@ -246,7 +227,7 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
             good.append(step)
             continue
         told = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
-        first = first or NotFiniteError(told, step.rows.tolist())
+        first = first or NotFiniteError(told, step.rows)
         remarks.append(f"skipped {told}")
     if first is not None and (stop or not good):
         raise first

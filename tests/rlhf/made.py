@@ -1,8 +1,11 @@
 """Rollouts written by hand, for the stages that need no model."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ppo_fast.rlhf.advantages import Experience
+from ppo_fast.rlhf.batches import Grid, Sequences
 from ppo_fast.rlhf.data import PromptBatch
 from ppo_fast.rlhf.rollout import Generation, Rollout
 
@@ -41,3 +44,27 @@ def made_rollout(
         logprobs=random(),
     )
     return Rollout(generation, logprobs=random(), ref_logprobs=random(), entropy=random(), values=random())
+
+
+def made_experience(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Experience:
+    """The experience of a rollout with these advantages and returns [B, T]."""
+    names = (rollout.generation.responses, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns)
+    return Experience(rollout.generation.grid, *(x[rollout.mask] for x in names))
+
+
+def everything(experience: Experience) -> tuple[Experience, np.ndarray]:
+    """An experience with all its rows, as `Learner.backward` takes them."""
+    return experience, np.arange(len(experience.lengths))
+
+
+def forward_pass(ids: Tensor, attention_mask: Tensor, counted: Tensor | int, *, packed: bool = False) -> Sequences:
+    """One pass over all rows; `counted` is a mask [B, T], or T for a mask that is True there."""
+    if isinstance(counted, int):
+        counted = attention_mask[:, -counted:]
+    return Grid.of(ids, attention_mask, counted).sequences(np.arange(len(ids)), packed=packed)
+
+
+def pass_of(rollout: Rollout, *, packed: bool = False) -> Sequences:
+    """One pass over a whole rollout; its N counted tokens are in the order of x[rollout.mask]."""
+    generation = rollout.generation
+    return forward_pass(generation.input_ids, generation.attention_mask, generation.mask, packed=packed)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppo_fast.rlhf.advantages import compute_targets
+from ppo_fast.rlhf.advantages import make_experience
 from ppo_fast.rlhf.config import AdvantageConfig
 from ppo_fast.rlhf.rewards import Rewards
 from tests.rlhf.made import made_rollout
@@ -30,20 +30,18 @@ def test_rule_08_the_value_after_the_last_counted_token_is_0(gamma, lam):
     # Width 7: garbage values beyond every response must not be bootstrapped from.
     rollout = made_rollout(LENGTHS, width=7, fill=100.0)
     rewards = rewards_for(rollout)
-    targets = compute_targets(rollout, rewards, AdvantageConfig(gamma=gamma, lam=lam, whiten=False))
-    for row, n in enumerate(LENGTHS):
+    experience = make_experience(rollout, rewards, AdvantageConfig(gamma=gamma, lam=lam, whiten=False))
+    for row, (n, found) in enumerate(zip(LENGTHS, experience.advantages.split(LENGTHS), strict=True)):
         truth = double_sum(rewards.rewards[row, :n].tolist(), rollout.values[row, :n].tolist(), gamma, lam)
-        torch.testing.assert_close(targets.advantages[row, :n], torch.tensor(truth))
-    assert (targets.advantages[~rollout.mask] == 0).all()
+        torch.testing.assert_close(found, torch.tensor(truth))
 
 
 def test_rule_08_returns_are_advantages_before_whitening_plus_old_values():
     rollout = made_rollout(LENGTHS)
     rewards = rewards_for(rollout)
-    plain = compute_targets(rollout, rewards, AdvantageConfig(whiten=False))
-    whitened = compute_targets(rollout, rewards, AdvantageConfig(whiten=True))
-    expected = torch.where(rollout.mask, plain.advantages + rollout.values, 0.0)
-    torch.testing.assert_close(plain.returns, expected)
+    plain = make_experience(rollout, rewards, AdvantageConfig(whiten=False))
+    whitened = make_experience(rollout, rewards, AdvantageConfig(whiten=True))
+    torch.testing.assert_close(plain.returns, plain.advantages + rollout.values[rollout.mask])
     assert torch.equal(whitened.returns, plain.returns)
     assert not torch.equal(whitened.advantages, plain.advantages)
 
@@ -53,28 +51,26 @@ def test_per_sequence_every_token_has_the_return_less_the_value_of_the_prompt(ga
     rollout = made_rollout(LENGTHS, width=7, fill=100.0)
     rewards = rewards_for(rollout)
     config = AdvantageConfig(kind="sequence", gamma=gamma, lam=0.3, whiten=False)
-    targets = compute_targets(rollout, rewards, config)
-    for row, n in enumerate(LENGTHS):
+    experience = make_experience(rollout, rewards, config)
+    columns = zip(LENGTHS, experience.advantages.split(LENGTHS), experience.returns.split(LENGTHS), strict=True)
+    for row, (n, advantages, found) in enumerate(columns):
         earned, values = rewards.rewards[row, :n].tolist(), rollout.values[row, :n].tolist()
         returns = [sum(gamma ** (k - t) * earned[k] for k in range(t, n)) for t in range(n)]
-        torch.testing.assert_close(targets.advantages[row, :n], torch.full((n,), returns[0] - values[0]))
-        torch.testing.assert_close(targets.returns[row, :n], torch.tensor(returns))
-    assert (targets.advantages[~rollout.mask] == 0).all()
+        torch.testing.assert_close(advantages, torch.full((n,), returns[0] - values[0]))
+        torch.testing.assert_close(found, torch.tensor(returns))
 
 
 def test_rule_09_whitening_is_over_the_counted_tokens_of_the_whole_batch():
     rollout = made_rollout(LENGTHS)
-    advantages = compute_targets(rollout, rewards_for(rollout), AdvantageConfig()).advantages
-    counted = advantages[rollout.mask]
-    assert counted.mean().abs() < 1e-6
-    assert counted.var() == pytest.approx(1, abs=1e-5)
-    assert (advantages[~rollout.mask] == 0).all()
+    advantages = make_experience(rollout, rewards_for(rollout), AdvantageConfig()).advantages
+    assert advantages.shape == (sum(LENGTHS),)
+    assert advantages.mean().abs() < 1e-6
+    assert advantages.var() == pytest.approx(1, abs=1e-5)
 
 
 def test_rule_09_padding_columns_change_nothing():
     narrow, wide = made_rollout(LENGTHS, width=5), made_rollout(LENGTHS, width=9, fill=float("nan"))
-    one = compute_targets(narrow, rewards_for(narrow), AdvantageConfig())
-    two = compute_targets(wide, rewards_for(wide, fill=float("nan")), AdvantageConfig())
-    torch.testing.assert_close(two.advantages[:, :5], one.advantages)
-    torch.testing.assert_close(two.returns[:, :5], one.returns)
-    assert (two.advantages[:, 5:] == 0).all()
+    one = make_experience(narrow, rewards_for(narrow), AdvantageConfig())
+    two = make_experience(wide, rewards_for(wide, fill=float("nan")), AdvantageConfig())
+    for name in ("tokens", "logprobs", "ref_logprobs", "values", "advantages", "returns"):
+        assert torch.equal(getattr(two, name), getattr(one, name)), name

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppo_fast import PolicyLossConfig
 from ppo_fast.ops import _linear_sweep
 from ppo_fast.rlhf import UserError, tiny, train_ppo
-from ppo_fast.rlhf.advantages import Targets
-from ppo_fast.rlhf.forward import check_linear, response_logits, response_loss, response_stats
+from ppo_fast.rlhf.forward import check_linear, reference_terms, response_logits, response_loss, response_stats
 from ppo_fast.rlhf.rollout import score
-from ppo_fast.rlhf.update import Learner, Minibatch
+from ppo_fast.rlhf.update import Learner
 from tests.rlhf.conftest import PROMPTS
+from tests.rlhf.made import everything, forward_pass, made_experience
 
 V, D = 64, 32
 WIDTHS = {
@@ -68,41 +68,42 @@ LINEAR = {
 }
 
 
-def batch():
-    """(inputs, targets, mask) of three rows, left-padded, with T = 5."""
+def batch(*, packed=False):
+    """A pass over three rows, padded on both sides, and their N = 11 counted tokens."""
     ids = torch.randint(3, V, (3, 9), generator=torch.Generator().manual_seed(1))
-    attention_mask = torch.arange(9) >= torch.tensor([[0], [2], [3]])
     mask = torch.arange(5) < torch.tensor([[5], [2], [4]])
-    return (ids, attention_mask, 5), ids[:, -5:], mask
+    attention_mask = torch.cat([torch.arange(4) >= torch.tensor([[0], [2], [3]]), mask], dim=1)
+    return forward_pass(ids, attention_mask, mask, packed=packed), ids[:, -5:][mask]
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_both_ways_give_the_same_statistics(name):
     model = LINEAR[name](0)
     check_linear(model)
-    inputs, targets, mask = batch()
+    sequences, targets = batch()
     with torch.no_grad():
         ours, theirs = (
-            response_stats(model, inputs, targets, linear=linear, mask=mask, temperature=0.7)
-            for linear in (True, False)
+            response_stats(model, sequences, targets, linear=linear, temperature=0.7) for linear in (True, False)
         )
-        truth = (response_logits(model, *inputs).double() / 0.7).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(ours.logprobs, torch.where(mask, truth, 0.0).float(), rtol=1e-5, atol=1e-5)
+        logprobs = (response_logits(model, sequences).double() / 0.7).log_softmax(-1)
+    truth = logprobs.gather(-1, targets[:, None])[:, 0].float()
+    torch.testing.assert_close(ours.logprobs, truth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("exact_kl", [False, True])
 def test_both_ways_give_the_same_loss_and_gradient_of_every_parameter(name, exact_kl):
-    inputs, targets, mask = batch()
-    advantages = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+    sequences, targets = batch()
+    advantages = torch.randn(11, generator=torch.Generator().manual_seed(2))
     config = PolicyLossConfig(ent_coef=0.1, kl_coef=0.5 * exact_kl, kl_estimator="full", temperature=0.7)
     found = []
     for linear in (True, False):
         policy = LINEAR[name](0)
         reference = LINEAR[name](1).requires_grad_(False) if exact_kl else None
-        terms = (targets, torch.full((3, 5), -4.0), advantages, mask)
-        out = response_loss(policy, inputs, *terms, linear=linear, reference=reference, config=config, denominator=7)
+        terms = (targets, torch.full((11,), -4.0), advantages)
+        options = reference_terms(reference, sequences, linear=linear) if exact_kl else {}
+        out = response_loss(policy, sequences, *terms, linear=linear, config=config, denominator=7, **options)
         out.loss.backward()
         found.append((out.loss, out.metrics, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}))
     (loss, metrics, ours), (other_loss, other_metrics, theirs) = found
@@ -266,12 +267,12 @@ def test_the_logits_of_a_batch_exist_in_the_materialised_path_alone(
     )
     models = make_models(config)
     rollout = make_rollout(models, config)
-    rows = rollout.mask.numel()
+    rows = int(rollout.mask.sum())
     assert rows > D  # [D, V] is the transposed weight
-    targets = Targets(rollout.logprobs, rollout.values)
+    experience = made_experience(rollout, rollout.logprobs, rollout.values)
     for work in (
         lambda: score(models, rollout.generation, config.rollout),
-        lambda: Learner(models, config).backward(Minibatch.whole(rollout, targets), 0.1),
+        lambda: Learner(models, config).backward(*everything(experience), 0.1),
     ):
         with LargestOverWords(V) as largest:
             work()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from ppo_fast.rlhf.advantages import Targets
 from ppo_fast.rlhf.config import PPOConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.metrics import collect, explained_variance, require_finite
@@ -19,7 +18,7 @@ from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.runlog import RunLog
 from ppo_fast.rlhf.update import UpdateStats
 from tests.helpers import raises_exactly
-from tests.rlhf.made import made_rollout
+from tests.rlhf.made import made_experience, made_rollout
 
 NAMES = [
     "objective/kl",
@@ -71,14 +70,13 @@ def made_update(lengths=(2, 4, 3), fill=0.0):
     rewards = Rewards(
         per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths], [True] * len(lengths), None
     )
-    zero = torch.zeros_like(kl)
-    targets = Targets(zero, torch.where(rollout.mask, rollout.values + 1, zero))
+    experience = made_experience(rollout, torch.zeros_like(kl), rollout.values + 1)
     policy_names = ("policy_loss", "entropy", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max")
     policy = {name: torch.tensor(float(number)) for number, name in enumerate(policy_names, start=2)}
     policy["loss"] = torch.tensor(1.0)
     value = {"value_loss": torch.tensor(4.0), "clipfrac": torch.tensor(0.25)}
     stats = UpdateStats(policy, value, torch.tensor([0.5, 0.75]), lr=1e-3, note=None)
-    return rollout, rewards, targets, stats
+    return rollout, rewards, experience, stats
 
 
 def collected(**kwargs):
@@ -108,8 +106,8 @@ def test_the_objective_is_per_sequence_and_the_rest_per_counted_token():
 
 
 def test_rule_10_garbage_in_masked_positions_reaches_no_metric():
-    rollout, rewards, targets, stats = made_update(fill=float("nan"))
-    dirty = collect(rollout, rewards, targets, stats, PPOConfig(), SECONDS)
+    rollout, rewards, experience, stats = made_update(fill=float("nan"))
+    dirty = collect(rollout, rewards, experience, stats, PPOConfig(), SECONDS)
     clean = collected()
     assert {n: v for n, v in dirty.items() if n != "memory/peak"} == {
         n: v for n, v in clean.items() if n != "memory/peak"
@@ -117,19 +115,18 @@ def test_rule_10_garbage_in_masked_positions_reaches_no_metric():
 
 
 def test_explained_variance():
-    mask = torch.tensor([[True, True, True, False]])
-    returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
-    assert explained_variance(returns, returns, mask) == 1
-    assert explained_variance(returns + 5, returns, mask) == 1
-    assert explained_variance(torch.zeros(1, 4), returns, mask) == 0
-    assert explained_variance(-returns, returns, mask) == -3
-    assert explained_variance(returns, torch.ones(1, 4), mask) == 0
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(returns + 5, returns) == 1
+    assert explained_variance(torch.zeros(3), returns) == 0
+    assert explained_variance(-returns, returns) == -3
+    assert explained_variance(returns, torch.ones(3)) == 0
 
 
 def test_hacking_monitors():
-    rollout, rewards, targets, stats = made_update(lengths=(6, 3, 5))
+    rollout, rewards, experience, stats = made_update(lengths=(6, 3, 5))
     rewards = dataclasses.replace(rewards, completion_ids=[[7, 7, 7, 7, 7, 7], [1, 2, 3], [1, 2, 3, 4, 5]])
-    metrics = collect(rollout, rewards, targets, stats, PPOConfig(), SECONDS)
+    metrics = collect(rollout, rewards, experience, stats, PPOConfig(), SECONDS)
     # 4 + 1 + 3 trigrams: three of the first response repeat; 777, 123, 234 and 345 are distinct.
     assert metrics["hacking/repetition"] == pytest.approx(3 / 8)
     assert metrics["hacking/distinct_n"] == pytest.approx(4 / 8)
@@ -143,10 +140,10 @@ def test_hacking_monitors():
 def test_a_value_that_is_not_finite_is_named():
     with pytest.raises(UserError, match=r"^values is not finite: nan$"):
         require_finite(logprobs=torch.zeros(2), values=torch.tensor([0.0, float("nan")]))
-    rollout, rewards, targets, stats = made_update()
+    rollout, rewards, experience, stats = made_update()
     stats.policy["policy_loss"] = torch.tensor(float("inf"))
     with pytest.raises(UserError, match=r"^loss/policy is not finite: inf$"):
-        collect(rollout, rewards, targets, stats, PPOConfig(), SECONDS)
+        collect(rollout, rewards, experience, stats, PPOConfig(), SECONDS)
 
 
 @pytest.fixture

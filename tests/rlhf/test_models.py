@@ -1,5 +1,6 @@
 """Models: positions, dropout, heads, and the shared forward pass."""
 
+import inspect
 import json
 import sys
 
@@ -11,9 +12,10 @@ from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.checkpoint import save_models
 from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.forward import model_inputs, response_logits
-from ppo_fast.rlhf.models import disable_dropout, load_models, response_values
+from ppo_fast.rlhf.forward import response_logits, response_values
+from ppo_fast.rlhf.models import disable_dropout, load_models
 from ppo_fast.rlhf.rollout import score
+from tests.rlhf.made import forward_pass
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 
@@ -30,12 +32,12 @@ def test_rule_01_positions_count_real_tokens_under_left_padding(make_models, mak
     # GPT-2 has learned absolute positions, which show the mistake that rotary ones hide.
     models = make_models(make_config(), arch="gpt2")
     ids, left_padded, mask = padded(5)
-    truth = models.policy(ids).logits[:, -5:-1]
-    assert (response_logits(models.policy, left_padded, mask, 4) - truth).abs().max() < 1e-6
-    wrong = models.policy(left_padded, attention_mask=mask.long()).logits[:, -5:-1]
+    truth = models.policy(ids).logits[0, -5:-1]
+    assert (response_logits(models.policy, forward_pass(left_padded, mask, 4)) - truth).abs().max() < 1e-6
+    wrong = models.policy(left_padded, attention_mask=mask.long()).logits[0, -5:-1]
     assert (wrong - truth).abs().max() > 1e-2
-    values = response_values(models.value, ids, torch.ones_like(ids, dtype=torch.bool), 4)
-    assert (response_values(models.value, left_padded, mask, 4) - values).abs().max() < 1e-6
+    values = response_values(models.value, forward_pass(ids, torch.ones_like(ids, dtype=torch.bool), 4))
+    assert (response_values(models.value, forward_pass(left_padded, mask, 4)) - values).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -43,10 +45,13 @@ def test_rule_05_logits_and_values_are_those_before_each_response_token(make_mod
     models = make_models(make_config(), arch=arch)
     _, left_padded, mask = padded(2)
     with torch.no_grad():
-        whole = models.policy(**model_inputs(models.policy, left_padded, mask)).logits
-        torch.testing.assert_close(response_logits(models.policy, left_padded, mask, 3), whole[:, 6:9])
+        inputs, sequences = {"attention_mask": mask.long()}, forward_pass(left_padded, mask, 3)
+        if "position_ids" in inspect.signature(models.policy.forward).parameters:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        whole = models.policy(left_padded, **inputs).logits
+        torch.testing.assert_close(response_logits(models.policy, sequences), whole[0, 6:9])
         values = models.value(left_padded, mask)
-        torch.testing.assert_close(response_values(models.value, left_padded, mask, 3), values[:, 6:9])
+        torch.testing.assert_close(response_values(models.value, sequences), values[0, 6:9])
 
 
 DROPOUT = {
@@ -62,13 +67,14 @@ def test_rule_04_dropout_is_off_even_in_train_mode(make_models, make_config, arc
     ids, left_padded, mask = padded(2)
     noisy = tiny.make_model(64, arch=arch, hidden=32, layers=1, heads=2, **DROPOUT[arch]).train()
     # The check can see dropout: the model as made is not repeatable.
-    assert not torch.equal(response_logits(noisy, ids, ids > 0, 4), response_logits(noisy, ids, ids > 0, 4))
+    sequences = forward_pass(ids, ids > 0, 4)
+    assert not torch.equal(response_logits(noisy, sequences), response_logits(noisy, sequences))
     models = make_models(config, arch=arch, **DROPOUT[arch])
     assert not any(network.training for network in (models.policy, models.reference, models.value))
     for network in (models.policy, models.reference, models.value):
         network.train()
     for network in (models.policy, models.reference):
-        first, second = (response_logits(network, left_padded, mask, 4) for _ in range(2))
+        first, second = (response_logits(network, forward_pass(left_padded, mask, 4)) for _ in range(2))
         assert torch.equal(first, second)
     assert torch.equal(models.value(left_padded, mask), models.value(left_padded, mask))
 

@@ -39,10 +39,10 @@ def poison(monkeypatch):
         calls, weights = [], []
         backward = Learner.backward
 
-        def poisoned(self, batch, kl_coef):
+        def poisoned(self, *batch):
             calls.append(1)
             weights.append([p.detach().clone() for p in self.policy.parameters + self.value.parameters])
-            policy, value = backward(self, batch, kl_coef)
+            policy, value = backward(self, *batch)
             if len(calls) in steps:
                 if where == "gradient":
                     self.value.parameters[0].grad.view(-1)[3] = float("nan")
@@ -96,10 +96,18 @@ def test_the_batch_of_a_bad_step_is_saved_with_its_texts(run, poison, tmp_path, 
         mask = tensors["generation.mask"][row]
         assert tensors["generation.input_ids"][row, -len(mask) :][mask].tolist() == ids
         assert tokenizer.decode(ids) == text
-    assert {"rollout.logprobs", "rollout.values", "rewards.rewards", "targets.advantages", "targets.returns"} <= set(
-        tensors
-    )
-    assert {len(tensor) for tensor in tensors.values()} == {4}
+    assert {
+        "rollout.logprobs",
+        "rollout.values",
+        "rewards.rewards",
+        "experience.advantages",
+        "experience.returns",
+    } <= set(tensors)
+    tokens = sum(map(len, record["completion_ids"]))
+    for name, tensor in tensors.items():
+        assert len(tensor) == (tokens if name.startswith("experience.") else 4), name
+    ids = [token for row in record["completion_ids"] for token in row]
+    assert tensors["experience.tokens"].tolist() == ids
 
 
 def test_skip_leaves_the_step_out_and_counts_it(run, poison):

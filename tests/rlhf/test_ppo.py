@@ -101,9 +101,9 @@ def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
 def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, values, width, path, name):
     policy, seen, made = tiny.make_model(64, hidden=32, layers=1, heads=2), [], getattr(forward, name)
 
-    def spy(model, *inputs):
-        seen.append(len(inputs[0]))
-        return made(model, *inputs)
+    def spy(model, sequences):
+        seen.append(len(sequences.inputs["input_ids"]))
+        return made(model, sequences)
 
     monkeypatch.setattr("ppo_fast.rlhf.models.check_linear", lambda model: None)
     monkeypatch.setattr(forward, name, spy)
@@ -135,9 +135,9 @@ def test_the_adaptive_coefficient_is_steered_after_use(run):
 def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch):
     seen, update = [], Learner.update
 
-    def spy(self, rollout, targets, kl_coef, index, generator):
+    def spy(self, experience, kl_coef, index, generator):
         seen.append((kl_coef, index))
-        return update(self, rollout, targets, kl_coef, index, generator)
+        return update(self, experience, kl_coef, index, generator)
 
     monkeypatch.setattr(Learner, "update", spy)
     run(updates=3, kl={"coef": 0.25, "placement": "loss"})
@@ -158,16 +158,16 @@ def test_masked_responses_are_counted_and_not_trained_on(run, tmp_path, monkeypa
     path, seen, update = tmp_path / "own.py", [], Learner.update
     path.write_text("def some(completion_ids, **_):\n    return ['mask', False, *[True] * (len(completion_ids) - 2)]\n")
 
-    def spy(self, rollout, targets, *others):
-        seen.append((rollout, targets))
-        return update(self, rollout, targets, *others)
+    def spy(self, experience, *others):
+        seen.append(experience)
+        return update(self, experience, *others)
 
     monkeypatch.setattr(Learner, "update", spy)
     result = run(updates=1, reward={"filter": f"{path}:some", "rejected_score": -7.0, "missing_eos_penalty": 0.0})
     assert (result.history[0]["filter/masked"], result.history[0]["filter/rejected"]) == (1, 1)
-    ((rollout, targets),) = seen
-    assert len(rollout.mask) == len(targets.advantages) == 7
-    assert targets.advantages[rollout.mask].mean().abs() < 1e-6  # whitened over what is left
+    (experience,) = seen
+    assert len(experience.lengths) == 7
+    assert experience.advantages.mean().abs() < 1e-6  # whitened over what is left
     assert run(updates=1, log={"overwrite": True}).history[0]["filter/masked"] == 0
 
 

@@ -11,6 +11,7 @@ from ppo_fast.rlhf.forward import response_logits
 from ppo_fast.rlhf.models import load_models
 from ppo_fast.rlhf.rollout import Sampler, first_eos, generate, score, warn_about_filters
 from tests.helpers import raises_exactly
+from tests.rlhf.made import pass_of
 
 PAD, EOS = 0, 2
 
@@ -203,10 +204,9 @@ def test_rule_12_entropy_is_that_of_the_full_tempered_distribution(make_models, 
     config = make_config(rollout={"temperature": 0.5})
     models = make_models(config)
     rollout = make_rollout(models, config)
-    generation = rollout.generation
     with torch.no_grad():
-        logits = response_logits(models.policy, generation.input_ids, generation.attention_mask, rollout.mask.shape[1])
+        logits = response_logits(models.policy, pass_of(rollout))
     truth = torch.distributions.Categorical(logits=logits / 0.5).entropy()
-    torch.testing.assert_close(rollout.entropy[rollout.mask], truth[rollout.mask])
+    torch.testing.assert_close(rollout.entropy[rollout.mask], truth)
     assert (rollout.entropy >= 0).all()
     assert (rollout.entropy <= torch.tensor(64.0).log()).all()

@@ -1,19 +1,21 @@
 """The update: ratio 1 at the start, one normaliser per step, clips, schedules and early stops."""
 
-import itertools
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from ppo_fast import PolicyLossConfig, ops
 from ppo_fast.ops import _native, _registry
-from ppo_fast.rlhf.advantages import Targets, compute_targets
+from ppo_fast.rlhf.advantages import make_experience
 from ppo_fast.rlhf.config import LossConfig
-from ppo_fast.rlhf.forward import response_logits
+from ppo_fast.rlhf.forward import response_logits, response_values
 from ppo_fast.rlhf.optim import Network, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.rewards import Rewards
 from ppo_fast.rlhf.rollout import score
-from ppo_fast.rlhf.update import Learner, Minibatch, combine
+from ppo_fast.rlhf.update import Learner, MicroBatch, combine
+from tests.rlhf.made import everything, made_experience, pass_of
 
 CPU = torch.device("cpu")
 DROPOUT = {
@@ -23,11 +25,10 @@ DROPOUT = {
 }
 
 
-def random_targets(rollout, seed=3):
+def random_experience(rollout, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    shape = rollout.mask.shape
-    advantages, returns = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Targets(torch.where(rollout.mask, advantages, 0.0), torch.where(rollout.mask, returns, 0.0))
+    advantages, returns = (torch.randn(rollout.mask.shape, generator=generator) for _ in range(2))
+    return made_experience(rollout, advantages, returns)
 
 
 def made_rewards(rollout):
@@ -37,13 +38,13 @@ def made_rewards(rollout):
 
 @pytest.fixture
 def setup(make_models, make_config, make_rollout):
-    """setup(arch=, **config) -> (learner, rollout, targets) of one ragged rollout."""
+    """setup(arch=, **config) -> (learner, rollout, experience) of one ragged rollout."""
 
     def make(arch="llama", overrides=None, **values):
         config = make_config(**values)
         models = make_models(config, arch=arch, **(overrides or {}))
         rollout = make_rollout(models, config)
-        return Learner(models, config), rollout, random_targets(rollout)
+        return Learner(models, config), rollout, random_experience(rollout)
 
     return make
 
@@ -54,36 +55,42 @@ def gradients(module):
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen2"])
 def test_rule_04_the_ratio_is_1_bitwise_when_scoring_and_update_run_the_same_batch(setup, arch):
-    learner, rollout, targets = setup(arch, DROPOUT[arch], rollout={"temperature": 0.7})
-    policy, _ = learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    learner, rollout, experience = setup(arch, DROPOUT[arch], rollout={"temperature": 0.7})
+    policy, _ = learner.backward(*everything(experience), 0.0)
     assert policy["ratio_max"] == policy["ratio_mean"] == 1
     assert policy["approx_kl"] == policy["clipfrac"] == 0
     assert policy["tokens"] == rollout.mask.sum()
 
 
 def test_rule_04_the_ratio_is_1_to_rounding_in_a_shuffled_minibatch(setup):
-    learner, rollout, targets = setup()
-    rows = torch.tensor([6, 1, 3])
-    policy, _ = learner.backward(Minibatch.whole(rollout, targets).rows(rows), 0.0)
+    learner, _, experience = setup()
+    rows = np.array([6, 1, 3])
+    policy, _ = learner.backward(experience, rows, 0.0)
     assert abs(policy["ratio_max"].item() - 1) < 1e-5
 
 
 def test_micro_batches_are_of_like_length_and_without_common_padding(setup):
-    _, rollout, targets = setup(rollout={"max_new_tokens": 12})
-    whole = Minibatch.whole(rollout, targets)
-    parts = list(whole.split(2))
-    sizes = [part.attention_mask.sum(dim=1).tolist() for part in parts]
-    assert list(itertools.chain(*sizes)) == sorted(whole.attention_mask.sum(dim=1).tolist())
+    _, _, experience = setup(rollout={"max_new_tokens": 12})
+    grid, rows = experience.grid, np.array([7, 2, 5, 0, 1, 3])
+    parts = list(grid.alike(rows, 2))
+    sizes = grid.attention.sum(axis=1)
+    assert [sizes[row] for part in parts for row in part] == sorted(sizes[rows])
+    tokens = 0
     for part in parts:
-        prompt = part.input_ids.shape[1] - part.mask.shape[1]
-        assert part.attention_mask[:, :prompt].any(dim=0).all()
-        assert part.mask.any(dim=0).all()
-        assert torch.equal(part.attention_mask[:, prompt:], part.mask)
-        assert torch.equal(part.input_ids[:, prompt:], part.responses)
-        assert {getattr(part, name).shape for name in ("logprobs", "advantages", "returns")} == {part.mask.shape}
-    assert sum(part.input_ids.numel() for part in parts) < whole.input_ids.numel()
-    (alone,) = whole.split(len(whole.mask))
-    assert torch.equal(alone.input_ids, whole.input_ids)
+        micro = MicroBatch.of(experience, part, packed=False)
+        inputs, counted = micro.sequences.inputs, experience.lengths[part]
+        mask = inputs["attention_mask"]
+        assert mask is None or mask.any(dim=0).all()
+        assert inputs["input_ids"].shape[0] == len(part)
+        # Each counted token follows the state it is drawn from.
+        for row, start, length in zip(part, micro.cu_seqlens.tolist(), counted, strict=False):
+            response = grid.ids[row][torch.from_numpy(grid.counted[row])]
+            assert torch.equal(micro.tokens[start : start + length], response)
+        assert {getattr(micro, name).shape for name in ("logprobs", "advantages", "returns")} == {(counted.sum(),)}
+        tokens += inputs["input_ids"].numel()
+    assert tokens < experience.grid.ids[rows].numel()
+    (alone,) = grid.alike(rows, len(rows))
+    assert (alone == rows).all()
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
@@ -93,14 +100,14 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
     kl = {"placement": "loss", "loss_estimator": "k2", "coef": 0.1}
     results = []
     for micro in (None, 4, 1):
-        learner, rollout, targets = setup(
+        learner, rollout, experience = setup(
             rollout={"max_new_tokens": 12}, loss=loss, kl=kl, optim={"micro_batch_size": micro}
         )
         assert len(set(rollout.mask.sum(dim=1).tolist())) > 2
         # The policy has moved since the rollout, so that ratios differ from 1 and some are clipped.
         with torch.no_grad():
             learner.models.policy.get_output_embeddings().weight.mul_(8)
-        metrics = learner.backward(Minibatch.whole(rollout, targets), 0.1)
+        metrics = learner.backward(*everything(experience), 0.1)
         assert metrics[0]["clipfrac"] > 0.05
         results.append((gradients(learner.models.policy) | gradients(learner.models.value), metrics))
     (whole, whole_metrics), *others = results
@@ -113,30 +120,31 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 def test_rule_11_the_normaliser_is_the_count_of_the_aggregation(setup, aggregation):
-    learner, rollout, targets = setup(loss={"aggregation": aggregation}, optim={"micro_batch_size": 2})
-    generation = rollout.generation
-    inputs = (generation.input_ids, generation.attention_mask, rollout.mask.shape[1])
-    batch = (generation.responses, rollout.logprobs, targets.advantages, rollout.mask)
+    learner, rollout, experience = setup(loss={"aggregation": aggregation}, optim={"micro_batch_size": 2})
+    logits = response_logits(learner.models.policy, pass_of(rollout))
+    advantages = torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, experience.advantages)
     whole = ops.policy_loss(
-        response_logits(learner.models.policy, *inputs), *batch, config=PolicyLossConfig(aggregation=aggregation)
+        torch.zeros(*rollout.mask.shape, 64).masked_scatter(rollout.mask[..., None], logits),
+        rollout.generation.responses,
+        rollout.logprobs,
+        advantages,
+        rollout.mask,
+        config=PolicyLossConfig(aggregation=aggregation),
     )
-    policy, value = learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    policy, value = learner.backward(*everything(experience), 0.0)
     torch.testing.assert_close(policy["loss"], whole.loss.detach())
-    error = 0.5 * (rollout.values - targets.returns)[rollout.mask].square().mean()
+    error = 0.5 * (experience.values - experience.returns).square().mean()
     torch.testing.assert_close(value["value_loss"], error)
 
 
 def test_rule_12_the_entropy_bonus_has_the_gradient_of_the_full_entropy(setup):
-    learner, rollout, targets = setup(loss={"ent_coef": 0.5})
-    flat = Targets(torch.zeros_like(targets.advantages), targets.returns)
-    policy, _ = learner.backward(Minibatch.whole(rollout, flat), 0.0)
+    learner, rollout, experience = setup(loss={"ent_coef": 0.5})
+    flat = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
+    policy, _ = learner.backward(*everything(flat), 0.0)
     ours = gradients(learner.models.policy)
     learner.models.policy.zero_grad()
-    generation = rollout.generation
-    logits = response_logits(
-        learner.models.policy, generation.input_ids, generation.attention_mask, rollout.mask.shape[1]
-    )
-    entropy = torch.distributions.Categorical(logits=logits).entropy()[rollout.mask].mean()
+    logits = response_logits(learner.models.policy, pass_of(rollout))
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     (-0.5 * entropy).backward()
     for name, grad in gradients(learner.models.policy).items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-7)
@@ -146,23 +154,21 @@ def test_rule_12_the_entropy_bonus_has_the_gradient_of_the_full_entropy(setup):
 
 @pytest.mark.parametrize("estimator", ["k2", "full"])
 def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
-    learner, rollout, targets = setup(kl={"placement": "loss", "loss_estimator": estimator})
+    learner, rollout, experience = setup(kl={"placement": "loss", "loss_estimator": estimator})
     with torch.no_grad():
         for parameter in learner.models.policy.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    flat = Targets(torch.zeros_like(targets.advantages), targets.returns)
-    policy, _ = learner.backward(Minibatch.whole(rollout, flat), 0.3)
+    flat = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
+    policy, _ = learner.backward(*everything(flat), 0.3)
     ours = gradients(learner.models.policy)
     learner.models.policy.zero_grad()
-    inputs = (rollout.generation.input_ids, rollout.generation.attention_mask, rollout.mask.shape[1])
-    logprobs = response_logits(learner.models.policy, *inputs).log_softmax(-1)
-    reference = response_logits(learner.models.reference, *inputs).log_softmax(-1).detach()
+    logprobs = response_logits(learner.models.policy, pass_of(rollout)).log_softmax(-1)
+    reference = response_logits(learner.models.reference, pass_of(rollout)).log_softmax(-1).detach()
     if estimator == "full":
         kl = (logprobs.exp() * (logprobs - reference)).sum(-1)
     else:
-        picked = rollout.generation.responses[..., None]
-        kl = 0.5 * (logprobs - reference).gather(-1, picked)[..., 0] ** 2
-    mean = kl[rollout.mask].mean()
+        kl = 0.5 * (logprobs - reference).gather(-1, experience.tokens[:, None])[:, 0] ** 2
+    mean = kl.mean()
     (0.3 * mean).backward()
     for name, grad in gradients(learner.models.policy).items():
         torch.testing.assert_close(ours[name], grad, rtol=2e-3, atol=2e-6)
@@ -172,11 +178,11 @@ def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
 
 @pytest.mark.parametrize(("placement", "charged"), [("reward", False), ("both", True), ("loss", True)])
 def test_rule_07_the_loss_pays_for_kl_only_where_it_is_placed_there(setup, placement, charged):
-    learner, rollout, targets = setup(kl={"placement": placement})
+    learner, _, experience = setup(kl={"placement": placement})
     with torch.no_grad():
         learner.models.policy.get_output_embeddings().weight.mul_(2)
-    flat = Targets(torch.zeros_like(targets.advantages), targets.returns)
-    policy, _ = learner.backward(Minibatch.whole(rollout, flat), 0.3)
+    flat = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
+    policy, _ = learner.backward(*everything(flat), 0.3)
     assert bool(policy["loss"] > 0) is charged
 
 
@@ -205,8 +211,8 @@ def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeyp
         "clip_grad_norm_",
         lambda parameters, norm: calls.append(len(parameters)) or clip(parameters, norm),
     )
-    learner, rollout, targets = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
-    stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    learner, _, experience = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
+    stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
     assert calls == [len(learner.policy.parameters), len(learner.value.parameters)] * 4
     assert (stats.grad_norms > 0).all()
 
@@ -222,50 +228,44 @@ def test_rule_15_the_learning_rate_warms_up_and_anneals(make_config):
 
 
 def test_the_learning_rate_used_is_that_of_the_update(setup):
-    learner, rollout, targets = setup(updates=4, optim={"warmup_frac": 0.0, "final_lr_frac": 0.0})
-    stats = learner.update(rollout, targets, 0.0, 2, torch.Generator().manual_seed(0))
+    learner, _, experience = setup(updates=4, optim={"warmup_frac": 0.0, "final_lr_frac": 0.0})
+    stats = learner.update(experience, 0.0, 2, torch.Generator().manual_seed(0))
     # Steps 8 to 11 of 16.
     assert stats.lr == pytest.approx(1e-3 * (1 - 11 / 16))
     assert learner.value.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 11 / 16))
 
 
 def test_rule_18_target_kl_stops_the_epochs_and_says_so(setup):
-    learner, rollout, targets = setup(optim={"lr": 0.05, "target_kl": 0.01, "epochs": 4})
-    stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    learner, _, experience = setup(optim={"lr": 0.05, "target_kl": 0.01, "epochs": 4})
+    stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
     assert stats.note is not None
     assert stats.note.startswith("stopped in epoch 1 of 4: approx_kl ")
     assert stats.note.endswith(" > target_kl 0.01")
     assert learner.policy.optimizer.state[learner.policy.parameters[0]]["step"] == 1
     assert all(p.grad is None for p in [*learner.policy.parameters, *learner.value.parameters])
-    learner, rollout, targets = setup(optim={"lr": 0.05, "epochs": 4})
-    assert learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0)).note is None
+    learner, _, experience = setup(optim={"lr": 0.05, "epochs": 4})
+    assert learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0)).note is None
     assert learner.policy.optimizer.state[learner.policy.parameters[0]]["step"] == 8
 
 
 def test_a_step_raises_the_probability_of_good_tokens_and_the_value_follows_returns(setup):
-    learner, rollout, targets = setup(optim={"lr": 1e-3, "value_lr": 1e-2, "epochs": 6}, loss={"value_clip": None})
-    generation = rollout.generation
-    learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    learner, rollout, experience = setup(optim={"lr": 1e-3, "value_lr": 1e-2, "epochs": 6}, loss={"value_clip": None})
+    learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = response_logits(
-            learner.models.policy, generation.input_ids, generation.attention_mask, rollout.mask.shape[1]
-        )
-        new = torch.distributions.Categorical(logits=logits).log_prob(generation.responses)
-        values = learner.models.value(generation.input_ids, generation.attention_mask)[
-            :, -rollout.mask.shape[1] - 1 : -1
-        ]
-    rise = (targets.advantages * (new - rollout.logprobs))[rollout.mask].mean()
-    assert rise > 0.01
-    error, before = ((v - targets.returns)[rollout.mask].square().mean() for v in (values, rollout.values))
+        logits = response_logits(learner.models.policy, pass_of(rollout))
+        new = torch.distributions.Categorical(logits=logits).log_prob(experience.tokens)
+        values = response_values(learner.models.value, pass_of(rollout))
+    assert (experience.advantages * (new - experience.logprobs)).mean() > 0.01
+    error, before = ((v - experience.returns).square().mean() for v in (values, experience.values))
     assert error < 0.8 * before
 
 
 def test_only_the_trained_networks_change(setup):
-    learner, rollout, targets = setup()
+    learner, _, experience = setup()
     models = learner.models
     before = {n: p.clone() for n, p in models.reference.named_parameters()}
     policy, value = ([p.clone() for p in m.parameters()] for m in (models.policy, models.value))
-    learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
     assert all(torch.equal(p, before[n]) for n, p in models.reference.named_parameters())
     assert not all(torch.equal(*pair) for pair in zip(policy, models.policy.parameters(), strict=True))
     assert not all(torch.equal(*pair) for pair in zip(value, models.value.parameters(), strict=True))
@@ -284,12 +284,12 @@ def test_scoring_and_update_run_the_ops_of_their_path_on_the_backend_of_this_mac
     learner, rollout, _ = setup(model={"logits": path})
     called.clear()  # the comparison at the start
     score(learner.models, rollout.generation, learner.config.rollout)
-    compute_targets(rollout, made_rewards(rollout), learner.config.advantage)
-    learner.update(rollout, random_targets(rollout), 0.0, 0, torch.Generator())
+    make_experience(rollout, made_rewards(rollout), learner.config.advantage)
+    learner.update(random_experience(rollout), 0.0, 0, torch.Generator())
     prefix = "linear_" if path == "linear" else ""
     assert called == {f"{prefix}token_stats", f"{prefix}policy_loss"}
     expected = "torch" if _native.load_error else "native"
-    assert ran >= {(op, expected) for op in ("token_stats", "gae", "value_loss")}
+    assert ran >= {(op, expected) for op in ("token_stats", "gae_packed", "value_loss")}
     assert {backend for _, backend in ran} == {expected}
 
 
@@ -302,8 +302,8 @@ def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
             seen.append((logits.detach(), logits.detach().clone())) or op(logits, *rest, **named)
         ),
     )
-    learner, rollout, targets = setup(model={"logits": "materialised"})
-    learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    learner, _, experience = setup(model={"logits": "materialised"})
+    learner.backward(*everything(experience), 0.0)
     ((logits, before),) = seen
     assert not torch.equal(logits, before)
 
@@ -311,18 +311,18 @@ def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
 def test_vf_coef_scales_the_value_gradient(setup):
     grads = []
     for vf_coef in (0.5, 1.0):
-        learner, rollout, targets = setup(loss={"vf_coef": vf_coef})
-        learner.backward(Minibatch.whole(rollout, targets), 0.0)
+        learner, _, experience = setup(loss={"vf_coef": vf_coef})
+        learner.backward(*everything(experience), 0.0)
         grads.append(learner.models.value.head.weight.grad)
     torch.testing.assert_close(2 * grads[0], grads[1])
 
 
 @pytest.mark.parametrize(("clip", "clips"), [(0.2, True), (None, False)])
 def test_values_are_clipped_around_the_old_ones(setup, clip, clips):
-    learner, rollout, targets = setup(loss={"value_clip": clip})
+    learner, _, experience = setup(loss={"value_clip": clip})
     with torch.no_grad():
         learner.models.value.head.bias.add_(1)
-    _, value = learner.backward(Minibatch.whole(rollout, targets), 0.0)
+    _, value = learner.backward(*everything(experience), 0.0)
     assert bool(value["clipfrac"] > 0.1) is clips
 
 
@@ -337,10 +337,10 @@ def test_the_penalty_doubles_above_and_halves_below_the_target():
 
 
 def test_the_penalty_is_adapted_by_the_kl_of_the_last_epoch(setup, monkeypatch):
-    learner, rollout, targets = setup(optim={"minibatch_size": 8, "epochs": 3})
+    learner, _, experience = setup(optim={"minibatch_size": 8, "epochs": 3})
     seen = []
     monkeypatch.setattr(learner.penalty, "update", seen.append)
-    learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+    learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
     (kl,) = seen
     assert kl > 0  # in the first epoch, of one step, it is 0
 
@@ -350,9 +350,9 @@ def test_the_adapted_penalty_reaches_the_loss(setup):
     loss = {"penalty_coef": 1e-6, "penalty_target": 1.0, "clip_low": None, "clip_high": None}
     moves = []
     for coef in (0.0, 1000.0):
-        learner, rollout, targets = setup(loss=loss, optim={"lr": 3e-3, "epochs": 8})
+        learner, _, experience = setup(loss=loss, optim={"lr": 3e-3, "epochs": 8})
         learner.penalty.coef = torch.tensor(coef)
-        stats = learner.update(rollout, targets, 0.0, 0, torch.Generator().manual_seed(0))
+        stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
         moves.append(stats.policy["approx_kl"])
     assert moves[1] < 0.2 * moves[0]
     assert learner.penalty.coef == 500

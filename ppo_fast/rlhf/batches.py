@@ -1,0 +1,114 @@
+"""Sequences as a backbone takes them, padded or packed, and which of its states the counted tokens come from.
+
+Shapes follow from masks, so the masks stay on the host: micro-batches are made without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Arguments of one forward pass, and its N states that a counted token was drawn from, row by row."""
+
+    inputs: dict[str, Tensor | None]  # ids and positions, padded [b, L] with a mask, or [1, S] without one
+    states: Tensor  # [N] int64: places in the flattened batch
+    tail: int  # the last columns, that hold all of them
+    lengths: Array | None = None  # of the sequences in a packed row; None: padded
+
+    @property
+    def packed(self) -> bool:
+        return self.lengths is not None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Token ids of many sequences on the device with their masks on the host."""
+
+    ids: Tensor  # [B, L] int64
+    attention: Array  # [B, L] bool, True: a token of the sequence; without gaps
+    counted: Array  # [B, L] bool, True: a token the loss counts; not the first of its sequence
+
+    @classmethod
+    def of(cls, ids: Tensor, attention_mask: Tensor, counted: Tensor) -> Grid:
+        """From masks [B, L] on the device, in one transfer; `counted` may be [B, T], of the last T columns."""
+        before = torch.zeros_like(attention_mask[:, counted.shape[1] :])
+        masks = torch.stack([attention_mask, torch.cat([before, counted], dim=1)]).cpu().numpy()
+        return cls(ids, masks[0], masks[1])
+
+    @property
+    def lengths(self) -> Array:
+        """[B] int64: counted tokens of each sequence."""
+        return self.counted.sum(axis=1)
+
+    def places(self, rows: Array) -> Tensor:
+        """[N] int64: the counted tokens of these rows in the flattened grid, row by row."""
+        row, column = self.counted[rows].nonzero()
+        return put(rows[row] * self.counted.shape[1] + column, self.ids.device)
+
+    def alike(self, rows: Array, size: int) -> Iterator[Array]:
+        """Micro-batches of `size` of these rows, those of like length together; in order where one holds them all."""
+        if size < len(rows):
+            rows = rows[self.attention[rows].sum(axis=1).argsort(kind="stable")]
+        return (rows[start : start + size] for start in range(0, len(rows), size))
+
+    def sequences(self, rows: Array, *, packed: bool) -> Sequences:
+        """The forward pass over these rows, packed one after the other or padded to the longest."""
+        return self._packed(rows) if packed else self._padded(rows)
+
+    def _padded(self, rows: Array) -> Sequences:
+        """Columns that are padding in all rows, and the last token of all, take no part."""
+        used = self.attention[rows].any(axis=0).nonzero()[0]
+        first, last = int(used[0]), int(used[-1])
+        attention, device = self.attention[rows, first:last], self.ids.device
+        positions = (attention.cumsum(axis=1) - 1).clip(min=0)
+        inputs: dict[str, Tensor | None] = {
+            "input_ids": self.ids[put(rows, device), first:last],
+            "attention_mask": None if attention.all() else put(attention.astype(np.int64), device),
+            "position_ids": put(positions, device),
+        }
+        counted = self.counted[rows, first + 1 : last + 1]
+        tail = counted.shape[1] - int(counted.any(axis=0).argmax())
+        return Sequences(inputs, put(counted.ravel().nonzero()[0], device), tail)
+
+    def _packed(self, rows: Array) -> Sequences:
+        """The last token of each sequence predicts nothing and is left out."""
+        attention, device = self.attention[rows], self.ids.device
+        kept = attention[:, :-1] & attention[:, 1:]
+        row, column = kept.nonzero()
+        lengths = kept.sum(axis=1)
+        starts = lengths.cumsum() - lengths
+        inputs: dict[str, Tensor | None] = {
+            "input_ids": self.ids.flatten()[put(rows[row] * attention.shape[1] + column, device)][None],
+            "attention_mask": None,
+            "position_ids": put(np.arange(len(row)) - starts.repeat(lengths), device)[None],
+        }
+        rank = kept.ravel().cumsum() - 1
+        states = put(rank[self.counted[rows, 1:].ravel()], device)
+        return Sequences(inputs, states, len(row), lengths[lengths > 0])
+
+
+def put(array: Array, device: torch.device) -> Tensor:
+    """A host array on the device; the copy to a GPU is queued, not waited for."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def offsets(lengths: Array) -> Array:
+    """[B + 1] int64 from 0 to N: where each of B sequences of these lengths begins, one after the other."""
+    return np.concatenate([[0], lengths.cumsum()])
+
+
+def spans(starts: Array, lengths: Array) -> Array:
+    """[start, start + length) of each, one after the other."""
+    ends = offsets(lengths)
+    return np.arange(ends[-1]) + (starts - ends[:-1]).repeat(lengths)
