@@ -29,7 +29,7 @@ from .shapes import Shapes, make_models
 from .tracing import Account, Timeline
 from .update import Learner
 
-_FIELDS = len(LinearCall._fields)
+_OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
 
 
 class Rehearsal:
@@ -157,12 +157,13 @@ class Rehearsal:
 
 
 def inside(func: Any, args: Any, device: str) -> Account:
-    """The chunk of logits that a linear op holds while it runs on a device of that type."""
-    ops = torch.ops.ppo_fast
-    if func not in (ops.linear_token_stats.default, ops.linear_token_stats_backward.default, ops.linear_policy_loss.default):
+    """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits."""
+    if func is _OPS.token_stats_backward.default:  # here of `policy_loss`, whose gradient takes the logits' place
+        return {"activations": -args[3].untyped_storage().nbytes()}
+    if func not in (_OPS.linear_token_stats.default, _OPS.linear_policy_loss.default):
         return {}
     call = LinearCall(*args[:_FIELDS])
-    wanted = Wanted(*args[_FIELDS : _FIELDS + 3]) if len(args) > _FIELDS else Wanted(False, False, False)
+    wanted = Wanted(*args[_FIELDS : _FIELDS + 3]) if func is _OPS.linear_policy_loss.default else Wanted(*[False] * 3)
     return {"logits chunk": Buffers.of(call, len(call.hidden), wanted, device).bytes(call)}
 
 

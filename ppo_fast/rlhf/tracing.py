@@ -92,6 +92,11 @@ class Timeline(TorchDispatchMode):
         finally:
             self.phases.append((name, start, self.now))
 
+    @property
+    def aside(self) -> int:
+        """Bytes that are not on the device, and alive."""
+        return sum(block.bytes for block in self.blocks if block.item is None and block.died is None)
+
     def peaks(self) -> dict[str, Account]:
         """The items at the moment of each phase when their sum is largest; of phases of one name, the largest."""
         alive, found = self._alive(), dict[str, Account]()
