@@ -17,6 +17,7 @@ STAGES = [
     "configfile",
     "data",
     "curriculum",
+    "batches",
     "forward",
     "examples",
     "models",

@@ -70,6 +70,12 @@ class ModelConfig(CausalConfig):
         adapted = self.layout == "adapters"
         check(adapted == (self.lora.rank > 0), "model.layout", "'adapters' with lora.rank, and only so", self.layout)
         check(
+            self.layout != "shared" or self.logits == "linear",
+            "model.logits",
+            "'linear' with layout 'shared'",
+            self.logits,
+        )
+        check(
             self.value_path is None or self.layout != "shared",
             "model.value_path",
             "null with model.layout 'shared', whose critic is the policy's trunk",

@@ -113,16 +113,16 @@ def head_stats(x: HeadInputs, targets: Tensor, **options: Any) -> ops.TokenStats
     return ops.linear_token_stats(x.hidden, x.weight, targets, bias=x.bias, softcap=x.softcap, **options)
 
 
-def response_loss(policy: Any, sequences: Sequences, *terms: Tensor, linear: bool, **options: Any) -> ops.LossOutput:
-    """`policy_loss` of the counted tokens; `terms` are its targets, old_logprobs and advantages, all [N]."""
+def response_loss(policy: Any, sequences: Sequences, *, linear: bool, **terms: Any) -> ops.LossOutput:
+    """`policy_loss` of the counted tokens; `terms` are the op's arguments by name, tensors [N]."""
     if linear:
-        return head_loss(response_hidden(policy, sequences), *terms, **options)
-    return ops.policy_loss(response_logits(policy, sequences), *terms, None, inplace=True, **options)
+        return head_loss(response_hidden(policy, sequences), **terms)
+    return ops.policy_loss(response_logits(policy, sequences), mask=None, inplace=True, **terms)
 
 
-def head_loss(x: HeadInputs, *terms: Tensor, **options: Any) -> ops.LossOutput:
+def head_loss(x: HeadInputs, **terms: Any) -> ops.LossOutput:
     """`response_loss` from hidden states at hand."""
-    return ops.linear_policy_loss(x.hidden, x.weight, *terms, None, bias=x.bias, softcap=x.softcap, **options)
+    return ops.linear_policy_loss(x.hidden, x.weight, mask=None, bias=x.bias, softcap=x.softcap, **terms)
 
 
 @torch.no_grad()

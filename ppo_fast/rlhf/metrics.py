@@ -52,9 +52,7 @@ def collect(
         "nan/skipped_steps": float(stats.skipped),
         "memory/peak": _peak_memory(rollout.mask.device),
     }
-    metrics |= {f"time/{stage}": value for stage, value in seconds.items()}
-    tokens = metrics["length/mean"] * len(rollout.mask)
-    return metrics | {"tokens_per_second": tokens / max(sum(seconds.values()), 1e-9)}
+    return metrics | _speed(seconds, tokens=metrics["length/mean"] * len(rollout.mask))
 
 
 def require_finite(**tensors: Tensor) -> None:
@@ -124,6 +122,17 @@ def _lengths(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
         "length/truncated_frac": (~rollout.generation.ended).float().mean(),
         "hacking/length_reward_corr": torch.where(scale > 0, covariance / scale.clamp_min(1e-30), 0.0),
     }
+
+
+def _speed(seconds: dict[str, float], tokens: float) -> dict[str, float]:
+    """Seconds, share of the whole and response tokens per second of every phase, and of all together."""
+    whole = max(sum(seconds.values()), 1e-9)
+    speed = {"tokens_per_second": tokens / whole}
+    for phase, value in seconds.items():
+        speed[f"time/{phase}"] = value
+        speed[f"time/{phase}_share"] = value / whole
+        speed[f"tokens_per_second/{phase}"] = tokens / max(value, 1e-9)
+    return speed
 
 
 def _repetition(completion_ids: list[list[int]]) -> dict[str, float]:

@@ -51,6 +51,7 @@ class Models:
     eos_id: int  # ends a response
     linear: bool  # scoring and update use the linear ops; False: the policy's own logits
     packed: bool = False  # scoring and update take sequences packed into one row; False: padded
+    shared: bool = False  # the value model is a head on the policy's own trunk
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,7 @@ from .batches import Grid, Sequences
 from .config import RolloutConfig
 from .data import PromptBatch
 from .errors import UserError, require
-from .forward import response_stats, response_values
+from .forward import head_stats, head_values, response_hidden, response_stats, response_values
 from .models import Models, Role
 
 
@@ -150,14 +150,15 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
         filled = empty.index_copy(0, torch.cat([part.places for part in passes]), torch.cat(parts).float())
         return filled.view(grid.ids.shape)[:, -generation.mask.shape[1] :]
 
-    def stats(role: Role) -> list[ops.TokenStats]:
-        options: dict[str, Any] = {"linear": models.linear, "temperature": config.temperature}
+    def stats(role: Role, values: list[Tensor] | None = None) -> list[ops.TokenStats]:
         with models.using(role) as model:
-            return [response_stats(model, part.sequences, targets[part.places], **options) for part in passes]
+            return [_stats(models, model, part, targets, config.temperature, values) for part in passes]
 
-    policy, reference = stats("policy"), stats("reference")
-    with models.using("value") as value:
-        values = [response_values(value, part.sequences) for part in passes]
+    values: list[Tensor] = []
+    policy, reference = stats("policy", values if models.shared else None), stats("reference")
+    if not models.shared:
+        with models.using("value") as value:
+            values = [response_values(value, part.sequences) for part in passes]
     return Rollout(
         generation,
         logprobs=spread([part.logprobs for part in policy]),
@@ -165,6 +166,18 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
         entropy=spread([part.entropy for part in policy]),
         values=spread(values),
     )
+
+
+def _stats(
+    models: Models, model: Any, part: Pass, targets: Tensor, temperature: float, values: list[Tensor] | None
+) -> ops.TokenStats:
+    """Statistics of one pass; the values of a head on the same trunk are appended to `values`."""
+    chosen = targets.index_select(0, part.places)
+    if values is None:
+        return response_stats(model, part.sequences, chosen, linear=models.linear, temperature=temperature)
+    x = response_hidden(model, part.sequences)
+    values.append(head_values(models.value.head, x.hidden))
+    return head_stats(x, chosen, temperature=temperature)
 
 
 def select(value: Any, rows: list[int]) -> Any:

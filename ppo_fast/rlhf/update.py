@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from .advantages import Experience
 from .batches import Array, Sequences, offsets, put
 from .config import PPOConfig
 from .errors import NotFiniteError
-from .forward import reference_terms, response_loss, response_values
+from .forward import head_loss, head_values, reference_terms, response_hidden, response_loss, response_values
 from .models import Models
 from .optim import Network, PenaltyCoefficient, schedule
 
@@ -134,31 +134,34 @@ class Learner:
         lengths = experience.lengths[rows]
         tokens = int(lengths.sum())
         count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
-        policy, value = [], []
+        run = self._joint_backward if self.models.shared else self._separate_backward
+        found: list[tuple[Metrics, Metrics]] = []
         for part in experience.grid.alike(rows, self.config.optim.micro_batch_size or len(rows)):
             micro = MicroBatch.of(experience, part, packed=self.models.packed)
-            policy.append(self._policy_backward(micro, kl_coef, count))
-            value.append(self._value_backward(micro, tokens))
+            found.append(run(micro, self._policy_terms(micro, kl_coef, count), tokens))
+        policy, value = zip(*found, strict=True)
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
-    def _policy_backward(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> Metrics:
+    def _separate_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
         with self.models.using("policy") as policy:
-            output = response_loss(
-                policy,
-                micro.sequences,
-                micro.tokens,
-                micro.logprobs,
-                micro.advantages,
-                linear=self.models.linear,
-                cu_seqlens=micro.cu_seqlens,
-                denominator=count,
-                **self._policy_terms(micro, kl_coef),
-            )
-            output.loss.backward()
-        return output.metrics | {"loss": output.loss.detach()}
+            loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
+            loss.loss.backward()
+        with self.models.using("value") as value:
+            error = self._value_loss(response_values(value, micro.sequences), micro, tokens)
+            (self.config.loss.vf_coef * error.loss).backward()
+        return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
 
-    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor) -> dict[str, Any]:
-        """The config of the policy's loss, and what its KL to the reference is charged by."""
+    def _joint_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
+        """Policy and value head on one trunk: one forward pass, one backward pass of the sum."""
+        with self.models.using("policy") as policy:
+            x = response_hidden(policy, micro.sequences)
+            loss = head_loss(x, **terms)
+            error = self._value_loss(head_values(self.models.value.head, x.hidden), micro, tokens)
+            (loss.loss + self.config.loss.vf_coef * error.loss).backward()
+        return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
+
+    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> dict[str, Any]:
+        """The arguments of the policy's loss beside its logits."""
         settings: dict[str, Any] = {
             "penalty_coef": self.penalty.coef,
             "temperature": self.config.rollout.temperature,
@@ -170,20 +173,18 @@ class Learner:
         if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
             with self.models.using("reference") as reference:
                 terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
-        return terms | {"config": self.config.loss.policy_loss(**settings)}
+        return terms | {
+            "targets": micro.tokens,
+            "old_logprobs": micro.logprobs,
+            "advantages": micro.advantages,
+            "cu_seqlens": micro.cu_seqlens,
+            "denominator": count,
+            "config": self.config.loss.policy_loss(**settings),
+        }
 
-    def _value_backward(self, micro: MicroBatch, count: int) -> Metrics:
-        with self.models.using("value") as value:
-            output = ops.value_loss(
-                response_values(value, micro.sequences),
-                micro.returns,
-                None,
-                old_values=micro.values,
-                clip=self.config.loss.value_clip,
-                denominator=count,
-            )
-            (self.config.loss.vf_coef * output.loss).backward()
-        return output.metrics
+    def _value_loss(self, values: Tensor, micro: MicroBatch, tokens: int) -> ops.LossOutput:
+        clip = self.config.loss.value_clip
+        return ops.value_loss(values, micro.returns, None, old_values=micro.values, clip=clip, denominator=tokens)
 
     def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Array]]:
         """(epoch, number in it, rows of the minibatch), in a new order every epoch; all drawn at the start."""
@@ -234,7 +235,7 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
     return good, remarks
 
 
-def combine(parts: list[Metrics], losses: Any = torch.mean) -> Metrics:
+def combine(parts: Sequence[Metrics], losses: Any = torch.mean) -> Metrics:
     """Join metrics of several batches: means weighted by their `tokens`, maxima by max, losses by `losses`."""
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     weight = joined["tokens"] / joined["tokens"].sum()

@@ -101,9 +101,10 @@ def test_both_ways_give_the_same_loss_and_gradient_of_every_parameter(name, exac
     for linear in (True, False):
         policy = LINEAR[name](0)
         reference = LINEAR[name](1).requires_grad_(False) if exact_kl else None
-        terms = (targets, torch.full((11,), -4.0), advantages)
+        terms = {"targets": targets, "old_logprobs": torch.full((11,), -4.0), "advantages": advantages}
         options = reference_terms(reference, sequences, linear=linear) if exact_kl else {}
-        out = response_loss(policy, sequences, *terms, linear=linear, config=config, denominator=7, **options)
+        options |= terms | {"config": config, "denominator": 7}
+        out = response_loss(policy, sequences, linear=linear, **options)
         out.loss.backward()
         found.append((out.loss, out.metrics, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}))
     (loss, metrics, ours), (other_loss, other_metrics, theirs) = found

@@ -101,6 +101,10 @@ def test_the_objective_is_per_sequence_and_the_rest_per_counted_token():
     assert (metrics["length/mean"], metrics["length/max"]) == (3, 4)
     assert metrics["length/truncated_frac"] == pytest.approx(1 / 3)
     assert metrics["tokens_per_second"] == pytest.approx(9 / 4)
+    for phase, seconds in SECONDS.items():
+        assert metrics[f"time/{phase}"] == seconds
+        assert metrics[f"time/{phase}_share"] == pytest.approx(seconds / 4)
+        assert metrics[f"tokens_per_second/{phase}"] == pytest.approx(9 / seconds)
     assert metrics["loss/total"] == pytest.approx(1 + 0.5 * 4)
     assert (metrics["grad_norm/policy"], metrics["grad_norm/value"]) == (0.5, 0.75)
 

@@ -274,7 +274,7 @@ def test_the_default_config_names_no_model(stage):
         (
             RewardModelConfig,
             {"model": {"logits": "materialised"}},  # it has none
-            "unknown key 'model.logits', the nearest is 'model.path'",
+            "unknown key 'model.logits', the nearest is 'model.lora.targets'",
         ),
         (SFTConfig, {"seed": -1}, "seed: expected a number >= 0, got -1"),
         (SFTConfig, {"model": {"dtype": "int8"}}, "model.dtype: Input should be 'float32' or 'bfloat16', got 'int8'"),
