@@ -6,14 +6,13 @@ Sampling is `generate` at the two moments that count, after the prompts and at t
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from ppo_fast.ops._linear_call import LinearCall
 from ppo_fast.ops._linear_sweep import Buffers, Wanted
@@ -23,13 +22,19 @@ from .batches import Grid
 from .config import PPOConfig
 from .errors import require
 from .forward import accepted, response_stats, response_values, unwrapped
-from .models import Models
+from .optim import Network
 from .rollout import Sampler
 from .shapes import Shapes, make_models
 from .tracing import Account, Timeline
 from .update import Learner
 
 _OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
+# The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
+_IN_PLACE = {
+    _OPS.token_stats_backward.default: 3,
+    torch.ops.aten.index_add.default: 0,
+    torch.ops.aten.scatter_add.default: 0,
+}
 
 
 class Rehearsal:
@@ -45,8 +50,8 @@ class Rehearsal:
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
             self.models = make_models(self.config, self.shapes)
             self._name_weights()
-            for role in ("policy", "value"):
-                self.timeline.hold("optimizer states", optimizer_bytes(self.models.trained(role), self.config))
+            self.learner = Learner(self.models, self.config)
+            self._make_states()
             self.rollout()
             self.scoring()
             self.update()
@@ -79,20 +84,32 @@ class Rehearsal:
                 response_values(value, sequences)
 
     def update(self) -> None:
-        """Two micro-batches of a minibatch, the second beside the gradients of the first."""
-        settings = self.config.optim
-        # Which optimizer it is shows in its states alone, which are counted apart.
-        plain = dataclasses.replace(settings, states="full", masters=False)
-        learner = Learner(self.models, dataclasses.replace(self.config, optim=plain))
+        """Two micro-batches of a minibatch, the second beside the gradients of the first, and the optimizer step."""
+        settings, networks = self.config.optim, (self.learner.policy, self.learner.value)
         rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
-        trained = [*learner.policy.parameters, *learner.value.parameters]
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._name_gradient)
+        for network in networks:
+            for parameter in network.parameters:
+                parameter.register_post_accumulate_grad_hook(self._name_gradient)
         with self.timeline.phase("update"):
-            learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
-            learner.policy.clip(), learner.value.clip()
-        for parameter in trained:
-            parameter.grad = None
+            self.learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
+            for network in networks:
+                network.clip()
+                self._step(network)
+
+    def _make_states(self) -> None:
+        """What optimizers keep from one step to the next."""
+        for network in (self.learner.policy, self.learner.value):
+            for parameter in network.parameters:
+                parameter.grad = torch.empty_like(parameter)
+            self._step(network)
+            kept = tree_leaves([network.optimizer.state_dict(), [*network.optimizer.state.values()]])
+            self.timeline.name("optimizer states", [x for x in kept if isinstance(x, Tensor)])
+
+    def _step(self, network: Network) -> None:
+        # Moments of 8 bits are there from the start, and their steps a matter of small pieces, thousands of them.
+        if self.config.optim.states != "8bit":
+            network.step(1.0)
+        network.optimizer.zero_grad()
 
     def _name_weights(self) -> None:
         for model in (self.models.policy, self.models.reference, self.models.value):
@@ -157,25 +174,14 @@ class Rehearsal:
 
 
 def inside(func: Any, args: Any, device: str) -> Account:
-    """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits."""
-    if func is _OPS.token_stats_backward.default:  # here of `policy_loss`, whose gradient takes the logits' place
-        return {"activations": -args[3].untyped_storage().nbytes()}
+    """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits.
+
+    Negative where the op of a run writes to an argument, and only that of tensors without data makes another.
+    """
+    if func in _IN_PLACE:
+        return {"activations": -args[_IN_PLACE[func]].untyped_storage().nbytes()}
     if func not in (_OPS.linear_token_stats.default, _OPS.linear_policy_loss.default):
         return {}
     call = LinearCall(*args[:_FIELDS])
     wanted = Wanted(*args[_FIELDS : _FIELDS + 3]) if func is _OPS.linear_policy_loss.default else Wanted(*[False] * 3)
     return {"logits chunk": Buffers.of(call, len(call.hidden), wanted, device).bytes(call)}
-
-
-def optimizer_bytes(parameters: list[nn.Parameter], config: PPOConfig) -> int:
-    """Both moments of AdamW, and the float32 masters of bfloat16 weights."""
-    total = 0
-    for parameter in parameters:
-        size, half = parameter.numel(), parameter.dtype != torch.float32
-        if config.optim.states == "8bit":
-            total += 2 * size
-        elif config.optim.masters and half:
-            total += 12 * size
-        else:
-            total += 2 * size * parameter.element_size()
-    return total
