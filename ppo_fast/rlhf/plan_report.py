@@ -38,9 +38,28 @@ def main(argv: Sequence[str]) -> None:
     size, others = _take_size([*argv])
     config = parse("train", others)
     device, limit = ("cuda", size) if size else find_limit(config)
-    given = {"device": device, "shapes": read_shapes(config)}
-    plan = make_plan(config, limit=limit, **given)
-    print_plan(plan, advise(config, plan, **given), Console())
+    shapes = read_shapes(config)
+    plan = make_plan(config, device, limit=limit, shapes=shapes)
+    print_plan(plan, advise(config, plan, device=device, shapes=shapes), Console())
+
+
+def announce(config: PPOConfig, policy: Any, prompt_tokens: int, console: Console) -> None:
+    """Print the plan of a run that is about to begin; never a reason not to.
+
+    Args:
+        policy: the model that is trained, on its device.
+        prompt_tokens: of the longest prompt.
+    """
+    if console.quiet:
+        return
+    try:
+        device, shapes = policy.device, read_shapes(config, policy.config)
+        limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        plan = make_plan(config, device.type, limit=limit, shapes=shapes, prompt_tokens=prompt_tokens)
+        print_plan(plan, (), console)
+    except Exception as error:  # of a kind of model that cannot be made without data
+        reason = " ".join(str(error).split())[:200]
+        console.print(f"no plan of the memory: {type(error).__name__}: {reason}", highlight=False, markup=False)
 
 
 def find_limit(config: PPOConfig) -> tuple[str, int | None]:
@@ -83,8 +102,8 @@ def told(plan: Plan, changes: Sequence[Change]) -> list[str]:
     if plan.host:
         lines.append(f"{readable(plan.host)} of models wait in host memory")
     lines += [f"  set {each.name} to {_text(each.value)}: peak {readable(each.plan.peak)}" for each in changes]
-    if not plan.fits and not (changes and changes[-1].plan.fits):
-        lines.append("no setting known here makes it fit: take shorter responses or a smaller model")
+    if changes and not changes[-1].plan.fits:
+        lines.append("that is not enough: take shorter responses or a smaller model")
     return lines
 
 

@@ -6,6 +6,7 @@ Sampling is `generate` at the two moments that count, after the prompts and at t
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from .advantages import Experience
 from .batches import Grid
 from .config import PPOConfig
 from .errors import require
-from .forward import accepted, response_stats, response_values, unwrapped
+from .forward import accepted, unwrapped
 from .optim import Network
-from .rollout import Sampler
-from .shapes import Shapes, make_models
+from .reward_sources import REWARD_ROWS
+from .rollout import Sampler, score
+from .shapes import Shapes, make_resident
 from .tracing import Account, Timeline
 from .update import Learner
 
@@ -48,12 +50,16 @@ class Rehearsal:
     def run(self) -> Timeline:
         """The timeline of a step whose optimizers have taken one before."""
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
-            self.models = make_models(self.config, self.shapes)
-            self._name_weights()
+            self.resident = make_resident(self.config, self.shapes)
+            self.models = self.resident.models
+            for item, tensors in self.resident.items().items():
+                self.timeline.name(item, tensors)
             self.learner = Learner(self.models, self.config)
             self._make_states()
             self.rollout()
             self.scoring()
+            if self.resident.rewards:
+                self.reward()
             self.update()
         return self.timeline
 
@@ -67,21 +73,24 @@ class Rehearsal:
             self._fill(cache)
             self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
 
-    @torch.no_grad()
     def scoring(self) -> None:
         """One batch by each model."""
-        optim, config = self.config.optim, self.config.rollout
-        rows = config.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
-        grid = self._make_grid(rows)
+        optim, settings = self.config.optim, self.config.rollout
+        rows = settings.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         with self.timeline.phase("scoring"):
-            sequences = grid.sequences(np.arange(rows), packed=self.models.packed)
-            targets = torch.zeros(len(sequences.states), dtype=torch.long)
-            options: dict[str, Any] = {"linear": self.models.linear, "temperature": config.temperature}
-            for role in ("policy", "reference"):
-                with self.models.using(role) as model:
-                    response_stats(model, sequences, targets, **options)
-            with self.models.using("value") as value:
-                response_values(value, sequences)
+            grid = self._make_grid(rows)
+            generation: Any = SimpleNamespace(grid=grid, input_ids=grid.ids, mask=torch.ones(rows, self.response))
+            score(self.models, generation, settings)
+
+    @torch.no_grad()
+    def reward(self) -> None:
+        """One batch by each reward model, an EOS after the longest response."""
+        rows = min(self.config.rollout.micro_batch_size or REWARD_ROWS, self.config.rollout.batch_size)
+        with self.timeline.phase("reward"):
+            ids = torch.zeros(rows, self.prompt + self.response + 1, dtype=torch.long)
+            for model in self.resident.rewards:
+                with model.present():
+                    model.network(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def update(self) -> None:
         """Two micro-batches of a minibatch, the second beside the gradients of the first, and the optimizer step."""
@@ -110,10 +119,6 @@ class Rehearsal:
         if self.config.optim.states != "8bit":
             network.step(1.0)
         network.optimizer.zero_grad()
-
-    def _name_weights(self) -> None:
-        for model in (self.models.policy, self.models.reference, self.models.value):
-            self.timeline.name("weights", [*model.parameters(), *model.buffers()])
 
     def _name_gradient(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:

@@ -15,6 +15,7 @@ from .errors import NotFiniteError, UserError
 from .models import Models, disable_dropout, load_reward_model, load_tokenizer, read_stats, sequence_scores
 from .rollout import Generation
 
+REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
 RewardFunction = Callable[..., Sequence[Any]]
 Score = float | list[float]  # of a response, or of each of its tokens
 
@@ -138,7 +139,7 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
     options: dict[str, Any] = {
         "model": config.model,
         "device": models.device,
-        "batch_size": config.rollout.micro_batch_size or 16,
+        "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
     }
     return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,20 +67,6 @@ class Timeline(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor).item = item
 
-    def hold(self, item: str, count: int) -> Block:
-        """Count bytes that no tensor stands for, from now on."""
-        self.blocks.append(Block(count, item, self.now))
-        return self.blocks[-1]
-
-    @contextlib.contextmanager
-    def holding(self, item: str, count: int) -> Iterator[None]:
-        """`hold` for the block alone."""
-        held = self.hold(item, count)
-        try:
-            yield
-        finally:
-            self._bury(held)
-
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The operations of the block are a phase."""
@@ -114,9 +99,3 @@ class Timeline(TorchDispatchMode):
                 changes[block.item][block.born] += block.bytes
                 changes[block.item][self.now + 1 if block.died is None else block.died + 1] -= block.bytes
         return {item: change.cumsum() for item, change in changes.items()}
-
-
-def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the distinct storages."""
-    storages = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())

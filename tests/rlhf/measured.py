@@ -40,9 +40,9 @@ def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer:
         return plain_draw(self, logits)
 
     plain_draw = Sampler.draw
-    with mock.patch.object(ppo, "Stopwatch", Recorded), mock.patch.object(Sampler, "draw", draw):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            train_ppo(config, **given, policy=make_policy(), tokenizer=tokenizer)
+    stages, draws = mock.patch.object(ppo, "Stopwatch", Recorded), mock.patch.object(Sampler, "draw", draw)
+    with stages, draws, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_ppo(config, **given, policy=make_policy(), tokenizer=tokenizer)
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     times, alive = np.array([time for time, _ in changes]), np.array([count for _, count in changes]).cumsum()
