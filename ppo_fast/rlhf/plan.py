@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import PPOConfig
 from .errors import UserError
@@ -28,6 +28,7 @@ ITEMS = (
 _VARYING, _LOST = ("gradients", "KV cache", "activations", "logits chunk"), 0.05
 # CUDA's own and the workspace of cuBLAS; an estimate, which differs between GPUs by a few hundred MiB.
 _CONTEXT = 600 * 2**20
+ADAPTER_RANK = 64  # of the adapters that are advised
 
 
 @dataclass(frozen=True)
@@ -104,93 +105,95 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
     The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
     more time, then what rounds them, then what trains less.
     """
-    changes = dict[str, Change]()
-    for knob in _KNOBS:
-        while not plan.fits and (found := knob(config, plan)) is not None:
-            name, changed = found
-            tried = make_plan(changed, limit=plan.limit, **given)
-            if tried.peak >= plan.peak:
-                break
-            config, plan = changed, tried
-            changes[name] = Change(name, _value(config, name), plan)
-    return [*changes.values()]
+    changes = list[Change]()
+    for knob in (*_KNOBS, *_KNOBS):  # again, as the peak may have moved to another phase
+        if plan.fits:
+            break
+        values = knob.values(config) if plan.fullest in knob.phases else ()
+        if not values:
+            continue
+        tried = [_turned(config, knob.name, value) for value in values]
+        index, found = _mildest(tried, lambda changed: make_plan(changed, limit=plan.limit, **given))
+        if found.peak < plan.peak:
+            config, plan = tried[index], found
+            changes.append(Change(knob.name, values[index], plan))
+    return changes
 
 
-Turned = tuple[str, PPOConfig] | None  # the setting that is changed, and the config then; None: nothing to change
-Knob = Callable[[PPOConfig, Plan], Turned]
+def _mildest(configs: Sequence[PPOConfig], replan: Callable[[PPOConfig], Plan]) -> tuple[int, Plan]:
+    """The first that fits, or the last, with its plan; each needs less than the one before it."""
+    low, high = 0, len(configs) - 1
+    plan = replan(configs[high])
+    while plan.fits and low < high:
+        middle = (low + high) // 2
+        tried = replan(configs[middle])
+        if tried.fits:
+            high, plan = middle, tried
+        else:
+            low = middle + 1
+    return high, plan
 
 
-def _linear(config: PPOConfig, plan: Plan) -> Turned:
-    return _changed(config, "model.logits", "linear") if config.model.logits == "materialised" else None
+class Knob(NamedTuple):
+    """A setting, and the values it may be turned to: the mildest first, none where it is turned already."""
+
+    name: str
+    values: Callable[[PPOConfig], Sequence[Any]]
+    phases: tuple[str, ...] = ("rollout", "scoring", "reward", "update")  # whose peak it lowers
 
 
-def _smaller(group: str, phases: tuple[str, ...]) -> Knob:
-    """Micro-batches of half the size, or less where the whole is odd, while the peak is in one of these phases."""
-
-    def knob(config: PPOConfig, plan: Plan) -> Turned:
-        whole = config.optim.minibatch_size if group == "optim" else config.rollout.batch_size
-        size = getattr(config, group).micro_batch_size or whole
-        if plan.fullest not in phases or size == 1:
-            return None
-        return _changed(config, f"{group}.micro_batch_size", next(n for n in range(size // 2, 0, -1) if whole % n == 0))
-
-    return knob
+def _smaller(size: int, whole: int) -> list[int]:
+    """Batches of less than `size` that divide `whole`, each half of the one before it or less."""
+    sizes = [n for n in range(size - 1, 0, -1) if whole % n == 0]
+    kept = [size]
+    for n in sizes:
+        if 2 * n <= kept[-1]:
+            kept.append(n)
+    return kept[1:]
 
 
-def _recompute(config: PPOConfig, plan: Plan) -> Turned:
-    off = not config.model.checkpointing and plan.fullest == "update"
-    return _changed(config, "model.checkpointing", True) if off else None
+def _update_sizes(config: PPOConfig) -> list[int]:
+    whole = config.optim.minibatch_size
+    return _smaller(config.optim.micro_batch_size or whole, whole)
 
 
-def _park(config: PPOConfig, plan: Plan) -> Turned:
-    idle = config.model.layout != "adapters" or config.reward.models
-    return _changed(config, "model.park", True) if idle and not config.model.park else None
+def _rollout_sizes(config: PPOConfig) -> list[int]:
+    whole = config.rollout.batch_size
+    return _smaller(config.rollout.micro_batch_size or whole, whole)
 
 
-def _states(config: PPOConfig, plan: Plan) -> Turned:
-    full = config.optim.states == "full" and not config.optim.masters and config.model.layout != "adapters"
-    return _changed(config, "optim.states", "8bit") if full else None
+def _eight_bits(config: PPOConfig) -> list[str]:
+    full = config.optim.states == "full" and not config.optim.masters
+    return ["8bit"] if full and config.model.layout != "adapters" else []
 
 
-def _half(config: PPOConfig, plan: Plan) -> Turned:
-    return _changed(config, "model.dtype", "bfloat16") if config.model.dtype == "float32" else None
+def _parked(config: PPOConfig) -> list[bool]:
+    idle = config.model.layout != "adapters" or bool(config.reward.models)
+    return [True] if idle and not config.model.park else []
 
 
-def _adapters(config: PPOConfig, plan: Plan) -> Turned:
-    if config.model.layout == "adapters":
-        return None
-    lora = dataclasses.replace(config.model.lora, rank=64)
-    model = dataclasses.replace(config.model, layout="adapters", lora=lora, value_path=None)
-    return "model.layout", dataclasses.replace(config, model=model)
-
-
-def _quantise(config: PPOConfig, plan: Plan) -> Turned:
-    fit = config.model.layout == "adapters" and config.model.quantise == "none"
-    return _changed(config, "model.quantise", "nf4") if fit else None
-
-
-_KNOBS: tuple[Knob, ...] = (
-    _linear,
-    _smaller("optim", ("update", "scoring")),
-    _smaller("rollout", ("rollout", "scoring", "reward")),
-    _recompute,
-    _park,
-    _states,
-    _half,
-    _adapters,
-    _quantise,
+_KNOBS = (
+    Knob("model.logits", lambda config: ["linear"] if config.model.logits == "materialised" else []),
+    Knob("optim.micro_batch_size", _update_sizes, ("update",)),
+    Knob("rollout.micro_batch_size", _rollout_sizes, ("rollout", "scoring", "reward")),
+    Knob("model.checkpointing", lambda config: [] if config.model.checkpointing else [True], ("update",)),
+    Knob("model.park", _parked),
+    Knob("optim.states", _eight_bits),
+    Knob("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
+    Knob("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),
+    Knob(
+        "model.quantise",
+        lambda config: ["nf4"] if config.model.layout == "adapters" and config.model.quantise == "none" else [],
+    ),
 )
 
 
-def _changed(config: PPOConfig, name: str, value: Any) -> tuple[str, PPOConfig]:
+def _turned(config: PPOConfig, name: str, value: Any) -> PPOConfig:
     group, _, field = name.partition(".")
-    part = dataclasses.replace(getattr(config, group), **{field: value})
-    return name, dataclasses.replace(config, **{group: part})
-
-
-def _value(config: PPOConfig, name: str) -> Any:
-    group, _, field = name.partition(".")
-    return getattr(getattr(config, group), field)
+    fields = {field: value}
+    if value == "adapters":  # which say no more where the critic begins, and need a rank
+        fields |= {"value_path": None, "lora": dataclasses.replace(config.model.lora, rank=ADAPTER_RANK)}
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **fields)})
 
 
 def _overhead(account: Account) -> Account:

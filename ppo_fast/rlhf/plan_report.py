@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .config import PPOConfig
 from .errors import UserError
-from .plan import ITEMS, Change, Plan, advise, make_plan
+from .plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
 from .shapes import read_shapes
 
 GPU = "--gpu"
@@ -101,7 +101,7 @@ def told(plan: Plan, changes: Sequence[Change]) -> list[str]:
     lines = [f"peak {readable(plan.peak)} in the {plan.fullest}" + _verdict(plan)]
     if plan.host:
         lines.append(f"{readable(plan.host)} of models wait in host memory")
-    lines += [f"  set {each.name} to {_text(each.value)}: peak {readable(each.plan.peak)}" for each in changes]
+    lines += [f"  set {_setting(each)}: peak {readable(each.plan.peak)}" for each in changes]
     if changes and not changes[-1].plan.fits:
         lines.append("that is not enough: take shorter responses or a smaller model")
     return lines
@@ -124,8 +124,9 @@ def _number(count: int | None, unit: str) -> str:
     return "" if count is None else f"{count / (2**30 if unit == 'GiB' else 2**20):.2f}"
 
 
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _setting(change: Change) -> str:
+    value = str(change.value).lower() if isinstance(change.value, bool) else change.value
+    return f"{change.name} to {value}" + f" and model.lora.rank to {ADAPTER_RANK}" * (value == "adapters")
 
 
 def _take_size(argv: list[str]) -> tuple[int | None, list[str]]:
