@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -105,7 +106,7 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
     The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
     more time, then what rounds them, then what trains less.
     """
-    changes = list[Change]()
+    changes, replan = list[Change](), functools.partial(make_plan, limit=plan.limit, **given)
     for knob in (*_KNOBS, *_KNOBS):  # again, as the peak may have moved to another phase
         if plan.fits:
             break
@@ -113,7 +114,7 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
         if not values:
             continue
         tried = [_turned(config, knob.name, value) for value in values]
-        index, found = _mildest(tried, lambda changed: make_plan(changed, limit=plan.limit, **given))
+        index, found = _mildest(tried, replan)
         if found.peak < plan.peak:
             config, plan = tried[index], found
             changes.append(Change(knob.name, values[index], plan))
