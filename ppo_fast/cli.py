@@ -33,6 +33,7 @@ SHORT = {
     "--prompts": "--data.prompts",
     "--reward": "--reward.function",
     "--out": "--log.dir",
+    "--merge": "--model.lora.merge",
 }
 RESUME = "--resume"
 
@@ -43,7 +44,7 @@ class Stage(NamedTuple):
     run: str  # function of a config; its result names the model
     config: str
     about: str
-    short: str = "--model, --data, --out"  # flags
+    short: str = "--model, --merge, --data, --out"  # flags
 
 
 STAGES = {
@@ -53,7 +54,7 @@ STAGES = {
         "train_ppo",
         "PPOConfig",
         "Train a causal language model by PPO.",
-        "--model, --prompts, --reward FILE.py:FUNCTION, --out",
+        "--model, --merge, --prompts, --reward FILE.py:FUNCTION, --out",
     ),
     "dpo": Stage("train_dpo", "DPOConfig", "Train a causal language model on preference pairs by DPO."),
 }

@@ -27,9 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Adapters
 from .errors import UserError, require
-from .models import VALUE_CONFIG, VALUE_FILE, Models, no_progress_bars
+from .loading import no_progress_bars
+from .models import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE, Models
 
+HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
 TENSOR, ITEMS = "<tensor>", "<items>"
@@ -92,31 +95,37 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in require("safetensors.torch").load_file(path).items()}
 
 
-def load_saved(model: Any, directory: Path) -> None:
-    """Copy the weights that `model.save_pretrained(directory)` wrote into `model`, bit by bit."""
-    with no_progress_bars():
-        saved = type(model).from_pretrained(directory, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
-
-
 def save_models(models: Models, directory: Path) -> Path:
     """Write policy and tokenizer as `from_pretrained` reads them, and beside them what `model.value_path` reads."""
     with atomic_directory(directory) as scratch:
-        write_models(models, scratch)
+        write_models(models, scratch, merge=models.merge)
     return directory
 
 
-def write_models(models: Models, directory: Path) -> None:
-    """The files of `save_models`, into an existing directory."""
-    write_model(models.policy, models.tokenizer, directory)
-    save_tensors(models.value.state_dict(), directory / VALUE_FILE)
-    models.value.backbone.config.to_json_file(directory / VALUE_CONFIG)
+def write_models(models: Models, directory: Path, *, merge: bool = False) -> None:
+    """The files of `save_models`, into an existing directory; with `merge` the adapter is in the policy's weights."""
+    write_model(models.policy, models.tokenizer, directory, models.adapters, merge=merge)
+    value = models.value
+    if models.adapters is not None:
+        _write_adapter(models.adapters, VALUE, directory / VALUE_DIRECTORY, value.head)
+        return
+    save_tensors((value.head if models.shared else value).state_dict(), directory / _value_file(models))
+    if not models.shared:
+        value.backbone.config.to_json_file(directory / VALUE_CONFIG)
 
 
 def load_weights(models: Models, directory: Path) -> None:
-    """Copy what `write_models` wrote into the policy and the value model."""
-    load_saved(models.policy, directory)
-    models.value.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
+    """Copy what `write_models` wrote, not merged, into the policy and the value model."""
+    load_saved(models.policy, directory, models.adapters)
+    if models.adapters is not None:
+        _read_into(models.adapters, VALUE, directory / VALUE_DIRECTORY, models.value.head)
+        return
+    value = models.value.head if models.shared else models.value
+    value.load_state_dict(require("safetensors.torch").load_file(directory / _value_file(models)))
+
+
+def _value_file(models: Models) -> str:
+    return HEAD_FILE if models.shared else VALUE_FILE
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -161,20 +170,64 @@ def fingerprint(module: nn.Module) -> list[int]:
     return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write a model and its tokenizer as `from_pretrained` reads them, and beside them `extra`: file name -> JSON."""
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    extra: Mapping[str, Any] | None = None,
+    adapters: Adapters | None = None,
+    *,
+    merge: bool = False,
+) -> Path:
+    """`write_model` as a whole or not at all, and beside it `extra`: file name -> JSON."""
     with atomic_directory(directory) as scratch:
-        write_model(model, tokenizer, scratch)
+        write_model(model, tokenizer, scratch, adapters, merge=merge)
         for name, content in (extra or {}).items():
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
-def write_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """The files of `save_model`, into an existing directory."""
+def write_model(
+    model: Any, tokenizer: Any, directory: Path, adapters: Adapters | None = None, *, merge: bool = False
+) -> None:
+    """A model and its tokenizer as `from_pretrained` reads them, into an existing directory.
+
+    Of a model with adapters a PEFT directory, with the head of a reward model; with `merge` the base with the adapter
+    added to its weights.
+    """
     with no_progress_bars():
-        model.save_pretrained(directory)
+        if adapters is None:
+            model.save_pretrained(directory)
+        elif merge:
+            model.save_pretrained(directory, state_dict=adapters.merged_state(model))
+        else:
+            _write_adapter(adapters, TRAINED, directory, getattr(model, "score", None))
         tokenizer.save_pretrained(directory)
+
+
+def load_saved(model: Any, directory: Path, adapters: Adapters | None = None) -> None:
+    """Copy the weights that `write_model` wrote, not merged, into `model`, bit by bit."""
+    if adapters is not None:
+        _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
+        return
+    with no_progress_bars():
+        saved = type(model).from_pretrained(directory, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def _write_adapter(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
+    config, tensors = adapters.saved_as(name, head)
+    directory.mkdir(exist_ok=True)
+    config.save_pretrained(directory)
+    save_tensors(tensors, directory / ADAPTER_FILE)
+
+
+def _read_into(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
+    tensors = require("safetensors.torch").load_file(directory / ADAPTER_FILE)
+    if head is not None:
+        own = {key: tensors.pop(f"{HEAD}{key}") for key in head.state_dict()}
+        head.load_state_dict(own)
+    adapters.fill(name, tensors, str(directory))
 
 
 @contextlib.contextmanager

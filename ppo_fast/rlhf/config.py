@@ -44,6 +44,12 @@ class WeightsConfig:
     def __post_init__(self) -> None:
         check_choices("model", self)
         check(
+            not (self.lora.merge and self.quantise != "none"),
+            "model.lora.merge",
+            f"false with model.quantise {self.quantise!r}",
+            True,
+        )
+        check(
             self.quantise == "none" or self.lora.rank > 0, "model.quantise", "'none' without lora.rank", self.quantise
         )
 

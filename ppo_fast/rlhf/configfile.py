@@ -45,8 +45,10 @@ def read_values(
     if path is not None:
         values = merge(values, _read(Path(path)))
     for name, value in (flags or {}).items():
-        group, _, field_name = name.rpartition(".")
-        values = merge(values, {group: {field_name: value}} if group else {field_name: value})
+        nested = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        values = merge(values, nested)
     return values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ppo_fast import ops
 
+from .adapters import REFERENCE, TRAINED
 from .examples import Pair, preference_pair
-from .models import load_policy, padding_id
+from .loading import Loaded, load_policy, padding_id
 from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
 from .supervised_config import DPOConfig
 
@@ -23,16 +25,20 @@ class DPO(Objective[Pair]):
     """-mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)); see :func:`ppo_fast.dpo_loss`."""
 
     stage = "DPO"
-    reference: Any  # causal LM, frozen
+    reference: Any  # causal LM, frozen; the model itself where adapters tell them apart
     beta: float
     linear: bool = True  # log-probabilities without the logits of the batch
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
         batch = self.batch(pairs)
-        with torch.no_grad():
+        with torch.no_grad(), self._at_start():
             ref_chosen, ref_rejected = _halves(completion_logprobs(self.reference, batch, linear=self.linear))
         chosen, rejected = _halves(completion_logprobs(self.model, batch, linear=self.linear))
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+
+    def _at_start(self) -> AbstractContextManager[None]:
+        """Where the reference is the model as it was at the start."""
+        return nullcontext() if self.adapters is None else self.adapters.active(self.adapters.reference)
 
 
 def train_dpo(
@@ -63,12 +69,21 @@ def train_dpo(
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
     with prepared(config, resume) as start:
-        model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
-        data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
-        reference = copy.deepcopy(model).requires_grad_(False)
+        loaded = load_policy(config.model, start.generator, model, tokenizer)
+        data = load_data(config, preference_pair, loaded.tokenizer, start.generator, train, held_out)
+        common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         linear = config.model.logits == "linear"
-        objective = DPO(model, padding_id(tokenizer), config.optim.width, reference, config.beta, linear)
-        return fit(config, objective, data, tokenizer, start)
+        objective = DPO(*common, _reference(loaded), config.beta, linear, adapters=loaded.adapters)
+        return fit(config, objective, data, loaded.tokenizer, start)
+
+
+def _reference(loaded: Loaded) -> Any:
+    """A frozen copy of the model, or of its adapter where that adds something at the start."""
+    if loaded.adapters is None:
+        return copy.deepcopy(loaded.model).requires_grad_(False)
+    if loaded.saved is not None:
+        loaded.adapters.copy(TRAINED, REFERENCE)
+    return loaded.model
 
 
 def _halves(logprobs: Tensor) -> tuple[Tensor, Tensor]:

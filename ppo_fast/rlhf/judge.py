@@ -11,7 +11,7 @@ import torch
 
 from .data import as_text
 from .errors import UserError, require
-from .models import disable_dropout, load_pretrained
+from .loading import disable_dropout, load_pretrained
 from .runtime import find_device
 
 TASK = """\

@@ -1,12 +1,15 @@
-"""Policy, frozen reference and value model."""
+"""Policy, reference and value model, in one of three layouts.
+
+separate: three networks. shared: the value model is a head on the policy's own trunk. adapters: one frozen base with an
+adapter each for policy and value model; the reference is the base alone, or a frozen adapter where the policy began
+with an adapter or the reference moves.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +18,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .config import CausalConfig, ModelConfig, RewardConfig, WeightsConfig
+from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, SavedAdapter, put_on, read_adapter, same_base
+from .config import ModelConfig, ReferenceConfig, RewardConfig
 from .errors import UserError, require
-from .forward import accepted, backbone_of, check_linear, head_values
+from .forward import accepted, backbone_of, head_values
+from .loading import (
+    Loaded,
+    checkpoint_activations,
+    disable_dropout,
+    load_policy,
+    load_pretrained,
+    load_reward_model,
+    load_tokenizer,
+    padding_id,
+    read_stats,
+    recomputing,
+)
+from .parking import Parked
 
 Role = Literal["policy", "reference", "value"]
 VALUE_FILE, VALUE_CONFIG = "value_model.safetensors", "value_config.json"
-STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
+VALUE_DIRECTORY = "value"  # beside a policy's adapter: the value model's, with its head
 
 
 class ValueModel(nn.Module):
@@ -31,6 +48,11 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
         self.head = head
+
+    @classmethod
+    def of(cls, classifier: Any) -> ValueModel:
+        """The scores of a model for sequence classification with one output, at every token."""
+        return cls(classifier.base_model, classifier.score)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -44,14 +66,17 @@ class Models:
     """The networks of a run, on one device, dropout off in all of them."""
 
     policy: Any  # causal LM, trained
-    reference: Any  # causal LM, frozen copy of the policy as it was at the start
+    reference: Any  # causal LM, frozen: the policy as it was at the start; the policy itself where adapters tell them
     value: ValueModel  # trained
     tokenizer: Any
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
     eos_id: int  # ends a response
     linear: bool  # scoring and update use the linear ops; False: the policy's own logits
     packed: bool = False  # scoring and update take sequences packed into one row; False: padded
-    shared: bool = False  # the value model is a head on the policy's own trunk
+    shared: bool = False  # the value model is a head on the policy's trunk
+    adapters: Adapters | None = None  # on one base, one for each role
+    parked: Parked | None = None  # the reference, which waits in host memory
+    merge: bool = False  # a saved model is the base with the adapters added to it
 
     @property
     def device(self) -> torch.device:
@@ -59,12 +84,41 @@ class Models:
 
     @contextlib.contextmanager
     def using(self, role: Role) -> Iterator[Any]:
-        """The network of that role, ready on the device; what it does and its backward pass belong in the block."""
-        yield getattr(self, role)
+        """The network of that role, ready on the device; what it does and its backward pass belong in the block.
+
+        Blocks nest. In the layout "adapters" a network is that of its role within its block alone; outside of all
+        blocks it is the policy.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.adapters is not None:
+                stack.enter_context(self.adapters.active(self._adapter(role)))
+            if role == "reference" and self.parked is not None:
+                stack.enter_context(self.parked.present())
+            yield getattr(self, role)
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Where backward passes recompute activations, if `model.checkpointing` asks for it: around the update."""
+        with recomputing(self.policy, self.value):
+            yield
+
+    def weights(self, role: Role) -> list[nn.Parameter]:
+        """What the network of a role has for itself; nothing where the reference is the base of adapters."""
+        head = [*self.value.head.parameters()] if role == "value" else []
+        if self.adapters is not None:
+            name = self._adapter(role)
+            return head + ([] if name is None else self.adapters.parameters(name))
+        if role == "value" and self.shared:
+            return head
+        return [*getattr(self, role).parameters()]
 
     def trained(self, role: Role) -> list[nn.Parameter]:
         """What an optimizer step of "policy" or "value" changes."""
-        return [parameter for parameter in getattr(self, role).parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.weights(role) if parameter.requires_grad]
+
+    def _adapter(self, role: Role) -> str | None:
+        assert self.adapters is not None
+        return {"policy": TRAINED, "value": VALUE, "reference": self.adapters.reference}[role]
 
 
 def load_models(
@@ -74,200 +128,158 @@ def load_models(
     policy: Any = None,
     tokenizer: Any = None,
     reward: RewardConfig = RewardConfig(),  # noqa: B008  # frozen
+    reference: ReferenceConfig = ReferenceConfig(),  # noqa: B008
 ) -> Models:
     """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place.
 
     The value model starts from `value_path`, or else from the first reward model where that has the policy's
-    vocabulary.
+    vocabulary; of adapters, where it is an adapter on the policy's base. That of the layout "shared" is a new head.
     """
-    policy, tokenizer = load_policy(config, generator.device, policy, tokenizer)
-    if config.value_path is None and reward.models and _reads_as(reward.models[0], tokenizer, config):
-        config = dataclasses.replace(config, value_path=reward.models[0])
-    value = make_value_model(config, policy, generator, normalised=reward.normalise == "saved")
+    loaded = load_policy(config, generator, policy, tokenizer)
+    policy, tokenizer, adapters = loaded.model, loaded.tokenizer, loaded.adapters
+    if config.layout != "shared" and config.value_path is None and reward.models:
+        config = dataclasses.replace(config, value_path=_critics_start(config, reward.models[0], loaded))
+    value = make_value_model(config, loaded, generator, normalised=reward.normalise == "saved")
+    if adapters is None:
+        frozen = copy.deepcopy(policy).requires_grad_(False)
+    elif loaded.saved is not None or reference.update != "fixed":
+        adapters.copy(TRAINED, REFERENCE)
     return Models(
         policy=policy,
-        reference=copy.deepcopy(policy).requires_grad_(False),
+        reference=policy if adapters is not None else frozen,
         value=disable_dropout(value),
         tokenizer=tokenizer,
         pad_id=padding_id(tokenizer),
         eos_id=tokenizer.eos_token_id,
         linear=config.logits == "linear",
         packed=config.batches == "packed",
+        shared=config.layout == "shared",
+        adapters=adapters,
+        parked=Parked(frozen, generator.device) if config.park and adapters is None else None,
+        merge=config.lora.merge,
     )
 
 
-def _reads_as(path: str, tokenizer: Any, config: ModelConfig) -> bool:
-    """Whether the model at `path` has the vocabulary of `tokenizer`."""
-    return bool(load_tokenizer(path, config.trust_remote_code).get_vocab() == tokenizer.get_vocab())
+def _critics_start(config: ModelConfig, path: str, loaded: Loaded) -> str | None:
+    """The path of a reward model if the value model can start from it."""
+    fits = loaded.adapters is None or adapter_on(loaded.adapters.base, "reward.models", path) is not None
+    own = load_tokenizer(path, config.trust_remote_code) if fits else None
+    return path if own is not None and own.get_vocab() == loaded.tokenizer.get_vocab() else None
 
 
-def load_policy(config: CausalConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """`load_causal`; UserError for a model whose log-probabilities cannot be had as `config.logits` wants them."""
-    model, tokenizer = load_causal(config, device, model, tokenizer)
-    if config.logits == "linear":
-        check_linear(model)
-    return model, tokenizer
-
-
-def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The causal LM and tokenizer given, or what `config` names in place of None; dropout off, fit to be saved."""
-    transformers = require("transformers")
-    if (model is None or tokenizer is None) and config.path is None:
-        raise UserError("model.path: expected a model directory or hub id, got null")
-    trust = config.trust_remote_code
-    if model is None:
-        dtype = getattr(torch, config.dtype)
-        model = load_pretrained(transformers.AutoModelForCausalLM, config.path, trust, dtype=dtype)
-    model = disable_dropout(model.to(device))
-    _make_saveable(model)
-    return model, load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
-
-
-def load_reward_model(field: str, path: str, dtype: torch.dtype, trust: bool = False) -> Any:
-    """The sequence classification model at `path`, None when there is another kind of model.
-
-    Raises UserError naming `field` unless it has a linear head "score" with one output.
-    """
-    transformers = require("transformers")
-    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
-        return None
-    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
-    return model
-
-
-def read_stats(directory: str) -> tuple[float, float]:
-    """Mean and standard deviation of a model's scores; 0 and 1 where none are saved."""
-    path = Path(directory) / STATS
-    if not path.is_file():
-        return 0.0, 1.0
-    try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = float(stats["mean"]), float(stats["std"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: expected {{"mean": number, "std": number}}, got {error!r}') from error
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise UserError(f"{path}: expected a finite mean and a std > 0, got {mean} and {std}")
-    return mean, std
-
-
-def load_tokenizer(path: str | None, trust: bool = False) -> Any:
-    """The tokenizer at `path`; UserError when it has no EOS token."""
-    return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
-
-
-def checked_tokenizer(tokenizer: Any) -> Any:
-    if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer: expected an EOS token, got none")
-    return tokenizer
-
-
-def padding_id(tokenizer: Any) -> int:
-    """The token that fills up batches; attention masks say what counts, so that EOS will do where there is none."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def adapter_on(base: str, field: str, path: str) -> SavedAdapter | None:
+    """The adapter at `path`, or that of the value model which a run left there, if it is one on that base."""
+    beside = str(Path(path) / VALUE_DIRECTORY)
+    saved = read_adapter(field, beside if Path(beside, ADAPTER_CONFIG).is_file() else path)
+    return saved if saved is not None and same_base(saved.base, base) else None
 
 
 def make_value_model(
-    config: ModelConfig, policy: Any, generator: torch.Generator, *, normalised: bool = True
+    config: ModelConfig, loaded: Loaded, generator: torch.Generator, *, normalised: bool = True
 ) -> ValueModel:
-    """A copy of the policy's backbone with a new head, or the model at `value_path` with its head if it has one.
+    """A backbone, as the layout has it, with the head at `value_path` if there is one, else with a new one.
 
-    A new head is N(0, 1/sqrt(D+1)) or zero; its bias is zero. That of a reward model gives its scores, `normalised` as
-    PPO's reward has them: (score - mean) / std by the `reward_stats.json` beside it. The head is float32.
+    separate: a copy of the policy's backbone, or the model at `value_path`; adapters: the base with a new adapter or
+    with that at `value_path`; shared: the policy's own trunk. A new head is N(0, 1/sqrt(D+1)) or zero; its bias is
+    zero. That of a reward model gives its scores, `normalised` as PPO's reward has them: (score - mean) / std by the
+    `reward_stats.json` beside it. The head is float32.
 
     Raises UserError for a `value_path` that is no such model or knows fewer tokens than the policy.
     """
-    if config.value_path is None:
-        backbone, scores = copy.deepcopy(backbone_of(policy)), None
+    if loaded.adapters is not None:
+        backbone, scores = _adapted_backbone(config, loaded.adapters, generator)
+    elif config.layout == "shared":
+        backbone, scores = backbone_of(loaded.model), None
     else:
-        backbone, scores = _load_backbone(config.value_path, policy.dtype, config.trust_remote_code)
+        backbone, scores = _own_backbone(config, loaded.model)
+        backbone.requires_grad_(True)
+    if scores is None:
+        head = _new_head(config, backbone.config.hidden_size, generator)
+    else:
+        head = _head_like(scores, read_stats(str(config.value_path)) if normalised else (0.0, 1.0))
+    return ValueModel(backbone, head.requires_grad_(True)).to(generator.device)
+
+
+def _adapted_backbone(
+    config: ModelConfig, adapters: Adapters, generator: torch.Generator
+) -> tuple[Any, nn.Linear | None]:
+    """The base with an adapter "value": that at `value_path`, with its head, or a new one."""
+    path = config.value_path
+    saved = None if path is None else adapter_on(adapters.base, "model.value_path", path)
+    if saved is not None:
+        adapters.load(VALUE, saved, trained=True)
+        return backbone_of(adapters.network), saved.head
+    if path is not None:
+        raise UserError(f"model.value_path: expected an adapter on {adapters.base!r}, the policy's base, got {path!r}")
+    adapters.add(VALUE, adapters.config(TRAINED), trained=True)
+    adapters.draw(VALUE, generator)
+    return backbone_of(adapters.network), None
+
+
+def _own_backbone(config: ModelConfig, policy: Any) -> tuple[Any, nn.Linear | None]:
+    """A network apart from the policy."""
+    if config.value_path is None:
+        return copy.deepcopy(backbone_of(policy)), None
+    backbone, scores = _load_backbone(config.value_path, policy.dtype, config.trust_remote_code)
     known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
     if known < needed:
         raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
-    head = nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)
+    if config.checkpointing:
+        checkpoint_activations(backbone)
+    return backbone, scores
+
+
+def _new_head(config: ModelConfig, width: int, generator: torch.Generator) -> nn.Linear:
+    head = nn.Linear(width, 1, dtype=torch.float32)
     with torch.no_grad():
-        if scores is not None:
-            head.weight.copy_(scores.weight)
-        elif config.value_head == "normal":
+        if config.value_head == "normal":
             noise = torch.randn(head.weight.shape, generator=generator, device=generator.device)
-            head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
+            head.weight.copy_(noise / (width + 1) ** 0.5)
         else:
             head.weight.zero_()
         head.bias.zero_()
-        if scores is not None:
-            mean, std = read_stats(str(config.value_path)) if normalised else (0.0, 1.0)
-            if scores.bias is not None:
-                head.bias.copy_(scores.bias)
-            head.bias.sub_(mean).div_(std)
-            head.weight.div_(std)
-    return ValueModel(backbone, head).to(generator.device).requires_grad_(True)
+    return head
 
 
-def disable_dropout(model: Any) -> Any:
-    """Set every dropout probability to 0, modules and plain attributes alike, and go to eval mode.
-
-    Some architectures read a float attribute (`attention_dropout`) rather than own an `nn.Dropout`, so that
-    eval mode alone would be undone by a later `train()`.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            for name, value in vars(holder).items() if holder is not None else ():
-                if "drop" in name and isinstance(value, float):
-                    setattr(holder, name, 0.0)
-    return model.eval()
+def _head_like(scores: nn.Linear, stats: tuple[float, float]) -> nn.Linear:
+    """(score - mean) / std, float32."""
+    head, (mean, std) = nn.Linear(scores.in_features, 1, dtype=torch.float32), stats
+    with torch.no_grad():
+        head.weight.copy_(scores.weight).div_(std)
+        head.bias.zero_()
+        if scores.bias is not None:
+            head.bias.copy_(scores.bias)
+        head.bias.sub_(mean).div_(std)
+    return head
 
 
-def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def sequence_scores(model: ValueModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Scores [B] of a reward model at the last counted token of rows [B, L], padded on either side."""
-    scores = ValueModel(model.base_model, model.score)(input_ids, attention_mask)
+    scores = model(input_ids, attention_mask)
     position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = torch.where(attention_mask, position, 0).argmax(dim=1, keepdim=True)
     return scores.gather(1, last).squeeze(1)
 
 
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Keep the bars that transformers draws while it loads and writes out of the console of the run."""
-    bars = require("transformers.utils.logging")
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _make_saveable(policy: Any) -> None:
-    """Find out before the run, not after it, whether `save_pretrained` will take the generation config.
-
-    It refuses a temperature or top-p beside do_sample = False, which many published models have.
-    """
-    try:
-        policy.generation_config.validate(strict=True)
-    except ValueError:
-        policy.generation_config.do_sample = True
-        try:
-            policy.generation_config.validate(strict=True)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"model.path: its generation config cannot be saved: {reason}") from error
-
-
 def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.Linear | None]:
-    """The backbone at `path`, and its scalar head if it has one."""
-    transformers = require("transformers")
+    """The backbone at `path`, with an adapter added to its weights, and its scalar head if it has one."""
+    transformers, field = require("transformers"), "model.value_path"
     if (Path(path) / VALUE_FILE).is_file():
         return _load_saved_value(Path(path), dtype)
-    model = load_reward_model("model.value_path", path, dtype, trust)
-    if model is None:
+    beside = str(Path(path) / VALUE_DIRECTORY)
+    path = beside if Path(beside, ADAPTER_CONFIG).is_file() else path
+    found = load_reward_model(field, path, dtype, trust)
+    if found is not None:
+        model, saved = found
+        if saved is not None:
+            put_on(model, saved).merge()
+        return model.base_model, model.score
+    saved = read_adapter(field, path)
+    if saved is None:
         return load_pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
-    return model.base_model, model.score
+    model = load_pretrained(transformers.AutoModelForCausalLM, saved.base, trust, dtype=dtype)
+    put_on(model, saved).merge()
+    return model.base_model, None
 
 
 def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Linear]:
@@ -277,17 +289,3 @@ def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Line
     saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32))
     saved.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
     return saved.backbone, saved.head
-
-
-def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
-    """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
-    failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
-    try:
-        with no_progress_bars():
-            return loader.from_pretrained(path, trust_remote_code=trust, **options)
-    except failures as error:
-        where = "directory" if path is not None and Path(path).exists() else "model"
-        reason = str(error).strip().partition("\n")[0]
-        if "trust_remote_code" in str(error):
-            reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
-        raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error

@@ -68,7 +68,7 @@ class Run(Loop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
-        self.inputs = inputs(self.models.reference, {"prompts": self.data.token_ids})
+        self.inputs = inputs(self.models.policy, {"prompts": self.data.token_ids})
         self.total = self.config.updates
         # Scored in the batches of the update, the logits of the whole rollout never exist.
         optim, rollout = self.config.optim, self.config.rollout
@@ -96,7 +96,7 @@ class Run(Loop):
                 rollout, rewards = without_masked(rollout, rewards)
                 seen[:] = [rollout, rewards]
                 require_finite(rewards=rewards.rewards)
-            with clock("update"):
+            with clock("update"), self.models.recomputing():
                 experience = make_experience(rollout, rewards, config.advantage)
                 seen.append(experience)
                 stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)
@@ -181,7 +181,8 @@ def train_ppo(
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
     with threads(config.threads):
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
-        models = load_models(config.model, generator, policy=policy, tokenizer=tokenizer, reward=config.reward)
+        given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
+        models = load_models(config.model, generator, **given, reward=config.reward, reference=config.reference)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)

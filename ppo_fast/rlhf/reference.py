@@ -13,7 +13,7 @@ from .models import Models
 class Reference:
     """Changes the reference every `every` updates: a copy of the policy, or its exponential moving average.
 
-    ema: reference = decay * reference + (1 - decay) * policy, parameter by parameter.
+    ema: reference = decay * reference + (1 - decay) * policy, parameter by parameter; of adapters these are A and B.
     """
 
     def __init__(self, models: Models, config: ReferenceConfig) -> None:
@@ -25,14 +25,16 @@ class Reference:
         if self.config.update == "fixed" or done % self.config.every:
             return
         share = 1.0 if self.config.update == "replace" else 1 - self.config.decay
-        pairs = zip(self.models.reference.parameters(), self.models.policy.parameters(), strict=True)
+        pairs = zip(self.models.weights("reference"), self.models.weights("policy"), strict=True)
         for reference, policy in pairs:
-            reference.lerp_(policy, share)
+            reference.lerp_(policy.to(reference.device), share)  # which may wait in host memory
 
     def state_dict(self) -> dict[str, Any]:
         """The reference's weights, where it is not the model at the start."""
-        return {} if self.config.update == "fixed" else self.models.reference.state_dict()
+        return {} if self.config.update == "fixed" else {"weights": self.models.weights("reference")}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self.models.reference.load_state_dict(state)
+            for own, saved in zip(self.models.weights("reference"), state["weights"], strict=True):
+                own.copy_(saved)

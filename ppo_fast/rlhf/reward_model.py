@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +13,18 @@ from ppo_fast import ops
 
 from .errors import UserError, require
 from .examples import Pair, chunks, preference_pair
-from .models import (
+from .loading import (
     STATS,
+    Loaded,
     checked_tokenizer,
     disable_dropout,
     load_causal,
     load_reward_model,
     load_tokenizer,
     padding_id,
-    sequence_scores,
+    with_adapters,
 )
+from .models import ValueModel, sequence_scores
 from .supervised import Objective, Source, SupervisedResult, fit, load_data, prepared
 from .supervised_config import RewardModelConfig
 
@@ -36,7 +39,8 @@ class RewardModel(Objective[Pair]):
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
         batch = self.batch(pairs)
-        chosen, rejected = sequence_scores(self.model, batch.input_ids, batch.attention_mask).chunk(2)
+        network = ValueModel.of(self.model)
+        chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
         return chosen, rejected
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
@@ -113,19 +117,29 @@ def train_reward_model(
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with prepared(config, resume) as start:
-        if config.init is None:
-            causal, tokenizer = load_causal(config.model, start.generator.device, model, tokenizer)
-            model = add_score_head(causal, tokenizer, start.generator)
-        else:
-            trust = config.model.trust_remote_code
-            model = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
-            if model is None:
-                raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
-            model = disable_dropout(model.to(start.generator.device))
-            tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
-        data = load_data(config, preference_pair, tokenizer, start.generator, train, held_out)
-        objective = RewardModel(model, padding_id(tokenizer), config.optim.width)
-        return fit(config, objective, data, tokenizer, start)
+        loaded = _load(config, start.generator, model, tokenizer)
+        data = load_data(config, preference_pair, loaded.tokenizer, start.generator, train, held_out)
+        common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
+        return fit(config, RewardModel(*common, adapters=loaded.adapters), data, loaded.tokenizer, start)
+
+
+def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tokenizer: Any) -> Loaded:
+    """The model at `init`, or that of `model` under a new head; the head is trained beside adapters, in float32."""
+    if config.init is None:
+        loaded = load_causal(config.model, generator.device, model, tokenizer)
+        loaded = dataclasses.replace(loaded, model=add_score_head(loaded.model, loaded.tokenizer, generator))
+    else:
+        trust = config.model.trust_remote_code
+        found = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
+        if found is None:
+            raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
+        model, saved = found
+        tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
+        loaded = Loaded(disable_dropout(model.to(generator.device)), tokenizer, saved)
+    loaded = with_adapters(loaded, config.model, generator)
+    if loaded.adapters is not None:
+        loaded.model.score.float().requires_grad_(True)
+    return loaded
 
 
 def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> Any:

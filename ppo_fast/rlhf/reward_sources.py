@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .adapters import Adapters, put_on
 from .callables import call, listed, load_callable, plain
 from .config import ModelConfig, PPOConfig
 from .errors import NotFiniteError, UserError
-from .models import Models, disable_dropout, load_reward_model, load_tokenizer, read_stats, sequence_scores
+from .forward import backbone_of
+from .loading import disable_dropout, load_reward_model, load_tokenizer, read_stats
+from .models import Models, ValueModel, adapter_on, sequence_scores
+from .parking import Parked
 from .rollout import Generation
 
 REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
@@ -76,15 +83,20 @@ class ModelSource:
     again by its own, with its own chat template for messages. A response that ended, if by a stop string, has an EOS.
     """
 
-    def __init__(self, path: str, tokenizer: Any, *, model: ModelConfig, device: torch.device, batch_size: int) -> None:
-        trust = model.trust_remote_code
-        loaded = load_reward_model("reward.models", path, getattr(torch, model.dtype), trust)
-        if loaded is None:
-            raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
-        self.model = disable_dropout(loaded.to(device)).requires_grad_(False)
-        self.tokenizer, self.own = tokenizer, load_tokenizer(path, trust)
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Any,
+        *,
+        model: ModelConfig,
+        device: torch.device,
+        batch_size: int,
+        adapters: Adapters | None = None,
+    ) -> None:
+        self.model, self.present = _adapter_scorer(path, adapters) or _whole_scorer(path, model, device)
+        self.tokenizer, self.own = tokenizer, load_tokenizer(path, model.trust_remote_code)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
-        self.path, self.batch_size = path, batch_size
+        self.path, self.batch_size, self.device = path, batch_size, device
         self.saved_stats = read_stats(path)
 
     @torch.no_grad()
@@ -92,9 +104,11 @@ class ModelSource:
         rows = self.encode(responses)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # batches of like length
         scores: list[Score] = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            for row, score in zip(chosen, self._scores([rows[row] for row in chosen]), strict=True):
+        with self.present():
+            batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+            found = [self._scores([rows[row] for row in chosen]) for chosen in batches]
+        for chosen, answers in zip(batches, found, strict=True):
+            for row, score in zip(chosen, answers, strict=True):
                 if not math.isfinite(score):
                     raise NotFiniteError(f"{self.path}: expected a finite score for sample {row}, got {score}", [row])
                 scores[row] = score
@@ -118,8 +132,8 @@ class ModelSource:
         return list(self.own.apply_chat_template(messages, return_dict=False))
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
-        width, device = max(map(len, rows)), self.model.device
-        limit = getattr(self.model.config, "max_position_embeddings", width)
+        width, device = max(map(len, rows)), self.device
+        limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
         if width > limit:
             raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
@@ -129,6 +143,32 @@ class ModelSource:
 
 
 Source = FunctionSource | ModelSource
+Scoring = tuple[ValueModel, Callable[[], AbstractContextManager[Any]]]  # a network, and where it is that of the scores
+
+
+def _adapter_scorer(path: str, adapters: Adapters | None) -> Scoring | None:
+    """The policy's base with the adapter at `path`, if that is one on this base."""
+    saved = None if adapters is None else adapter_on(adapters.base, "reward.models", path)
+    if adapters is None or saved is None or saved.head is None:
+        return None
+    name = f"reward-{sum(each.startswith('reward-') for each in adapters.trained)}"
+    adapters.load(name, saved, trained=False)
+    head = saved.head.to(adapters.network.device).requires_grad_(False)
+    return ValueModel(backbone_of(adapters.network), head), functools.partial(adapters.active, name)
+
+
+def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> Scoring:
+    """The model at `path`, which may wait in host memory; an adapter on a base of its own."""
+    loaded = load_reward_model("reward.models", path, getattr(torch, config.dtype), config.trust_remote_code)
+    if loaded is None:
+        raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
+    model, saved = loaded
+    if saved is not None:
+        put_on(model, saved)
+    network = ValueModel.of(disable_dropout(model).requires_grad_(False))
+    if config.park:
+        return network, Parked(network, device).present
+    return network.to(device), contextlib.nullcontext
 
 
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
@@ -140,6 +180,7 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
         "model": config.model,
         "device": models.device,
         "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
+        "adapters": models.adapters,
     }
     return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
 

@@ -10,7 +10,7 @@ from typing import Any
 from ppo_fast import ops
 
 from .examples import Example, completion_example
-from .models import load_policy, padding_id
+from .loading import load_policy, padding_id
 from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
 from .supervised_config import SFTConfig
 
@@ -60,7 +60,8 @@ def train_sft(
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with prepared(config, resume) as start:
-        model, tokenizer = load_policy(config.model, start.generator.device, model, tokenizer)
-        data = load_data(config, completion_example, tokenizer, start.generator, train, held_out)
-        objective = SFT(model, padding_id(tokenizer), config.optim.width, config.model.logits == "linear")
-        return fit(config, objective, data, tokenizer, start)
+        loaded = load_policy(config.model, start.generator, model, tokenizer)
+        data = load_data(config, completion_example, loaded.tokenizer, start.generator, train, held_out)
+        common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
+        objective = SFT(*common, config.model.logits == "linear", adapters=loaded.adapters)
+        return fit(config, objective, data, loaded.tokenizer, start)

@@ -8,7 +8,7 @@ import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 
+from .adapters import Adapters
 from .batches import Grid
 from .checkpoint import Checkpoint, load_saved, save_model, write_model
 from .configfile import save_config
@@ -25,6 +26,7 @@ from .errors import NotFiniteError, UserError
 from .examples import Batch, Batches, Kind, Make, chunks, collate, load_examples, sequences
 from .failures import save_batch
 from .forward import response_stats
+from .loading import recomputing
 from .loop import Loop
 from .metrics import check_metrics, require_finite
 from .optim import Network, schedule
@@ -45,6 +47,7 @@ class Objective(ABC, Generic[Kind]):
     model: Any  # the module that is trained, saved by `save_pretrained`
     pad_id: int
     width: int  # examples per forward pass of an evaluation
+    adapters: Adapters | None = field(default=None, kw_only=True)  # what is trained of it; None: all of it
 
     @abstractmethod
     def loss(self, examples: Sequence[Kind]) -> ops.LossOutput:
@@ -129,8 +132,9 @@ class Run(Loop, Generic[Kind]):
         """One step and its metrics; NotFiniteError, and nothing has changed, when one of them is not finite."""
         start, parts = time.perf_counter(), []
         for share, micro in weighted(examples, self.config.optim.width):
-            output = self.objective.loss(micro)
-            (share * output.loss).backward()
+            with recomputing(self.objective.model):
+                output = self.objective.loss(micro)
+                (share * output.loss).backward()
             parts.append((share, metrics_of(output)))
         metrics = mean_metrics(parts)
         checked = metrics | {"grad_norm": self.network.clip()}
@@ -163,10 +167,10 @@ class Run(Loop, Generic[Kind]):
         return {"batches": self.batches, "network": self.network}
 
     def _write(self, directory: Path) -> None:
-        write_model(self.objective.model, self.tokenizer, directory)
+        write_model(self.objective.model, self.tokenizer, directory, self.objective.adapters)
 
     def _load(self, directory: Path) -> None:
-        load_saved(self.objective.model, directory)
+        load_saved(self.objective.model, directory, self.objective.adapters)
 
 
 @contextlib.contextmanager
@@ -215,7 +219,8 @@ def fit(
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         extra = objective.extra_files(data.held_out)
-        final = save_model(objective.model, tokenizer, log.directory / FINAL, extra)
+        weights: dict[str, Any] = {"adapters": objective.adapters, "merge": config.model.lora.merge}
+        final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, **weights)
     return SupervisedResult(log.directory, final, log.history, objective.model)
 
 

@@ -13,7 +13,8 @@ from ppo_fast.rlhf.checkpoint import save_models
 from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.forward import response_logits, response_values
-from ppo_fast.rlhf.models import disable_dropout, load_models
+from ppo_fast.rlhf.loading import disable_dropout
+from ppo_fast.rlhf.models import load_models
 from ppo_fast.rlhf.rollout import score
 from tests.rlhf.made import forward_pass
 

@@ -105,7 +105,7 @@ def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, value
         seen.append(len(sequences.inputs["input_ids"]))
         return made(model, sequences)
 
-    monkeypatch.setattr("ppo_fast.rlhf.models.check_linear", lambda model: None)
+    monkeypatch.setattr("ppo_fast.rlhf.loading.check_linear", lambda model: None)
     monkeypatch.setattr(forward, name, spy)
     run(policy=policy, updates=1, model={"logits": path}, **values)
     assert set(seen) == {width}

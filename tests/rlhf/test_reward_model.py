@@ -11,7 +11,8 @@ from ppo_fast.rlhf import (
     train_ppo,
 )
 from ppo_fast.rlhf.examples import collate, preference_pair
-from ppo_fast.rlhf.models import disable_dropout, load_pretrained, sequence_scores
+from ppo_fast.rlhf.loading import disable_dropout, load_pretrained
+from ppo_fast.rlhf.models import ValueModel, sequence_scores
 from ppo_fast.rlhf.reward_model import RewardModel, add_score_head, calibration_error, reliability
 from tests.rlhf.stages import EOS, make_model, make_tokenizer, pairs, ragged, rows
 
@@ -60,7 +61,9 @@ def test_the_saved_reward_model_scores_the_eos_in_a_batch(run_stage, tokenizer):
     saved = AutoModelForSequenceClassification.from_pretrained(result.model)
     batch = collate(ragged(), tokenizer.pad_token_id, torch.device("cpu"))
     theirs = saved(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.squeeze(-1)
-    torch.testing.assert_close(sequence_scores(result.trained, batch.input_ids, batch.attention_mask), theirs)
+    torch.testing.assert_close(
+        sequence_scores(ValueModel.of(result.trained), batch.input_ids, batch.attention_mask), theirs
+    )
 
 
 def test_a_padding_token_that_is_eos_does_not_hide_it(run_stage):
@@ -69,7 +72,7 @@ def test_a_padding_token_that_is_eos_does_not_hide_it(run_stage):
     result = run_stage("reward", tokenizer=tokenizer)
     saved = AutoModelForSequenceClassification.from_pretrained(result.model)
     batch = collate(ragged(), EOS, torch.device("cpu"))
-    scores = sequence_scores(result.trained, batch.input_ids, batch.attention_mask)
+    scores = sequence_scores(ValueModel.of(result.trained), batch.input_ids, batch.attention_mask)
     for example, score in zip(ragged(), scores, strict=True):
         torch.testing.assert_close(saved(torch.tensor([example.ids])).logits[0, 0], score)
     with pytest.raises(ValueError, match="padding token"):
@@ -123,7 +126,7 @@ def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_re
     batch = collate(ragged(), 0, torch.device("cpu"))
     values = result.models.value(batch.input_ids, batch.attention_mask)
     last = torch.tensor([[example.length - 1] for example in ragged()])
-    scores = sequence_scores(reward_model.trained, batch.input_ids, batch.attention_mask)
+    scores = sequence_scores(ValueModel.of(reward_model.trained), batch.input_ids, batch.attention_mask)
     if normalise == "saved":
         stats = json.loads((reward_model.model / "reward_stats.json").read_text())
         scores = (scores - stats["mean"]) / stats["std"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.config import ModelConfig
 from ppo_fast.rlhf.errors import NotFiniteError
-from ppo_fast.rlhf.models import STATS
+from ppo_fast.rlhf.loading import STATS
 from ppo_fast.rlhf.reward_sources import ModelSource, Responses
 from tests.rlhf.conftest import EOS, PROMPTS, WORDS
 
@@ -138,7 +138,7 @@ def test_a_score_that_is_not_finite_names_model_and_sample(make_reward_model, to
     path = make_reward_model()
     broken = source(path, tokenizer)
     with torch.no_grad():
-        broken.model.get_input_embeddings().weight[21] = float("nan")
+        broken.model.backbone.get_input_embeddings().weight[21] = float("nan")
     with pytest.raises(NotFiniteError, match=rf"^{path}: expected a finite score for sample 1, got nan$") as error:
         broken(made([[20, EOS], [21, 22, EOS], [22]]))
     assert error.value.rows == [1]

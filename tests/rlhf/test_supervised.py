@@ -19,7 +19,8 @@ from ppo_fast.rlhf import (
 from ppo_fast.rlhf.configfile import config_from_dict
 from ppo_fast.rlhf.dpo import DPO
 from ppo_fast.rlhf.examples import collate, completion_example
-from ppo_fast.rlhf.models import disable_dropout, sequence_scores
+from ppo_fast.rlhf.loading import disable_dropout
+from ppo_fast.rlhf.models import ValueModel, sequence_scores
 from ppo_fast.rlhf.reward_model import add_score_head
 from ppo_fast.rlhf.sft import SFT
 from ppo_fast.rlhf.supervised import completion_logprobs, load_data
@@ -90,9 +91,9 @@ def test_padding_on_either_side_is_invisible(arch):
     torch.testing.assert_close(*logprobs)
     left = [torch.nn.functional.pad(x, (5, 0)) for x in (alone.input_ids, alone.attention_mask)]
     scores = [
-        sequence_scores(reward_model, alone.input_ids, alone.attention_mask),
-        sequence_scores(reward_model, padded.input_ids, padded.attention_mask)[:1],
-        sequence_scores(reward_model, *left),
+        sequence_scores(ValueModel.of(reward_model), alone.input_ids, alone.attention_mask),
+        sequence_scores(ValueModel.of(reward_model), padded.input_ids, padded.attention_mask)[:1],
+        sequence_scores(ValueModel.of(reward_model), *left),
     ]
     torch.testing.assert_close(scores[0], scores[1])
     torch.testing.assert_close(scores[0], scores[2])

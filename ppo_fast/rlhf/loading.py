@@ -1,0 +1,249 @@
+"""Models and tokenizers from disk or as given, dropout off: whole, in 4 bits, or as adapters on a base."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapters, SavedAdapter, adapt, put_on, read_adapter
+from .config import CausalConfig, WeightsConfig
+from .errors import UserError, require
+from .forward import check_linear
+
+STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network to train, with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    saved: SavedAdapter | None = None  # adapter at the path; it is not on the model yet
+    adapters: Adapters | None = None  # what is trained of the model; None: all of it
+
+
+def load_policy(config: CausalConfig, generator: torch.Generator, model: Any, tokenizer: Any) -> Loaded:
+    """`load_causal` with the adapters that `config.lora` asks for.
+
+    Raises UserError for a model whose log-probabilities cannot be had as `config.logits` wants them.
+    """
+    loaded = with_adapters(load_causal(config, generator.device, model, tokenizer), config, generator)
+    if config.logits == "linear":
+        check_linear(loaded.model)
+    return loaded
+
+
+def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokenizer: Any) -> Loaded:
+    """The causal LM and tokenizer given, or what `config` names in place of None; dropout off, fit to be saved.
+
+    Of a PEFT directory it is the base, beside the adapter that belongs on it.
+    """
+    transformers = require("transformers")
+    if (model is None or tokenizer is None) and config.path is None:
+        raise UserError("model.path: expected a model directory or hub id, got null")
+    trust, saved = config.trust_remote_code, None
+    if model is None:
+        saved = read_adapter("model.path", config.path)
+        path = config.path if saved is None else saved.base
+        options = {"dtype": getattr(torch, config.dtype)} | quantisation(config, device)
+        model = load_pretrained(transformers.AutoModelForCausalLM, path, trust, **options)
+        _keep_differentiable(model)
+    elif config.quantise != "none":
+        raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")
+    model = disable_dropout(model if config.quantise != "none" else model.to(device))
+    _make_saveable(model)
+    tokenizer = load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
+    return Loaded(model, tokenizer, saved)
+
+
+def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Generator) -> Loaded:
+    """The model with adapters if `config.lora` wants some; else with a saved one added to its weights for good."""
+    model, saved, adapters = loaded.model, loaded.saved, None
+    if config.lora.rank:
+        adapters = adapt(model, config.lora, saved, generator)
+    elif saved is not None:
+        put_on(model, saved).merge()
+    if config.checkpointing:
+        checkpoint_activations(model)
+    return Loaded(disable_dropout(model), loaded.tokenizer, saved, adapters)
+
+
+def quantisation(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` that `config.quantise` means.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314.
+    """
+    if config.quantise == "none":
+        return {}
+    require("bitsandbytes", "bitsandbytes")
+    nf4 = require("transformers").BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+    return {"quantization_config": nf4, "device_map": {"": device}}
+
+
+def _keep_differentiable(model: Any) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes repacks weights in eval mode for a product without a gradient."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def checkpoint_activations(network: Any) -> None:
+    """Have the layers of a network recompute their activations in backward passes, within `recomputing` alone."""
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def recomputing(*networks: nn.Module) -> Iterator[None]:
+    """Where the layers of these networks that are to recompute their activations do so.
+
+    transformers does it in train mode alone, in which `generate` makes no use of its cache; only the layers concerned
+    are put into it.
+    """
+    layers = [m for network in networks for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
+
+
+def load_reward_model(
+    field: str, path: str, dtype: torch.dtype, trust: bool = False
+) -> tuple[Any, SavedAdapter | None] | None:
+    """The sequence classification model at `path`, None when there is another kind of model.
+
+    Of a PEFT directory it is the base with the head of the adapter, which is not on it yet.
+    Raises UserError naming `field` unless it has a linear head "score" with one output.
+    """
+    transformers, saved = require("transformers"), read_adapter(field, path)
+    if saved is not None:
+        return None if saved.head is None else (_load_classifier_base(saved, dtype, trust), saved)
+    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return None
+    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
+    return model, None
+
+
+def _load_classifier_base(saved: SavedAdapter, dtype: torch.dtype, trust: bool) -> Any:
+    """The base of a reward model's adapter as a model for sequence classification, with the head saved."""
+    logging, loader = require("transformers.utils.logging"), require("transformers").AutoModelForSequenceClassification
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the base has no such head
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = load_pretrained(loader, saved.base, trust, dtype=dtype, num_labels=1)
+    finally:
+        logging.set_verbosity(verbosity)
+    model.score = saved.head
+    return model
+
+
+def read_stats(directory: str) -> tuple[float, float]:
+    """Mean and standard deviation of a model's scores; 0 and 1 where none are saved."""
+    path = Path(directory) / STATS
+    if not path.is_file():
+        return 0.0, 1.0
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = float(stats["mean"]), float(stats["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: expected {{"mean": number, "std": number}}, got {error!r}') from error
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise UserError(f"{path}: expected a finite mean and a std > 0, got {mean} and {std}")
+    return mean, std
+
+
+def load_tokenizer(path: str | None, trust: bool = False) -> Any:
+    """The tokenizer at `path`; UserError when it has no EOS token."""
+    return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
+
+
+def checked_tokenizer(tokenizer: Any) -> Any:
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer: expected an EOS token, got none")
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up batches; attention masks say what counts, so that EOS will do where there is none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def disable_dropout(model: Any) -> Any:
+    """Set every dropout probability to 0, modules and plain attributes alike, and go to eval mode.
+
+    Some architectures read a float attribute (`attention_dropout`) rather than own an `nn.Dropout`, so that
+    eval mode alone would be undone by a later `train()`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in vars(holder).items() if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep the bars that transformers draws while it loads and writes out of the console of the run."""
+    bars = require("transformers.utils.logging")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _make_saveable(policy: Any) -> None:
+    """Find out before the run, not after it, whether `save_pretrained` will take the generation config.
+
+    It refuses a temperature or top-p beside do_sample = False, which many published models have.
+    """
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:
+        policy.generation_config.do_sample = True
+        try:
+            policy.generation_config.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.path: its generation config cannot be saved: {reason}") from error
+
+
+def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
+    """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
+    failures = (OSError, ValueError, ImportError, require("safetensors").SafetensorError)
+    try:
+        with no_progress_bars():
+            return loader.from_pretrained(path, trust_remote_code=trust, **options)
+    except failures as error:
+        where = "directory" if path is not None and Path(path).exists() else "model"
+        reason = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
+        raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error
