@@ -90,7 +90,7 @@ def make_plan(
 
 def longest_prompt(config: PPOConfig, shapes: Shapes) -> int:
     """`data.max_prompt_tokens`, or what the model's context leaves beside the response."""
-    context = getattr(shapes.policy.get_text_config(), "max_position_embeddings", None)
+    context = getattr(shapes.policy.config.get_text_config(), "max_position_embeddings", None)
     left = config.data.max_prompt_tokens if context is None else context - config.rollout.max_new_tokens
     if left < 1:
         raise UserError(

@@ -50,10 +50,8 @@ class Rehearsal:
     def run(self) -> Timeline:
         """The timeline of a step whose optimizers have taken one before."""
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
-            self.resident = make_resident(self.config, self.shapes)
+            self.resident = make_resident(self.config, self.shapes, self.timeline.name)
             self.models = self.resident.models
-            for item, tensors in self.resident.items().items():
-                self.timeline.name(item, tensors)
             self.learner = Learner(self.models, self.config)
             self._make_states()
             self.rollout()
@@ -100,7 +98,8 @@ class Rehearsal:
             for parameter in network.parameters:
                 parameter.register_post_accumulate_grad_hook(self._name_gradient)
         with self.timeline.phase("update"):
-            self.learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
+            with self.models.recomputing():
+                self.learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
             for network in networks:
                 network.clip()
                 self._step(network)

@@ -1,10 +1,12 @@
-"""The models of a run by their configs alone, without weights."""
+"""The networks of a run by the configs of its models alone, without weights."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,90 +15,225 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, same_base
 from .config import ModelConfig, PPOConfig
 from .errors import UserError, require
 from .forward import backbone_of
-from .models import VALUE_CONFIG, Models, ValueModel, disable_dropout, load_pretrained
+from .loading import checkpoint_activations, disable_dropout, load_pretrained
+from .models import VALUE_CONFIG, VALUE_DIRECTORY, Models, ValueModel
+from .parking import Parked
+
+Name = Callable[[str | None, Iterable[Tensor]], None]  # says what tensors count as; None: they are in host memory
+SCALES = 64  # weights of 4 bits to a scale of 8 bits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: its config of transformers, and that of the adapter on it."""
+
+    config: Any
+    adapter: Any | None = None  # peft.LoraConfig
+    shared: bool = False  # the adapter is on the policy's base
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Configs of transformers."""
+    """The models that a run loads."""
 
-    policy: Any
-    value: Any | None = None  # None: the policy's
-    rewards: tuple[Any, ...] = ()
+    policy: Shape
+    value: Shape | None = None  # None: the policy's
+    rewards: tuple[Shape, ...] = ()
 
 
 class Scoring(NamedTuple):
-    """A reward model, and the block that it is on the device in."""
+    """A reward model, and the block that it is itself in, on the device."""
 
     network: ValueModel
     present: Callable[[], AbstractContextManager[Any]]
+    adapter: bool = False  # on the policy's base
 
 
-@dataclass(frozen=True)
-class Resident:
+class Resident(NamedTuple):
     """The networks of a run."""
 
     models: Models
     rewards: tuple[Scoring, ...]
 
-    def items(self) -> dict[str | None, list[Tensor]]:
-        """Tensors of weights by the item of the plan that they count as."""
-        networks = [self.models.policy, self.models.reference, self.models.value, *(x.network for x in self.rewards)]
-        return {"weights": [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]}
-
 
 def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
-    """The config of every model that `config` names; `policy` is that of one that is there already."""
+    """The configs of every model that `config` names; `policy` is that of one that is there already."""
     if policy is None and config.model.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
-    policy = policy or _read(config.model.path, config)
-    rewards = tuple(_read(path, config) for path in config.reward.models)
+    own = _read(config.model.path, config) if policy is None else Shape(policy)
+    rewards = tuple(_read(path, config, config.model.path) for path in config.reward.models)
     start = config.model.value_path
     if start is not None:
-        return Shapes(policy, _read(_value_shape(start), config), rewards)
+        return Shapes(own, _read(_value_directory(start), config), rewards)
     # As far as configs tell, the critic starts from the first reward model where that has the policy's vocabulary.
-    alike = bool(rewards) and rewards[0].vocab_size == policy.vocab_size
-    return Shapes(policy, rewards[0] if alike else None, rewards)
+    alike = bool(rewards) and rewards[0].config.vocab_size == own.config.vocab_size
+    return Shapes(own, rewards[0] if alike else None, rewards)
 
 
-def _value_shape(path: str) -> str:
+def _value_directory(path: str) -> str:
+    beside = Path(path) / VALUE_DIRECTORY
     own = Path(path) / VALUE_CONFIG
-    return str(own) if own.is_file() else path
+    return str(own) if own.is_file() else str(beside) if (beside / ADAPTER_CONFIG).is_file() else path
 
 
-def _read(path: str | None, config: PPOConfig) -> Any:
-    return load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
+def _read(path: str | None, config: PPOConfig, base: str | None = None) -> Shape:
+    adapter = None
+    if path is not None and (Path(path) / ADAPTER_CONFIG).is_file():
+        adapter = require("peft").PeftConfig.from_pretrained(path)
+        adapter.modules_to_save = adapter.task_type = None
+        path = adapter.base_model_name_or_path
+    shape = load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
+    return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
 
 
-def make_resident(config: PPOConfig, shapes: Shapes) -> Resident:
-    """The networks in their layout; under a FakeTensorMode they take no memory."""
-    policy = _make("AutoModelForCausalLM", shapes.policy, config.model)
-    shared = config.model.layout == "shared"
-    backbone = backbone_of(policy) if shared else _make("AutoModel", shapes.value or shapes.policy, config.model)
-    models = Models(
+def make_resident(config: PPOConfig, shapes: Shapes, name: Name) -> Resident:
+    """The networks in their layout, of tensors without data: to be called under a FakeTensorMode."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
+        models = _make_models(config, shapes)
+        rewards = [_make_scoring(shape, models, config.model) for shape in shapes.rewards]
+    adapters = models.adapters
+    if adapters is not None:
+        own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
+        _materialise([*own, *models.value.head.parameters()], "adapters", name)
+    parked = None
+    if config.model.park and adapters is None:
+        parked = _park(models.reference, name)
+    for network in (models.policy, models.reference, models.value):
+        _materialise(_tensors(network), "weights", name)
+    apart = [_park(reward.network, name) if config.model.park and not reward.adapter else None for reward in rewards]
+    for reward in rewards:
+        _materialise(_tensors(reward.network), "weights", name)
+    presences = [
+        reward if park is None else reward._replace(present=park.present)
+        for reward, park in zip(rewards, apart, strict=True)
+    ]
+    return Resident(dataclasses.replace(models, parked=parked), tuple(presences))
+
+
+def _make_models(config: PPOConfig, shapes: Shapes) -> Models:
+    model, adapters = config.model, None
+    policy = _make("AutoModelForCausalLM", shapes.policy, model)
+    if model.quantise != "none":
+        quantise(policy)
+    if model.lora.rank:
+        moving = shapes.policy.adapter is not None or config.reference.update != "fixed"
+        adapters = _make_adapters(policy, model, moving=moving)
+    together = adapters is not None or model.layout == "shared"
+    backbone = backbone_of(policy) if together else _make("AutoModel", shapes.value or shapes.policy, model)
+    if model.checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(backbone)
+    return Models(
         policy=policy,
-        reference=_make("AutoModelForCausalLM", shapes.policy, config.model).requires_grad_(False),
+        reference=policy if adapters else _make("AutoModelForCausalLM", shapes.policy, model).requires_grad_(False),
         value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)),
         tokenizer=None,
         pad_id=0,
         eos_id=0,
-        linear=config.model.logits == "linear",
-        packed=config.model.batches == "packed",
-        shared=shared,
+        linear=model.logits == "linear",
+        packed=model.batches == "packed",
+        shared=model.layout == "shared",
+        adapters=adapters,
     )
-    return Resident(models, tuple(_make_reward(shape, config.model) for shape in shapes.rewards))
 
 
-def _make_reward(shape: Any, config: ModelConfig) -> Scoring:
+def _make_adapters(policy: Any, config: ModelConfig, *, moving: bool) -> Adapters:
+    # There is nothing to draw, and a generator of another device is refused.
+    adapters = adapt(policy, config.lora, None, None)  # type: ignore[arg-type]
+    adapters.add(VALUE, adapters.config(TRAINED), trained=True)
+    if moving:
+        adapters.copy(TRAINED, REFERENCE)
+    return adapters
+
+
+def _make_scoring(shape: Shape, models: Models, config: ModelConfig) -> Scoring:
+    """A reward model, on a base of its own or on the policy's."""
+    adapters = models.adapters
+    if adapters is not None and shape.shared:
+        name = f"reward-{len(adapters.trained)}"
+        adapters.add(name, shape.adapter, trained=False)
+        return Scoring(models.value, functools.partial(adapters.active, name), adapter=True)
     model = _make("AutoModelForSequenceClassification", shape, config).requires_grad_(False)
     return Scoring(ValueModel(model.base_model, model.score), contextlib.nullcontext)
 
 
-def _make(kind: str, shape: Any, config: ModelConfig) -> Any:
-    """A model of that config; made anew for each use, as tensors without data cannot be deep-copied."""
-    factory, dtype = getattr(require("transformers"), kind), getattr(torch, config.dtype)
-    trust = config.trust_remote_code
-    return disable_dropout(factory.from_config(copy.deepcopy(shape), dtype=dtype, trust_remote_code=trust))
+def _make(kind: str, shape: Shape, config: ModelConfig) -> Any:
+    factory, copied = getattr(require("transformers"), kind), copy.deepcopy(shape.config)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    return disable_dropout(factory.from_config(copied, **options))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _materialise(tensors: Iterable[Tensor], item: str | None, name: Name) -> None:
+    """Give tensors on "meta" a storage that is counted as `item`; they stay the objects they are."""
+    for tensor in tensors:
+        if tensor.device.type == "meta":
+            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            # What nn.Parameter(made) would be, whose detour over a view leaves a weak reference that forbids the swap.
+            made._is_param = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, made)
+            name(item, [tensor])
+
+
+def _park(network: nn.Module, name: Name) -> Parked:
+    _materialise(_tensors(network), None, name)
+    return _NamedParked(network, name)
+
+
+class _NamedParked(Parked):
+    """Its copies on the device count as weights."""
+
+    def __init__(self, network: nn.Module, name: Name) -> None:
+        super().__init__(network, torch.device("cpu"))
+        self.name = name
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[Any]:
+        with super().present() as network:
+            self.name("weights", _tensors(self.network))
+            yield network
+
+
+def quantise(network: Any) -> None:
+    """Put what takes the memory of a layer of 4 bits in the place of every linear layer but the head."""
+    for parent in [*network.modules()]:
+        for name, layer in [*parent.named_children()]:
+            if type(layer) is nn.Linear and layer is not network.get_output_embeddings():
+                setattr(parent, name, FourBits(layer))
+
+
+class FourBits(nn.Linear):
+    """The memory, and not the numbers, of a linear layer of 4 bits: its weight is there in full within a product alone.
+
+    4 bits a weight, 8 bits a scale of 64 weights, and 32 bits a scale of 256 scales.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        count = layer.weight.numel()
+        held = count // 2 + count // SCALES + count // SCALES // 64
+        self.weight = nn.Parameter(layer.weight.new_empty(held, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(x, self.out_features, self.bias)
+        return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+        ctx.in_features = x.shape[-1]
+        return nn.functional.linear(x, x.new_empty(out_features, x.shape[-1]), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ gradient.new_empty(gradient.shape[-1], ctx.in_features), None, None
