@@ -33,7 +33,7 @@ def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer:
     The prompts are ragged, the longest of that many tokens, and no response ends early.
     """
     prompts = [" ".join(["w1"] * (tokens - row % 2)) for row in range(config.rollout.batch_size)]
-    given = {"reward_fn": lambda completions, **_: [float(len(text) % 7) for text in completions], "prompts": prompts}
+    function = None if config.reward.models else lambda completions, **_: [float(len(text) % 7) for text in completions]
 
     def draw(self: Sampler, logits: Tensor) -> Tensor:
         logits[:, :4] = -torch.inf  # no special token
@@ -42,7 +42,7 @@ def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer:
     plain_draw = Sampler.draw
     stages, draws = mock.patch.object(ppo, "Stopwatch", Recorded), mock.patch.object(Sampler, "draw", draw)
     with stages, draws, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_ppo(config, **given, policy=make_policy(), tokenizer=tokenizer)
+        train_ppo(config, reward_fn=function, prompts=prompts, policy=make_policy(), tokenizer=tokenizer)
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     times, alive = np.array([time for time, _ in changes]), np.array([count for _, count in changes]).cumsum()
