@@ -31,6 +31,7 @@ STAGES = [
     "optim",
     "update",
     "tracing",
+    "standins",
     "shapes",
     "rehearsal",
     "plan",

@@ -50,7 +50,7 @@ class Rehearsal:
     def run(self) -> Timeline:
         """The timeline of a step whose optimizers have taken one before."""
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
-            self.resident = make_resident(self.config, self.shapes, self.timeline.name)
+            self.resident = make_resident(self.config, self.shapes, self.device, self.timeline.name)
             self.models = self.resident.models
             self.learner = Learner(self.models, self.config)
             self._make_states()

@@ -22,9 +22,10 @@ from .forward import backbone_of
 from .loading import checkpoint_activations, disable_dropout, load_pretrained
 from .models import VALUE_CONFIG, VALUE_DIRECTORY, Models, ValueModel
 from .parking import Parked
+from .standins import attention, quantise
 
+Make = Callable[[str, "Shape"], Any]  # a model of that class
 Name = Callable[[str | None, Iterable[Tensor]], None]  # says what tensors count as; None: they are in host memory
-SCALES = 64  # weights of 4 bits to a scale of 8 bits
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ def _read(path: str | None, config: PPOConfig, base: str | None = None) -> Shape
     return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
 
 
-def make_resident(config: PPOConfig, shapes: Shapes, name: Name) -> Resident:
+def make_resident(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> Resident:
     """The networks in their layout, of tensors without data: to be called under a FakeTensorMode."""
+    make = functools.partial(_make, config=config.model, attention=attention(config.model, device))
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
-        models = _make_models(config, shapes)
-        rewards = [_make_scoring(shape, models, config.model) for shape in shapes.rewards]
+        models = _make_models(config, shapes, make)
+        rewards = [_make_scoring(shape, models, make) for shape in shapes.rewards]
     adapters = models.adapters
     if adapters is not None:
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
@@ -114,22 +116,22 @@ def make_resident(config: PPOConfig, shapes: Shapes, name: Name) -> Resident:
     return Resident(dataclasses.replace(models, parked=parked), tuple(presences))
 
 
-def _make_models(config: PPOConfig, shapes: Shapes) -> Models:
+def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
     model, adapters = config.model, None
-    policy = _make("AutoModelForCausalLM", shapes.policy, model)
+    policy = make("AutoModelForCausalLM", shapes.policy)
     if model.quantise != "none":
         quantise(policy)
     if model.lora.rank:
         moving = shapes.policy.adapter is not None or config.reference.update != "fixed"
         adapters = _make_adapters(policy, model, moving=moving)
     together = adapters is not None or model.layout == "shared"
-    backbone = backbone_of(policy) if together else _make("AutoModel", shapes.value or shapes.policy, model)
+    backbone = backbone_of(policy) if together else make("AutoModel", shapes.value or shapes.policy)
     if model.checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(backbone)
     return Models(
         policy=policy,
-        reference=policy if adapters else _make("AutoModelForCausalLM", shapes.policy, model).requires_grad_(False),
+        reference=policy if adapters else make("AutoModelForCausalLM", shapes.policy).requires_grad_(False),
         value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)),
         tokenizer=None,
         pad_id=0,
@@ -150,20 +152,21 @@ def _make_adapters(policy: Any, config: ModelConfig, *, moving: bool) -> Adapter
     return adapters
 
 
-def _make_scoring(shape: Shape, models: Models, config: ModelConfig) -> Scoring:
+def _make_scoring(shape: Shape, models: Models, make: Make) -> Scoring:
     """A reward model, on a base of its own or on the policy's."""
     adapters = models.adapters
     if adapters is not None and shape.shared:
         name = f"reward-{len(adapters.trained)}"
         adapters.add(name, shape.adapter, trained=False)
         return Scoring(models.value, functools.partial(adapters.active, name), adapter=True)
-    model = _make("AutoModelForSequenceClassification", shape, config).requires_grad_(False)
+    model = make("AutoModelForSequenceClassification", shape).requires_grad_(False)
     return Scoring(ValueModel(model.base_model, model.score), contextlib.nullcontext)
 
 
-def _make(kind: str, shape: Shape, config: ModelConfig) -> Any:
+def _make(kind: str, shape: Shape, *, config: ModelConfig, attention: str | None) -> Any:
     factory, copied = getattr(require("transformers"), kind), copy.deepcopy(shape.config)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    options |= {} if attention is None else {"attn_implementation": attention}
     return disable_dropout(factory.from_config(copied, **options))
 
 
@@ -199,41 +202,3 @@ class _NamedParked(Parked):
         with super().present() as network:
             self.name("weights", _tensors(self.network))
             yield network
-
-
-def quantise(network: Any) -> None:
-    """Put what takes the memory of a layer of 4 bits in the place of every linear layer but the head."""
-    for parent in [*network.modules()]:
-        for name, layer in [*parent.named_children()]:
-            if type(layer) is nn.Linear and layer is not network.get_output_embeddings():
-                setattr(parent, name, FourBits(layer))
-
-
-class FourBits(nn.Linear):
-    """The memory, and not the numbers, of a linear layer of 4 bits: its weight is there in full within a product alone.
-
-    4 bits a weight, 8 bits a scale of 64 weights, and 32 bits a scale of 256 scales.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        count = layer.weight.numel()
-        held = count // 2 + count // SCALES + count // SCALES // 64
-        self.weight = nn.Parameter(layer.weight.new_empty(held, dtype=torch.uint8), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = _Product.apply(x, self.out_features, self.bias)
-        return product
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-        ctx.in_features = x.shape[-1]
-        return nn.functional.linear(x, x.new_empty(out_features, x.shape[-1]), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return gradient @ gradient.new_empty(gradient.shape[-1], ctx.in_features), None, None
