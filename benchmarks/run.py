@@ -2,7 +2,7 @@
 
 python -m benchmarks.run [SUITE ...]
 
-Suites of whole trainers of other projects run only when they are named.
+Suites of whole trainers of other projects run only when they are named; `benchmarks.bench_7b` runs by itself.
 """
 
 import re
@@ -13,14 +13,14 @@ from pathlib import Path
 from benchmarks.conftest import device_name
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"trl"}
+PEERS, PROGRAMS = {"trl"}, {"7b"}
 
 
 def main(suites: list[str]) -> int:
     """Run the named suites, or all of our own; stops at the first that fails."""
     directory = HERE / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-")
     directory.mkdir(parents=True, exist_ok=True)
-    own = {path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")} - PEERS
+    own = {path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")} - PEERS - PROGRAMS
     for suite in suites or sorted(own):
         target = directory / f"{suite}.json"
         command = [

@@ -14,7 +14,7 @@ import ppo_fast
 from ppo_fast.ops import _native
 from ppo_fast.ops._registry import BACKENDS
 
-_PACKAGES = ("torch", "triton", "transformers", "flash-attn", "peft", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "flash-attn", "peft", "bitsandbytes", "numpy")
 
 
 def _version(package: str) -> str:

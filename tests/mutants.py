@@ -33,6 +33,7 @@ RLHF = "ppo_fast/rlhf"
 SUPERVISED, RESUMED, REWARD, EXAMPLES = (
     f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
 )
+ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
 TRAPS, MASKED, METRICS, PREFERENCE = (
     f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
 )
@@ -110,7 +111,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
     Mutant(f"{RLHF}/supervised.py", ', "network": self.network}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
-    Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory)\n", "        pass\n", RESUMED),
+    Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED),
     Mutant(f"{RLHF}/supervised.py", 'load_start(config, "optim.epochs", "log")', 'load_start(config, "log")', RESUMED),
     Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
@@ -138,9 +139,28 @@ MUTANTS = [
     ),
     Mutant(f"{RLHF}/reward_model.py", "chosen, rejected, margin=self._margins(pairs)", "chosen, rejected", REWARD),
     Mutant(f"{RLHF}/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
-    Mutant(f"{RLHF}/dpo.py", "completion_logprobs(self.reference", "completion_logprobs(self.model", SUPERVISED),
+    Mutant(f"{RLHF}/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED),
-    Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(model)", "model", SUPERVISED),
+    Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(loaded.model)", "loaded.model", SUPERVISED),
+    # layouts and adapters
+    Mutant(f"{RLHF}/adapters.py", "layer._disable_adapters = name is None", "pass", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "            self._switch(before)", "            pass", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "parameter.requires_grad_(flag)", "parameter.requires_grad_(True)", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "a=5**0.5, generator=generator", "a=5**0.5", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "[*(own.keys() ^ tensors.keys())][:1]", "()", ADAPTERS),
+    Mutant(f"{RLHF}/loading.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
+    Mutant(f"{RLHF}/loading.py", "            layer.training = training", "            pass", LAYOUTS),
+    Mutant(f"{RLHF}/loading.py", "            layer.training = True", "            pass", LAYOUTS),
+    Mutant(f"{RLHF}/parking.py", "            if not self._depth:", "            if True:", LAYOUTS),
+    Mutant(f"{RLHF}/parking.py", ", copy=True)", ")", LAYOUTS),
+    Mutant(f"{RLHF}/models.py", 'role == "value" and self.shared', "False", LAYOUTS),
+    Mutant(f"{RLHF}/models.py", 'loaded.saved is not None or reference.update != "fixed"', "False", LAYOUTS),
+    Mutant(f"{RLHF}/models.py", "same_base(saved.base, base)", "True", LAYOUTS),
+    Mutant(f"{RLHF}/models.py", "head.bias.sub_(mean).div_(std)", "head.bias.div_(std)", LAYOUTS),
+    Mutant(f"{RLHF}/reward_sources.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS),
+    Mutant(f"{RLHF}/reward_sources.py", "load(name, saved, trained=False)", "load(name, saved, trained=True)", LAYOUTS),
+    Mutant(f"{RLHF}/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTERS),
+    Mutant(f"{RLHF}/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTERS),
     # examples
     Mutant(f"{RLHF}/examples.py", "if end and not tokenizer.decode(ids[end:]).strip()", "if end == len(ids)", EXAMPLES),
     Mutant(f"{RLHF}/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),

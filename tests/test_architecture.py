@@ -17,6 +17,7 @@ STAGES = [
     "configfile",
     "data",
     "curriculum",
+    "attention",
     "batches",
     "forward",
     "examples",
@@ -28,6 +29,7 @@ STAGES = [
     "reward_sources",
     "rewards",
     "advantages",
+    "adamw",
     "optim",
     "update",
     "tracing",
@@ -120,7 +122,12 @@ def calls(path: Path, *names: str) -> list[str]:
         # The only stage that changes parameters, by the optimizers of `optim`. Loop.step is a loop's own.
         (
             "update",
-            {"optim": {"step", "zero_grad"}, "loop": {"step"}, "supervised": {"step", "backward"}},
+            {
+                "optim": {"step", "zero_grad"},
+                "adamw": {"step", "zero_grad"},
+                "loop": {"step"},
+                "supervised": {"step", "backward"},
+            },
             ("backward", "step", "zero_grad"),
         ),
         # The only stage that writes weights.

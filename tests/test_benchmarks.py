@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import profile_update, tables
 from benchmarks import run as runner
-from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +33,7 @@ def test_tuning_times_every_candidate(tmp_path: Path) -> None:
 def test_the_gpu_script_names_its_phases() -> None:
     run = subprocess.run(["benchmarks/gpu.sh", "fly"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.strip() == "phase: expected test, bench or tune, got fly"
+    assert run.stderr.strip() == "phase: expected test, bench, tune or 7b, got fly"
 
 
 def _shown(path: Path, group: str, **info: object) -> str:
@@ -69,7 +69,17 @@ def test_only_our_own_suites_run_unless_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(
         subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
     )
-    for name in ("gae", "trl"):
+    for name in ("gae", "trl", "7b"):
         (tmp_path / f"bench_{name}.py").touch()
     assert runner.main([]) == runner.main(["trl"]) == 0
     assert [command[-2] for command in commands] == ["benchmarks/bench_gae.py", "benchmarks/bench_trl.py"]
+
+
+def test_the_profile_of_an_update_has_a_share_for_every_group() -> None:
+    times = profile_update.run("tiny", {"rollout.batch_size": "8", "optim.minibatch_size": "8"})
+    assert [*times] == [*profile_update.GROUPS, profile_update.REST]
+    assert min(times.values()) > 0
+    shown = profile_update.table("tiny", times).splitlines()
+    assert shown[0] == "| update, tiny | share | ms |"
+    assert len(shown) == 9
+    assert shown[-1].startswith("| all | 100% | ")

@@ -23,11 +23,8 @@ class Sequences:
     inputs: dict[str, Tensor | None]  # ids and positions, padded [b, L] with a mask, or [1, S] without one
     states: Tensor  # [N] int64: places in the flattened batch
     tail: int  # the last columns, that hold all of them
-    lengths: Array | None = None  # of the sequences in a packed row; None: padded
-
-    @property
-    def packed(self) -> bool:
-        return self.lengths is not None
+    ends: Tensor | None = None  # [b + 1] int32: sequence i of a packed row is ends[i] to ends[i + 1]; None: padded
+    longest: int = 0  # sequence of a packed row
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,8 @@ class Grid:
         }
         rank = kept.ravel().cumsum() - 1
         states = put(rank[self.counted[rows, 1:].ravel()], device)
-        return Sequences(inputs, states, len(row), lengths[lengths > 0])
+        ends = offsets(lengths[lengths > 0]).astype(np.int32)
+        return Sequences(inputs, states, len(row), put(ends, device), int(lengths.max()))
 
 
 def put(array: Array, device: torch.device) -> Tensor:

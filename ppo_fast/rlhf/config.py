@@ -113,7 +113,7 @@ class RolloutConfig:
     micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
-    static_cache: bool = False  # keys and values in buffers of fixed size, which compiled decoding needs
+    static_cache: bool = False  # keys and values in buffers of fixed size; on a GPU the decoding step is then compiled
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio

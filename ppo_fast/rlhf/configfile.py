@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .config import PPOConfig
 from .errors import UserError, require
+from .runtime import write_whole
 
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
@@ -72,7 +73,7 @@ def config_from_dict(
 
 def save_config(config: Any, path: Path) -> None:
     """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
-    path.write_text(require("yaml").safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_whole(path, require("yaml").safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ppo_fast import ops
 
 from .adapters import REFERENCE, TRAINED
-from .examples import Pair, preference_pair
+from .batches import put
+from .examples import Batch, Pair, preference_pair
 from .loading import Loaded, load_policy, padding_id
 from .supervised import Objective, Source, SupervisedResult, completion_logprobs, fit, load_data, prepared
 from .supervised_config import DPOConfig
@@ -28,13 +29,21 @@ class DPO(Objective[Pair]):
     reference: Any  # causal LM, frozen; the model itself where adapters tell them apart
     beta: float
     linear: bool = True  # log-probabilities without the logits of the batch
+    packed: bool = False  # batches without padding
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
         batch = self.batch(pairs)
         with torch.no_grad(), self._at_start():
-            ref_chosen, ref_rejected = _halves(completion_logprobs(self.reference, batch, linear=self.linear))
-        chosen, rejected = _halves(completion_logprobs(self.model, batch, linear=self.linear))
+            ref_chosen, ref_rejected = self._logprobs(self.reference, batch)
+        chosen, rejected = self._logprobs(self.model, batch)
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+
+    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums [B] over the completions of the chosen and of the rejected, [2B] one after the other."""
+        logprobs = completion_logprobs(model, batch, linear=self.linear, packed=self.packed)
+        lengths = put(batch.grid.lengths, logprobs.device)
+        chosen, rejected = torch.segment_reduce(logprobs, "sum", lengths=lengths, unsafe=True).chunk(2)
+        return chosen, rejected
 
     def _at_start(self) -> AbstractContextManager[None]:
         """Where the reference is the model as it was at the start."""
@@ -72,8 +81,8 @@ def train_dpo(
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         data = load_data(config, preference_pair, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
-        linear = config.model.logits == "linear"
-        objective = DPO(*common, _reference(loaded), config.beta, linear, adapters=loaded.adapters)
+        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        objective = DPO(*common, _reference(loaded), config.beta, **ways, adapters=loaded.adapters)
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
@@ -84,9 +93,3 @@ def _reference(loaded: Loaded) -> Any:
     if loaded.saved is not None:
         loaded.adapters.copy(TRAINED, REFERENCE)
     return loaded.model
-
-
-def _halves(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [B] over the completions of the first and of the second half of [2B, L-1]."""
-    chosen, rejected = logprobs.sum(dim=1).chunk(2)
-    return chosen, rejected

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .batches import Grid, put
 from .data import Row, apply_template, distinct, is_messages, read_rows, tokenise_prompt, usable
 from .errors import UserError
 from .supervised_config import ExamplesConfig
@@ -84,6 +86,7 @@ class Batch:
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] bool, True: a token of the prompt or the completion
     mask: Tensor  # [B, L] bool, True: a token of the completion
+    grid: Grid  # the same with masks on the host
 
 
 Kind = TypeVar("Kind", Example, Pair)
@@ -146,9 +149,10 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     """Pad the examples to the longest of them."""
     width = max(example.length for example in examples)
     ids = torch.tensor([[*e.ids, *[pad_id] * (width - e.length)] for e in examples], device=device)
-    start, end = torch.tensor([[e.start, e.length] for e in examples], device=device).T[..., None]
-    position = torch.arange(width, device=device)
-    return Batch(ids, position < end, (position >= start) & (position < end))
+    start, end = np.array([[e.start, e.length] for e in examples]).T[..., None]
+    position = np.arange(width)
+    grid = Grid(ids, position < end, (position >= start) & (position < end))
+    return Batch(ids, put(grid.attention, device), put(grid.counted, device), grid)
 
 
 class Batches:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import UserError
 from .runlog import SAMPLES, read_records
+from .runtime import write_whole
 
 PAIRS = "pairs.jsonl"
 
@@ -47,7 +48,7 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
             "set rollout.samples_per_prompt to 2 or more and log.all_samples"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    write_whole(target, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     return target
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppo_fast import ops
 
+from .attention import packed_arguments
 from .batches import Grid, Sequences
 from .errors import UserError
 
@@ -46,11 +47,8 @@ def backbone_of(model: Any) -> Any:
 
 def model_inputs(model: Any, sequences: Sequences) -> dict[str, Any]:
     """Arguments of a forward pass."""
-    inputs = accepted(model, sequences.inputs)
-    if sequences.packed and "position_ids" not in inputs:
-        kind = type(model).__name__
-        raise UserError(f"model.batches: expected 'padded' for {kind}, whose forward pass takes no positions")
-    return {"use_cache": False} | inputs
+    inputs = {"use_cache": False} | accepted(model, sequences.inputs)
+    return inputs if sequences.ends is None else inputs | packed_arguments(model, sequences.ends, sequences.longest)
 
 
 def accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def response_logits(model: Any, sequences: Sequences) -> Tensor:
     inputs, states = model_inputs(unwrapped(model), sequences), sequences.states
     if "logits_to_keep" not in _parameters(unwrapped(model).__class__):
         return model(**inputs).logits.flatten(0, 1).index_select(0, states)
-    if sequences.packed:
+    if sequences.ends is not None:
         return model(**inputs, logits_to_keep=states).logits[0]
     width, tail = inputs["input_ids"].shape[1], sequences.tail
     logits = model(**inputs, logits_to_keep=tail).logits
@@ -131,7 +129,9 @@ def reference_terms(reference: Any, sequences: Sequences, *, linear: bool) -> di
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
     x = response_hidden(reference, sequences)
-    return {"ref_hidden": x.hidden, "ref_weight": x.weight, "ref_bias": x.bias}
+    # Detached: a parked reference's parameters are in host memory again by the time of the loss.
+    bias = None if x.bias is None else x.bias.detach()
+    return {"ref_hidden": x.hidden, "ref_weight": x.weight.detach(), "ref_bias": bias}
 
 
 @torch.no_grad()

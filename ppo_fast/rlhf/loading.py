@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapters, SavedAdapter, adapt, put_on, read_adapter
+from .adapters import Adapters, SavedAdapter, adapt, put_on, read_adapter, tokenizer_path
+from .attention import use_attention
 from .config import CausalConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import check_linear
@@ -60,6 +61,7 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
     elif config.quantise != "none":
         raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")
     model = disable_dropout(model if config.quantise != "none" else model.to(device))
+    use_attention(model, config)
     _make_saveable(model)
     tokenizer = load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
     return Loaded(model, tokenizer, saved)
@@ -103,6 +105,8 @@ def _keep_differentiable(model: Any) -> None:
 
 def checkpoint_activations(network: Any) -> None:
     """Have the layers of a network recompute their activations in backward passes, within `recomputing` alone."""
+    if not network.supports_gradient_checkpointing:
+        raise UserError(f"model.checkpointing: expected false for {type(network).__name__}, which has none, got True")
     network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -175,8 +179,8 @@ def read_stats(directory: str) -> tuple[float, float]:
 
 
 def load_tokenizer(path: str | None, trust: bool = False) -> Any:
-    """The tokenizer at `path`; UserError when it has no EOS token."""
-    return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, path, trust))
+    """The tokenizer at `path`, or at the base of an adapter there; UserError when it has no EOS token."""
+    return checked_tokenizer(load_pretrained(require("transformers").AutoTokenizer, tokenizer_path(path), trust))
 
 
 def checked_tokenizer(tokenizer: Any) -> Any:

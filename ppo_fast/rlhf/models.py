@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, SavedAdapter, put_on, read_adapter, same_base
+from .attention import use_attention
 from .config import ModelConfig, ReferenceConfig, RewardConfig
 from .errors import UserError, require
 from .forward import accepted, backbone_of, head_values
@@ -192,12 +193,12 @@ def make_value_model(
         backbone, scores = backbone_of(loaded.model), None
     else:
         backbone, scores = _own_backbone(config, loaded.model)
-        backbone.requires_grad_(True)
+        backbone.to(generator.device).requires_grad_(True)
     if scores is None:
         head = _new_head(config, backbone.config.hidden_size, generator)
     else:
         head = _head_like(scores, read_stats(str(config.value_path)) if normalised else (0.0, 1.0))
-    return ValueModel(backbone, head.requires_grad_(True)).to(generator.device)
+    return ValueModel(backbone, head.to(generator.device).requires_grad_(True))
 
 
 def _adapted_backbone(
@@ -224,6 +225,7 @@ def _own_backbone(config: ModelConfig, policy: Any) -> tuple[Any, nn.Linear | No
     known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
     if known < needed:
         raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
+    use_attention(backbone.to(policy.device), config)
     if config.checkpointing:
         checkpoint_activations(backbone)
     return backbone, scores

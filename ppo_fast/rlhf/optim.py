@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adamw import AdamW8bit, MasterAdamW
 from .config import AdamWConfig, LossConfig
 
 
@@ -18,30 +19,32 @@ class Network:
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.optimizer: Any = torch.optim.AdamW(
-            self.parameters,
-            lr=lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer: Any = make_optimizer(self.parameters, lr, config)
 
     def clip(self) -> Tensor:
-        """Clip the gradients; returns their 0-d norm from before."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        """Clip the gradients; returns their 0-d float32 norm from before."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        # By dtype: foreach kernels take one at a time. Norms of bfloat16 gradients would be bfloat16 themselves.
+        kinds = {gradient.dtype: [g for g in gradients if g.dtype == gradient.dtype] for gradient in gradients}
+        norms = [norm for same in kinds.values() for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        return norm
 
     def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
         """Step and clear the gradients; where `failed`, a 0-d bool, weights and moments stay as they are.
 
-        The fused kernel reads the flag on the device, as it does for `torch.amp.GradScaler`: the host waits for
-        nothing.
+        The kernels read the flag on the device, as they do for `torch.amp.GradScaler`: the host waits for nothing.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
         if failed is not None:
             self.optimizer.found_inf = failed.float()
         self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,6 +52,21 @@ class Network:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfig) -> torch.optim.Optimizer:
+    """AdamW with the states that `config` asks for."""
+    options: dict[str, Any] = {
+        "lr": lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.states == "8bit":
+        return AdamW8bit(parameters, **options)
+    if config.masters:
+        return MasterAdamW(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
 
 
 class PenaltyCoefficient:

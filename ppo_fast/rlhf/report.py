@@ -14,6 +14,7 @@ from . import plots
 from .data import as_text
 from .errors import UserError, require
 from .runlog import EVALUATIONS, SAMPLES, read_records
+from .runtime import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PAIRS = 12  # of the blind comparison, at most
@@ -54,7 +55,7 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
     try:
-        out.write_text(page, encoding="utf-8")
+        write_whole(out, page)
     except OSError as error:
         raise UserError(f"report: cannot write {str(out)!r}: {error.strerror}") from error
     return out

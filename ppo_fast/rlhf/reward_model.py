@@ -129,6 +129,8 @@ def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tok
         loaded = load_causal(config.model, generator.device, model, tokenizer)
         loaded = dataclasses.replace(loaded, model=add_score_head(loaded.model, loaded.tokenizer, generator))
     else:
+        if config.model.quantise != "none":
+            raise UserError(f"model.quantise: expected 'none' with init, got {config.model.quantise!r}")
         trust = config.model.trust_remote_code
         found = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
         if found is None:

@@ -18,7 +18,7 @@ from .batches import Grid, Sequences
 from .config import RolloutConfig
 from .data import PromptBatch
 from .errors import UserError, require
-from .forward import head_stats, head_values, response_hidden, response_stats, response_values
+from .forward import head_stats, head_values, response_hidden, response_stats, response_values, unwrapped
 from .models import Models, Role
 
 
@@ -212,7 +212,7 @@ def _generate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Responses [b, t] int64, their log-probabilities [b, t] float32, the ends [b] int64 of their stop strings.
 
-    What follows an EOS or a stop string is arbitrary.
+    What follows an EOS or a stop string is arbitrary. The keys and values are gone when this returns.
     """
     transformers = require("transformers")
     sampler, stopper = Sampler(config, generator), StopStrings(config, models.tokenizer, ids)
@@ -223,8 +223,8 @@ def _generate(
         pad_token_id=models.pad_id,
         cache_implementation="static" if config.static_cache else None,
     )
-    with _plain_generation_config(models.policy, settings):
-        output = models.policy.generate(
+    with models.using("policy") as policy, _plain_generation_config(policy, settings):
+        output = policy.generate(
             input_ids=ids,
             attention_mask=attention_mask.long(),
             generation_config=settings,
@@ -236,13 +236,18 @@ def _generate(
 
 @contextlib.contextmanager
 def _plain_generation_config(model: Any, settings: Any) -> Iterator[None]:
-    """Hide the model's own generation config: `generate` would fill ours up with its penalties and bans."""
-    own = model.generation_config
+    """Hide the model's own generation config: `generate` would fill ours up with its penalties and bans.
+
+    PEFT's `generate` leaves the config of the wrapper with the model inside. transformers below 5 keeps a static cache.
+    """
+    inner = unwrapped(model)
+    own = model.generation_config, inner.generation_config
     model.generation_config = settings
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config, inner.generation_config = own
+        vars(inner).pop("_cache", None)
 
 
 def _filtered(logits: Tensor, config: RolloutConfig) -> Tensor:

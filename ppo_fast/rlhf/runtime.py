@@ -1,17 +1,32 @@
-"""The machine a run is on: device, threads, precision, clock, and where an error happened."""
+"""The machine a run is on: device, threads, precision, clock, disk, and where an error happened."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import AdamWConfig
 from .errors import UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there completely or as it was before, even after a crash or on a full disk."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 class Stopwatch:
@@ -63,9 +78,10 @@ def find_device(name: str, setting: str = "model.device") -> torch.device:
 
 def warn_about_precision(model: Any, config: AdamWConfig) -> None:
     """Warn once when bfloat16 weights are to take steps that they may round away."""
-    if model.dtype == torch.bfloat16:
+    kept = config.masters or config.states == "8bit"
+    if not kept and any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
         warnings.warn(
             f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.lr:g}; "
-            "set model.dtype to float32 unless the run learns",
+            "set optim.masters to true, optim.states to '8bit' or model.dtype to float32 unless the run learns",
             stacklevel=3,
         )

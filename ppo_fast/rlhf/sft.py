@@ -21,11 +21,11 @@ class SFT(Objective[Example]):
 
     stage = "SFT"
     linear: bool = True  # log-probabilities without the logits of the batch
+    packed: bool = False  # batches without padding
 
     def loss(self, examples: Sequence[Example]) -> ops.LossOutput:
-        batch = self.batch(examples)
-        logprobs = completion_logprobs(self.model, batch, linear=self.linear)
-        return ops.LossOutput(-ops.masked_mean(logprobs, batch.mask[:, 1:]), {})
+        logprobs = completion_logprobs(self.model, self.batch(examples), linear=self.linear, packed=self.packed)
+        return ops.LossOutput(-logprobs.mean(), {})
 
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         metrics = super().evaluate(examples)
@@ -62,6 +62,7 @@ def train_sft(
     with prepared(config, resume) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         data = load_data(config, completion_example, loaded.tokenizer, start.generator, train, held_out)
+        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
-        objective = SFT(*common, config.model.logits == "linear", adapters=loaded.adapters)
+        objective = SFT(*common, **ways, adapters=loaded.adapters)
         return fit(config, objective, data, loaded.tokenizer, start)

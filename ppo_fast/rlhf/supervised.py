@@ -19,7 +19,6 @@ from torch import Tensor
 from ppo_fast import ops
 
 from .adapters import Adapters
-from .batches import Grid
 from .checkpoint import Checkpoint, load_saved, save_model, write_model
 from .configfile import save_config
 from .errors import NotFiniteError, UserError
@@ -161,7 +160,9 @@ class Run(Loop, Generic[Kind]):
             "prompts": self.tokenizer.batch_decode([example.ids[: example.start] for example in both]),
             "completions": self.tokenizer.batch_decode([example.ids[example.start :] for example in both]),
         }
-        return save_batch(target, self._write, vars(self.objective.batch(examples)), record)
+        batch = vars(self.objective.batch(examples))
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        return save_batch(target, self._write, tensors, record)
 
     def _parts(self) -> dict[str, Any]:
         return {"batches": self.batches, "network": self.network}
@@ -241,18 +242,14 @@ def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, 
     return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
 
-def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True) -> Tensor:
-    """Log-probabilities [B, L-1] float32 of tokens 1 to L-1 given those before them; 0 where no completion.
+def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:
+    """Log-probabilities [N] float32 of the tokens of the completions given those before them, row by row.
 
     With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
     """
-    grid = Grid.of(batch.input_ids, batch.attention_mask, batch.mask)
-    rows = np.arange(len(grid.ids))
-    places = grid.places(rows)
-    targets = batch.input_ids.flatten().index_select(0, places)
-    found = response_stats(model, grid.sequences(rows, packed=False), targets, linear=linear).logprobs
-    empty = torch.zeros(batch.input_ids.numel(), device=found.device)
-    return empty.index_copy(0, places, found).view(batch.input_ids.shape)[:, 1:]
+    grid, rows = batch.grid, np.arange(len(batch.grid.ids))
+    targets = grid.ids.flatten().index_select(0, grid.places(rows))
+    return response_stats(model, grid.sequences(rows, packed=packed), targets, linear=linear).logprobs
 
 
 def _check_fit(model: Any, data: Data[Any]) -> None:

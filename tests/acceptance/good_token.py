@@ -47,6 +47,6 @@ def config(directory: Path, seed: int, updates: int = 20, **changes: Any) -> PPO
     return config_from_dict({**merged, "updates": updates, "seed": seed, "log": log})
 
 
-def train(settings: PPOConfig, reward: Any = share_of_good_tokens) -> PPOResult:
-    policy, tokenizer = make_policy(settings.seed), tiny.make_tokenizer(WORDS)
+def train(settings: PPOConfig, reward: Any = share_of_good_tokens, policy: Any = None) -> PPOResult:
+    policy, tokenizer = policy or make_policy(settings.seed), tiny.make_tokenizer(WORDS)
     return train_ppo(settings, reward_fn=reward, prompts=WORDS, policy=policy, tokenizer=tokenizer)

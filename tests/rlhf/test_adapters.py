@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ppo_fast import cli
 from ppo_fast.rlhf import UserError, tiny
 from ppo_fast.rlhf.adapters import ADAPTER_CONFIG, ADAPTER_FILE, Adapters, adapt, read_adapter, same_base
-from ppo_fast.rlhf.checkpoint import fingerprint, write_model
+from ppo_fast.rlhf.checkpoint import fingerprint, save_models, write_model
 from ppo_fast.rlhf.config import LoraConfig
 from ppo_fast.rlhf.configfile import config_from_dict
+from ppo_fast.rlhf.loading import checkpoint_activations
 from ppo_fast.rlhf.supervised import Run
 from tests.helpers import raises_exactly
 from tests.rlhf.layouts import IDS, LORA, every_bit, models_in, run_stage, save_base, shift
@@ -201,6 +202,32 @@ def test_targets_and_models_that_cannot_be_used():
         adapted(adapted().network)
 
 
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path, base):
+    path = run_stage("sft", tmp_path / "sft", base).model
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+    assert models_in("adapters", str(path)).tokenizer.get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_a_model_that_cannot_recompute_is_told():
+    network = make_model()
+    network.supports_gradient_checkpointing = False
+    message = "model.checkpointing: expected false for LlamaForCausalLM, which has none, got True"
+    with raises_exactly(message, UserError):
+        checkpoint_activations(network)
+
+
+def test_peft_agrees_on_what_is_on():
+    adapters = adapted()
+    adapters.add("value", adapters.config("default"), trained=True)
+    layer = adapters.network.model.layers[0].mlp.up_proj
+    for name in ("value", None, "default"):
+        with adapters.active(name):
+            assert layer.disable_adapters == (name is None)
+            assert name is None or layer.active_adapters == [name]
+    assert (layer.active_adapters, layer.disable_adapters) == (["default"], False)
+
+
 def test_a_base_is_the_same_by_name_or_by_place(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert same_base("base", base)
@@ -277,6 +304,8 @@ def test_full_training_goes_on_from_the_merged_adapter(tmp_path, base):
         torch.testing.assert_close(models.policy(IDS).logits, logits(first.trained), atol=1e-5, rtol=1e-5)
     assert all(parameter.requires_grad for parameter in models.policy.parameters())
     assert not any("lora" in name for name, _ in models.policy.named_parameters())
+    saved = save_models(models, tmp_path / "final")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(saved)), logits(models.policy))
 
 
 def test_sft_continues_its_adapter(tmp_path, base):
@@ -380,16 +409,19 @@ def test_a_base_in_4_bits(wide, dtype):
     assert fingerprint(models.policy) == fingerprint(models_in("adapters", wide, quantise="nf4", dtype=dtype).policy)
 
 
-def test_a_stage_on_a_base_in_4_bits(tmp_path, wide):
-    result = run_stage("sft", tmp_path / "run", wide, quantise="nf4", optim={"epochs": 2})
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_on_a_base_in_4_bits(tmp_path, wide, stage):
+    result = run_stage(stage, tmp_path / "run", wide, quantise="nf4", optim={"epochs": 2})
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
     assert (result.model / ADAPTER_FILE).exists()
 
 
-def test_4_bits_that_cannot_be_had(monkeypatch, base):
+def test_4_bits_that_cannot_be_had(tmp_path, monkeypatch, base):
     message = "model.quantise: expected 'none' for a model given as an object, got 'nf4'"
     with raises_exactly(message, UserError):
         models_in("adapters", quantise="nf4")
+    with raises_exactly("model.quantise: expected 'none' with init, got 'nf4'", UserError):
+        run_stage("reward", tmp_path / "rm", None, init=base, quantise="nf4")
     values = {"model": {"layout": "adapters", "quantise": "nf4", "lora": {"rank": 4, "merge": True}}}
     refused = "config: model.lora.merge: expected false with model.quantise 'nf4', got True"
     with raises_exactly(refused, UserError):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.rlhf import UserError, tiny
+from ppo_fast.rlhf import tiny
 from ppo_fast.rlhf.batches import Grid, offsets, spans
 from ppo_fast.rlhf.forward import hidden_states, model_inputs, response_logits, response_values
 from ppo_fast.rlhf.models import ValueModel
@@ -40,7 +40,8 @@ def test_a_packed_row_holds_every_token_but_the_last_of_each_sequence():
     assert torch.equal(packed.inputs["input_ids"], torch.cat(rows)[None])
     assert torch.equal(packed.inputs["position_ids"], torch.cat([torch.arange(len(row)) for row in rows])[None])
     assert packed.inputs["attention_mask"] is None
-    assert packed.lengths.tolist() == [len(row) for row in rows]
+    assert packed.ends.diff().tolist() == [len(row) for row in rows]
+    assert packed.longest == max(map(len, rows))
     assert packed.tail == packed.inputs["input_ids"].numel()
 
 
@@ -81,14 +82,11 @@ def test_packed_sequences_do_not_see_each_other(arch):
     assert not torch.equal(before[1], after[1])
 
 
-def test_a_model_without_positions_cannot_be_packed():
+def test_positions_are_given_where_they_are_taken():
     class Plain(torch.nn.Module):
         def forward(self, input_ids, attention_mask=None):
             return None
 
-    message = "^model.batches: expected 'padded' for Plain, whose forward pass takes no positions$"
-    with pytest.raises(UserError, match=message):
-        model_inputs(Plain(), forward_pass(*ragged(), packed=True))
     assert "position_ids" not in model_inputs(Plain(), forward_pass(*ragged()))
 
 

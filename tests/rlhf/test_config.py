@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ppo_fast.rlhf.config import (
     AdvantageConfig,
@@ -19,9 +20,10 @@ from ppo_fast.rlhf.config import (
     ReferenceConfig,
     RewardConfig,
 )
-from ppo_fast.rlhf.configfile import config_from_dict, first_difference, load_config, save_config
+from ppo_fast.rlhf.configfile import PRESETS, config_from_dict, first_difference, load_config, save_config
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.supervised_config import DPOConfig, RewardModelConfig, SFTConfig
+from tests.helpers import raises_exactly
 
 KINDS = (PPOConfig, SFTConfig, RewardModelConfig, DPOConfig)
 GROUPS = dict.fromkeys(
@@ -71,6 +73,26 @@ def test_a_file_over_the_defaults(tmp_path: Path, name, text):
     # YAML 1.1 reads 1e-5 as a string; it must arrive as a number.
     assert (config.updates, config.optim.lr, config.optim.betas) == (7, 1e-5, (0.8, 0.9))
     assert config.optim.eps == PPOConfig().optim.eps
+
+
+def test_a_flag_of_a_group_in_a_group():
+    config = load_config(preset="7b-80g-lora", flags={"model.lora.rank": "8", "optim.lr": "1e-4"})
+    assert (config.model.lora.rank, config.model.lora.alpha, config.optim.lr) == (8, 128.0, 1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("7b-*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_says_only_what_is_no_default(path):
+    chosen, defaults = flat(dataclasses.asdict(load_config(preset=path.stem))), flat(dataclasses.asdict(PPOConfig()))
+    differing = {name for name, value in chosen.items() if value != defaults[name]}
+    assert differing == flat(yaml.safe_load(path.read_text())).keys()
+
+
+def flat(tree, prefix=""):
+    """Values by dotted name."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def test_a_file_over_a_preset(tmp_path: Path):
@@ -206,7 +228,8 @@ def test_the_loss_config_is_checked_by_the_op_it_configures():
 def test_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(UserError, match=r"config: no such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match=r"preset: expected one of tiny-cpu, got 'huge'"):
+    presets = "7b-24g, 7b-80g-full, 7b-80g-lora, tiny-cpu"
+    with raises_exactly(f"preset: expected one of {presets}, got 'huge'", UserError):
         load_config(preset="huge")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(UserError, match=r"expected a mapping of keys to values, got list"):

@@ -17,6 +17,7 @@ from ppo_fast.rlhf.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from ppo_fast.rlhf.checkpoint import HEAD_FILE, VALUE_FILE, load_weights, save_models, write_models
 from ppo_fast.rlhf.config import ReferenceConfig
 from ppo_fast.rlhf.configfile import config_from_dict
+from ppo_fast.rlhf.forward import _short_batch, reference_terms
 from ppo_fast.rlhf.loading import STATS
 from ppo_fast.rlhf.models import sequence_scores
 from ppo_fast.rlhf.parking import Parked
@@ -287,6 +288,16 @@ def test_reference_and_reward_models_are_parked_and_no_others(tmp_path, base, re
     assert models_in("adapters", base, park=True).parked is None
 
 
+def test_the_exact_kl_keeps_the_weight_of_a_parked_reference(base):
+    """The loss comes after the block."""
+    models = models_in("parked", base)
+    sequences, _ = _short_batch(models.policy)
+    with models.using("reference") as reference:
+        terms = reference_terms(reference, sequences, linear=True)
+        there = reference.lm_head.weight.data_ptr()
+    assert terms["ref_weight"].data_ptr() == there != reference.lm_head.weight.data_ptr()
+
+
 def gradients(models):
     """Of the policy's and the value model's own weights, and the bytes that the forward pass kept for backward."""
     kept = []
@@ -422,6 +433,10 @@ CASES = {
     "moving, parked": ("parked", {"reference": {"update": "replace", "every": 1}}),
     "recomputing": ("adapters", {"model": {"checkpointing": True}}),
     "merged": ("adapters", {"model": {"lora": LORA["lora"] | {"merge": True}}}),
+    "packed, exact KL": (
+        "adapters",
+        {"model": {"batches": "packed"}, "kl": {"placement": "loss", "loss_estimator": "full"}},
+    ),
     "best": ("adapters", {"evaluation": {"every": 1}}),
 }
 

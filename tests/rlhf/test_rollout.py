@@ -1,5 +1,9 @@
 """Rollout: exact sampling, the mask, and two log-probabilities that agree."""
 
+import dataclasses
+import gc
+
+import peft
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -96,6 +100,43 @@ def test_the_static_cache_gives_the_same_responses(make_models, make_config, arc
     )
     assert torch.equal(dynamic.responses, static.responses)
     assert torch.allclose(dynamic.logprobs, static.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_keys_and_values_are_gone_when_the_responses_are_there(make_models, make_config, static):
+    models = make_models(make_config())
+    models.policy._cache = "as transformers below 5 keeps it"
+    gc.collect()
+    gc.disable()  # nobody waits for the collector
+    try:
+        before = {id(x) for x in gc.get_objects()}
+        kept = generate(
+            models,
+            batch_of(models.tokenizer, "w1 w2", "w3"),
+            RolloutConfig(max_new_tokens=9, static_cache=static),
+            torch.Generator(),
+        )
+        found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before]
+    finally:
+        gc.enable()
+    assert max(x.ndim for x in found) == 2  # keys and values are [B, H, L, E]
+    assert any(x is kept.input_ids for x in found)
+    assert not hasattr(models.policy, "_cache")
+
+
+def test_generation_leaves_no_config_in_a_model_with_adapters(make_models, make_config):
+    models = make_models(make_config())
+    base = models.policy
+    own = base.generation_config
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    generate(
+        dataclasses.replace(models, policy=adapted),
+        batch_of(models.tokenizer, "w1 w2", "w3"),
+        RolloutConfig(max_new_tokens=2),
+        torch.Generator(),
+    )
+    assert base.generation_config is own
+    assert adapted.generation_config is own
     assert models.policy.generation_config.cache_implementation is None
 
 

@@ -14,6 +14,7 @@ import transformers.modeling_utils
 from ppo_fast.rlhf import UserError, tiny, train_ppo
 from ppo_fast.rlhf.checkpoint import latest, load_latest
 from ppo_fast.rlhf.ppo import Run
+from ppo_fast.rlhf.runtime import write_whole
 from tests.helpers import raises_exactly
 from tests.rlhf.conftest import PROMPTS
 
@@ -182,3 +183,17 @@ def test_a_metric_that_cannot_be_written_is_told(run, tmp_path, monkeypatch):
     told = f"cannot write in {str(tmp_path / 'run')!r}: {FULL}; there is no checkpoint yet"
     with raises_exactly(told, UserError):
         run()
+
+
+def test_a_text_file_is_there_completely_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    write_whole(path, "one\n")
+
+    def full(descriptor):
+        raise FULL
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "two\n")
+    assert path.read_text() == "one\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]

@@ -64,7 +64,9 @@ def test_sft_counts_the_tokens_of_the_completions_alone(name):
     assert ours.loss.item() == pytest.approx(loss / count, rel=1e-5)
     assert count == sum(example.weight for example in examples)
     batch = collate(examples, 0, torch.device("cpu"))
-    assert torch.equal(completion_logprobs(model, batch) != 0, batch.mask[:, 1:])
+    assert completion_logprobs(model, batch).shape == (count,)
+    packed = SFT(model, 0, 3, packed=True).loss(examples)
+    torch.testing.assert_close(packed.loss, ours.loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -87,7 +89,7 @@ def test_padding_on_either_side_is_invisible(arch):
     reward_model = add_score_head(make_model(arch=arch), tiny.make_tokenizer(["w"]), torch.Generator().manual_seed(0))
     example, longer = random_example(rng, 3, 4), random_example(rng, 6, 9)
     alone, padded = (collate(batch, 0, torch.device("cpu")) for batch in ([example], [example, longer]))
-    logprobs = [completion_logprobs(model, batch)[0, 2:6] for batch in (alone, padded)]
+    logprobs = [completion_logprobs(model, batch)[:4] for batch in (alone, padded)]
     torch.testing.assert_close(*logprobs)
     left = [torch.nn.functional.pad(x, (5, 0)) for x in (alone.input_ids, alone.attention_mask)]
     scores = [

@@ -1,0 +1,221 @@
+"""One PPO update of a model of 7 or 8 billion parameters on one GPU: seconds, tokens and memory by phase.
+
+    python -m benchmarks.bench_7b --preset 7b-80g-lora --model qwen2.5-7b --cap 80 [--updates 2] [--set KEY=VALUE ...]
+
+The weights are random, made on the device; nothing is downloaded. `train_ppo` runs as it is, but for the model
+directory at the end, 15 GB that are not written. The last update is reported: earlier ones compile and tune.
+
+With `--scale tiny` the same configuration runs on small models on a CPU, to see that it works; times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import ppo_fast
+from ppo_fast.rlhf import PPOConfig, load_config, ppo, tiny
+from ppo_fast.rlhf.runtime import Stopwatch, find_device
+
+GIB = 2**30
+PHASES = ("rollout", "logprobs", "score", "update")
+QWEN = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+}
+MODELS = {"qwen2.5-7b": ("qwen2", QWEN, 1_000_000.0), "llama3.1-8b": ("llama", LLAMA, 500_000.0)}
+# Of the tiny models, by the names of the real ones' shape: heads stay grouped, the head of the model is not tied.
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+TINY_RUN = {
+    "rollout.batch_size": 16,
+    "rollout.max_new_tokens": 8,
+    "optim.minibatch_size": 16,
+    "optim.epochs": 1,
+    "data.max_prompt_tokens": 16,
+}
+WORDS = [f"w{index}" for index in range(500)]
+
+
+def make_policy(model: str, scale: str, device: torch.device) -> Any:
+    """A causal LM of the named shape with random bfloat16 weights, made on the device."""
+    import transformers
+
+    kind, shape, theta = MODELS[model]
+    shape = shape | (TINY if scale == "tiny" else {})
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    config = transformers.AutoConfig.for_model(kind, **shape, **special, **rope)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def make_prompts(count: int, tokens: int) -> list[str]:
+    """Texts of half as many to as many words as there may be tokens."""
+    rng = random.Random(0)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(tokens // 2, tokens))) for _ in range(count)]
+
+
+def share_of_even_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def make_config(preset: str, scale: str, updates: int, changes: dict[str, str], directory: str) -> PPOConfig:
+    """The preset with the changes asked for, and for a log that takes no time."""
+    quiet = {"log.dir": directory, "log.console": "false", "log.tensorboard": "false", "log.samples_every": "0"}
+    small = TINY_RUN if scale == "tiny" else {}
+    return load_config(preset=preset, flags={"updates": updates} | small | quiet | changes)
+
+
+class Meter(Stopwatch):
+    """A stopwatch that keeps the peak of each phase's memory, in GiB."""
+
+    peaks: list[dict[str, dict[str, float]]]  # by update, by phase; of the class: a run makes a meter an update
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.peaks.append({})
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with super().__call__(stage):
+            yield
+        if cuda:
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self.peaks[-1][stage] = {"allocated": allocated / GIB, "reserved": reserved / GIB}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The result as it is written: what was run, and by phase its seconds, share, tokens per second, peak memory."""
+    device = find_device("cpu" if arguments.scale == "tiny" else "cuda")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * GIB / total))
+    changes = dict(change.split("=", 1) for change in arguments.set) | {"model.device": device.type}
+    Meter.peaks = []
+    with tempfile.TemporaryDirectory() as directory:
+        config = make_config(arguments.preset, arguments.scale, arguments.updates, changes, directory)
+        with (
+            mock.patch.object(ppo, "Stopwatch", Meter),
+            mock.patch.object(ppo, "save_models", lambda models, target: target),
+        ):
+            result = ppo.train_ppo(
+                config,
+                reward_fn=share_of_even_tokens,
+                prompts=make_prompts(config.rollout.batch_size, config.data.max_prompt_tokens),
+                policy=make_policy(arguments.model, arguments.scale, device),
+                tokenizer=tiny.make_tokenizer(WORDS),
+            )
+    return {
+        "model": arguments.model,
+        "preset": arguments.preset,
+        "cap_gib": arguments.cap,
+        "scale": arguments.scale,
+        "changes": dict(change.split("=", 1) for change in arguments.set),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "ppo_fast": ppo_fast.__version__,
+        "parameters": sum(p.numel() for p in result.models.policy.parameters()),
+        "responses": config.rollout.batch_size,
+        "epochs": config.optim.epochs,
+        "length_mean": result.history[-1]["length/mean"],
+        "first_update_s": sum(result.history[0][f"time/{phase}"] for phase in PHASES),
+        "phases": phases(result.history[-1], Meter.peaks[-1]),
+    }
+
+
+def phases(metrics: dict[str, float], peaks: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """What one update took, by phase and "all" together; memory is None on a CPU."""
+    found: dict[str, dict[str, float | None]] = {}
+    for phase in PHASES:
+        found[phase] = {
+            "seconds": metrics[f"time/{phase}"],
+            "share": metrics[f"time/{phase}_share"],
+            "tokens_per_second": metrics[f"tokens_per_second/{phase}"],
+            "peak_gib": peaks.get(phase, {}).get("allocated"),
+            "reserved_gib": peaks.get(phase, {}).get("reserved"),
+        }
+    highest = {name: max((peak[name] for peak in peaks.values()), default=None) for name in ("allocated", "reserved")}
+    found["all"] = {
+        "seconds": sum(metrics[f"time/{phase}"] for phase in PHASES),
+        "share": 1.0,
+        "tokens_per_second": metrics["tokens_per_second"],
+        "peak_gib": highest["allocated"],
+        "reserved_gib": highest["reserved"],
+    }
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The phases as Markdown."""
+    lines = [
+        "{model}, {preset}, {cap_gib} GiB, {device}: {responses} responses of {length_mean:.0f} tokens".format(
+            **result
+        ),
+        "",
+        "| phase | seconds | share | tokens/s | peak GiB | reserved GiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, x in result["phases"].items():
+        memory = ("-" if x[key] is None else f"{x[key]:.1f}" for key in ("peak_gib", "reserved_gib"))
+        cells = (name, f"{x['seconds']:.1f}", f"{x['share']:.0%}", f"{x['tokens_per_second']:.0f}", *memory)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_7b", description=__doc__)
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--cap", type=float, default=80.0, help="GiB that torch may take of the GPU")
+    parser.add_argument("--updates", type=int, default=2, help="the last is reported")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the config")
+    parser.add_argument("--scale", choices=("full", "tiny"), default="full")
+    parser.add_argument("--out", type=Path, default=Path("build/7b"), help="directory of the JSON")
+    arguments = parser.parse_args(argv)
+    result = run(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = f"{arguments.model}-{arguments.preset}-{arguments.cap:g}.json"
+    (arguments.out / name).write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,44 @@
+"""The benchmark of a 7B: every preset with every model, scaled down, on a CPU."""
+
+import json
+
+import pytest
+
+from benchmarks import bench_7b
+
+PRESETS = ("7b-80g-lora", "7b-80g-full", "7b-24g")
+
+
+@pytest.mark.parametrize("model", bench_7b.MODELS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_runs_and_tells_its_phases(preset, model, tmp_path, capsys):
+    arguments = ["--preset", preset, "--model", model, "--scale", "tiny", "--updates", "1", "--out", str(tmp_path)]
+    assert bench_7b.main([*arguments, "--set", "rollout.max_new_tokens=5"]) == 0
+    result = json.loads((tmp_path / f"{model}-{preset}-80.json").read_text())
+    assert [*result["phases"]] == [*bench_7b.PHASES, "all"]
+    assert sum(result["phases"][phase]["share"] for phase in bench_7b.PHASES) == pytest.approx(1)
+    assert all(x["tokens_per_second"] > 0 and x["peak_gib"] is None for x in result["phases"].values())
+    assert 0 < result["length_mean"] <= 5
+    assert result["changes"] == {"rollout.max_new_tokens": "5"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{model}, {preset}, 80.0 GiB, CPU: 16 responses of ")
+    assert len(lines) == 9
+
+
+@pytest.mark.parametrize(("model", "billions"), [("qwen2.5-7b", 7.616), ("llama3.1-8b", 8.030)])
+def test_the_shapes_are_those_of_the_models(model, billions):
+    policy = bench_7b.make_policy(model, "full", bench_7b.torch.device("meta"))
+    assert sum(p.numel() for p in policy.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert all(p.dtype == bench_7b.torch.bfloat16 for p in policy.parameters())
+
+
+def test_memory_is_told_by_phase_and_highest():
+    metrics = {"tokens_per_second": 1.0}
+    metrics |= {
+        f"{name}{phase}{end}": 1.0 for phase in bench_7b.PHASES for name, end in (("time/", ""), ("time/", "_share"))
+    }
+    metrics |= {f"tokens_per_second/{phase}": 1.0 for phase in bench_7b.PHASES}
+    peaks = {phase: {"allocated": float(i), "reserved": 10.0 - i} for i, phase in enumerate(bench_7b.PHASES)}
+    found = bench_7b.phases(metrics, peaks)
+    assert (found["update"]["peak_gib"], found["all"]["peak_gib"], found["all"]["reserved_gib"]) == (3.0, 3.0, 10.0)
+    assert found["all"]["seconds"] == 4.0
