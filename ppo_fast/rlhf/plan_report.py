@@ -25,6 +25,7 @@ usage: ppo-fast plan [--gpu SIZE] [options of ppo-fast train]
   --gpu SIZE  memory of the GPU, such as 24GB or 22.5GiB; without it, the GPU of this machine if model.device means one
 
   ppo-fast train --help lists the other options."""
+TINY = 2**26  # bytes of weights: that fits anywhere, and its plan takes half a second
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
@@ -44,13 +45,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def announce(config: PPOConfig, policy: Any, prompt_tokens: int, console: Console) -> None:
-    """Print the plan of a run that is about to begin; never a reason not to.
+    """Print the plan of a run that is about to begin, unless its model is tiny; never a reason not to begin.
 
     Args:
         policy: the model that is trained, on its device.
         prompt_tokens: of the longest prompt.
     """
-    if console.quiet:
+    if console.quiet or sum(weight.nbytes for weight in policy.parameters()) < TINY:
         return
     try:
         device, shapes = policy.device, read_shapes(config, policy.config)
@@ -98,7 +99,7 @@ def print_plan(plan: Plan, changes: Sequence[Change], console: Console) -> None:
 
 def told(plan: Plan, changes: Sequence[Change]) -> list[str]:
     """Peak, host memory, verdict and changes, a line each."""
-    lines = [f"peak {readable(plan.peak)} in the {plan.fullest}" + _verdict(plan)]
+    lines = [f"peak {readable(plan.peak)} in {plan.fullest}" + _verdict(plan)]
     if plan.host:
         lines.append(f"{readable(plan.host)} of models wait in host memory")
     lines += [f"  set {_setting(each)}: peak {readable(each.plan.peak)}" for each in changes]

@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from ppo_fast import cli
-from ppo_fast.rlhf import plan_report, tiny
+from ppo_fast.rlhf import plan_report, ppo, tiny, train_ppo
 from ppo_fast.rlhf.configfile import config_from_dict
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.plan import advise, make_plan
-from ppo_fast.rlhf.plan_report import announce, parse_size
+from ppo_fast.rlhf.plan import Change, Plan, advise, make_plan
+from ppo_fast.rlhf.plan_report import announce, parse_size, told
 from ppo_fast.rlhf.shapes import Shape, Shapes, read_shapes
 from ppo_fast.rlhf.tracing import Timeline
 from tests.helpers import raises_exactly
@@ -243,20 +243,31 @@ def test_the_command_prints_table_peak_and_verdict(command, capsys):
     items = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     assert items == ["weights", "optimizer states", "KV cache", "activations", "logits chunk", "all"]
     assert lines[-1].startswith("peak ")
-    assert lines[-1].endswith(" MiB in the update")
+    assert lines[-1].endswith(" MiB in update")
 
 
 def test_the_command_says_what_to_change(command, capsys):
     assert cli.main([*command, "--gpu", "660MiB"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("│ CUDA context") for line in lines)
-    told = [line for line in lines if line.startswith(("peak", "  set"))]
-    assert "of 660.0 MiB: does not fit by" in told[0]
-    assert told[1].startswith("  set optim.micro_batch_size to ")
+    verdict, first, *_ = [line for line in lines if line.startswith(("peak", "  set"))]
+    assert "of 660.0 MiB: does not fit by" in verdict
+    assert first.startswith("  set optim.micro_batch_size to ")
     assert cli.main([*command, "--gpu=24GB"]) == 0
     assert "to spare" in capsys.readouterr().out.splitlines()[-1]
-    assert cli.main([*command, "--gpu", "1MiB"]) == 0
-    assert capsys.readouterr().out.endswith("that is not enough: take shorter responses or a smaller model\n")
+
+
+def test_it_is_told_when_nothing_helps_enough():
+    plan = Plan({"rollout": {"weights": 3 * GIB}, "update": {"weights": 4 * GIB}}, host=GIB, limit=2 * GIB)
+    changed = dataclasses.replace(plan, phases={"update": {"weights": 5 * GIB // 2}})
+    assert told(plan, [Change("model.layout", "adapters", changed)]) == [
+        "peak 4.0 GiB in update, of 2.0 GiB: does not fit by 2.0 GiB",
+        "1.0 GiB of models wait in host memory",
+        "  set model.layout to adapters and model.lora.rank to 64: peak 2.5 GiB",
+        "that is not enough: take shorter responses or a smaller model",
+    ]
+    fits = dataclasses.replace(plan, limit=5 * GIB, host=0)
+    assert told(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
 
 
 @pytest.mark.parametrize(
@@ -276,9 +287,9 @@ def test_mistakes_are_one_line(command, capsys, arguments, message):
 def test_a_directory_without_a_config_is_one_line(command, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["plan", "--model", "empty"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("ppo-fast: AutoConfig: cannot load directory 'empty': ")
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("ppo-fast: AutoConfig: cannot load directory 'empty': ")
+    assert printed.count("\n") == 1
 
 
 def test_help(capsys):
@@ -286,14 +297,25 @@ def test_help(capsys):
     assert "--gpu SIZE" in capsys.readouterr().out
 
 
-def test_a_plan_is_announced_on_the_console_alone(tmp_path):
+def test_a_plan_is_announced_on_the_console_alone(tmp_path, monkeypatch):
     policy, config = tiny_policy(), make_config(tmp_path)
-    told = Console(record=True, width=100, file=io.StringIO())
-    announce(config, policy, PROMPT, told)
-    assert "memory by phase" in told.export_text()
-    quiet = Console(record=True, quiet=True)
-    announce(config, None, PROMPT, quiet)  # would fail if it looked at the policy
+    seen, quiet = (Console(record=True, width=100, file=io.StringIO(), quiet=quiet) for quiet in (False, True))
+    announce(config, policy, PROMPT, seen)
+    assert seen.export_text() == ""  # it is tiny
+    monkeypatch.setattr(plan_report, "TINY", 0)
+    announce(config, policy, PROMPT, seen)
+    assert "memory by phase" in seen.export_text()
+    announce(config, policy, PROMPT, quiet)
     assert quiet.export_text() == ""
+
+
+def test_a_run_announces_its_plan_by_its_longest_prompt(tmp_path, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ppo, "announce", lambda *arguments: seen.append(arguments[2]))
+    prompts = ["w1", "w1 w2 w3"] * 8
+    reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    train_ppo(make_config(tmp_path), reward_fn=reward, prompts=prompts, policy=tiny_policy(), tokenizer=tokenizer)
+    assert seen == [3]
 
 
 def test_a_plan_that_fails_stops_no_run(tmp_path, monkeypatch):
@@ -301,9 +323,10 @@ def test_a_plan_that_fails_stops_no_run(tmp_path, monkeypatch):
         raise RuntimeError("odd\nmodel")
 
     monkeypatch.setattr(plan_report, "make_plan", fail)
-    told = Console(record=True, width=100, file=io.StringIO())
-    announce(make_config(tmp_path), tiny_policy(), PROMPT, told)
-    assert told.export_text() == "no plan of the memory: RuntimeError: odd model\n"
+    monkeypatch.setattr(plan_report, "TINY", 0)
+    seen = Console(record=True, width=100, file=io.StringIO())
+    announce(make_config(tmp_path), tiny_policy(), PROMPT, seen)
+    assert seen.export_text() == "no plan of the memory: RuntimeError: odd model\n"
 
 
 def test_a_timeline_knows_what_lives_when():
