@@ -127,6 +127,7 @@ def calls(path: Path, *names: str) -> list[str]:
                 "adamw": {"step", "zero_grad"},
                 "loop": {"step"},
                 "supervised": {"step", "backward"},
+                "rehearsal": {"step", "zero_grad", "backward"},  # without numbers
             },
             ("backward", "step", "zero_grad"),
         ),

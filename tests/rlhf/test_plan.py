@@ -16,6 +16,7 @@ from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.plan import Change, Plan, advise, make_plan
 from ppo_fast.rlhf.plan_report import announce, parse_size, told
 from ppo_fast.rlhf.shapes import Shape, Shapes, read_shapes
+from ppo_fast.rlhf.standins import FourBits
 from ppo_fast.rlhf.tracing import Timeline
 from tests.helpers import raises_exactly
 from tests.rlhf.measured import measured_peaks
@@ -155,6 +156,27 @@ def test_checkpointing_parking_adapters_and_4_bits_each_need_less(tmp_path):
     held = linear // 2 + linear // 64 + linear // 64 // 64
     saved = adapters.phases["update"]["weights"] - quantised.phases["update"]["weights"]
     assert saved == pytest.approx(4 * linear - held, rel=1e-3)
+
+
+def test_a_layer_of_4_bits_is_as_large_as_that_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    real = bitsandbytes.nn.Linear4bit(512, 1024, bias=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    state = real.weight.quant_state
+    held = [real.weight, state.absmax, state.state2.absmax]
+    ours = FourBits(torch.nn.Linear(512, 1024, bias=False))
+    assert ours.weight.nbytes == sum(x.nbytes for x in held)
+    x = torch.randn(3, 512, requires_grad=True)
+    ours(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_attention_of_a_packed_row_on_a_gpu_makes_no_mask_and_repeats_no_heads(tmp_path):
+    policy = tiny_policy(arch="qwen2", num_key_value_heads=1)
+    shapes, packed = Shapes(Shape(policy.config)), {"model": {"batches": "packed", "dtype": "bfloat16"}}
+    given = {"shapes": shapes, "prompt_tokens": PROMPT}
+    by_ends, by_mask = (make_plan(make_config(tmp_path, **packed), device, **given) for device in ("cuda", "cpu"))
+    assert by_ends.phases["update"]["activations"] < by_mask.phases["update"]["activations"]
+    assert by_ends.phases["rollout"]["KV cache"] == by_mask.phases["rollout"]["KV cache"]
 
 
 def linear_layers(policy):
