@@ -65,8 +65,9 @@ def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
     """The configs of every model that `config` names; `policy` is that of one that is there already."""
     if policy is None and config.model.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
-    own = _read(config.model.path, config) if policy is None else Shape(policy)
-    rewards = tuple(_read(path, config, config.model.path) for path in config.reward.models)
+    own = _read(config.model.path, config) if policy is None else Shape(policy, _read_adapter(config.model.path))
+    base = config.model.path if own.adapter is None else str(own.adapter.base_model_name_or_path)
+    rewards = tuple(_read(path, config, base) for path in config.reward.models)
     start = config.model.value_path
     if start is not None:
         return Shapes(own, _read(_value_directory(start), config), rewards)
@@ -82,13 +83,19 @@ def _value_directory(path: str) -> str:
 
 
 def _read(path: str | None, config: PPOConfig, base: str | None = None) -> Shape:
-    adapter = None
-    if path is not None and (Path(path) / ADAPTER_CONFIG).is_file():
-        adapter = require("peft").PeftConfig.from_pretrained(path)
-        adapter.modules_to_save = adapter.task_type = None
-        path = adapter.base_model_name_or_path
+    """Of a PEFT directory the config of its base, beside its own; `base` is that of the policy."""
+    adapter = _read_adapter(path)
+    path = path if adapter is None else str(adapter.base_model_name_or_path)
     shape = load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
     return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
+
+
+def _read_adapter(path: str | None) -> Any:
+    if path is None or not (Path(path) / ADAPTER_CONFIG).is_file():
+        return None
+    adapter = require("peft").PeftConfig.from_pretrained(path)
+    adapter.modules_to_save = adapter.task_type = None
+    return adapter
 
 
 def make_resident(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> Resident:

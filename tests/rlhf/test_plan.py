@@ -158,6 +158,28 @@ def test_checkpointing_parking_adapters_and_4_bits_each_need_less(tmp_path):
     assert saved == pytest.approx(4 * linear - held, rel=1e-3)
 
 
+def test_peft_directories_are_planned_by_their_configs(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    tiny_policy().config.save_pretrained(base)
+    targets = ["q_proj", "v_proj"]
+    peft.LoraConfig(r=8, target_modules=targets, base_model_name_or_path=base).save_pretrained(adapter)
+    lora = LORA | {"lora": {"rank": 8, "targets": targets}}
+
+    def plan(path, rewards=(), **model):
+        values = {"model": {"path": path} | model, "reward": {"models": rewards}}
+        return make_plan(make_config(tmp_path, **values), "cpu", prompt_tokens=PROMPT).phases
+
+    plain, from_adapter, judged = plan(base, **lora), plan(adapter, **lora), plan(base, [adapter], **lora)
+    one = 4 * 8 * (128 + 128) * 2 * 2
+    assert plain["update"]["weights"] == from_adapter["update"]["weights"] == judged["update"]["weights"]
+    assert from_adapter["update"]["adapters"] - plain["update"]["adapters"] == one  # the reference
+    assert judged["update"]["adapters"] - plain["update"]["adapters"] == one
+    assert "reward" in judged
+    apart = plan(base, [adapter])
+    assert apart["update"]["weights"] > plan(base)["update"]["weights"]
+
+
 def test_a_layer_of_4_bits_is_as_large_as_that_of_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     real = bitsandbytes.nn.Linear4bit(512, 1024, bias=False, compress_statistics=True, quant_type="nf4").to("cpu")
