@@ -33,6 +33,7 @@ RLHF = "ppo_fast/rlhf"
 SUPERVISED, RESUMED, REWARD, EXAMPLES = (
     f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
 )
+OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
 TRAPS, MASKED, METRICS, PREFERENCE = (
     f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
@@ -100,6 +101,30 @@ MUTANTS = [
     Mutant(f"{CPU}/row_sums.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
     Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
+    # optimizers of bfloat16 weights
+    Mutant(f"{RLHF}/adamw.py", "            weight.copy_(master)\n", "", OPTIM),
+    Mutant(f"{RLHF}/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
+    Mutant(f"{RLHF}/adamw.py", "self.taken += 1 - keep", "self.taken += 1", OPTIM),
+    Mutant(f"{RLHF}/adamw.py", "torch.where(keep, part, new[name])", "new[name]", OPTIM),
+    Mutant(f"{RLHF}/adamw.py", '        self.noise.set_state(state_dict["noise"].cpu())\n', "", OPTIM),
+    Mutant(f"{RLHF}/adamw.py", "(noise.int() & 0xFFFF)", "0x8000", OPTIM),
+    Mutant(f"{RLHF}/adamw.py", "(book[1:] + book[:-1]) / 2", "book[1:]", OPTIM),
+    Mutant(f"{RLHF}/adamw.py", 'old["root"].square()', 'old["root"]', OPTIM),
+    Mutant(f"{RLHF}/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
+    Mutant(f"{RLHF}/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
+    # attention over packed rows
+    Mutant(f"{RLHF}/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
+    Mutant(f"{RLHF}/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
+    Mutant(f"{RLHF}/attention.py", ' | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}', "", ATTENTION),
+    Mutant(f"{RLHF}/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
+    Mutant(f"{RLHF}/attention.py", " > allowed:", " > 1e9:", ATTENTION),
+    Mutant(f"{RLHF}/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
+    Mutant(
+        f"{RLHF}/rollout.py",
+        "model.generation_config, inner.generation_config = own",
+        "model.generation_config = own[0]",
+        ROLLOUT,
+    ),
     Mutant(f"{RLHF}/supervised.py", "mask=batch.mask[:, 1:]", "mask=batch.attention_mask[:, 1:]", SUPERVISED),
     Mutant(f"{RLHF}/supervised.py", "linear=linear,", "linear=True,", RESUMED),
     Mutant(f"{RLHF}/supervised.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED),

@@ -130,7 +130,8 @@ class Adapters:
         """
         config, tensors = copy.copy(self.config(name)), {key: value.detach() for key, value in self.named(name).items()}
         config.inference_mode, config.task_type = True, "CAUSAL_LM" if head is None else "SEQ_CLS"
-        config.target_modules = sorted(config.target_modules)
+        if not isinstance(config.target_modules, str):  # a pattern
+            config.target_modules = sorted(config.target_modules)  # of a set, which has no order of its own
         if head is not None:
             config.modules_to_save = ["score"]
             tensors |= {f"{HEAD}{key}": value for key, value in head.state_dict().items()}
@@ -160,7 +161,7 @@ class Adapters:
             self._switch(before)
 
     def merged_state(self, network: Any) -> dict[str, Tensor]:
-        """The state dict of `network` as if its linear layers had W + alpha / rank * B A, in W's dtype, for weight."""
+        """The state dict of `network` with W + alpha / rank * B A, rounded once, for every W that has an adapter."""
         state = network.state_dict()
         for name, layer in network.named_modules():
             if TRAINED in getattr(layer, "r", ()):

@@ -193,7 +193,7 @@ def make_value_model(
         backbone, scores = backbone_of(loaded.model), None
     else:
         backbone, scores = _own_backbone(config, loaded.model)
-        backbone.to(generator.device).requires_grad_(True)
+        backbone.requires_grad_(True)
     if scores is None:
         head = _new_head(config, backbone.config.hidden_size, generator)
     else:

@@ -38,8 +38,7 @@ class Network:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
-        if failed is not None:
-            self.optimizer.found_inf = failed.float()
+        self.optimizer.found_inf = None if failed is None else failed.float()
         self.optimizer.step()
         self.zero_grad()
 

@@ -202,6 +202,16 @@ def test_targets_and_models_that_cannot_be_used():
         adapted(adapted().network)
 
 
+def test_an_adapter_on_layers_named_by_a_pattern_is_continued(tmp_path, base):
+    adapter = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, target_modules=r".*self_attn\.[qv]_proj")
+    )
+    adapter.save_pretrained(tmp_path / "own")
+    result = run_stage("sft", tmp_path / "sft", str(tmp_path / "own"))
+    assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(result.model)), logits(result.trained))
+    assert not torch.equal(logits(result.trained), logits(AutoModelForCausalLM.from_pretrained(base)))
+
+
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path, base):
     path = run_stage("sft", tmp_path / "sft", base).model
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -257,10 +267,22 @@ def test_stages_train_adapters_alone_and_save_what_peft_loads(tmp_path, stage, a
     own = {name.replace(".base_layer", ""): value for name, value in every_bit(result.trained).items()}
     kept = [name for name in own if name in start]
     assert len(kept) >= len(start) - 1  # the head aside
+    if stage == "reward":
+        assert result.trained.score.weight.requires_grad
+        assert result.trained.score.weight.dtype == torch.float32
     assert all(torch.equal(own[name], start[name]) for name in kept)
     loaded = PEFT[stage].from_pretrained(result.model, **ONE[stage])
     assert torch.equal(logits(loaded), logits(result.trained))
     assert AutoTokenizer.from_pretrained(result.model).get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_float32_adapters_on_bfloat16_weights_lose_no_step(tmp_path, base, stage, recwarn):
+    result = run_stage(stage, tmp_path / "run", base, dtype="bfloat16", optim={"epochs": 2})
+    assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
+    trained = [parameter for parameter in result.trained.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert not [warning for warning in recwarn if "bfloat16" in str(warning.message)]
 
 
 def test_transformers_loads_the_adapter_of_a_causal_model(tmp_path, base):

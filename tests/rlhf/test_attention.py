@@ -9,7 +9,7 @@ import transformers
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.rlhf import UserError, attention, tiny
+from ppo_fast.rlhf import UserError, attention, tiny, train_ppo
 from ppo_fast.rlhf.attention import (
     VARLEN,
     attention_implementation,
@@ -270,6 +270,28 @@ def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded():
     )
     with raises_exactly(message, UserError):
         use_attention(model, CausalConfig(batches="packed"))
+
+
+@pytest.mark.parametrize("logits", ["linear", "materialised"])
+def test_a_run_by_the_ends_is_the_run_by_the_mask(make_config, tokenizer, on_a_cpu, monkeypatch, tmp_path, logits):
+    calls, weights = list[int](), list[Any]()
+    monkeypatch.setattr(attention, "_varlen", lambda *x, real=attention._varlen, **y: calls.append(1) or real(*x, **y))
+    for kind in ("sdpa", VARLEN):
+        result = train_ppo(
+            make_config(
+                model={"batches": "packed", "logits": logits, "attention": kind},
+                optim={"micro_batch_size": 2},
+                kl={"placement": "loss", "loss_estimator": "full"},
+                log={"dir": str(tmp_path / kind)},
+            ),
+            reward_fn=lambda completion_ids, **_: [sum(token % 2 for token in ids) for ids in completion_ids],
+            prompts=["w1", "w2 w3 w4", "w5"],
+            policy=tiny.make_model(64, hidden=32, heads=2),
+            tokenizer=tokenizer,
+        )
+        assert bool(calls) is (kind == VARLEN)
+        weights.append(torch.nn.utils.parameters_to_vector(result.models.policy.parameters()).detach())
+    torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.gpu

@@ -55,6 +55,15 @@ def test_at_the_start_every_network_is_the_base_bit_by_bit(layout, base):
             assert torch.equal(value.backbone(IDS).last_hidden_state, hidden)
 
 
+@pytest.mark.parametrize("value_path", [False, True])
+def test_the_attention_asked_for_is_that_of_every_network(base, value_path):
+    models = models_in("separate", base, attention="eager", value_path=base if value_path else None)
+    for network in (models.policy, models.reference, models.value.backbone):
+        assert network.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"^model\.attention: LlamaForCausalLM cannot have 'none': "):
+        models_in("separate", base, attention="none")
+
+
 @each_layout
 def test_the_layouts_draw_the_same_head(layout):
     models = models_in(layout)
