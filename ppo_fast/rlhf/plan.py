@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,7 +52,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.limit is None or self.peak <= self.limit
+        return self.fits_in(self.phases)
+
+    def fits_in(self, phases: Iterable[str]) -> bool:
+        """Whether these phases fit."""
+        found = (sum(self.phases.get(phase, {}).values()) for phase in phases)
+        return self.limit is None or all(count <= self.limit for count in found)
 
 
 @dataclass(frozen=True)
@@ -114,21 +119,23 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
         if not values:
             continue
         tried = [_turned(config, knob.name, value) for value in values]
-        index, found = _mildest(tried, replan)
+        index, found = _mildest(tried, replan, knob.phases)
         if found.peak < plan.peak:
             config, plan = tried[index], found
             changes.append(Change(knob.name, values[index], plan))
     return changes
 
 
-def _mildest(configs: Sequence[PPOConfig], replan: Callable[[PPOConfig], Plan]) -> tuple[int, Plan]:
-    """The first that fits, or the last, with its plan; each needs less than the one before it."""
+def _mildest(
+    configs: Sequence[PPOConfig], replan: Callable[[PPOConfig], Plan], phases: Sequence[str]
+) -> tuple[int, Plan]:
+    """The first in which these phases fit, or the last, with its plan; each needs less than the one before it."""
     low, high = 0, len(configs) - 1
     plan = replan(configs[high])
-    while plan.fits and low < high:
+    while plan.fits_in(phases) and low < high:
         middle = (low + high) // 2
         tried = replan(configs[middle])
-        if tried.fits:
+        if tried.fits_in(phases):
             high, plan = middle, tried
         else:
             low = middle + 1

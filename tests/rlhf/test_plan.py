@@ -249,6 +249,26 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     assert not changes[-1].plan.fits
 
 
+def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
+    """A GiB a row of each batch, and 10 to the update that recomputing alone takes away."""
+
+    def fake(config, device, *, limit=None):
+        sizes = config.rollout.micro_batch_size or 16, config.optim.micro_batch_size or 16
+        fixed = 0 if config.model.checkpointing else 10
+        phases = {"rollout": {"KV cache": sizes[0] * GIB}, "update": {"activations": (sizes[1] + fixed) * GIB}}
+        return Plan(phases, 0, limit)
+
+    monkeypatch.setattr("ppo_fast.rlhf.plan.make_plan", fake)
+    config = make_config("run")
+    changes = advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")
+    assert [(each.name, each.value) for each in changes] == [
+        ("optim.micro_batch_size", 1),
+        ("rollout.micro_batch_size", 8),
+        ("model.checkpointing", True),
+    ]
+    assert changes[-1].plan.fits
+
+
 def test_prompts_are_as_long_as_the_context_leaves_room(tmp_path):
     shapes = Shapes(Shape(tiny_policy().config))
     config = make_config(tmp_path, rollout={"batch_size": 16, "max_new_tokens": 64})
