@@ -17,6 +17,7 @@ usage: ppo-fast COMMAND [options]
   reward      train a reward model              ppo-fast reward --model runs/sft/final --data pairs.jsonl
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
   dpo         the same without a reward model   ppo-fast dpo --model runs/sft/final --data pairs.jsonl
+  plan        memory of such a run, beforehand  ppo-fast plan --config run.yaml --gpu 24GB
   export      samples as preference pairs       ppo-fast export runs/ppo --out pairs.jsonl
   quickstart  watch a tiny model learn, on a CPU, without a download
   plot        draw runs over each other         ppo-fast plot runs/a runs/b --out curves.svg
@@ -58,6 +59,7 @@ STAGES = {
     "dpo": Stage("train_dpo", "DPOConfig", "Train a causal language model on preference pairs by DPO."),
 }
 TOOLS = {
+    "plan": "ppo_fast.rlhf.plan_report",
     "export": "ppo_fast.rlhf.export",
     "quickstart": "ppo_fast.quickstart",
     "plot": "ppo_fast.rlhf.plots",

@@ -138,12 +138,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             part.add_(rows.to(wide) @ b.to(wide))
 
 
-def chunk_rows(call: LinearCall, count: int, trained: bool) -> int:
+def chunk_rows(call: LinearCall, count: int, trained: bool, device: str) -> int:
     """Rows whose logits or gradient are held at one time, of ``count`` that count; at least 1."""
     V, itemsize = call.weight.shape[0], call.hidden.element_size()
     if call.chunk_size is not None:
         rows = call.chunk_size
-    elif call.hidden.is_cuda:
+    elif device == "cuda":
         low, high = _GPU_CHUNK
         by_bytes = _GPU_CHUNK_BYTES // (V * itemsize) // 128 * 128
         rows = min(high, max(low, by_bytes)) if trained else _GPU_CHUNK_FROZEN
@@ -153,9 +153,33 @@ def chunk_rows(call: LinearCall, count: int, trained: bool) -> int:
     return max(1, min(rows, count))
 
 
-def _logits_dtype(hidden: Tensor, softcap: float | None) -> torch.dtype:
+class Buffers(NamedTuple):
+    """The logits that exist at one time: [tile, V], as many of a reference, and [chunk, V] of gradient if apart."""
+
+    chunk: int
+    tile: int
+    dtype: torch.dtype  # of logits
+    ref_dtype: torch.dtype | None  # None: no reference
+    apart: bool  # the gradient has a buffer of its own, in the dtype of hidden; else it replaces the logits
+
+    @staticmethod
+    def of(call: LinearCall, count: int, wanted: Wanted, device: str) -> "Buffers":
+        """For ``count`` rows that count, on a device of that type."""
+        chunk = chunk_rows(call, count, wanted.weight, device)
+        dtype, ref = _logits_dtype(call.hidden, call.softcap, device), call.ref_hidden
+        apart = any(wanted) and (dtype != call.hidden.dtype or call.softcap is not None)
+        tile = min(chunk, _TILE.get(device, chunk)) if apart else chunk
+        return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(ref, call.softcap, device), apart)
+
+    def bytes(self, call: LinearCall) -> int:
+        """Of all of them."""
+        logits = self.tile * (self.dtype.itemsize + (self.ref_dtype.itemsize if self.ref_dtype else 0))
+        return (logits + self.apart * self.chunk * call.hidden.element_size()) * call.weight.shape[0]
+
+
+def _logits_dtype(hidden: Tensor, softcap: float | None, device: str) -> torch.dtype:
     """float32 from half operands costs a GPU nothing; a CPU has no such product, but 1 - t^2 needs the digits."""
-    wide = hidden.is_cuda or softcap is not None
+    wide = device == "cuda" or softcap is not None
     return accumulation_dtype(hidden.dtype) if wide else hidden.dtype
 
 
@@ -173,15 +197,11 @@ class Sweep:
         else:
             self.rows = call.mask.flatten().nonzero()[:, 0]
         self.temperature = call.temperature / (call.softcap or 1.0)
-        self.chunk = chunk_rows(call, len(self.rows), wanted.weight)
-        dtype = _logits_dtype(hidden, call.softcap)
-        apart = any(wanted) and (dtype != hidden.dtype or call.softcap is not None)
-        self.tile = min(self.chunk, _TILE.get(hidden.device.type, self.chunk)) if apart else self.chunk
-        V = call.weight.shape[0]
-        self.logits = hidden.new_empty(self.tile, V, dtype=dtype)
-        self.gradient = hidden.new_empty(self.chunk, V) if apart else self.logits
-        ref = call.ref_hidden
-        self.ref_logits = None if ref is None else ref.new_empty(self.tile, V, dtype=_logits_dtype(ref, call.softcap))
+        buffers = Buffers.of(call, len(self.rows), wanted, hidden.device.type)
+        self.chunk, self.tile, V = buffers.chunk, buffers.tile, call.weight.shape[0]
+        self.logits = hidden.new_empty(self.tile, V, dtype=buffers.dtype)
+        self.gradient = hidden.new_empty(self.chunk, V) if buffers.apart else self.logits
+        self.ref_logits = None if buffers.ref_dtype is None else hidden.new_empty(self.tile, V, dtype=buffers.ref_dtype)
         self._loaded: tuple[int, int] | None = None
 
     def stats(self, into: RowStats) -> None:

@@ -331,6 +331,7 @@ def policy_loss(
     inplace = inplace and torch.is_grad_enabled() and logits.requires_grad
     if inplace:
         _check_inplace(logits)
+    inplace = inplace and type(logits) is Tensor  # a tensor without data has no place
     shape = targets.shape
     flat_logits = as_logits(logits)
     if inplace and flat_logits.data_ptr() != logits.data_ptr():

@@ -26,6 +26,7 @@ from .loop import Loop
 from .metrics import collect, require_finite
 from .models import Models, load_models
 from .monitors import Monitors
+from .plan_report import announce
 from .reference import Reference
 from .resume import failed_writes_told, inputs, load_start
 from .reward_sources import RewardFunction, load_sources
@@ -189,6 +190,7 @@ def train_ppo(
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
+        announce(config, models.policy, max(map(len, data.token_ids)), log.console)
         run = Run(config, models, data, scorer, evaluation, generator)
         if start is not None:
             run.restore(start)

@@ -22,6 +22,7 @@ from .models import Models, ValueModel, adapter_on, sequence_scores
 from .parking import Parked
 from .rollout import Generation
 
+REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
 RewardFunction = Callable[..., Sequence[Any]]
 Score = float | list[float]  # of a response, or of each of its tokens
 
@@ -178,7 +179,7 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
     options: dict[str, Any] = {
         "model": config.model,
         "device": models.device,
-        "batch_size": config.rollout.micro_batch_size or 16,
+        "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
         "adapters": models.adapters,
     }
     return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]

@@ -94,7 +94,8 @@ def test_short_flags():
     [
         (
             ["trane"],
-            "no command 'trane'; the commands are sft, reward, train, dpo, export, quickstart, plot, report, doctor",
+            "no command 'trane'; "
+            "the commands are sft, reward, train, dpo, plan, export, quickstart, plot, report, doctor",
         ),
         (["sft", "--prompts", "p.jsonl"], "no option '--prompts', the nearest is '--data.held-out'"),
         (["sft", "--preset", "tiny-cpu"], "no option '--preset', the nearest is '--log.print-every'"),

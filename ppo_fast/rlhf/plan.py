@@ -1,0 +1,213 @@
+"""Where the memory of a run goes, before the run: bytes by item and phase, and what to change if they are too many."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .config import PPOConfig
+from .errors import UserError
+from .rehearsal import Rehearsal
+from .shapes import Shapes, read_shapes
+from .tracing import Account
+
+ITEMS = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer states",
+    "KV cache",
+    "activations",
+    "logits chunk",
+    "fragmentation",
+    "CUDA context",
+)
+# What comes and goes, and the share of it that CUDA's caching allocator is taken to lose between its blocks.
+_VARYING, _LOST = ("gradients", "KV cache", "activations", "logits chunk"), 0.05
+# CUDA's own and the workspace of cuBLAS; an estimate, which differs between GPUs by a few hundred MiB.
+_CONTEXT = 600 * 2**20
+ADAPTER_RANK = 64  # of the adapters that are advised
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fullest moment of each phase of a run."""
+
+    phases: dict[str, Account]  # bytes on the device by phase and item
+    host: int  # bytes of models that wait in host memory
+    limit: int | None  # bytes of the device; None: not known
+
+    @property
+    def fullest(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.phases[self.fullest].values())
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_in(self.phases)
+
+    def fits_in(self, phases: Iterable[str]) -> bool:
+        """Whether these phases fit."""
+        found = (sum(self.phases.get(phase, {}).values()) for phase in phases)
+        return self.limit is None or all(count <= self.limit for count in found)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that lowers the peak, on top of those before it."""
+
+    name: str
+    value: Any
+    plan: Plan
+
+
+def make_plan(
+    config: PPOConfig,
+    device: str,
+    *,
+    limit: int | None = None,
+    shapes: Shapes | None = None,
+    prompt_tokens: int | None = None,
+) -> Plan:
+    """Plan the run from the configs of its models alone, by a step on tensors without data.
+
+    Args:
+        device: type, "cpu" or "cuda"; it need not be there.
+        limit: bytes of the device.
+        shapes: configs of the models; None: read from where `config` says.
+        prompt_tokens: of the longest prompt; None: as many as are allowed.
+    """
+    shapes = shapes or read_shapes(config)
+    longest = prompt_tokens or longest_prompt(config, shapes)
+    timeline = Rehearsal(config, shapes, device, longest).run()
+    overhead = _overhead if device == "cuda" else lambda account: account
+    phases = {name: overhead(account) for name, account in timeline.peaks().items()}
+    return Plan({name: _ordered(account) for name, account in phases.items()}, timeline.aside, limit)
+
+
+def longest_prompt(config: PPOConfig, shapes: Shapes) -> int:
+    """`data.max_prompt_tokens`, or what the model's context leaves beside the response."""
+    context = getattr(shapes.policy.config.get_text_config(), "max_position_embeddings", None)
+    left = config.data.max_prompt_tokens if context is None else context - config.rollout.max_new_tokens
+    if left < 1:
+        raise UserError(
+            f"rollout.max_new_tokens: expected less than the model's context of {context}, "
+            f"got {config.rollout.max_new_tokens}"
+        )
+    return min(config.data.max_prompt_tokens, left)
+
+
+def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
+    """What to change, in order, until the run fits; the last may still not do. `given` are arguments of `make_plan`.
+
+    The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
+    more time, then what rounds them, then what trains less.
+    """
+    changes, replan = list[Change](), functools.partial(make_plan, limit=plan.limit, **given)
+    for knob in (*_KNOBS, *_KNOBS):  # again, as the peak may have moved to another phase
+        if plan.fits:
+            break
+        values = knob.values(config) if plan.fullest in knob.phases else ()
+        if not values:
+            continue
+        tried = [_turned(config, knob.name, value) for value in values]
+        index, found = _mildest(tried, replan, knob.phases)
+        if found.peak < plan.peak:
+            config, plan = tried[index], found
+            changes.append(Change(knob.name, values[index], plan))
+    return changes
+
+
+def _mildest(
+    configs: Sequence[PPOConfig], replan: Callable[[PPOConfig], Plan], phases: Sequence[str]
+) -> tuple[int, Plan]:
+    """The first in which these phases fit, or the last, with its plan; each needs less than the one before it."""
+    low, high = 0, len(configs) - 1
+    plan = replan(configs[high])
+    while plan.fits_in(phases) and low < high:
+        middle = (low + high) // 2
+        tried = replan(configs[middle])
+        if tried.fits_in(phases):
+            high, plan = middle, tried
+        else:
+            low = middle + 1
+    return high, plan
+
+
+class Knob(NamedTuple):
+    """A setting, and the values it may be turned to: the mildest first, none where it is turned already."""
+
+    name: str
+    values: Callable[[PPOConfig], Sequence[Any]]
+    phases: tuple[str, ...] = ("rollout", "scoring", "reward", "update")  # whose peak it lowers
+
+
+def _smaller(size: int, whole: int) -> list[int]:
+    """Batches of less than `size` that divide `whole`, each half of the one before it or less."""
+    sizes = [n for n in range(size - 1, 0, -1) if whole % n == 0]
+    kept = [size]
+    for n in sizes:
+        if 2 * n <= kept[-1]:
+            kept.append(n)
+    return kept[1:]
+
+
+def _update_sizes(config: PPOConfig) -> list[int]:
+    whole = config.optim.minibatch_size
+    return _smaller(config.optim.micro_batch_size or whole, whole)
+
+
+def _rollout_sizes(config: PPOConfig) -> list[int]:
+    whole = config.rollout.batch_size
+    return _smaller(config.rollout.micro_batch_size or whole, whole)
+
+
+def _eight_bits(config: PPOConfig) -> list[str]:
+    full = config.optim.states == "full" and not config.optim.masters
+    return ["8bit"] if full and config.model.layout != "adapters" else []
+
+
+def _parked(config: PPOConfig) -> list[bool]:
+    idle = config.model.layout != "adapters" or bool(config.reward.models)
+    return [True] if idle and not config.model.park else []
+
+
+_KNOBS = (
+    Knob("model.logits", lambda config: ["linear"] if config.model.logits == "materialised" else []),
+    Knob("optim.micro_batch_size", _update_sizes, ("update",)),
+    Knob("rollout.micro_batch_size", _rollout_sizes, ("rollout", "scoring", "reward")),
+    Knob("model.checkpointing", lambda config: [] if config.model.checkpointing else [True], ("update",)),
+    Knob("model.park", _parked),
+    Knob("optim.states", _eight_bits),
+    Knob("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
+    Knob("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),
+    Knob(
+        "model.quantise",
+        lambda config: ["nf4"] if config.model.layout == "adapters" and config.model.quantise == "none" else [],
+    ),
+)
+
+
+def _turned(config: PPOConfig, name: str, value: Any) -> PPOConfig:
+    group, _, field = name.partition(".")
+    fields = {field: value}
+    if value == "adapters":  # which say no more where the critic begins, and need a rank
+        fields |= {"value_path": None, "lora": dataclasses.replace(config.model.lora, rank=ADAPTER_RANK)}
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **fields)})
+
+
+def _overhead(account: Account) -> Account:
+    lost = int(_LOST * sum(account.get(item, 0) for item in _VARYING))
+    return account | {"fragmentation": lost, "CUDA context": _CONTEXT}
+
+
+def _ordered(account: Account) -> Account:
+    return {item: account[item] for item in ITEMS if account.get(item)}

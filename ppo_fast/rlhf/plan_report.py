@@ -1,0 +1,142 @@
+"""The plan of a run's memory as a table, and the command `ppo-fast plan`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .config import PPOConfig
+from .errors import UserError
+from .plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
+from .shapes import read_shapes
+
+GPU = "--gpu"
+HELP = """\
+usage: ppo-fast plan [--gpu SIZE] [options of ppo-fast train]
+
+  Bytes by item and phase of the run that `ppo-fast train` would begin with the same options, the peak, whether it fits,
+  and what to change if not. It needs the config.json of every model alone: no weights, and no GPU.
+
+  --gpu SIZE  memory of the GPU, such as 24GB or 22.5GiB; without it, the GPU of this machine if model.device means one
+
+  ppo-fast train --help lists the other options."""
+TINY = 2**26  # bytes of weights: that fits anywhere, and its plan takes half a second
+_UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the plan of the run that these arguments of `ppo-fast train` begin."""
+    from ppo_fast.cli import parse
+
+    if {"-h", "--help"} & {*argv}:
+        print(HELP)
+        return
+    size, others = _take_size([*argv])
+    config = parse("train", others)
+    device, limit = ("cuda", size) if size else find_limit(config)
+    shapes = read_shapes(config)
+    plan = make_plan(config, device, limit=limit, shapes=shapes)
+    print_plan(plan, advise(config, plan, device=device, shapes=shapes), Console())
+
+
+def announce(config: PPOConfig, policy: Any, prompt_tokens: int, console: Console) -> None:
+    """Print the plan of a run that is about to begin, unless its model is tiny; never a reason not to begin.
+
+    Args:
+        policy: the model that is trained, on its device.
+        prompt_tokens: of the longest prompt.
+    """
+    if console.quiet or sum(weight.nbytes for weight in policy.parameters()) < TINY:
+        return
+    try:
+        device, shapes = policy.device, read_shapes(config, policy.config)
+        limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        plan = make_plan(config, device.type, limit=limit, shapes=shapes, prompt_tokens=prompt_tokens)
+        print_plan(plan, (), console)
+    except Exception as error:  # of a kind of model that cannot be made without data
+        reason = " ".join(str(error).split())[:200]
+        console.print(f"no plan of the memory: {type(error).__name__}: {reason}", highlight=False, markup=False)
+
+
+def find_limit(config: PPOConfig) -> tuple[str, int | None]:
+    """Type of the device that the run would be on, and its bytes if it is a GPU that is there."""
+    there, name = torch.cuda.is_available(), config.model.device
+    device = name.partition(":")[0] if name != "auto" else "cuda" if there else "cpu"
+    if device != "cuda" or not there:
+        return device, None
+    return device, torch.cuda.get_device_properties(name if name != "auto" else "cuda").total_memory
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as "24GB" (24 * 10^9) or "22.5 GiB"."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)\s*", text, flags=re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise UserError(f"{GPU}: expected a size such as 24GB or 22.5GiB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def print_plan(plan: Plan, changes: Sequence[Change], console: Console) -> None:
+    """The table, and a line on each thing that a person would ask next."""
+    unit = "GiB" if plan.peak >= 2**30 else "MiB"
+    table = Table(title=f"memory by phase, {unit}", title_justify="left")
+    table.add_column("")
+    for phase in plan.phases:
+        table.add_column(phase, justify="right")
+    for item in ITEMS:
+        if any(item in account for account in plan.phases.values()):
+            table.add_row(item, *(_number(account.get(item), unit) for account in plan.phases.values()))
+    table.add_section()
+    table.add_row("all", *(_number(sum(account.values()), unit) for account in plan.phases.values()))
+    console.print(table)
+    for line in told(plan, changes):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def told(plan: Plan, changes: Sequence[Change]) -> list[str]:
+    """Peak, host memory, verdict and changes, a line each."""
+    lines = [f"peak {readable(plan.peak)} in {plan.fullest}" + _verdict(plan)]
+    if plan.host:
+        lines.append(f"{readable(plan.host)} of models wait in host memory")
+    lines += [f"  set {_setting(each)}: peak {readable(each.plan.peak)}" for each in changes]
+    if changes and not changes[-1].plan.fits:
+        lines.append("that is not enough: take shorter responses or a smaller model")
+    return lines
+
+
+def readable(count: int) -> str:
+    """Bytes as GiB, or MiB below one."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.limit is None:
+        return ""
+    free = plan.limit - plan.peak
+    verdict = f"{readable(free)} to spare" if free >= 0 else f"does not fit by {readable(-free)}"
+    return f", of {readable(plan.limit)}: {verdict}"
+
+
+def _number(count: int | None, unit: str) -> str:
+    return "" if count is None else f"{count / (2**30 if unit == 'GiB' else 2**20):.2f}"
+
+
+def _setting(change: Change) -> str:
+    value = str(change.value).lower() if isinstance(change.value, bool) else change.value
+    return f"{change.name} to {value}" + f" and model.lora.rank to {ADAPTER_RANK}" * (value == "adapters")
+
+
+def _take_size(argv: list[str]) -> tuple[int | None, list[str]]:
+    """The size after --gpu, and the other arguments."""
+    for index, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag == GPU:
+            rest = argv[index + 1 :]
+            if not equals:
+                value, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("", rest)
+            return parse_size(value), argv[:index] + rest
+    return None, argv

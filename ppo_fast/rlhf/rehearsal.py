@@ -1,0 +1,191 @@
+"""One step of a run on tensors that have a shape but no data: what it keeps alive is what the run will.
+
+The engine's own code runs: models of transformers made from their configs, scoring and the update's backward passes.
+Sampling is `generate` at the two moments that count, after the prompts and at the last token.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._linear_sweep import Buffers, Wanted
+
+from .advantages import Experience
+from .batches import Grid
+from .config import PPOConfig
+from .errors import require
+from .forward import accepted, unwrapped
+from .optim import Network
+from .reward_sources import REWARD_ROWS
+from .rollout import Sampler, score
+from .shapes import Shapes, make_resident
+from .tracing import Account, Timeline
+from .update import Learner
+
+_OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
+# The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
+_IN_PLACE = {
+    _OPS.token_stats_backward.default: 3,
+    torch.ops.aten.index_add.default: 0,
+    torch.ops.aten.scatter_add.default: 0,
+}
+
+
+class Rehearsal:
+    """The phases of one step, as a run on a device of that type would take them; all responses as long as allowed."""
+
+    def __init__(self, config: PPOConfig, shapes: Shapes, device: str, prompt_tokens: int) -> None:
+        self.config, self.shapes, self.device = config, shapes, device
+        self.prompt, self.response = prompt_tokens, config.rollout.max_new_tokens
+        self.timeline = Timeline(lambda func, args: inside(func, args, device))
+
+    def run(self) -> Timeline:
+        """The timeline of a step whose optimizers have taken one before."""
+        with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
+            self.resident = make_resident(self.config, self.shapes, self.device, self.timeline.name)
+            self.models = self.resident.models
+            self.learner = Learner(self.models, self.config)
+            self._make_states()
+            self.rollout()
+            self.scoring()
+            if self.resident.rewards:
+                self.reward()
+            self.update()
+        return self.timeline
+
+    @torch.no_grad()
+    def rollout(self) -> None:
+        """One chunk of prompts and its last token, as `generate` of transformers does them."""
+        rows = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
+        with self.timeline.phase("rollout"), self.models.using("policy") as policy:
+            cache = self._make_cache(policy)
+            self._sample(policy, rows, self.prompt, self.prompt, cache)
+            self._fill(cache)
+            self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
+
+    def scoring(self) -> None:
+        """One batch by each model."""
+        optim, settings = self.config.optim, self.config.rollout
+        rows = settings.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
+        with self.timeline.phase("scoring"):
+            grid = self._make_grid(rows)
+            generation: Any = SimpleNamespace(grid=grid, input_ids=grid.ids, mask=torch.ones(rows, self.response))
+            score(self.models, generation, settings)
+
+    @torch.no_grad()
+    def reward(self) -> None:
+        """One batch by each reward model, an EOS after the longest response."""
+        rows = min(self.config.rollout.micro_batch_size or REWARD_ROWS, self.config.rollout.batch_size)
+        with self.timeline.phase("reward"):
+            ids = torch.zeros(rows, self.prompt + self.response + 1, dtype=torch.long)
+            for model in self.resident.rewards:
+                with model.present():
+                    model.network(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def update(self) -> None:
+        """Two micro-batches of a minibatch, the second beside the gradients of the first, and the optimizer step."""
+        settings, networks = self.config.optim, (self.learner.policy, self.learner.value)
+        rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
+        for network in networks:
+            for parameter in network.parameters:
+                parameter.register_post_accumulate_grad_hook(self._name_gradient)
+        with self.timeline.phase("update"):
+            with self.models.recomputing():
+                self.learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
+            for network in networks:
+                network.clip()
+                self._step(network)
+
+    def _make_states(self) -> None:
+        """What optimizers keep from one step to the next."""
+        for network in (self.learner.policy, self.learner.value):
+            for parameter in network.parameters:
+                parameter.grad = torch.empty_like(parameter)
+            self._step(network)
+            kept = tree_leaves([network.optimizer.state_dict(), [*network.optimizer.state.values()]])
+            self.timeline.name("optimizer states", [x for x in kept if isinstance(x, Tensor)])
+
+    def _step(self, network: Network) -> None:
+        # Moments of 8 bits are there from the start, and their steps a matter of small pieces, thousands of them.
+        if self.config.optim.states != "8bit":
+            network.step(1.0)
+        network.optimizer.zero_grad()
+
+    def _name_gradient(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            self.timeline.name("gradients", [parameter.grad])
+
+    def _make_grid(self, rows: int) -> Grid:
+        """Prompts and responses at their longest; one prompt is a token shorter, so that there is padding."""
+        width = self.prompt + self.response
+        attention = np.ones((rows, width), dtype=bool)
+        attention[0, : self.prompt > 1] = False
+        counted = np.zeros((rows, width), dtype=bool)
+        counted[:, self.prompt :] = True
+        return Grid(torch.zeros(rows, width, dtype=torch.long), attention, counted)
+
+    def _make_experience(self, rows: int) -> Experience:
+        grid, count = self._make_grid(rows), rows * self.response
+        numbers = {name: torch.zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+        return Experience(grid, torch.zeros(count, dtype=torch.long), **numbers)
+
+    def _make_cache(self, policy: Any) -> Any:
+        kinds, shape = require("transformers"), policy.config.get_text_config(decoder=True)
+        if self.config.rollout.static_cache:
+            return kinds.StaticCache(shape, max_cache_len=self.prompt + self.response)
+        return kinds.DynamicCache(config=shape)
+
+    def _sample(self, policy: Any, rows: int, new: int, seen: int, cache: Any) -> None:
+        """The forward pass over the last `new` of `seen` tokens, and a draw."""
+        ids = torch.zeros(rows, new, dtype=torch.long)
+        attention_mask = torch.ones(rows, seen, dtype=torch.long)
+        given = {
+            "input_ids": ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(-1) - 1)[:, -new:],
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        logits = policy(**accepted(unwrapped(policy), given)).logits
+        self._name_cache(cache)
+        latest = logits[:, -1].to(torch.float32, copy=True)
+        scores = Sampler(self.config.rollout, None)(ids, latest)  # type: ignore[arg-type]  # no number is drawn
+        scores.argmax(dim=-1)
+
+    def _fill(self, cache: Any) -> None:
+        """All responses but for their last two tokens."""
+        count = self.response - 2
+        for index, layer in enumerate(cache.layers):
+            keys = getattr(layer, "keys", None)
+            if keys is not None and count > 0 and not self.config.rollout.static_cache:
+                new = keys.new_empty(*keys.shape[:2], count, keys.shape[-1])
+                cache.update(new, new, index)
+                del new
+                self._name_cache(cache)
+
+    def _name_cache(self, cache: Any) -> None:
+        states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        self.timeline.name("KV cache", [x for x in states if x is not None])
+
+
+def inside(func: Any, args: Any, device: str) -> Account:
+    """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits.
+
+    Negative where the op of a run writes to an argument, and only that of tensors without data makes another.
+    """
+    if func in _IN_PLACE:
+        return {"activations": -args[_IN_PLACE[func]].untyped_storage().nbytes()}
+    if func not in (_OPS.linear_token_stats.default, _OPS.linear_policy_loss.default):
+        return {}
+    call = LinearCall(*args[:_FIELDS])
+    wanted = Wanted(*args[_FIELDS : _FIELDS + 3]) if func is _OPS.linear_policy_loss.default else Wanted(*[False] * 3)
+    return {"logits chunk": Buffers.of(call, len(call.hidden), wanted, device).bytes(call)}

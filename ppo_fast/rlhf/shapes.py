@@ -1,0 +1,211 @@
+"""The networks of a run by the configs of its models alone, without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, same_base
+from .config import ModelConfig, PPOConfig
+from .errors import UserError, require
+from .forward import backbone_of
+from .loading import checkpoint_activations, disable_dropout, load_pretrained
+from .models import VALUE_CONFIG, VALUE_DIRECTORY, Models, ValueModel
+from .parking import Parked
+from .standins import attention, quantise
+
+Make = Callable[[str, "Shape"], Any]  # a model of that class
+Name = Callable[[str | None, Iterable[Tensor]], None]  # says what tensors count as; None: they are in host memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: its config of transformers, and that of the adapter on it."""
+
+    config: Any
+    adapter: Any | None = None  # peft.LoraConfig
+    shared: bool = False  # the adapter is on the policy's base
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The models that a run loads."""
+
+    policy: Shape
+    value: Shape | None = None  # None: the policy's
+    rewards: tuple[Shape, ...] = ()
+
+
+class Scoring(NamedTuple):
+    """A reward model, and the block that it is itself in, on the device."""
+
+    network: ValueModel
+    present: Callable[[], AbstractContextManager[Any]]
+    adapter: bool = False  # on the policy's base
+
+
+class Resident(NamedTuple):
+    """The networks of a run."""
+
+    models: Models
+    rewards: tuple[Scoring, ...]
+
+
+def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
+    """The configs of every model that `config` names; `policy` is that of one that is there already."""
+    if policy is None and config.model.path is None:
+        raise UserError("model.path: expected a model directory or hub id, got null")
+    own = _read(config.model.path, config) if policy is None else Shape(policy, _read_adapter(config.model.path))
+    base = config.model.path if own.adapter is None else str(own.adapter.base_model_name_or_path)
+    rewards = tuple(_read(path, config, base) for path in config.reward.models)
+    start = config.model.value_path
+    if start is not None:
+        return Shapes(own, _read(_value_directory(start), config), rewards)
+    # As far as configs tell, the critic starts from the first reward model where that has the policy's vocabulary.
+    alike = bool(rewards) and rewards[0].config.vocab_size == own.config.vocab_size
+    return Shapes(own, rewards[0] if alike else None, rewards)
+
+
+def _value_directory(path: str) -> str:
+    beside = Path(path) / VALUE_DIRECTORY
+    own = Path(path) / VALUE_CONFIG
+    return str(own) if own.is_file() else str(beside) if (beside / ADAPTER_CONFIG).is_file() else path
+
+
+def _read(path: str | None, config: PPOConfig, base: str | None = None) -> Shape:
+    """Of a PEFT directory the config of its base, beside its own; `base` is that of the policy."""
+    adapter = _read_adapter(path)
+    path = path if adapter is None else str(adapter.base_model_name_or_path)
+    shape = load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
+    return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
+
+
+def _read_adapter(path: str | None) -> Any:
+    if path is None or not (Path(path) / ADAPTER_CONFIG).is_file():
+        return None
+    adapter = require("peft").PeftConfig.from_pretrained(path)
+    adapter.modules_to_save = adapter.task_type = None
+    return adapter
+
+
+def make_resident(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> Resident:
+    """The networks in their layout, of tensors without data: to be called under a FakeTensorMode."""
+    make = functools.partial(_make, config=config.model, attention=attention(config.model, device))
+    with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
+        models = _make_models(config, shapes, make)
+        rewards = [_make_scoring(shape, models, make) for shape in shapes.rewards]
+    adapters = models.adapters
+    if adapters is not None:
+        own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
+        _materialise([*own, *models.value.head.parameters()], "adapters", name)
+    parked = None
+    if config.model.park and adapters is None:
+        parked = _park(models.reference, name)
+    for network in (models.policy, models.reference, models.value):
+        _materialise(_tensors(network), "weights", name)
+    apart = [_park(reward.network, name) if config.model.park and not reward.adapter else None for reward in rewards]
+    for reward in rewards:
+        _materialise(_tensors(reward.network), "weights", name)
+    presences = [
+        reward if park is None else reward._replace(present=park.present)
+        for reward, park in zip(rewards, apart, strict=True)
+    ]
+    return Resident(dataclasses.replace(models, parked=parked), tuple(presences))
+
+
+def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
+    model, adapters = config.model, None
+    policy = make("AutoModelForCausalLM", shapes.policy)
+    if model.quantise != "none":
+        quantise(policy)
+    if model.lora.rank:
+        moving = shapes.policy.adapter is not None or config.reference.update != "fixed"
+        adapters = _make_adapters(policy, model, moving=moving)
+    together = adapters is not None or model.layout == "shared"
+    backbone = backbone_of(policy) if together else make("AutoModel", shapes.value or shapes.policy)
+    if model.checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(backbone)
+    return Models(
+        policy=policy,
+        reference=policy if adapters else make("AutoModelForCausalLM", shapes.policy).requires_grad_(False),
+        value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)),
+        tokenizer=None,
+        pad_id=0,
+        eos_id=0,
+        linear=model.logits == "linear",
+        packed=model.batches == "packed",
+        shared=model.layout == "shared",
+        adapters=adapters,
+    )
+
+
+def _make_adapters(policy: Any, config: ModelConfig, *, moving: bool) -> Adapters:
+    # There is nothing to draw, and a generator of another device is refused.
+    adapters = adapt(policy, config.lora, None, None)  # type: ignore[arg-type]
+    adapters.add(VALUE, adapters.config(TRAINED), trained=True)
+    if moving:
+        adapters.copy(TRAINED, REFERENCE)
+    return adapters
+
+
+def _make_scoring(shape: Shape, models: Models, make: Make) -> Scoring:
+    """A reward model, on a base of its own or on the policy's."""
+    adapters = models.adapters
+    if adapters is not None and shape.shared:
+        name = f"reward-{len(adapters.trained)}"
+        adapters.add(name, shape.adapter, trained=False)
+        return Scoring(models.value, functools.partial(adapters.active, name), adapter=True)
+    model = make("AutoModelForSequenceClassification", shape).requires_grad_(False)
+    return Scoring(ValueModel(model.base_model, model.score), contextlib.nullcontext)
+
+
+def _make(kind: str, shape: Shape, *, config: ModelConfig, attention: str | None) -> Any:
+    factory, copied = getattr(require("transformers"), kind), copy.deepcopy(shape.config)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    options |= {} if attention is None else {"attn_implementation": attention}
+    return disable_dropout(factory.from_config(copied, **options))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _materialise(tensors: Iterable[Tensor], item: str | None, name: Name) -> None:
+    """Give tensors on "meta" a storage that is counted as `item`; they stay the objects they are."""
+    for tensor in tensors:
+        if tensor.device.type == "meta":
+            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            # What nn.Parameter(made) would be, whose detour over a view leaves a weak reference that forbids the swap.
+            made._is_param = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, made)
+            name(item, [tensor])
+
+
+def _park(network: nn.Module, name: Name) -> Parked:
+    _materialise(_tensors(network), None, name)
+    return _NamedParked(network, name)
+
+
+class _NamedParked(Parked):
+    """Its copies on the device count as weights."""
+
+    def __init__(self, network: nn.Module, name: Name) -> None:
+        super().__init__(network, torch.device("cpu"))
+        self.name = name
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[Any]:
+        with super().present() as network:
+            self.name("weights", _tensors(self.network))
+            yield network

@@ -1,0 +1,105 @@
+"""Which storages are alive when: every operation is watched, and the death of what it made."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+_DEVICE = torch.ops.prim.device.default
+Account = dict[str, int]  # bytes by item
+
+
+@dataclass
+class Block:
+    """Bytes that are alive from one tick of the clock to another, both included."""
+
+    bytes: int
+    item: str | None  # None: not on the device
+    born: int
+    died: int | None = None  # None: still alive
+
+
+class Timeline(TorchDispatchMode):
+    """Keeps the life of every storage that an operation in its `with` block makes, fake tensors' too.
+
+    A tick of the clock is one operation. What an operation needs for its own time alone does not show, but for what
+    `inside(operation, arguments)` says, in bytes.
+    """
+
+    def __init__(self, inside: Callable[[Any, Any], Account]) -> None:
+        super().__init__()
+        self.inside = inside
+        self.now, self.blocks, self.phases = 0, list[Block](), list[tuple[str, int, int]]()
+        self._block_of = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # half of all calls on fake tensors, and nothing is made
+            return args[0].fake_device
+        output = func(*args, **(kwargs or {}))
+        self.now += 1
+        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        for item, count in self.inside(func, args).items():
+            self.blocks.append(Block(count, item, self.now, self.now))
+        return output
+
+    def _see(self, tensor: Tensor) -> Block:
+        storage = tensor.untyped_storage()
+        if storage not in self._block_of:
+            block = Block(storage.nbytes(), "activations", self.now)
+            self._block_of[storage] = block
+            self.blocks.append(block)
+            weakref.finalize(storage, self._bury, block).atexit = False
+        return self._block_of[storage]
+
+    def _bury(self, block: Block) -> None:
+        block.died = self.now
+
+    def name(self, item: str | None, tensors: Iterable[Tensor]) -> None:
+        """Count these tensors as `item`, from their birth on."""
+        for tensor in tensors:
+            self._see(tensor).item = item
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The operations of the block are a phase."""
+        self.now += 1
+        start = self.now
+        try:
+            yield
+        finally:
+            self.phases.append((name, start, self.now))
+
+    @property
+    def aside(self) -> int:
+        """Bytes that are not on the device, and alive."""
+        return sum(block.bytes for block in self.blocks if block.item is None and block.died is None)
+
+    def peaks(self) -> dict[str, Account]:
+        """The items at the moment of each phase when their sum is largest; of phases of one name, the largest."""
+        alive, found = self._alive(), dict[str, Account]()
+        for name, start, stop in self.phases:
+            at = start + int(sum(alive.values())[start : stop + 1].argmax())
+            account = {item: int(count[at]) for item, count in alive.items() if count[at]}
+            found[name] = max(account, found.get(name, {}), key=lambda items: sum(items.values()))
+        return found
+
+    def _alive(self) -> dict[str, Any]:
+        """Bytes [ticks] by item."""
+        changes = {block.item: np.zeros(self.now + 2, dtype=np.int64) for block in self.blocks if block.item}
+        for block in self.blocks:
+            if block.item is not None:
+                changes[block.item][block.born] += block.bytes
+                changes[block.item][self.now + 1 if block.died is None else block.died + 1] -= block.bytes
+        return {item: change.cumsum() for item, change in changes.items()}
