@@ -26,6 +26,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         not_negative("model.lora.rank", self.rank)
         positive("model.lora.alpha", self.alpha)
+        check(self.rank > 0 or not self.targets, "model.lora.targets", "none without lora.rank", self.targets)
+        check(self.rank > 0 or not self.merge, "model.lora.merge", "false without lora.rank", self.merge)
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class ModelConfig(CausalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        adapted = self.layout == "adapters"
-        check(adapted == (self.lora.rank > 0), "model.layout", "'adapters' with lora.rank, and only so", self.layout)
+        adapted, rank = self.layout == "adapters", self.lora.rank
+        check(rank > 0 or not adapted, "model.lora.rank", "a rank > 0 with model.layout 'adapters'", rank)
+        check(rank == 0 or adapted, "model.layout", "'adapters' with model.lora.rank", self.layout)
         check(
             self.layout != "shared" or self.logits == "linear",
             "model.logits",

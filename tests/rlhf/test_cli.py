@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import subprocess
 import sys
 
@@ -133,6 +134,20 @@ def test_short_flags():
             "run.yaml and flags: optim.minibatch_size: expected a divisor of rollout.batch_size = 8, got 24",
         ),
         (
+            ["train", "--model.layout", "adapters"],
+            "flags: model.lora.rank: expected a rank > 0 with model.layout 'adapters', got 0",
+        ),
+        (
+            ["train", "--model.lora.rank", "8"],
+            "flags: model.layout: expected 'adapters' with model.lora.rank, got 'separate'",
+        ),
+        (["sft", "--merge"], "flags: model.lora.merge: expected false without lora.rank, got True"),
+        (
+            ["dpo", "--model.lora.targets", "q_proj"],
+            "flags: model.lora.targets: expected none without lora.rank, got ('q_proj',)",
+        ),
+        (["sft", "--model", "no/such/dir"], "AutoModelForCausalLM: cannot load model 'no/such/dir': no such directory"),
+        (
             ["train", "--rollout.temperature", "-1"],
             "flags: rollout.temperature: expected a number > 0, got -1.0",
         ),
@@ -225,6 +240,7 @@ def test_help_and_version(capsys):
     text = capsys.readouterr().out
     assert "--optim.lr FLOAT" in text
     assert "--config FILE" in text
+    assert re.search(r"--preset NAME \(7b-24g, 7b-80g-full, 7b-80g-lora,\s+tiny-cpu\)", text)
 
 
 def test_doctor_and_quickstart_are_reached(monkeypatch, capsys):
