@@ -132,6 +132,8 @@ class Adapters:
         config.inference_mode, config.task_type = True, "CAUSAL_LM" if head is None else "SEQ_CLS"
         if not isinstance(config.target_modules, str):  # a pattern
             config.target_modules = sorted(config.target_modules)  # of a set, which has no order of its own
+        if Path(self.base).is_dir():  # peft keeps it as it was given, which means nothing in another directory
+            config.base_model_name_or_path = str(Path(self.base).absolute())
         if head is not None:
             config.modules_to_save = ["score"]
             tensors |= {f"{HEAD}{key}": value for key, value in head.state_dict().items()}

@@ -337,6 +337,22 @@ def test_sft_continues_its_adapter(tmp_path, base):
     assert json.loads((more.model / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == base
 
 
+def test_an_adapter_finds_its_base_from_another_directory(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run_stage("sft", tmp_path / "first", "base")
+    assert json.loads((first.model / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == base
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_stage("sft", tmp_path / "more", str(first.model))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_the_adapter_of_a_reward_model_begins_no_language_model(tmp_path, base, stage):
+    path = str(run_stage("reward", tmp_path / "reward", base).model)
+    with raises_exactly(f"model.path: expected a causal LM, got the adapter of a scalar model in {path!r}", UserError):
+        run_stage(stage, tmp_path / "more", path)
+
+
 def test_dpo_begins_at_its_reference(tmp_path, base):
     """Also where the model begins with an adapter: its reference is not the base then."""
     sft = run_stage("sft", tmp_path / "sft", base)
