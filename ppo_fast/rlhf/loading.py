@@ -54,6 +54,8 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
     trust, saved = config.trust_remote_code, None
     if model is None:
         saved = read_adapter("model.path", config.path)
+        if saved is not None and saved.head is not None:
+            raise UserError(f"model.path: expected a causal LM, got the adapter of a scalar model in {config.path!r}")
         path = config.path if saved is None else saved.base
         options = {"dtype": getattr(torch, config.dtype)} | quantisation(config, device)
         model = load_pretrained(transformers.AutoModelForCausalLM, path, trust, **options)
@@ -248,6 +250,8 @@ def load_pretrained(loader: Any, path: str | None, trust: bool = False, **option
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]
+        if where == "model" and path is not None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+            reason = "no such directory"  # nor can it be the name of a hub model
         if "trust_remote_code" in str(error):
             reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
         raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error
