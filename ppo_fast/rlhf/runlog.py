@@ -193,11 +193,11 @@ class RunLog(StageLog):
     def _summary(self, metrics: dict[str, float]) -> str:
         loss = self.config.loss
         value = loss.vf_coef * metrics["loss/value"]
-        entropy = loss.ent_coef * metrics["policy/entropy"]
+        entropy = 0 - loss.ent_coef * metrics["policy/entropy"]
         return (
             f"reward {metrics['objective/rlhf_reward']:+.3f}  "
             f"score {metrics['objective/scores']:+.3f}  KL {metrics['objective/kl']:.3f}  "
-            f"loss: policy {metrics['loss/policy']:+.4f}  value {value:+.4f}  entropy {-entropy:+.4f}  "
+            f"loss: policy {metrics['loss/policy']:+.4f}  value {value:+.4f}  entropy {entropy:+.4f}  "
             f"total {metrics['loss/total']:+.4f}  {metrics['tokens_per_second']:.0f} tok/s"
         )
 

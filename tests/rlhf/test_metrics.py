@@ -186,7 +186,7 @@ def test_the_console_shows_reward_kl_and_the_parts_of_the_loss(logged):
         log.write(1, collected() | {"objective/rlhf_reward": 1.25, "objective/kl": 2.5}, "stopped early")
     text = screen.getvalue()
     assert "1/2  reward +1.250  score +1.000  KL 2.500" in text
-    assert "loss: policy +2.0000  value +2.0000  entropy -0.0000  total +3.0000" in text
+    assert "loss: policy +2.0000  value +2.0000  entropy +0.0000  total +3.0000" in text
     assert "update 1: stopped early" in text
 
 
