@@ -139,13 +139,13 @@ def train(command: str, argv: Sequence[str]) -> None:
 def parse(command: str, argv: Sequence[str]) -> Any:
     """The config that the arguments of a training command mean."""
     from ppo_fast import rlhf
-    from ppo_fast.rlhf.configfile import read_values
+    from ppo_fast.rlhf.configfile import preset_names, read_values
     from ppo_fast.rlhf.errors import require
 
     stage = STAGES[command]
     kind = getattr(rlhf, stage.config)
     if {"-h", "--help"} & set(argv):
-        preset = "--preset NAME, then " * (kind is rlhf.PPOConfig)
+        preset = f"--preset NAME ({', '.join(preset_names())}), then " * (kind is rlhf.PPOConfig)
         about = TRAIN_HELP.format(about=stage.about, preset=preset, short=stage.short)
         require("tyro").cli(kind, args=["--help"], prog=f"ppo-fast {command}", description=about)
     flags = _read_flags([argument for argument in argv if argument != RESUME], kind)

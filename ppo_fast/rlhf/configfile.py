@@ -33,13 +33,17 @@ def load_config(
     return config_from_dict(values, source=" and ".join(sources + ["flags"] * bool(flags)) or "config", kind=kind)
 
 
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
 def read_values(
     path: str | Path | None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What flags, file and preset say, nested; neither checked nor complete."""
     values: dict[str, Any] = {}
     if preset is not None:
-        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        known = preset_names()
         if preset not in known:
             raise UserError(f"preset: expected one of {', '.join(known)}, got {preset!r}")
         values = _read(PRESETS / f"{preset}.yaml")
