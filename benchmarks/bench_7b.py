@@ -23,7 +23,8 @@ from unittest import mock
 import torch
 
 import ppo_fast
-from ppo_fast.rlhf import PPOConfig, load_config, ppo, tiny
+from ppo_fast.rlhf import PPOConfig, UserError, load_config, ppo, tiny
+from ppo_fast.rlhf.configfile import preset_names
 from ppo_fast.rlhf.runtime import Stopwatch, find_device
 
 GIB = 2**30
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * GIB / total))
-    changes = dict(change.split("=", 1) for change in arguments.set) | {"model.device": device.type}
+    changes = dict(arguments.set) | {"model.device": device.type}
     Meter.peaks = []
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(arguments.preset, arguments.scale, arguments.updates, changes, directory)
@@ -147,7 +148,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "preset": arguments.preset,
         "cap_gib": arguments.cap,
         "scale": arguments.scale,
-        "changes": dict(change.split("=", 1) for change in arguments.set),
+        "changes": dict(arguments.set),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "ppo_fast": ppo_fast.__version__,
@@ -185,8 +186,8 @@ def phases(metrics: dict[str, float], peaks: dict[str, dict[str, float]]) -> dic
 def table(result: dict[str, Any]) -> str:
     """The phases as Markdown."""
     lines = [
-        "{model}, {preset}, {cap_gib} GiB, {device}: {responses} responses of {length_mean:.0f} tokens".format(
-            **result
+        "{model}{small}, {preset}, {cap_gib} GiB, {device}: {responses} responses of {length_mean:.0f} tokens".format(
+            **result, small=" scaled down" * (result["scale"] == "tiny")
         ),
         "",
         "| phase | seconds | share | tokens/s | peak GiB | reserved GiB |",
@@ -199,20 +200,31 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_7b", description=__doc__)
-    parser.add_argument("--preset", required=True)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.bench_7b", description=__doc__, formatter_class=as_written)
+    parser.add_argument("--preset", choices=preset_names(), required=True)
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--cap", type=float, default=80.0, help="GiB that torch may take of the GPU")
     parser.add_argument("--updates", type=int, default=2, help="the last is reported")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the config")
+    parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--scale", choices=("full", "tiny"), default="full")
     parser.add_argument("--out", type=Path, default=Path("build/7b"), help="directory of the JSON")
     arguments = parser.parse_args(argv)
-    result = run(arguments)
+    try:
+        result = run(arguments)
+    except UserError as error:
+        parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"{arguments.model}-{arguments.preset}-{arguments.cap:g}.json"
-    (arguments.out / name).write_text(json.dumps(result, indent=2) + "\n")
+    name = f"{arguments.model}-{arguments.preset}-{arguments.cap:g}{'-tiny' * (arguments.scale == 'tiny')}"
+    (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
     return 0
 

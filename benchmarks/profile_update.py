@@ -113,7 +113,9 @@ def table(size: str, times: dict[str, float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_update", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.profile_update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the config")
     arguments = parser.parse_args(argv)

@@ -14,14 +14,14 @@ PRESETS = ("7b-80g-lora", "7b-80g-full", "7b-24g")
 def test_a_preset_runs_and_tells_its_phases(preset, model, tmp_path, capsys):
     arguments = ["--preset", preset, "--model", model, "--scale", "tiny", "--updates", "1", "--out", str(tmp_path)]
     assert bench_7b.main([*arguments, "--set", "rollout.max_new_tokens=5"]) == 0
-    result = json.loads((tmp_path / f"{model}-{preset}-80.json").read_text())
+    result = json.loads((tmp_path / f"{model}-{preset}-80-tiny.json").read_text())
     assert [*result["phases"]] == [*bench_7b.PHASES, "all"]
     assert sum(result["phases"][phase]["share"] for phase in bench_7b.PHASES) == pytest.approx(1)
     assert all(x["tokens_per_second"] > 0 and x["peak_gib"] is None for x in result["phases"].values())
     assert 0 < result["length_mean"] <= 5
     assert result["changes"] == {"rollout.max_new_tokens": "5"}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{model}, {preset}, 80.0 GiB, CPU: 16 responses of ")
+    assert lines[0].startswith(f"{model} scaled down, {preset}, 80.0 GiB, CPU: 16 responses of ")
     assert len(lines) == 9
 
 
@@ -42,3 +42,17 @@ def test_memory_is_told_by_phase_and_highest():
     found = bench_7b.phases(metrics, peaks)
     assert (found["update"]["peak_gib"], found["all"]["peak_gib"], found["all"]["reserved_gib"]) == (3.0, 3.0, 10.0)
     assert found["all"]["seconds"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.lrr=1", "error: 7b-24g and flags: unknown key 'optim.lrr', the nearest is 'optim.lr'"),
+        ("updates", "error: argument --set: expected KEY=VALUE, got 'updates'"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, tmp_path, change, message):
+    arguments = ["--preset", "7b-24g", "--model", "qwen2.5-7b", "--scale", "tiny", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        bench_7b.main([*arguments, "--set", change])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
