@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         return _fail(f"no command {command!r}; the commands are {', '.join(COMMANDS)}")
+    # It warns at import, in runs without 4 bits too, of a package whose kernel our runs have no use for.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         return _run(command, arguments[1:])
