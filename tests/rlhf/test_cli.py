@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -225,6 +226,12 @@ def test_warnings_are_one_line(files, capsys):
     assert cli.main(["train", "--config", "run.yaml", "--updates", "1", "--data.max-prompt-tokens", "2"]) == 0
     expected = "warning: dropped 1 of 2 prompts longer than data.max_prompt_tokens = 2\n"
     assert expected in capsys.readouterr().err
+
+
+def test_advice_of_bitsandbytes_at_its_import_is_not_shown(capsys):
+    cli.main(["sft", "--optim.lrr", "1"])
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("bitsandbytes.cextension").isEnabledFor(logging.WARNING)
 
 
 def test_help_and_version(capsys):
