@@ -58,6 +58,7 @@ def read_adapter(field: str, path: str | None) -> SavedAdapter | None:
     check(bool(config.base_model_name_or_path), field, "an adapter that names its base model", path)
     head = {name.removeprefix(HEAD): tensors.pop(name) for name in [*tensors] if name.startswith(HEAD)}
     config.modules_to_save = config.task_type = None  # else peft wraps the head, and saves it apart from ours
+    config.lora_dropout = 0.0  # of a layer that peft makes later, and in train mode
     return SavedAdapter(path, config, tensors, _linear(field, path, head))
 
 
