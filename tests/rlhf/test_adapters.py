@@ -158,7 +158,10 @@ def test_saved_adapters_are_read_again(tmp_path):
         ({"bias": "all"}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
         ({"use_dora": True}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
         ({"modules_to_save": ["lm_head"]}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
-        ({"init_lora_weights": "pissa"}, "model.path: expected a LoRA adapter that leaves its base as it is, got {path!r}"),
+        (
+            {"init_lora_weights": "pissa"},
+            "model.path: expected a LoRA adapter that leaves its base as it is, got {path!r}",
+        ),
         ({"base_model_name_or_path": None}, "model.path: expected an adapter that names its base model, got {path!r}"),
     ],
 )
