@@ -352,6 +352,13 @@ def test_dpo_begins_at_its_reference(tmp_path, base):
         assert not any("reference" in name for name in load_file(result.model / ADAPTER_FILE))
 
 
+def test_a_reward_model_that_continues_has_the_attention_asked_for(tmp_path, base):
+    first = run_stage("reward", tmp_path / "first", base, attention="eager")
+    more = run_stage("reward", tmp_path / "more", None, init=str(first.model), attention="eager")
+    for result in (first, more):
+        assert result.trained.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_reward_model_continues_from_an_adapter(tmp_path, base, rank):
     first = run_stage("reward", tmp_path / "first", base)
