@@ -1,4 +1,4 @@
-"""One PPO update of a model of 7 or 8 billion parameters on one GPU: seconds, tokens and memory by phase.
+"""One PPO update of a model of 7 or 8 billion parameters on one GPU: seconds, tokens, memory planned and measured.
 
     python -m benchmarks.bench_7b --preset 7b-80g-lora --model qwen2.5-7b --cap 80 [--updates 2] [--set KEY=VALUE ...]
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import random
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,10 +25,12 @@ import torch
 
 import ppo_fast
 from ppo_fast.rlhf import PPOConfig, load_config, ppo, tiny
+from ppo_fast.rlhf.plan import Plan, make_plan
 from ppo_fast.rlhf.runtime import Stopwatch, find_device
+from ppo_fast.rlhf.shapes import read_shapes
 
 GIB = 2**30
-PHASES = ("rollout", "logprobs", "score", "update")
+PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "update": "update"}  # as the plan names them
 QWEN = {
     "vocab_size": 152064,
     "hidden_size": 3584,
@@ -128,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * GIB / total))
     changes = dict(change.split("=", 1) for change in arguments.set) | {"model.device": device.type}
-    Meter.peaks = []
+    Meter.peaks, policy = [], make_policy(arguments.model, arguments.scale, device)
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(arguments.preset, arguments.scale, arguments.updates, changes, directory)
         with (
@@ -139,10 +142,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 config,
                 reward_fn=share_of_even_tokens,
                 prompts=make_prompts(config.rollout.batch_size, config.data.max_prompt_tokens),
-                policy=make_policy(arguments.model, arguments.scale, device),
+                policy=policy,
                 tokenizer=tiny.make_tokenizer(WORDS),
             )
+    plan = make_plan(config, device.type, shapes=read_shapes(config, policy.config))
     return {
+        "commit": commit(),
         "model": arguments.model,
         "preset": arguments.preset,
         "cap_gib": arguments.cap,
@@ -156,29 +161,41 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "epochs": config.optim.epochs,
         "length_mean": result.history[-1]["length/mean"],
         "first_update_s": sum(result.history[0][f"time/{phase}"] for phase in PHASES),
-        "phases": phases(result.history[-1], Meter.peaks[-1]),
+        "phases": phases(result.history[-1], Meter.peaks[-1], plan),
     }
 
 
-def phases(metrics: dict[str, float], peaks: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """What one update took, by phase and "all" together; memory is None on a CPU."""
+def commit() -> str | None:
+    """The commit that is measured; None outside of a repository."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def phases(
+    metrics: dict[str, float], peaks: dict[str, dict[str, float]], plan: Plan
+) -> dict[str, dict[str, float | None]]:
+    """What one update took, by phase and "all" together; what was measured of memory is None on a CPU.
+
+    Planned are the tensors, as those are that the allocator counts: without its fragmentation and CUDA's context.
+    """
     found: dict[str, dict[str, float | None]] = {}
-    for phase in PHASES:
+    for phase, planned in PHASES.items():
+        account = plan.phases.get(planned, {})
+        tensors = [count for item, count in account.items() if item not in ("fragmentation", "CUDA context")]
         found[phase] = {
             "seconds": metrics[f"time/{phase}"],
             "share": metrics[f"time/{phase}_share"],
             "tokens_per_second": metrics[f"tokens_per_second/{phase}"],
+            "planned_gib": sum(tensors) / GIB if tensors else None,
             "peak_gib": peaks.get(phase, {}).get("allocated"),
             "reserved_gib": peaks.get(phase, {}).get("reserved"),
         }
-    highest = {name: max((peak[name] for peak in peaks.values()), default=None) for name in ("allocated", "reserved")}
-    found["all"] = {
-        "seconds": sum(metrics[f"time/{phase}"] for phase in PHASES),
-        "share": 1.0,
-        "tokens_per_second": metrics["tokens_per_second"],
-        "peak_gib": highest["allocated"],
-        "reserved_gib": highest["reserved"],
+    highest = {
+        name: max((row[name] for row in found.values() if row[name] is not None), default=None)
+        for name in ("planned_gib", "peak_gib", "reserved_gib")
     }
+    seconds = sum(metrics[f"time/{phase}"] for phase in PHASES)
+    found["all"] = {"seconds": seconds, "share": 1.0, "tokens_per_second": metrics["tokens_per_second"]} | highest
     return found
 
 
@@ -189,11 +206,11 @@ def table(result: dict[str, Any]) -> str:
             **result
         ),
         "",
-        "| phase | seconds | share | tokens/s | peak GiB | reserved GiB |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| phase | seconds | share | tokens/s | planned GiB | peak GiB | reserved GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, x in result["phases"].items():
-        memory = ("-" if x[key] is None else f"{x[key]:.1f}" for key in ("peak_gib", "reserved_gib"))
+        memory = ("-" if x[key] is None else f"{x[key]:.1f}" for key in ("planned_gib", "peak_gib", "reserved_gib"))
         cells = (name, f"{x['seconds']:.1f}", f"{x['share']:.0%}", f"{x['tokens_per_second']:.0f}", *memory)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import bench_7b
+from ppo_fast.rlhf.plan import Plan
 
 PRESETS = ("7b-80g-lora", "7b-80g-full", "7b-24g")
 
@@ -18,6 +19,7 @@ def test_a_preset_runs_and_tells_its_phases(preset, model, tmp_path, capsys):
     assert [*result["phases"]] == [*bench_7b.PHASES, "all"]
     assert sum(result["phases"][phase]["share"] for phase in bench_7b.PHASES) == pytest.approx(1)
     assert all(x["tokens_per_second"] > 0 and x["peak_gib"] is None for x in result["phases"].values())
+    assert all(result["phases"][phase]["planned_gib"] > 0 for phase in ("rollout", "logprobs", "update", "all"))
     assert 0 < result["length_mean"] <= 5
     assert result["changes"] == {"rollout.max_new_tokens": "5"}
     lines = capsys.readouterr().out.splitlines()
@@ -39,6 +41,12 @@ def test_memory_is_told_by_phase_and_highest():
     }
     metrics |= {f"tokens_per_second/{phase}": 1.0 for phase in bench_7b.PHASES}
     peaks = {phase: {"allocated": float(i), "reserved": 10.0 - i} for i, phase in enumerate(bench_7b.PHASES)}
-    found = bench_7b.phases(metrics, peaks)
+    GIB = 2**30
+    accounts = {
+        "rollout": {"weights": 2 * GIB, "CUDA context": GIB},
+        "update": {"weights": GIB, "fragmentation": 9 * GIB},
+    }
+    found = bench_7b.phases(metrics, peaks, Plan(accounts, host=0, limit=None))
+    assert [found[name]["planned_gib"] for name in ("rollout", "logprobs", "update", "all")] == [2.0, None, 1.0, 2.0]
     assert (found["update"]["peak_gib"], found["all"]["peak_gib"], found["all"]["reserved_gib"]) == (3.0, 3.0, 10.0)
     assert found["all"]["seconds"] == 4.0
