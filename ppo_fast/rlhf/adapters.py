@@ -24,6 +24,7 @@ from .errors import UserError, check, require
 
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KEEPING = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin; by the others peft changes the base as well
 HEAD = "base_model.model.score."  # what peft calls the head of a sequence classification model
 
 
@@ -55,9 +56,11 @@ def read_adapter(field: str, path: str | None) -> SavedAdapter | None:
     others = {*(config.modules_to_save or ())} - {"score", "classifier"} if isinstance(config, peft.LoraConfig) else ()
     plain = isinstance(config, peft.LoraConfig) and config.bias == "none" and not config.use_dora and not others
     check(plain, field, "a LoRA adapter without further weights", path)
+    check(config.init_lora_weights in KEEPING, field, "a LoRA adapter that leaves its base as it is", path)
     check(bool(config.base_model_name_or_path), field, "an adapter that names its base model", path)
     head = {name.removeprefix(HEAD): tensors.pop(name) for name in [*tensors] if name.startswith(HEAD)}
     config.modules_to_save = config.task_type = None  # else peft wraps the head, and saves it apart from ours
+    config.lora_dropout = 0.0  # of a layer that peft makes later, and in train mode
     return SavedAdapter(path, config, tensors, _linear(field, path, head))
 
 

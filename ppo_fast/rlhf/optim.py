@@ -25,8 +25,8 @@ class Network:
         """Clip the gradients; returns their 0-d float32 norm from before."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # By dtype: foreach kernels take one at a time. Norms of bfloat16 gradients would be bfloat16 themselves.
-        kinds = {gradient.dtype: [g for g in gradients if g.dtype == gradient.dtype] for gradient in gradients}
-        norms = [norm for same in kinds.values() for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
+        kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
+        norms = [norm for same in kinds for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         return norm

@@ -180,6 +180,11 @@ def _parked(config: PPOConfig) -> list[bool]:
     return [True] if idle and not config.model.park else []
 
 
+def _four_bits(config: PPOConfig) -> list[str]:
+    base = config.model.layout == "adapters" and not config.model.lora.merge
+    return ["nf4"] if base and config.model.quantise == "none" else []
+
+
 _KNOBS = (
     Knob("model.logits", lambda config: ["linear"] if config.model.logits == "materialised" else []),
     Knob("optim.micro_batch_size", _update_sizes, ("update",)),
@@ -189,10 +194,7 @@ _KNOBS = (
     Knob("optim.states", _eight_bits),
     Knob("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
     Knob("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),
-    Knob(
-        "model.quantise",
-        lambda config: ["nf4"] if config.model.layout == "adapters" and config.model.quantise == "none" else [],
-    ),
+    Knob("model.quantise", _four_bits),
 )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ppo_fast import ops
 
+from .attention import use_attention
 from .errors import UserError, require
 from .examples import Pair, chunks, preference_pair
 from .loading import (
@@ -137,7 +138,9 @@ def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tok
             raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
         model, saved = found
         tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
-        loaded = Loaded(disable_dropout(model.to(generator.device)), tokenizer, saved)
+        model = disable_dropout(model.to(generator.device))
+        use_attention(model, config.model)
+        loaded = Loaded(model, tokenizer, saved)
     loaded = with_adapters(loaded, config.model, generator)
     if loaded.adapters is not None:
         loaded.model.score.float().requires_grad_(True)

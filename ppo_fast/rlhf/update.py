@@ -203,8 +203,8 @@ class Learner:
             getattr(self, name).load_state_dict(part)
 
     def _discard_gradients(self) -> None:
-        self.policy.optimizer.zero_grad()
-        self.value.optimizer.zero_grad()
+        self.policy.zero_grad()
+        self.value.zero_grad()
 
     def _stop_note(self, approx_kl: Tensor, epoch: int) -> str | None:
         """Reads one number from the device per minibatch, and only when target_kl is set."""

@@ -158,6 +158,10 @@ def test_saved_adapters_are_read_again(tmp_path):
         ({"bias": "all"}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
         ({"use_dora": True}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
         ({"modules_to_save": ["lm_head"]}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
+        (
+            {"init_lora_weights": "pissa"},
+            "model.path: expected a LoRA adapter that leaves its base as it is, got {path!r}",
+        ),
         ({"base_model_name_or_path": None}, "model.path: expected an adapter that names its base model, got {path!r}"),
     ],
 )
@@ -362,6 +366,13 @@ def test_dpo_begins_at_its_reference(tmp_path, base):
         assert result.history[-1]["train/margin"] > 0
         assert {path.name for path in result.model.iterdir()} >= {ADAPTER_FILE}
         assert not any("reference" in name for name in load_file(result.model / ADAPTER_FILE))
+
+
+def test_a_reward_model_that_continues_has_the_attention_asked_for(tmp_path, base):
+    first = run_stage("reward", tmp_path / "first", base, attention="eager")
+    more = run_stage("reward", tmp_path / "more", None, init=str(first.model), attention="eager")
+    for result in (first, more):
+        assert result.trained.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -185,6 +185,15 @@ def test_reward_adapters_share_the_policys_base(base, reward_model, dtype):
 
 
 @each_layout
+def test_rule_04_a_reward_adapter_trained_with_dropout_scores_without(base, reward_model, layout):
+    path = Path(reward_model) / ADAPTER_CONFIG
+    (plain,) = sources_of(models_in(layout, base), reward_model)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.5}))
+    (source,) = sources_of(models_in(layout, base), reward_model)
+    assert source(RESPONSES) == plain(RESPONSES)
+
+
+@each_layout
 def test_reward_adapters_on_another_base_bring_it_along(tmp_path, base, layout):
     other = str(run_stage("reward", tmp_path / "other", save_base(tmp_path / "base2", seed=3)).model)
     (source,) = sources_of(models_in(layout, base), other, park=layout == "parked")

@@ -249,6 +249,15 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     assert not changes[-1].plan.fits
 
 
+def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
+    lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
+    config, shapes = make_config(tmp_path, **lora), Shapes(Shape(tiny_policy().config))
+    given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
+    changes = advise(config, make_plan(config, limit=1, **given), **given)
+    assert changes
+    assert "model.quantise" not in [each.name for each in changes]
+
+
 def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
     """A GiB a row of each batch, and 10 to the update that recomputing alone takes away."""
 
