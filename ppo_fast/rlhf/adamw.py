@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 BLOCK = 256  # moments that share a scale
 SMALLEST = 4096  # weights of fewer numbers, such as norms and biases, keep moments of 32 bits
 CHUNK = 2**24  # numbers in a pass: its float32 copies are gone before the next one's are made
+
+
+_CHUNK = 2**28  # elements: 1 GiB
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -26,16 +29,22 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__(masters, fused=True, **options)
         pairs = [(w, master) for w, master in zip(weights, masters, strict=True) if master is not w]
         self.weights, self.masters = [w for w, _ in pairs], [master for _, master in pairs]
+        self._own = [w for w in weights if w.dtype == torch.float32]
+        self._chunks = list(_chunks(pairs))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None  # of 7 billion weights 14 GiB
-        super().step(closure)
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.copy_(master)
-            master.grad = None
+        super().step(closure)  # of float32 weights; what has no gradient is left alone
+        for own in self._own:
+            own.grad = None
+        for chunk in self._chunks:
+            for weight, master in chunk:
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+            super().step()
+            for weight, master in chunk:
+                weight.copy_(master)
+                master.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -51,6 +60,18 @@ class MasterAdamW(torch.optim.AdamW):
         for master, saved in zip(self.masters, rest.pop("masters"), strict=True):
             master.copy_(saved)
         super().load_state_dict(rest)
+
+
+def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Lists whose float32 gradients take about `_CHUNK` elements: those of 7 billion weights would take 28 GB."""
+    chunk, size = list[tuple[Tensor, Tensor]](), 0
+    for pair in pairs:
+        chunk.append(pair)
+        size += pair[0].numel()
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 class AdamW8bit(torch.optim.Optimizer):

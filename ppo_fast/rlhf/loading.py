@@ -59,6 +59,9 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
         path = config.path if saved is None else saved.base
         options = {"dtype": getattr(torch, config.dtype)} | quantisation(config, device)
         model = load_pretrained(transformers.AutoModelForCausalLM, path, trust, **options)
+        architecture = (model.config.architectures or [""])[0]
+        if architecture.endswith("ForSequenceClassification"):  # transformers gives it a random head
+            raise UserError(f"model.path: expected a causal LM, got a {architecture} in {path!r}")
         _keep_differentiable(model)
     elif config.quantise != "none":
         raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")

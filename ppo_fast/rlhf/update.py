@@ -143,13 +143,19 @@ class Learner:
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
     def _separate_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
+        return self._policy_backward(micro, terms), self._value_backward(micro, tokens)
+
+    def _policy_backward(self, micro: MicroBatch, terms: dict[str, Any]) -> Metrics:
         with self.models.using("policy") as policy:
             loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
             loss.loss.backward()
+        return loss.metrics | {"loss": loss.loss.detach()}
+
+    def _value_backward(self, micro: MicroBatch, tokens: int) -> Metrics:
         with self.models.using("value") as value:
             error = self._value_loss(response_values(value, micro.sequences), micro, tokens)
             (self.config.loss.vf_coef * error.loss).backward()
-        return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
+        return error.metrics
 
     def _joint_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
         """Policy and value head on one trunk: one forward pass, one backward pass of the sum."""

@@ -16,6 +16,7 @@ from ppo_fast.rlhf.forward import response_logits, response_values
 from ppo_fast.rlhf.loading import disable_dropout
 from ppo_fast.rlhf.models import load_models
 from ppo_fast.rlhf.rollout import score
+from tests.helpers import raises_exactly
 from tests.rlhf.made import forward_pass
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
@@ -243,3 +244,12 @@ def test_scoring_and_update_leave_the_last_token_out(make_models, make_config, m
         network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: widths.append(ids[0].shape[1]))
     score(models, rollout.generation, config.rollout)
     assert widths == [rollout.generation.input_ids.shape[1] - 1] * 3
+
+
+def test_a_reward_model_is_no_policy(tmp_path, tokenizer):
+    shape = tiny.make_model(64, hidden=32, layers=1, heads=2).config
+    transformers.LlamaForSequenceClassification(shape).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    told = f"model.path: expected a causal LM, got a LlamaForSequenceClassification in {str(tmp_path)!r}"
+    with raises_exactly(told, UserError):
+        load_models(ModelConfig(path=str(tmp_path)), torch.Generator())

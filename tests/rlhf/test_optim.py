@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from ppo_fast.rlhf import train_ppo
+from ppo_fast.rlhf import adamw, train_ppo
 from ppo_fast.rlhf.adamw import BLOCK, SMALLEST, AdamW8bit, code_book, decode, encode, new_moments, rounded
 from ppo_fast.rlhf.checkpoint import load_latest, save_checkpoint
 from ppo_fast.rlhf.config import AdamWConfig
@@ -339,3 +339,21 @@ def test_an_sft_run_resumes_to_the_same_bits(states, run_stage, tmp_path):
     whole = go("whole", 2)
     go("halves", 1)
     assert go("halves", 2, resume=True) == whole
+
+
+def test_masters_step_in_chunks_as_all_at_once(monkeypatch):
+    def run(chunk):
+        monkeypatch.setattr(adamw, "_CHUNK", chunk)
+        generator = torch.Generator().manual_seed(0)
+        kinds = (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16)
+        weights = [torch.nn.Parameter(torch.randn(5, generator=generator).to(kind)) for kind in kinds]
+        optimizer = adamw.MasterAdamW(weights, lr=0.1)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(5, generator=generator).to(weight.dtype)
+            optimizer.step()
+        assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+        return weights
+
+    for mine, other in zip(run(7), run(2**28), strict=True):
+        assert torch.equal(mine, other)
