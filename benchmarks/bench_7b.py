@@ -26,9 +26,9 @@ import torch
 import ppo_fast
 from ppo_fast.rlhf import PPOConfig, UserError, load_config, ppo, tiny
 from ppo_fast.rlhf.configfile import preset_names
-from ppo_fast.rlhf.plan import Plan, make_plan
+from ppo_fast.rlhf.planning.plan import Plan, make_plan
+from ppo_fast.rlhf.planning.shapes import read_shapes
 from ppo_fast.rlhf.runtime import Stopwatch, find_device
-from ppo_fast.rlhf.shapes import read_shapes
 
 GIB = 2**30
 PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "update": "update"}  # as the plan names them

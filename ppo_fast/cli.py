@@ -60,7 +60,7 @@ STAGES = {
     "dpo": Stage("train_dpo", "DPOConfig", "Train a causal language model on preference pairs by DPO."),
 }
 TOOLS = {
-    "plan": "ppo_fast.rlhf.plan_report",
+    "plan": "ppo_fast.rlhf.planning.command",
     "export": "ppo_fast.rlhf.export",
     "quickstart": "ppo_fast.quickstart",
     "plot": "ppo_fast.rlhf.plots",

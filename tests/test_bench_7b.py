@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import bench_7b
-from ppo_fast.rlhf.plan import Plan
+from ppo_fast.rlhf.planning.plan import Plan
 
 PRESETS = ("7b-80g-lora", "7b-80g-full", "7b-24g")
 

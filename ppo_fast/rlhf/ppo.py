@@ -26,7 +26,7 @@ from .loop import Loop
 from .metrics import collect, require_finite
 from .models import Models, load_models
 from .monitors import Monitors
-from .plan_report import announce
+from .planning.command import announce
 from .reference import Reference
 from .resume import failed_writes_told, inputs, load_start
 from .reward_sources import RewardFunction, load_sources

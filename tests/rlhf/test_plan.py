@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from ppo_fast import cli
-from ppo_fast.rlhf import plan_report, ppo, tiny, train_ppo
+from ppo_fast.rlhf import ppo, tiny, train_ppo
 from ppo_fast.rlhf.configfile import config_from_dict
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.plan import Change, Plan, advise, make_plan
-from ppo_fast.rlhf.plan_report import announce, parse_size, told
-from ppo_fast.rlhf.shapes import Shape, Shapes, read_shapes
-from ppo_fast.rlhf.standins import FourBits
-from ppo_fast.rlhf.tracing import Timeline
+from ppo_fast.rlhf.planning.command import announce, parse_size, told
+from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
+from ppo_fast.rlhf.planning.shapes import Shape, Shapes, read_shapes
+from ppo_fast.rlhf.planning.standins import FourBits
+from ppo_fast.rlhf.planning.tracing import Timeline
 from tests.helpers import raises_exactly
 from tests.rlhf.measured import measured_peaks
 
@@ -267,7 +267,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
         phases = {"rollout": {"KV cache": sizes[0] * GIB}, "update": {"activations": (sizes[1] + fixed) * GIB}}
         return Plan(phases, 0, limit)
 
-    monkeypatch.setattr("ppo_fast.rlhf.plan.make_plan", fake)
+    monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run")
     changes = advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")
     assert [(each.name, each.value) for each in changes] == [
@@ -375,7 +375,7 @@ def test_a_plan_is_announced_on_the_console_alone(tmp_path, monkeypatch):
     seen, quiet = (Console(record=True, width=100, file=io.StringIO(), quiet=quiet) for quiet in (False, True))
     announce(config, policy, PROMPT, seen)
     assert seen.export_text() == ""  # it is tiny
-    monkeypatch.setattr(plan_report, "TINY", 0)
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
     announce(config, policy, PROMPT, seen)
     assert "memory by phase" in seen.export_text()
     announce(config, policy, PROMPT, quiet)
@@ -395,8 +395,8 @@ def test_a_plan_that_fails_stops_no_run(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("odd\nmodel")
 
-    monkeypatch.setattr(plan_report, "make_plan", fail)
-    monkeypatch.setattr(plan_report, "TINY", 0)
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.make_plan", fail)
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
     seen = Console(record=True, width=100, file=io.StringIO())
     announce(make_config(tmp_path), tiny_policy(), PROMPT, seen)
     assert seen.export_text() == "no plan of the memory: RuntimeError: odd model\n"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .config import PPOConfig
-from .errors import UserError
+from ..config import PPOConfig
+from ..errors import UserError
 from .rehearsal import Rehearsal
 from .shapes import Shapes, read_shapes
 from .tracing import Account

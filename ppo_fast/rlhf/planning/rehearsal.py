@@ -18,17 +18,17 @@ from torch.utils._pytree import tree_leaves
 from ppo_fast.ops._linear_call import LinearCall
 from ppo_fast.ops._linear_sweep import Buffers, Wanted
 
-from .advantages import Experience
-from .batches import Grid
-from .config import PPOConfig
-from .errors import require
-from .forward import accepted, unwrapped
-from .optim import Network
-from .reward_sources import REWARD_ROWS
-from .rollout import Sampler, score
+from ..advantages import Experience
+from ..batches import Grid
+from ..config import PPOConfig
+from ..errors import require
+from ..forward import accepted, unwrapped
+from ..optim import Network
+from ..reward_sources import REWARD_ROWS
+from ..rollout import Sampler, score
+from ..update import Learner
 from .shapes import Shapes, make_resident
 from .tracing import Account, Timeline
-from .update import Learner
 
 _OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, same_base
-from .config import ModelConfig, PPOConfig
-from .errors import UserError, require
-from .forward import backbone_of
-from .loading import checkpoint_activations, disable_dropout, load_pretrained
-from .models import VALUE_CONFIG, VALUE_DIRECTORY, Models, ValueModel
-from .parking import Parked
+from ..adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, same_base
+from ..config import ModelConfig, PPOConfig
+from ..errors import UserError, require
+from ..forward import backbone_of
+from ..loading import checkpoint_activations, disable_dropout, load_pretrained
+from ..models import VALUE_CONFIG, VALUE_DIRECTORY, Models, ValueModel
+from ..parking import Parked
 from .standins import attention, quantise
 
 Make = Callable[[str, "Shape"], Any]  # a model of that class

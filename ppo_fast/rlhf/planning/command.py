@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .config import PPOConfig
-from .errors import UserError
+from ..config import PPOConfig
+from ..errors import UserError
 from .plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
 from .shapes import read_shapes
 
