@@ -2,7 +2,8 @@
 
 A packed row is given to a backbone as `input_ids` and `position_ids` [1, S], the positions starting again at 0 with
 each sequence, `attention_mask` None, `use_cache` False and `packed_arguments`. From positions alone transformers makes
-a mask [S, S]; on a GPU the attention registered here takes the ends of the sequences and makes none.
+a mask [S, S]; on a GPU flash-attn, or without it the attention registered here, takes the ends of the sequences and
+makes none.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ def attention_implementation(
     """
     packed = getattr(config, "batches", "padded") == "packed"
     half = (dtype or getattr(torch, config.dtype)) in VARLEN_DTYPES
-    if config.attention is None and packed and half and device.type == "cuda":
-        register()
-        return VARLEN
-    return config.attention
+    if config.attention is not None or not (packed and half and device.type == "cuda"):
+        return config.attention
+    if require("transformers.utils").is_flash_attn_2_available():
+        return "flash_attention_2"
+    register()
+    return VARLEN
 
 
 def use_attention(model: Any, config: WeightsConfig) -> None:

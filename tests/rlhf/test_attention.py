@@ -205,8 +205,19 @@ def test_the_name_of_ours_is_not_saved(tmp_path):
         (CausalConfig(batches="packed", dtype="bfloat16", attention="eager"), "cuda", None, "eager"),
     ],
 )
-def test_the_attention_follows_from_batches_dtype_and_device(config, device, dtype, expected):
+def test_the_attention_follows_from_batches_dtype_and_device(config, device, dtype, expected, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
     assert attention_implementation(config, torch.device(device), dtype) == expected
+
+
+def test_flash_attn_is_taken_for_packed_rows_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    config, cuda = CausalConfig(batches="packed", dtype="bfloat16"), torch.device("cuda")
+    assert attention_implementation(config, cuda) == "flash_attention_2"
+    assert attention_implementation(config, torch.device("cpu")) is None
+    assert attention_implementation(CausalConfig(dtype="bfloat16"), cuda) is None
+    named = CausalConfig(batches="packed", dtype="bfloat16", attention="sdpa")
+    assert attention_implementation(named, cuda) == "sdpa"
 
 
 @each_shape
