@@ -9,14 +9,18 @@ million parameters and a vocabulary of 32768.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bench_7b import commit
+from benchmarks.conftest import device_name
 from ppo_fast.rlhf import PPOConfig, load_config, tiny, train_ppo
 from ppo_fast.rlhf.update import Learner
 
@@ -118,8 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the config")
+    parser.add_argument("--json", type=Path, help="where the times go, with machine and commit")
     arguments = parser.parse_args(argv)
-    print(table(arguments.size, run(arguments.size, dict(change.split("=", 1) for change in arguments.set))))
+    if not all("=" in change for change in arguments.set):
+        parser.error("--set: expected KEY=VALUE")
+    times = run(arguments.size, dict(change.split("=", 1) for change in arguments.set))
+    if arguments.json is not None:
+        facts = {"device": device_name(), "torch": torch.__version__, "commit": commit(), "size": arguments.size}
+        arguments.json.write_text(json.dumps(facts | {"milliseconds": times}, indent=2) + "\n")
+    print(table(arguments.size, times))
     return 0
 
 

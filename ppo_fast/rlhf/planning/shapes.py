@@ -86,6 +86,9 @@ def _read(path: str | None, config: PPOConfig, base: str | None = None) -> Shape
     """Of a PEFT directory the config of its base, beside its own; `base` is that of the policy."""
     adapter = _read_adapter(path)
     path = path if adapter is None else str(adapter.base_model_name_or_path)
+    if path is not None and Path(path).is_dir() and not Path(path, "config.json").is_file():
+        # transformers 4 would go by the name of the directory.
+        raise UserError(f"AutoConfig: cannot load directory {path!r}: it has no config.json")
     shape = load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
     return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
 
