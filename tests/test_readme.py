@@ -124,3 +124,10 @@ def test_the_page_on_debugging_names_every_sign_of_reward_hacking() -> None:
         assert sign.limit == 0 or f" {sign.limit:g} " in row
         for field in re.findall(r"\w+\.\w+", sign.remedy):
             assert field in row
+
+
+def test_the_shares_of_the_profile_are_those_of_the_committed_result() -> None:
+    times = json.loads((ROOT / "benchmarks/results/AMD-EPYC-AVX512/profile.json").read_text())["milliseconds"]
+    text = " ".join(README.split())
+    for group, milliseconds in times.items():
+        assert f"{group} {round(100 * milliseconds / sum(times.values()))} %" in text
