@@ -4,13 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pytest
 import torch
 
-from examples import clipped_objective
+from examples import clipped_objective, ppo_llm
+from ppo_fast.rlhf import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +59,95 @@ def test_patched_trl_learns_with_the_ops() -> None:
     shares = [float(share) for share in re.findall(r"'rewards/reward/mean': '([\d.]+)'", printed)]
     assert shares[-1] > shares[0] + 0.2
     assert "replaced trl.trainer.utils.selective_log_softmax (3x), 20 calls" in printed
+
+
+def test_ppo_llm_learns_to_write_good_tokens() -> None:
+    printed = _run("ppo_llm.py")
+    scores = [float(score) for score in re.findall(r"score ([\d.]+)", printed)]
+    assert len(scores) == 20
+    assert scores[0] < 0.15
+    assert scores[-1] >= 0.9
+    assert re.findall(r" ratio ([\d.]+)", printed) == ["1.000"] * 20
+    assert max(float(diff) for diff in re.findall(r"logprob_diff (\S+)", printed)) <= 2e-5
+
+
+@pytest.fixture
+def rollout() -> Iterator[tuple[Any, ...]]:
+    """Policy and critic of the example, and a batch of theirs before the first step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        policy, reference, critic, prompts = ppo_llm.make_models(None)
+        batch = ppo_llm.sample(policy, prompts)
+        yield policy, critic, ppo_llm.advantages(ppo_llm.score(policy, reference, critic, batch))
+
+
+@pytest.fixture
+def tempered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another temperature than 1, which hides a division that is missing."""
+    monkeypatch.setattr(ppo_llm, "TEMPERATURE", 0.5)
+    monkeypatch.setattr(ppo_llm, "LOSS", replace(ppo_llm.LOSS, temperature=0.5))
+
+
+def test_ppo_llm_starts_at_ratio_1(tempered: None, rollout: tuple[Any, ...]) -> None:
+    policy, critic, batch = rollout
+    assert (batch["logprobs"] - batch["sampled_logprobs"]).abs().max() <= 2e-5
+    metrics = ppo_llm.backward(policy, critic, ppo_llm.split(batch, 16)[1], micro_batch=8)
+    assert metrics["ratio_mean"].item() == pytest.approx(1, abs=1e-6)
+    assert metrics["approx_kl"].item() < 1e-10  # the mean of r - 1 - log r
+    assert metrics["clipfrac"].item() == 0
+
+
+def test_ppo_llm_has_the_gradients_of_one_micro_batch_in_four(rollout: tuple[Any, ...]) -> None:
+    policy, critic, batch = rollout
+    assert len(batch["mask"].sum(1).unique()) > 2
+    with torch.no_grad():  # away from ratio 1, and from values of 0
+        for parameter in [*policy.parameters(), *critic.parameters()]:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    found = []
+    for size in (64, 16):
+        metrics = ppo_llm.backward(policy, critic, batch, micro_batch=size)
+        gradients = [parameter.grad for parameter in [*policy.parameters(), *critic.parameters()]]
+        found.append((metrics, gradients))
+        policy.zero_grad()
+        critic.zero_grad()
+    assert 0.05 < found[0][0]["clipfrac"] < 0.95
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-6)
+
+
+def test_ppo_llm_pays_the_score_on_the_last_counted_token_and_the_kl_on_each(rollout: tuple[Any, ...]) -> None:
+    _, _, batch = rollout
+    batch = batch | {"ref_logprobs": torch.where(batch["mask"], batch["logprobs"] - 2, 0.0)}
+    batch = ppo_llm.advantages(batch)
+    assert not batch["mask"].all()
+    for row, length in enumerate(batch["mask"].sum(1).tolist()):
+        response = batch["ids"][row, -batch["mask"].shape[1] :][:length]
+        expected = torch.zeros(batch["mask"].shape[1])
+        expected[:length] = -2 * ppo_llm.KL_COEF
+        expected[length - 1] += (response % 10 == 0).sum() / 16
+        torch.testing.assert_close(batch["rewards"][row], expected)
+    counted = batch["advantages"][batch["mask"]]
+    torch.testing.assert_close(torch.stack([counted.mean(), counted.std()]), torch.tensor([0.0, 1.0]))
+    returns = batch["rewards"].flip(1).cumsum(1).flip(1)  # gamma 1; the critic begins at 0, so lam weighs them
+    torch.testing.assert_close(batch["returns"][:, -1], torch.where(batch["mask"], returns, 0.0)[:, -1])
+
+
+def test_ppo_llm_trains_a_model_with_learned_positions_whose_pad_is_its_eos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tiny.make_tokenizer(["Count", "to", "ten:", "A", "price", "list,"])
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny.make_model(len(tokenizer), arch="gpt2", hidden=16, layers=1, heads=2, initializer_range=0.5)
+    model.generation_config.repetition_penalty = 1.5  # no part of the policy that is trained
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ppo_llm.py", "--model", str(tmp_path), "--updates", "1"])
+    with torch.random.fork_rng():
+        ppo_llm.main()
+    printed = capsys.readouterr().out
+    (length,) = re.findall(r"length ([\d.]+)", printed)
+    assert 1 < float(length) < 16
+    (diff,) = re.findall(r"logprob_diff (\S+)", printed)
+    assert float(diff) <= 2e-5
 
 
 @pytest.mark.parametrize(
