@@ -90,6 +90,8 @@ def tempered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ppo_llm_starts_at_ratio_1(tempered: None, rollout: tuple[Any, ...]) -> None:
     policy, critic, batch = rollout
+    assert not policy.training  # dropout is off
+    assert not critic.training
     assert (batch["logprobs"] - batch["sampled_logprobs"]).abs().max() <= 2e-5
     metrics = ppo_llm.backward(policy, critic, ppo_llm.split(batch, 16)[1], micro_batch=8)
     assert metrics["ratio_mean"].item() == pytest.approx(1, abs=1e-6)
@@ -145,9 +147,15 @@ def test_ppo_llm_trains_a_model_with_learned_positions_whose_pad_is_its_eos(
         ppo_llm.main()
     printed = capsys.readouterr().out
     (length,) = re.findall(r"length ([\d.]+)", printed)
-    assert 1 < float(length) < 16
+    assert 1 < float(length) < 16  # some responses end early
     (diff,) = re.findall(r"logprob_diff (\S+)", printed)
     assert float(diff) <= 2e-5
+    policy, _, _, prompts = ppo_llm.make_models(str(tmp_path))
+    batch = ppo_llm.sample(policy, prompts)
+    mask = batch["mask"]
+    for response, length in zip(batch["ids"][:, -mask.shape[1] :], mask.sum(1), strict=True):
+        assert tokenizer.eos_token_id not in response[: length - 1]
+        assert length == mask.shape[1] or response[length - 1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
