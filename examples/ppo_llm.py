@@ -1,6 +1,6 @@
 """PPO of a causal language model on one page, in the order of the algorithm: transformers, the ops, nothing between.
 
-    python examples/ppo_llm.py                 # a tiny Llama learns to write 6 of its 64 tokens, in seconds on a CPU
+    python examples/ppo_llm.py                 # a tiny Llama learns to write 7 of its 64 tokens, in seconds on a CPU
     python examples/ppo_llm.py --model PATH    # a model and tokenizer of your own; the reward stays this toy
 
 Each update calls `sample` (responses), `score` (policy, reference, critic), `advantages` (rewards, GAE) and `update`
@@ -47,6 +47,7 @@ class Draw:
 def sample(policy: nn.Module, prompts: list[list[int]]) -> Batch:
     """Sample a response to each prompt."""
     P, pad, draw = max(map(len, prompts)), policy.generation_config.pad_token_id, Draw()
+    # On the left, so that all responses begin in column P.
     padded = torch.tensor([[pad] * (P - len(prompt)) + prompt for prompt in prompts], device=policy.device)
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=policy.device)
     prompt_mask = torch.arange(P, device=policy.device) >= P - lengths
@@ -69,7 +70,10 @@ def response_hidden(trunk: nn.Module, batch: Batch) -> Tensor:
 
 
 def head_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return what the linear ops take instead of logits: [B, T, V] never exists, only a chunk of its rows."""
+    """Return what the linear ops take instead of logits: [B, T, V] never exists, only a chunk of its rows.
+
+    A model that scales or caps its logits after the head needs more than weight and bias; `logprob_diff` shows it.
+    """
     head, hidden = model.get_output_embeddings(), response_hidden(model.base_model, batch)
     targets = batch["ids"][:, -batch["mask"].shape[1] :]
     return {"hidden": hidden, "weight": head.weight, "bias": head.bias, "targets": targets, "mask": batch["mask"]}
@@ -152,7 +156,7 @@ def update(policy: nn.Module, critic: Critic, optimizer: torch.optim.Optimizer, 
     for _ in range(EPOCHS):
         for minibatch in split(batch, MINIBATCH, torch.randperm(len(batch["ids"]))):
             step = backward(policy, critic, minibatch, MICRO_BATCH)
-            # Once per step, when its gradients are complete. Separately: errors of the critic must not slow the policy.
+            # Clip once per step, on complete gradients. Separately, so that the critic's errors do not slow the policy.
             step["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()
