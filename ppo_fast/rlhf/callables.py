@@ -63,6 +63,25 @@ def call(role: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
         raise UserError(f"the {role} {name!r} failed with {_told(error)}") from error
 
 
+class UserState:
+    """The state of a user's callable as a part of a run; its failures are named like those of the callable."""
+
+    def __init__(self, role: str, owner: Any) -> None:
+        self.role, self.owner = role, owner
+
+    def state_dict(self) -> Any:
+        def state_dict() -> Any:
+            return self.owner.state_dict()
+
+        return call(f"{self.role}'s", state_dict)
+
+    def load_state_dict(self, state: Any) -> None:
+        def load_state_dict() -> None:
+            self.owner.load_state_dict(state)
+
+        call(f"{self.role}'s", load_state_dict)
+
+
 def _copied(value: Any) -> Any:
     """Lists and dicts within each other as new ones; everything else as it is."""
     if type(value) is list:

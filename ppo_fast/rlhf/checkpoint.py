@@ -12,12 +12,14 @@ A checkpoint is a model directory, as `from_pretrained` reads it, with the state
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import random
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,11 @@ from .models import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE, Models
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
-TENSOR, ITEMS = "<tensor>", "<items>"
+TENSOR, ITEMS, BYTES, ARRAY = "<tensor>", "<items>", "<bytes>", "<array>"
+SEQUENCES: dict[type[Any], str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
+TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key of what JSON cannot say
+
+PACKED = "tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def save_checkpoint(
 
     Args:
         write: puts the weights, and what belongs to them, into the directory it is given.
-        state: nested dicts and lists of tensors, numbers, text, bools and None.
+        state: what `_pack` takes.
         keep_last: 0 keeps all.
 
     Raises:
@@ -67,6 +73,11 @@ def save_checkpoint(
         (scratch / STATE).write_text(json.dumps(record))
     _prune(target.parent, keep_last)
     return target
+
+
+def check_state(state: Any, name: str) -> None:
+    """UserError for a state that a checkpoint could not hold exactly."""
+    _pack(state, name, {})
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -85,7 +96,7 @@ def load_latest(checkpoints: Path, *, tensors: bool = True) -> Checkpoint:
         raise UserError(f"resume: expected a complete checkpoint in {str(checkpoints)!r}, got none")
     try:
         record = json.loads((directory / STATE).read_text())
-        return Checkpoint(directory, _unpack(record, _read_tensors(directory / STATE_TENSORS)) if tensors else record)
+        return Checkpoint(directory, _unpack(record, _read_tensors(directory / STATE_TENSORS) if tensors else None))
     except (OSError, ValueError, KeyError, require("safetensors").SafetensorError) as error:
         raise UserError(f"resume: cannot read {str(directory)!r}: {error}") from error
 
@@ -286,25 +297,52 @@ def _prune(checkpoints: Path, keep_last: int) -> None:
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go into `tensors` and leave their names behind."""
-    if isinstance(value, Tensor):
+    """`value` as JSON that `_unpack` reads back exactly; its tensors go into `tensors` and leave their names behind.
+
+    Raises UserError for a kind of value that would come back as another.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind is list:
+        return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if kind in (dict, OrderedDict):
+        packed = [(_pack(key, name, tensors), _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
+        plain = all(type(key) is str and key not in TAGS for key in value)
+        return dict(packed) if plain else {ITEMS: packed}
+    if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_complex() or value.is_quantized):
+        while name in tensors:  # "a.b" within "c" and "b" within "c.a"
+            name += "'"
         tensors[name] = value.detach()
         return {TENSOR: name}
-    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
-        packed = [(key, _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
-        return dict(packed) if all(isinstance(key, str) for key in value) else {ITEMS: packed}
-    if isinstance(value, list | tuple):
-        return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise TypeError(f"{name}: expected tensors, numbers, text, lists and dicts, got {type(value).__name__}")
+    if kind in SEQUENCES:
+        return {SEQUENCES[kind]: _pack(list(value), name, tensors)}
+    if kind is bytes:
+        return {BYTES: base64.b64encode(value).decode()}
+    if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in "biufcSUmM":
+        data = base64.b64encode(value.tobytes()).decode()
+        return {ARRAY: [value.dtype.str, list(value.shape), kind is np.ndarray, data]}
+    raise UserError(f"{name}: expected {PACKED}, got {kind.__name__}")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
+    """What `_pack` made `value` of; without `tensors` their names stay."""
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if TENSOR in value:
-        return tensors[value[TENSOR]]
-    return {key: _unpack(item, tensors) for key, item in value.get(ITEMS, value.items())}
+    tag = next(iter(value), None)
+    if tag == TENSOR:
+        return value if tensors is None else tensors[value[TENSOR]]
+    if tag == BYTES:
+        return base64.b64decode(value[BYTES])
+    if tag == ARRAY:
+        dtype, shape, whole, data = value[ARRAY]
+        array = np.frombuffer(base64.b64decode(data), dtype=dtype).reshape(shape)
+        return array.copy() if whole else array[()]
+    for kind, name in SEQUENCES.items():
+        if tag == name:
+            return kind(_unpack(value[name], tensors))
+    if tag == ITEMS:
+        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in value[ITEMS]}
+    return {key: _unpack(item, tensors) for key, item in value.items()}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .advantages import make_experience
-from .callables import forget_modules, load_callable
-from .checkpoint import load_weights, save_models, write_models
+from .callables import UserState, forget_modules, load_callable
+from .checkpoint import check_state, load_weights, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
 from .curriculum import make_arrangement
@@ -69,6 +69,11 @@ class Run(Loop):
         self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         self.inputs = inputs(self.models.policy, {"prompts": self.data.token_ids})
+        users = {"reward": getattr(self.scorer.sources[0], "function", None), "filter": self.scorer.filter}
+        kept = {name: user for name, user in users.items() if hasattr(user, "load_state_dict")}
+        self.user_states = {name: UserState(f"{name} function", user) for name, user in kept.items()}
+        for name, user in self.user_states.items():
+            check_state(user.state_dict(), f"{name} function's state_dict")
         self.total = self.config.updates
         # Scored in the batches of the update, the logits of the whole rollout never exist.
         optim, rollout = self.config.optim, self.config.rollout
@@ -132,9 +137,7 @@ class Run(Loop):
         """What changes during a run, the weights of policy and value model aside."""
         named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
         parts = {name: getattr(self, name) for name in named}
-        users = [getattr(source, "function", None) for source in self.scorer.sources]
-        parts |= {"reward": users[0], "filter": self.scorer.filter}
-        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")} | self.user_states
 
     def _next_prompts(self) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt

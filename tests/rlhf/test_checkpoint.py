@@ -1,8 +1,10 @@
 """Checkpoints: complete or not there, and readable by others."""
 
+import collections
 import json
 import pathlib
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -148,9 +150,55 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 
 def test_a_state_that_only_a_pickle_could_hold_is_refused(tmp_path):
-    with raises_exactly("state.part.0: expected tensors, numbers, text, lists and dicts, got PosixPath", TypeError):
-        save(tmp_path / "step-1", {"part": [tmp_path]})
+    expected = "expected tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
+    for value in (tmp_path, collections.Counter("a"), np.ma.array([1]), np.array([None]), signal.SIGINT, 1j):
+        with raises_exactly(f"state.part.0: {expected}, got {type(value).__name__}", UserError):
+            save(tmp_path / "step-1", {"part": [value]})
+    for tensor in (torch.ones(1, dtype=torch.complex64), torch.eye(2).to_sparse()):
+        with raises_exactly(f"state.part: {expected}, got Tensor", UserError):
+            save(tmp_path / "step-1", {"part": tensor})
     assert not (tmp_path / "step-1").exists()
+
+
+def same(ours, theirs):
+    """Equal in value and in type, at every depth."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, dict):
+        return list(ours) == list(theirs) and all(map(same, [*ours, *ours.values()], [*theirs, *theirs.values()]))
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(ours, np.ndarray | np.generic):
+        return (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(np.float64(0.1), np.float32(0.1), np.int64(-3), np.bool_(True), np.str_("a"), np.datetime64("2020-01-01")),
+        *(
+            np.array([[1.5, np.inf]]),
+            np.array(2.0),
+            np.zeros((0, 3)),
+            np.arange(6).reshape(2, 3).T,
+            np.array(["a", "bc"]),
+        ),
+        *(np.arange(3, dtype=">i2"), np.array([1j])),
+        *({1, "a", (2, b"b")}, set(), frozenset({1}), b"\x00\xff", (1, (2.0, [3])), ()),
+        *({"<set>": 1}, {"<tensor>": {"<tuple>": [1]}}, {1: 2, "1": 3, (4, 5): 6, None: 7, 1.5: 8}, 2**80),
+        {"a.b": torch.ones(1), "a": {"b": torch.zeros(2)}},
+    ],
+    ids=repr,
+)
+def test_a_users_state_comes_back_exactly(tmp_path, value):
+    save(tmp_path / "step-1", {"part": [value]})
+    assert same(load_latest(tmp_path).state["part"][0], value)
+
+
+def test_a_state_without_its_tensors_keeps_its_other_values(tmp_path):
+    save(tmp_path / "step-1", {"config": {"models": ("a", "b")}, "part": torch.ones(1)})
+    assert load_latest(tmp_path, tensors=False).state["config"] == {"models": ("a", "b")}
 
 
 def test_the_newest_are_kept_and_names_without_a_number_are_left_alone(tmp_path):

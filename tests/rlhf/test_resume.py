@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,41 @@ def test_the_state_of_a_reward_function_is_saved(run, tmp_path):
     assert [m["objective/scores"] for m in resumed.history] == [1, 2, 3, 4]
     with pytest.raises(UserError, match=r"^resume: expected a run of \[.*'reward', 'sampler'.*\], got \["):
         run(updates=4, reward=plain, resume=True)
+
+
+class Kept:
+    """A reward function whose state is what it is given."""
+
+    def __init__(self, state=None, load=None):
+        self.state, self.load = state, load
+
+    def __call__(self, completions, **_):
+        return [0.0] * len(completions)
+
+    def state_dict(self):
+        return self.state() if callable(self.state) else self.state
+
+    def load_state_dict(self, state):
+        self.loaded = self.load() if self.load else state
+
+
+def test_a_state_of_a_reward_function_that_cannot_be_saved_is_refused_before_the_run(run, tmp_path):
+    expected = "expected tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts, got deque"
+    with raises_exactly(f"reward function's state_dict.seen: {expected}", UserError):
+        run(Kept({"seen": deque()}))
+    with pytest.raises(UserError, match=r"^the reward function's 'state_dict' failed with SystemExit: 3 \(test_resume"):
+        run(Kept(lambda: sys.exit(3)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_of_a_reward_function_comes_back_exactly(run):
+    state = {"seen": {"w1"}, "mean": np.float32(0.5), "rows": np.arange(3), "pairs": [(1, b"x")]}
+    run(Kept(state), updates=1)
+    resumed = Kept()
+    run(resumed, updates=1, resume=True)
+    assert repr(resumed.loaded) == repr(state)
+    with pytest.raises(UserError, match=r"^the reward function's 'load_state_dict' failed with ZeroDivisionError: "):
+        run(Kept(load=lambda: 1 / 0), updates=1, resume=True)
 
 
 def test_the_count_of_skipped_batches_goes_on(run):
