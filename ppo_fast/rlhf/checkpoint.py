@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import json
 import os
 import random
 import re
-import shutil
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ from .adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Adapters
 from .errors import UserError, require
 from .loading import no_progress_bars
 from .models import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE, Models
+from .runtime import remove
 
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
+LEFT = re.compile(r"\.(.+)\.(new|old|removed)")  # hidden names of what is being written, replaced or removed
 TENSOR, ITEMS, BYTES, ARRAY = "<tensor>", "<items>", "<bytes>", "<array>"
 SEQUENCES: dict[type[Any], str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
 TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key of what JSON cannot say
@@ -243,35 +246,61 @@ def _read_into(adapters: Adapters, name: str, directory: Path, head: nn.Linear |
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A scratch directory beside `target` that takes its place, flushed to disk, when the block succeeds.
+    """A scratch directory that takes the place of `target`, flushed to disk, when the block succeeds.
 
-    When the block or the exchange fails nothing changes. An earlier `target` is moved aside first and removed last;
-    what a killed process left of such an exchange is put right.
+    When the block or the exchange fails nothing changes. A link is followed: the directory that it names is replaced.
+    An earlier `target` is exchanged in one step; a file system that cannot has it moved to the side first and removed
+    last, and `settle` puts right what a killed process left of that.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    _settle(target, scratch, aside)
+    scratch, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    _settle(target)
     scratch.mkdir()
     try:
         yield scratch
+        _follow_umask(scratch)
         for path in sorted(scratch.rglob("*")):
             _fsync(path)
         _fsync(scratch)
-        if target.exists():
-            target.rename(aside)
-        scratch.rename(target)
+        if not (target.exists() and _exchanged(scratch, target)):
+            if target.exists():
+                target.rename(old)
+            scratch.rename(target)
         for parent in (target.parent.parent, target.parent):
             _fsync(parent)
     finally:
-        _settle(target, scratch, aside)
+        _settle(target)
 
 
-def _settle(target: Path, scratch: Path, aside: Path) -> None:
-    """`target` as it was when it is not there, and nothing beside it."""
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+def settle(directory: Path) -> None:
+    """Put right what a killed process left in `directory` in the middle of a save, an exchange or a removal."""
+    for path in directory.glob(".*"):
+        if left := LEFT.fullmatch(path.name):
+            _settle(directory / left[1])
+
+
+def _settle(target: Path) -> None:
+    """`target` as it was when it is not there, and nothing of a save next to it."""
+    new, old, removed = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old", "removed"))
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for path in (new, old, removed):
+        remove(path, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step, where system and file system can (Linux: renameat2 with RENAME_EXCHANGE)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _follow_umask(directory: Path) -> None:
+    """Give all that is in a directory just made the mode that the umask gave it: safetensors makes files of 0600."""
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    for path in directory.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _fsync(path: Path) -> None:
@@ -292,8 +321,7 @@ def _prune(checkpoints: Path, keep_last: int) -> None:
     """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
     for path in _numbered(checkpoints)[:-keep_last] if keep_last else []:
         path.rename(path.with_name(f".{path.name}.removed"))
-    for path in checkpoints.glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
+    settle(checkpoints)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

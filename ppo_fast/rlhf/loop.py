@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
+from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, settle
 from .errors import NotFiniteError, UserError
 from .runlog import CHECKPOINTS, FAILED, StageLog
 from .runtime import named
@@ -46,6 +46,8 @@ class Loop(ABC):
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
         """The steps still to do, each a safe point to save and to stop at."""
+        for directory in (log.directory, log.directory / CHECKPOINTS):
+            settle(directory)
         save_every = self.config.log.save_every
         while self.done < self.total:
             with named(f"{log.unit} {self.done + 1}"):

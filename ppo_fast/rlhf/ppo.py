@@ -22,6 +22,7 @@ from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from .errors import NotFiniteError, UserError
 from .evaluation import Evaluation, load_evaluation
 from .failures import save_failure
+from .lock import hold_directory
 from .loop import Loop
 from .metrics import collect, require_finite
 from .models import Models, load_models
@@ -177,12 +178,12 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
-    start = load_start(config, "updates", "log") if resume else None
-    log = RunLog(config, resume=start.state["log"] if start else None)
-    warn_about_filters(config.rollout)
-    forget_modules()
-    generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
-    with threads(config.threads):
+    with hold_directory(config.log.dir), threads(config.threads):
+        start = load_start(config, "updates", "log") if resume else None
+        log = RunLog(config, resume=start.state["log"] if start else None)
+        warn_about_filters(config.rollout)
+        forget_modules()
+        generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
         models = load_models(config.model, generator, **given, reward=config.reward, reference=config.reference)

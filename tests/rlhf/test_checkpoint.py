@@ -2,9 +2,11 @@
 
 import collections
 import json
+import os
 import pathlib
 import random
 import signal
+import stat
 
 import numpy as np
 import pytest
@@ -82,6 +84,7 @@ def test_a_directory_appears_only_when_everything_is_flushed(tmp_path, monkeypat
 
 
 def test_an_earlier_directory_comes_back_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_exchanged", lambda a, b: False)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "first").write_text("x")
     rename = pathlib.Path.rename
@@ -105,12 +108,50 @@ def test_what_a_process_killed_in_the_exchange_left_is_put_right(tmp_path):
     assert (tmp_path / "d" / "file").read_text() == ".d.old"
 
 
-def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path):
+@pytest.mark.parametrize("able", [True, False])
+def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path, monkeypatch, able):
+    if not able:  # a file system without the exchange in one step
+        monkeypatch.setattr(checkpoint, "_exchanged", lambda a, b: False)
     for name in ("first", "second"):
         with atomic_directory(tmp_path / "d") as scratch:
             (scratch / name).write_text(name)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_an_earlier_directory_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    monkeypatch.setattr(pathlib.Path, "rename", None)  # the two steps of the other way
+    with atomic_directory(tmp_path / "d") as scratch:
+        (scratch / "new").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["d", "new"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_and_stays(tmp_path, there):
+    if there:
+        (tmp_path / "disk" / "d").mkdir(parents=True)
+    (tmp_path / "d").symlink_to(tmp_path / "disk" / "d")
+    for name in ("first", "second"):
+        with atomic_directory(tmp_path / "d") as scratch:
+            (scratch / name).write_text(name)
+    assert (tmp_path / "d").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["d", "second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "disk"]
+
+
+def test_saved_files_follow_the_umask(make_models, make_config, tmp_path):
+    before = os.umask(0o027)
+    try:
+        directory = save_models(make_models(make_config()), tmp_path / "final")
+        with atomic_directory(tmp_path / "d") as scratch:
+            os.mkdir(scratch / "sub", 0o700)
+    finally:
+        os.umask(before)
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+    assert "model.safetensors" in files
+    assert set(files.values()) == {0o640}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (directory, tmp_path / "d" / "sub")} == {0o750}
 
 
 def save(target, state=None, keep_last=0):
