@@ -29,7 +29,7 @@ from .models import Models, load_models
 from .monitors import Monitors
 from .planning.command import announce
 from .reference import Reference
-from .resume import failed_writes_told, inputs, load_start
+from .resume import failed_writes_told, file_digests, inputs, load_start, prompt_inputs
 from .reward_sources import RewardFunction, load_sources
 from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from .rollout import Generation, generate, score, warn_about_filters
@@ -69,7 +69,10 @@ class Run(Loop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
-        self.inputs = inputs(self.models.policy, {"prompts": self.data.token_ids})
+        held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
+        self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
+        reward = self.config.reward
+        self.code = file_digests([reward.function, reward.filter, settings.order, *self.config.evaluation.evaluators])
         users = {"reward": getattr(self.scorer.sources[0], "function", None), "filter": self.scorer.filter}
         kept = {name: user for name, user in users.items() if hasattr(user, "load_state_dict")}
         self.user_states = {name: UserState(f"{name} function", user) for name, user in kept.items()}
