@@ -255,7 +255,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    _settle(target)
+    settle(target)
     scratch.mkdir()
     try:
         yield scratch
@@ -270,18 +270,19 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         for parent in (target.parent.parent, target.parent):
             _fsync(parent)
     finally:
-        _settle(target)
+        settle(target)
 
 
-def settle(directory: Path) -> None:
-    """Put right what a killed process left in `directory` in the middle of a save, an exchange or a removal."""
+def settle_all(directory: Path) -> None:
+    """`settle` all that a killed process left in a directory where nobody else makes hidden files."""
     for path in directory.glob(".*"):
         if left := LEFT.fullmatch(path.name):
-            _settle(directory / left[1])
+            settle(directory / left[1])
 
 
-def _settle(target: Path) -> None:
-    """`target` as it was when it is not there, and nothing of a save next to it."""
+def settle(target: Path) -> None:
+    """`target` as it was when it is not there, and nothing next to it of a save, an exchange or a removal cut short."""
+    target = target.resolve()
     new, old, removed = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old", "removed"))
     if old.exists() and not target.exists():
         old.rename(target)
@@ -321,7 +322,7 @@ def _prune(checkpoints: Path, keep_last: int) -> None:
     """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
     for path in _numbered(checkpoints)[:-keep_last] if keep_last else []:
         path.rename(path.with_name(f".{path.name}.removed"))
-    settle(checkpoints)
+    settle_all(checkpoints)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -59,28 +59,23 @@ def _locked(lock: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if not _has_no_locks(error, lock, descriptor):
-                os.close(descriptor)
+            directory = str(lock.parent)
+            if error.errno in WITHOUT_LOCKS:
+                warnings.warn(
+                    f"the file system of {directory!r} has no locks: let no other run write there", stacklevel=4
+                )
+                return descriptor
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
                 raise
-            return descriptor
+            raise UserError(f"log.dir: {directory!r} is in use by {holder}; end that run or choose another") from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(lock.stat(), os.fstat(descriptor)):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
                 return descriptor
         os.close(descriptor)  # its holder removed the file after it was opened here
-
-
-def _has_no_locks(error: OSError, lock: Path, descriptor: int) -> bool:
-    """Whether the file system knows no locks, which is a warning; UserError when another run holds this one."""
-    directory = str(lock.parent)
-    if isinstance(error, BlockingIOError):
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-        raise UserError(f"log.dir: {directory!r} is in use by {holder}; end that run or choose another") from error
-    if error.errno in WITHOUT_LOCKS:
-        warnings.warn(f"the file system of {directory!r} has no locks: let no other run write there", stacklevel=5)
-        return True
-    return False
 
 
 def _let_go() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, settle
+from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, settle, settle_all
 from .errors import NotFiniteError, UserError
 from .resume import warn_about_changes
-from .runlog import CHECKPOINTS, FAILED, StageLog
+from .runlog import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from .runtime import named
 from .signals import Interrupted, StopSignals
 
@@ -49,8 +49,10 @@ class Loop(ABC):
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
         """The steps still to do, each a safe point to save and to stop at."""
-        for directory in (log.directory, log.directory / CHECKPOINTS):
-            settle(directory)
+        for name in (FINAL, BEST):
+            settle(log.directory / name)
+        for name in (CHECKPOINTS, FAILED):
+            settle_all(log.directory / name)
         save_every = self.config.log.save_every
         while self.done < self.total:
             with named(f"{log.unit} {self.done + 1}"):

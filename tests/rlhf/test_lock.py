@@ -12,7 +12,7 @@ import pytest
 
 import ppo_fast.rlhf
 from ppo_fast import cli
-from ppo_fast.rlhf import UserError
+from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.lock import hold_directory
 from tests.helpers import raises_exactly
 from tests.rlhf.stages import STAGES, rows
@@ -23,8 +23,8 @@ for name, path in zip(("ppo_fast", "ppo_fast.rlhf"), sys.argv[2:]):  # without w
     sys.modules[name].__path__ = [path]
 from ppo_fast.rlhf.lock import hold_directory
 with hold_directory(sys.argv[1]):
-    child = os.fork()
-    print(child, flush=True)
+    if child := os.fork():
+        print(child, flush=True)
     time.sleep(60)
 """
 
@@ -73,6 +73,7 @@ def test_a_killed_run_leaves_no_lock_though_its_child_lives(tmp_path):
     command = [sys.executable, "-c", HOLD, tmp_path, *ppo_fast.__path__, *ppo_fast.rlhf.__path__]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     child = int(holder.stdout.readline())
+    assert child > 0
     try:
         with raises_exactly(used_by(tmp_path, holder.pid), UserError), hold_directory(tmp_path):
             pass
@@ -120,6 +121,12 @@ def test_a_stage_refuses_a_directory_in_use_before_it_writes(run_stage, tmp_path
         with raises_exactly(used_by(directory, os.getpid()), UserError):
             run_stage(stage, rows(8), **values)
         assert contents(directory) == before
+
+
+def test_ppo_is_not_resumed_in_a_directory_in_use(make_config, tmp_path):
+    directory = tmp_path / "run"
+    with hold_directory(directory), raises_exactly(used_by(directory, os.getpid()), UserError):
+        train_ppo(make_config(), resume=True)
 
 
 @pytest.mark.parametrize("command", ["train", "quickstart"])

@@ -329,10 +329,12 @@ def test_what_a_kill_left_goes_at_the_next_start(run_stage, tmp_path):
     held = sorted(path for path in directory.rglob("*") if path.is_dir())
     for name in (".final.new", "checkpoints/.step-000005.removed", "checkpoints/.step-000006.new"):
         (directory / name).mkdir()
+    (directory / ".profile.old").touch()  # not ours
     (directory / "final").rename(directory / ".final.old")  # between the two steps of an exchange
     result = run_stage("sft", log={"save_every": 5}, resume=True)
     assert sorted(path for path in directory.rglob("*") if path.is_dir()) == held
     assert (result.model / "model.safetensors").is_file()
+    assert (directory / ".profile.old").is_file()
 
 
 def test_an_overwritten_run_leaves_what_links_name_as_it_is(run_stage, tmp_path):
