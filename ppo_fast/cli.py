@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # It warns at import, in runs without 4 bits too, of a package whose kernel our runs have no use for.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = _show_warning
         return _run(command, arguments[1:])
 
 
@@ -221,6 +221,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: functools.partial(train, name) for name in STAGES},
     **{name: functools.partial(tool, module) for name, module in TOOLS.items()},
 }
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    from ppo_fast.rlhf.errors import printable
+
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

@@ -33,6 +33,7 @@ RLHF = "ppo_fast/rlhf"
 SUPERVISED, RESUMED, REWARD, EXAMPLES = (
     f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
 )
+RESUMED_PPO, LOCK, CHECKPOINT = (f"tests/rlhf/test_{name}.py" for name in ("resume", "lock", "checkpoint"))
 BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
 OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
@@ -158,6 +159,14 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED),
     Mutant(f"{RLHF}/supervised.py", 'load_start(config, "optim.epochs", "log")', 'load_start(config, "log")', RESUMED),
+    Mutant(f"{RLHF}/ppo.py", '"reference", "monitors", "scorer"', '"reference", "scorer"', RESUMED_PPO),
+    Mutant(f"{RLHF}/resume.py", "    for row in rows:", "    for row in [*rows][:1]:", RESUMED_PPO),
+    Mutant(f"{RLHF}/resume.py", 'f"columns of the {kind}prompts": data.columns.items()', '"": ()', RESUMED_PPO),
+    Mutant(f"{RLHF}/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCK),
+    Mutant(f"{RLHF}/lock.py", "os.register_at_fork(after_in_child=_let_go)", "", LOCK),
+    Mutant(f"{RLHF}/checkpoint.py", "        _follow_umask(scratch)\n", "", CHECKPOINT),
+    Mutant(f"{RLHF}/checkpoint.py", "    target = target.resolve()\n", "", CHECKPOINT),
+    Mutant(f"{RLHF}/callables.py", "_copied(value) for name", "value for name", "tests/rlhf/test_rewards.py"),
     Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),

@@ -14,6 +14,7 @@ STAGES = [
     "config",
     "supervised_config",
     "runtime",
+    "lock",
     "configfile",
     "data",
     "curriculum",

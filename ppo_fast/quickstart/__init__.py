@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ppo_fast.rlhf import UserError, load_config, plots, train_ppo, train_reward_model, train_sft
 from ppo_fast.rlhf.errors import require
+from ppo_fast.rlhf.lock import hold_directory
 from ppo_fast.rlhf.supervised_config import RewardModelConfig, SFTConfig
 
 from . import files, show
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = Options(**vars(parser.parse_args(argv)))
     torch.set_num_threads(1)  # two threads are slower than one on a model this small
     require("transformers").utils.logging.disable_progress_bar()
-    run(options)
+    with hold_directory(options.out):
+        run(options)
 
 
 def run(options: Options) -> Result:

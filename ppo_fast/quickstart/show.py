@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from ppo_fast.rlhf.errors import printable
 from ppo_fast.rlhf.plots import Panel
 
 from . import language
@@ -92,5 +93,5 @@ def _coloured(prompt: str, text: str) -> Text:
         if position and word not in {".", ","}:
             out.append(" ")
         style = "green" if word in language.WARM_WORDS else "red" if word in language.COLD_WORDS else ""
-        out.append(word, style=f"{style} underline" if position < len(prompt.split()) else style)
+        out.append(printable(word), style=f"{style} underline" if position < len(prompt.split()) else style)
     return out

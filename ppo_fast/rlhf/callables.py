@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,14 +49,46 @@ def _module(path: str, changed: int) -> ModuleType:
 
 
 def call(role: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
-    """The function's answer; UserError, "the <role> <name> failed with ...", when it raises."""
+    """The function's answer; UserError, "the <role> <name> failed with ...", when it raises or exits.
+
+    The function gets copies of lists and dicts, so that emptying them changes nothing of ours. A generator runs here.
+    """
     try:
-        return function(**arguments)
+        answer = function(**{name: _copied(value) for name, value in arguments.items()})
+        return list(answer) if isinstance(answer, Iterator) else answer
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         name = getattr(function, "__name__", type(function).__name__)
         raise UserError(f"the {role} {name!r} failed with {_told(error)}") from error
+
+
+class UserState:
+    """The state of a user's callable as a part of a run; its failures are named like those of the callable."""
+
+    def __init__(self, role: str, owner: Any) -> None:
+        self.role, self.owner = role, owner
+
+    def state_dict(self) -> Any:
+        def state_dict() -> Any:
+            return self.owner.state_dict()
+
+        return call(f"{self.role}'s", state_dict)
+
+    def load_state_dict(self, state: Any) -> None:
+        def load_state_dict() -> None:
+            self.owner.load_state_dict(state)
+
+        call(f"{self.role}'s", load_state_dict)
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts within each other as new ones; everything else as it is."""
+    if type(value) is list:
+        return [_copied(item) if type(item) in (list, dict) else item for item in value]
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 def listed(role: str, noun: str, answer: Any, count: int) -> list[Any]:

@@ -12,12 +12,15 @@ A checkpoint is a model directory, as `from_pretrained` reads it, with the state
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import ctypes
 import json
 import os
 import random
 import re
-import shutil
+import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +34,17 @@ from .adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Adapters
 from .errors import UserError, require
 from .loading import no_progress_bars
 from .models import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE, Models
+from .runtime import remove
 
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
-TENSOR, ITEMS = "<tensor>", "<items>"
+LEFT = re.compile(r"\.(.+)\.(new|old|removed)")  # hidden names of what is being written, replaced or removed
+TENSOR, ITEMS, BYTES, ARRAY = "<tensor>", "<items>", "<bytes>", "<array>"
+SEQUENCES: dict[type[Any], str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
+TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key of what JSON cannot say
+
+PACKED = "tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def save_checkpoint(
 
     Args:
         write: puts the weights, and what belongs to them, into the directory it is given.
-        state: nested dicts and lists of tensors, numbers, text, bools and None.
+        state: what `_pack` takes.
         keep_last: 0 keeps all.
 
     Raises:
@@ -67,6 +76,11 @@ def save_checkpoint(
         (scratch / STATE).write_text(json.dumps(record))
     _prune(target.parent, keep_last)
     return target
+
+
+def check_state(state: Any, name: str) -> None:
+    """UserError for a state that a checkpoint could not hold exactly."""
+    _pack(state, name, {})
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -85,7 +99,7 @@ def load_latest(checkpoints: Path, *, tensors: bool = True) -> Checkpoint:
         raise UserError(f"resume: expected a complete checkpoint in {str(checkpoints)!r}, got none")
     try:
         record = json.loads((directory / STATE).read_text())
-        return Checkpoint(directory, _unpack(record, _read_tensors(directory / STATE_TENSORS)) if tensors else record)
+        return Checkpoint(directory, _unpack(record, _read_tensors(directory / STATE_TENSORS) if tensors else None))
     except (OSError, ValueError, KeyError, require("safetensors").SafetensorError) as error:
         raise UserError(f"resume: cannot read {str(directory)!r}: {error}") from error
 
@@ -232,35 +246,62 @@ def _read_into(adapters: Adapters, name: str, directory: Path, head: nn.Linear |
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A scratch directory beside `target` that takes its place, flushed to disk, when the block succeeds.
+    """A scratch directory that takes the place of `target`, flushed to disk, when the block succeeds.
 
-    When the block or the exchange fails nothing changes. An earlier `target` is moved aside first and removed last;
-    what a killed process left of such an exchange is put right.
+    When the block or the exchange fails nothing changes. A link is followed: the directory that it names is replaced.
+    An earlier `target` is exchanged in one step; a file system that cannot has it moved to the side first and removed
+    last, and `settle` puts right what a killed process left of that.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    _settle(target, scratch, aside)
+    scratch, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    settle(target)
     scratch.mkdir()
     try:
         yield scratch
+        _follow_umask(scratch)
         for path in sorted(scratch.rglob("*")):
             _fsync(path)
         _fsync(scratch)
-        if target.exists():
-            target.rename(aside)
-        scratch.rename(target)
+        if not (target.exists() and _exchanged(scratch, target)):
+            if target.exists():
+                target.rename(old)
+            scratch.rename(target)
         for parent in (target.parent.parent, target.parent):
             _fsync(parent)
     finally:
-        _settle(target, scratch, aside)
+        settle(target)
 
 
-def _settle(target: Path, scratch: Path, aside: Path) -> None:
-    """`target` as it was when it is not there, and nothing beside it."""
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+def settle_all(directory: Path) -> None:
+    """`settle` all that a killed process left in a directory where nobody else makes hidden files."""
+    for path in directory.glob(".*"):
+        if left := LEFT.fullmatch(path.name):
+            settle(directory / left[1])
+
+
+def settle(target: Path) -> None:
+    """`target` as it was when it is not there, and nothing next to it of a save, an exchange or a removal cut short."""
+    target = target.resolve()
+    new, old, removed = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old", "removed"))
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for path in (new, old, removed):
+        remove(path, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step, where system and file system can (Linux: renameat2 with RENAME_EXCHANGE)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _follow_umask(directory: Path) -> None:
+    """Give all that is in a directory just made the mode that the umask gave it: safetensors makes files of 0600."""
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    for path in directory.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _fsync(path: Path) -> None:
@@ -281,30 +322,56 @@ def _prune(checkpoints: Path, keep_last: int) -> None:
     """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
     for path in _numbered(checkpoints)[:-keep_last] if keep_last else []:
         path.rename(path.with_name(f".{path.name}.removed"))
-    for path in checkpoints.glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
+    settle_all(checkpoints)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go into `tensors` and leave their names behind."""
-    if isinstance(value, Tensor):
+    """`value` as JSON that `_unpack` reads back exactly; its tensors go into `tensors` and leave their names behind.
+
+    Raises UserError for a kind of value that would come back as another.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind is list:
+        return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if kind in (dict, OrderedDict):
+        packed = [(_pack(key, name, tensors), _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
+        plain = all(type(key) is str and key not in TAGS for key in value)
+        return dict(packed) if plain else {ITEMS: packed}
+    if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_complex() or value.is_quantized):
+        while name in tensors:  # "a.b" within "c" and "b" within "c.a"
+            name += "'"
         tensors[name] = value.detach()
         return {TENSOR: name}
-    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
-        packed = [(key, _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
-        return dict(packed) if all(isinstance(key, str) for key in value) else {ITEMS: packed}
-    if isinstance(value, list | tuple):
-        return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise TypeError(f"{name}: expected tensors, numbers, text, lists and dicts, got {type(value).__name__}")
+    if kind in SEQUENCES:
+        return {SEQUENCES[kind]: _pack(list(value), name, tensors)}
+    if kind is bytes:
+        return {BYTES: base64.b64encode(value).decode()}
+    if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in "biufcSUmM":
+        data = base64.b64encode(value.tobytes()).decode()
+        return {ARRAY: [value.dtype.str, list(value.shape), kind is np.ndarray, data]}
+    raise UserError(f"{name}: expected {PACKED}, got {kind.__name__}")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
+    """What `_pack` made `value` of; without `tensors` their names stay."""
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if TENSOR in value:
-        return tensors[value[TENSOR]]
-    return {key: _unpack(item, tensors) for key, item in value.get(ITEMS, value.items())}
+    tag = next(iter(value), None)
+    if tag == TENSOR:
+        return value if tensors is None else tensors[value[TENSOR]]
+    if tag == BYTES:
+        return base64.b64decode(value[BYTES])
+    if tag == ARRAY:
+        dtype, shape, whole, data = value[ARRAY]
+        array = np.frombuffer(base64.b64decode(data), dtype=dtype).reshape(shape)
+        return array.copy() if whole else array[()]
+    for kind, name in SEQUENCES.items():
+        if tag == name:
+            return kind(_unpack(value[name], tensors))
+    if tag == ITEMS:
+        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in value[ITEMS]}
+    return {key: _unpack(item, tensors) for key, item in value.items()}

@@ -197,13 +197,17 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    yield where, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8") from error
+                yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """What a line of a JSONL file says; UserError, naming `where`, when it is not JSON."""
+    try:
+        return json.loads(line.decode("utf-8-sig").rstrip())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8") from error
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from typing import Any, Literal, get_args, get_type_hints
+
+# Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Text that steers no terminal: `\x1b` and the like are written out."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
-    """An input the user can correct: one sentence; the command line prints it without a traceback."""
+    """An input the user can correct: one printable sentence; the command line prints it without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class NotFiniteError(UserError):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .runlog import SAMPLES, read_records
-from .runtime import write_whole
+from .runlog import SAMPLES, sample_records
+from .runtime import write_result
 
 PAIRS = "pairs.jsonl"
 
@@ -35,7 +35,8 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
         out: JSONL file; None: pairs.jsonl in the run.
 
     Raises:
-        UserError: there is no such run, or no prompt in it has two responses of different scores.
+        UserError: there is no such run, a line of its samples is broken, no prompt in it has two responses of different
+            scores, or `out` cannot be written.
     """
     source = Path(run) / SAMPLES
     if not source.is_file():
@@ -47,14 +48,13 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
             f"export: expected responses of different scores to one prompt in {str(source)!r}, got none; "
             "set rollout.samples_per_prompt to 2 or more and log.all_samples"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    write_result("export", target, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     return target
 
 
 def _pairs(source: Path) -> Iterator[dict[str, Any]]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for record in read_records(source):
+    for record in sample_records(source, "update", "prompt", "completion", "score"):
         groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
     for group in groups.values():
         ordered = sorted(group, key=lambda record: record["score"])

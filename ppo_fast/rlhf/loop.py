@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
+from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, settle, settle_all
 from .errors import NotFiniteError, UserError
-from .runlog import CHECKPOINTS, FAILED, StageLog
+from .resume import warn_about_changes
+from .runlog import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from .runtime import named
 from .signals import Interrupted, StopSignals
 
@@ -23,6 +25,7 @@ class Loop(ABC):
     config: Any  # with on_nan and log
     generator: torch.Generator  # every random number of the run
     inputs: dict[str, Any]  # of `resume.inputs`: what a resumed run must find as it was
+    code: Mapping[str, str] = MappingProxyType({})  # of `resume.file_digests`: the user's functions
     total: int  # steps of the whole run
     length: str  # what sets `total`, for messages
     done: int = 0  # steps
@@ -46,6 +49,10 @@ class Loop(ABC):
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
         """The steps still to do, each a safe point to save and to stop at."""
+        for name in (FINAL, BEST):
+            settle(log.directory / name)
+        for name in (CHECKPOINTS, FAILED):
+            settle_all(log.directory / name)
         save_every = self.config.log.save_every
         while self.done < self.total:
             with named(f"{log.unit} {self.done + 1}"):
@@ -66,6 +73,7 @@ class Loop(ABC):
             "log": log.position(self.done),
             "skipped": self.skipped,
             "inputs": self.inputs,
+            "code": dict(self.code),
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
             "rng": rng_state(self.generator),
         }
@@ -82,6 +90,7 @@ class Loop(ABC):
         for name, found in self.inputs.items():
             if found != state["inputs"][name]:
                 raise UserError(f"resume: expected the {name} that the run was begun with, got others")
+        warn_about_changes(state["code"], self.code)
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._load(start.directory)

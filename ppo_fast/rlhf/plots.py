@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, require
-from .runlog import METRICS, read_records
+from .errors import UserError, printable, require
+from .runlog import METRICS, metric_records
+from .runtime import write_result
 
 COUNTERS = ("update", "step")  # the position in a run, of which a line of a metrics file has one
 History = Sequence[Mapping[str, float]]  # one mapping of metric names to numbers per update
@@ -88,13 +90,13 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read ``metrics.jsonl``, or that of a run directory: one JSON object per update.
 
     Raises:
-        UserError: there is no such file, or it has no complete line.
+        UserError: there is no such file, a line of it is broken, or it has no complete line.
     """
     path = Path(path)
     path = path / METRICS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"read_metrics: expected a metrics file, got no file at {str(path)!r}")
-    rows = read_records(path)
+    rows = metric_records(path)
     if not rows:
         raise UserError(f"read_metrics: expected at least one update in {str(path)!r}, got none")
     return rows
@@ -127,7 +129,7 @@ def draw_curves(
         panels: one set of axes each; by default reward, KL, entropy and clip fraction.
 
     Raises:
-        UserError: a name that is no picture's.
+        UserError: a name that is no picture's, or `path` cannot be written.
     """
     if Path(path).suffix not in PICTURES:
         raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
@@ -137,17 +139,18 @@ def draw_curves(
     with plt.rc_context(_style()):
         figure, axes = _make_axes(plt, len(panels))
         height = figure.get_figheight()
-        figure.text(0.08, 1 - 0.35 / height, title, fontsize=14, fontweight="bold", color=INK)
-        figure.text(0.08, 1 - 0.64 / height, subtitle, fontsize=10, color="#6b7580")
+        figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
+        figure.text(0.08, 1 - 0.64 / height, printable(subtitle), fontsize=10, color="#6b7580")
         for axis, panel in zip(axes, panels, strict=False):
             for (name, history), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
                 _draw_run(axis, panel, history, colour, name)
             _finish(axis, panel)
         if len(runs) > 1:
             axes[0].legend(frameon=False, fontsize=9)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
+        suffix, picture = Path(path).suffix, io.BytesIO()
+        figure.savefig(picture, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
         plt.close(figure)
+    write_result("plot", Path(path), picture.getvalue())
 
 
 def _make_axes(plt: Any, count: int) -> tuple[Any, list[Any]]:
@@ -169,6 +172,7 @@ def _style() -> dict[str, Any]:
     return {
         "font.size": 10,
         "svg.fonttype": "none",
+        "text.parse_math": False,  # "$x$" in the name of a run or a metric is text
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": "#b9bec3",
@@ -192,7 +196,7 @@ def _draw_run(axis: Any, panel: Panel, history: History, colour: str, name: str)
         values, marker = tuple(smooth(values, 5)), None
     else:
         marker = "o"
-    axis.plot(updates, values, color=colour, linewidth=2.0, label=name, marker=marker, markersize=4)
+    axis.plot(updates, values, color=colour, linewidth=2.0, label=printable(name), marker=marker, markersize=4)
     axis.annotate(
         f"{values[-1]:.2g}",
         (updates[-1], values[-1]),
@@ -206,7 +210,7 @@ def _draw_run(axis: Any, panel: Panel, history: History, colour: str, name: str)
 
 
 def _finish(axis: Any, panel: Panel) -> None:
-    axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=8)
+    axis.set_title(printable(panel.title), loc="left", fontsize=11, fontweight="bold", pad=8)
     axis.set_ylabel(panel.unit)
     axis.margins(x=0.01)
     if panel.floor is not None:

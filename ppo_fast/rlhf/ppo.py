@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .advantages import make_experience
-from .callables import forget_modules, load_callable
-from .checkpoint import load_weights, save_models, write_models
+from .callables import UserState, forget_modules, load_callable
+from .checkpoint import check_state, load_weights, save_models, write_models
 from .config import PPOConfig
 from .configfile import save_config
 from .curriculum import make_arrangement
@@ -22,13 +22,14 @@ from .data import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from .errors import NotFiniteError, UserError
 from .evaluation import Evaluation, load_evaluation
 from .failures import save_failure
+from .lock import hold_directory
 from .loop import Loop
 from .metrics import collect, require_finite
 from .models import Models, load_models
 from .monitors import Monitors
 from .planning.command import announce
 from .reference import Reference
-from .resume import failed_writes_told, inputs, load_start
+from .resume import failed_writes_told, file_digests, inputs, load_start, prompt_inputs
 from .reward_sources import RewardFunction, load_sources
 from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from .rollout import Generation, generate, score, warn_about_filters
@@ -68,7 +69,15 @@ class Run(Loop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = Monitors()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
-        self.inputs = inputs(self.models.policy, {"prompts": self.data.token_ids})
+        held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
+        self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
+        reward = self.config.reward
+        self.code = file_digests([reward.function, reward.filter, settings.order, *self.config.evaluation.evaluators])
+        users = {"reward": getattr(self.scorer.sources[0], "function", None), "filter": self.scorer.filter}
+        kept = {name: user for name, user in users.items() if hasattr(user, "load_state_dict")}
+        self.user_states = {name: UserState(f"{name} function", user) for name, user in kept.items()}
+        for name, user in self.user_states.items():
+            check_state(user.state_dict(), f"{name} function's state_dict")
         self.total = self.config.updates
         # Scored in the batches of the update, the logits of the whole rollout never exist.
         optim, rollout = self.config.optim, self.config.rollout
@@ -132,9 +141,7 @@ class Run(Loop):
         """What changes during a run, the weights of policy and value model aside."""
         named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
         parts = {name: getattr(self, name) for name in named}
-        users = [getattr(source, "function", None) for source in self.scorer.sources]
-        parts |= {"reward": users[0], "filter": self.scorer.filter}
-        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")} | self.user_states
 
     def _next_prompts(self) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt
@@ -174,12 +181,12 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
-    start = load_start(config, "updates", "log") if resume else None
-    log = RunLog(config, resume=start.state["log"] if start else None)
-    warn_about_filters(config.rollout)
-    forget_modules()
-    generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
-    with threads(config.threads):
+    with hold_directory(config.log.dir), threads(config.threads):
+        start = load_start(config, "updates", "log") if resume else None
+        log = RunLog(config, resume=start.state["log"] if start else None)
+        warn_about_filters(config.rollout)
+        forget_modules()
+        generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
         models = load_models(config.model, generator, **given, reward=config.reward, reference=config.reference)

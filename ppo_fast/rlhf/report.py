@@ -12,9 +12,9 @@ from typing import Any
 
 from . import plots
 from .data import as_text
-from .errors import UserError, require
-from .runlog import EVALUATIONS, SAMPLES, read_records
-from .runtime import write_whole
+from .errors import require
+from .runlog import EVALUATIONS, SAMPLES, sample_records
+from .runtime import write_result
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PAIRS = 12  # of the blind comparison, at most
@@ -37,9 +37,11 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
     """Write the page of the run in directory ``run`` to ``out``; nothing in it refers to another file.
 
     Raises:
-        UserError: the directory holds no metrics.
+        UserError: the directory holds no metrics, a line of its files is broken, or `out` cannot be written.
     """
     history = plots.read_metrics(run)
+    samples = sample_records(run / SAMPLES, "update", "prompt", "completion", "score")
+    answers = sample_records(run / EVALUATIONS, "update", "prompt", "completion", "baseline_completion")
     config = run / "config.yaml"
     environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["plain"] = as_text
@@ -50,14 +52,11 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
         warnings=_warnings(history),
         curves=_curves(history),
         metrics=_first_and_last(history),
-        samples=_samples(read_records(run / SAMPLES)),
-        pairs=_blind_pairs(read_records(run / EVALUATIONS), random.Random(seed)),
+        samples=_samples(samples),
+        pairs=_blind_pairs(answers, random.Random(seed)),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
-    try:
-        write_whole(out, page)
-    except OSError as error:
-        raise UserError(f"report: cannot write {str(out)!r}: {error.strerror}") from error
+    write_result("report", out, page)
     return out
 
 

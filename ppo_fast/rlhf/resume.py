@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .callables import plain
 from .checkpoint import Checkpoint, fingerprint, latest, load_latest
 from .configfile import config_from_dict, first_difference
+from .data import Prompts
 from .errors import UserError, require
 from .runlog import CHECKPOINTS
 
@@ -36,12 +40,43 @@ def inputs(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> dict[str, Any
     return {"kinds of device": device, "model weights": weights} | {name: _digest(rows) for name, rows in data.items()}
 
 
+def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[Any]]:
+    """What `inputs` keeps of prompts: their texts and tokens, and the columns that the user's functions get."""
+    texts = zip(data.prompts, data.token_ids, strict=True)
+    return {f"{kind}prompts": texts, f"columns of the {kind}prompts": data.columns.items()}
+
+
 def _digest(rows: Iterable[Any]) -> str:
     """Equal for rows that are written alike."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr(row).encode())
+        digest.update(_written(row).encode())
     return digest.hexdigest()
+
+
+def _written(value: Any) -> str:
+    """`value` as text, the same in every process: whole arrays, sets in order, no addresses of objects."""
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return _written(list(value.items()))
+    if isinstance(value, set | frozenset):
+        return f"set({sorted(map(_written, value))})"
+    if isinstance(value, list | tuple) and not all(type(item) is int for item in value):  # token ids are many
+        return f"[{', '.join(map(_written, value))}]"
+    return repr(value) if isinstance(value, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def file_digests(specs: Iterable[str | None]) -> dict[str, str]:
+    """File -> digest of those of the "file.py:function" given."""
+    paths = sorted({spec.rpartition(":")[0] for spec in specs if spec})
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()}
+
+
+def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Warn about each file of `file_digests` that is not what it was; its owner may have mended it."""
+    for path, digest in now.items():
+        if before.get(path) != digest:
+            warnings.warn(f"resume: {path!r} is not as it was when the checkpoint was saved", stacklevel=3)
 
 
 @contextlib.contextmanager

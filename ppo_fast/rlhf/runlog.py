@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import PPOConfig, RunLogConfig
-from .data import as_text
-from .errors import UserError, require
+from .data import as_text, is_messages, parse_line
+from .errors import UserError, check, printable, require
 from .rewards import Rewards
 from .rollout import Rollout
+from .runtime import remove
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,14 +103,15 @@ class StageLog:
             self._wandb.log(metrics, step=number)
         if self.log.print_every and number % self.log.print_every == 0:
             line = f"{number:>5}/{self.total}  {self._summary(metrics)}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
         self.note(number, note)
         self._progress.update(self._task, completed=number)
 
     def note(self, number: int, note: str | None) -> None:
         """Show a remark, if there is one."""
         if note:
-            self.console.print(f"{self.unit} {number}: {note}", style="yellow", highlight=False, soft_wrap=True)
+            line = printable(f"{self.unit} {number}: {note}")
+            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def position(self, done: int) -> dict[str, int]:
         """The steps done and the bytes in each file, flushed to disk: where a resumed run goes on."""
@@ -122,13 +124,21 @@ class StageLog:
         return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
 
     def _empty_directory(self) -> None:
-        """Make the directory, without what an earlier run left there."""
-        for name in REPLACED[2:]:
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Make the directory, without what an earlier run left there; of a link what it names stays."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
+        try:
+            for path in (self.directory / name for name in REPLACED):
+                if path.is_symlink():
+                    warnings.warn(
+                        f"log.dir: {str(path)!r} is no longer a link to {os.readlink(path)!r}, which stays as it is",
+                        stacklevel=2,
+                    )
+                remove(path)
+        except OSError as error:
+            raise UserError(f"log.dir: cannot empty {str(self.directory)!r}: {error.strerror}") from error
 
     def _cut_back(self, position: Mapping[str, int]) -> None:
         """Drop what was written after the checkpoint, and read the history before it."""
@@ -138,7 +148,7 @@ class StageLog:
             if size < position[name]:
                 raise UserError(f"resume: expected {position[name]} bytes or more in {str(path)!r}, got {size}")
             os.truncate(path, position[name])
-        records = read_records(self.directory / METRICS)
+        records = metric_records(self.directory / METRICS)
         self.history = [{k: v for k, v in record.items() if k not in (self.unit, "note")} for record in records]
 
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
@@ -202,12 +212,53 @@ class RunLog(StageLog):
         )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file of a run, none where there is no file; a killed run may cut its last line."""
+def metric_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file: numbers by name, and perhaps a note; see `read_records`."""
+    return read_records(path, "numbers by name", _is_metrics)
+
+
+def sample_records(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The lines of a file of samples or of answers, which have the fields `names`; see `read_records`."""
+    return read_records(
+        path, f"the fields {', '.join(names)}", lambda record: all(_has(record, name) for name in names)
+    )
+
+
+def read_records(path: Path, expected: str, known: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of a run, none where there is no file.
+
+    A last line without its newline is what a kill left, or a run is just writing it: it is left out, with a warning.
+
+    Raises:
+        UserError: a line is not JSON, or no object that is `known`; it names file and line.
+    """
+    records: list[dict[str, Any]] = []
     if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as lines:  # unlike splitlines, not cut at a U+2028 within a text
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return records
+    try:
+        with path.open("rb") as lines:  # unlike splitlines, not cut at a U+2028 within a text
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
+                if not line.endswith(b"\n"):
+                    warnings.warn(f"{where}: the last line is cut short and left out", stacklevel=4)
+                    break
+                record = parse_line(line, where)
+                check(isinstance(record, dict) and known(record), where, expected, record)
+                records.append(record)
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    return records
+
+
+def _is_metrics(record: dict[str, Any]) -> bool:
+    return all(isinstance(value, str if name == "note" else int | float) for name, value in record.items())
+
+
+def _has(record: dict[str, Any], name: str) -> bool:
+    value = record.get(name)
+    if name in ("update", "score"):
+        return isinstance(value, int | float)
+    return isinstance(value, str) or (name == "prompt" and is_messages(value))
 
 
 def _line(file: TextIO, record: dict[str, Any]) -> None:
@@ -216,5 +267,5 @@ def _line(file: TextIO, record: dict[str, Any]) -> None:
 
 
 def _one_line(text: Any) -> Text:
-    """Text or messages without line breaks; never read as markup."""
-    return Text(" ".join(as_text(text).split()))
+    """Text or messages without line breaks; never read as markup or by the terminal."""
+    return Text(printable(" ".join(as_text(text).split())))

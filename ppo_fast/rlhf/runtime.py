@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,17 +18,38 @@ from .config import AdamWConfig
 from .errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there completely or as it was before, even after a crash or on a full disk."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is there completely or as it was before, even after a crash or on a full disk."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     scratch = path.with_name(f".{path.name}.new")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with scratch.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
+def write_result(command: str, path: Path, content: str | bytes) -> None:
+    """`write_whole` in a directory that is made if need be; UserError, naming `command`, where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"{command}: cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file, a directory or a link, if it is there; what a link names stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+        return
+    with contextlib.suppress(OSError if ignore_errors else FileNotFoundError):
+        path.unlink()
 
 
 class Stopwatch:

@@ -26,6 +26,7 @@ from .examples import Batch, Batches, Kind, Make, chunks, collate, load_examples
 from .failures import save_batch
 from .forward import response_stats
 from .loading import recomputing
+from .lock import hold_directory
 from .loop import Loop
 from .metrics import check_metrics, require_finite
 from .optim import Network, schedule
@@ -177,10 +178,10 @@ class Run(Loop, Generic[Kind]):
 @contextlib.contextmanager
 def prepared(config: SupervisedConfig, resume: bool) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
-    if not resume:
-        require_free(config.log)
-    checkpoint = load_start(config, "optim.epochs", "log") if resume else None
-    with threads(config.threads):
+    with hold_directory(config.log.dir), threads(config.threads):
+        if not resume:
+            require_free(config.log)
+        checkpoint = load_start(config, "optim.epochs", "log") if resume else None
         yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
 
 

@@ -109,6 +109,12 @@ def _side(text: str) -> Evaluation:
     return Evaluation(["the soup"], [text], reward=0.5, kl=0.0, entropy=1.0)
 
 
+def test_sample_table_writes_out_what_steers_a_terminal() -> None:
+    table = show.sample_table({"model": _side("the soup was \x1b[2J")})
+    assert r"\x1b[2J" in str(next(iter(table.columns[0].cells)))
+    assert "\x1b" not in str(next(iter(table.columns[0].cells)))
+
+
 def test_sample_table_shows_the_texts_of_a_prompt_with_their_gold_scores() -> None:
     table = show.sample_table({word: _side(f"the soup was {word} .") for word in ("stale", "fresh")})
     cells = [[str(cell) for cell in column.cells] for column in table.columns]

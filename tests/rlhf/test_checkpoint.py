@@ -1,8 +1,12 @@
 """Checkpoints: complete or not there, and readable by others."""
 
+import collections
 import json
+import os
 import pathlib
 import random
+import signal
+import stat
 
 import numpy as np
 import pytest
@@ -80,6 +84,7 @@ def test_a_directory_appears_only_when_everything_is_flushed(tmp_path, monkeypat
 
 
 def test_an_earlier_directory_comes_back_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_exchanged", lambda a, b: False)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "first").write_text("x")
     rename = pathlib.Path.rename
@@ -103,12 +108,50 @@ def test_what_a_process_killed_in_the_exchange_left_is_put_right(tmp_path):
     assert (tmp_path / "d" / "file").read_text() == ".d.old"
 
 
-def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path):
+@pytest.mark.parametrize("able", [True, False])
+def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path, monkeypatch, able):
+    if not able:  # a file system without the exchange in one step
+        monkeypatch.setattr(checkpoint, "_exchanged", lambda a, b: False)
     for name in ("first", "second"):
         with atomic_directory(tmp_path / "d") as scratch:
             (scratch / name).write_text(name)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_an_earlier_directory_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    monkeypatch.setattr(pathlib.Path, "rename", None)  # the two steps of the other way
+    with atomic_directory(tmp_path / "d") as scratch:
+        (scratch / "new").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["d", "new"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_and_stays(tmp_path, there):
+    if there:
+        (tmp_path / "disk" / "d").mkdir(parents=True)
+    (tmp_path / "d").symlink_to(tmp_path / "disk" / "d")
+    for name in ("first", "second"):
+        with atomic_directory(tmp_path / "d") as scratch:
+            (scratch / name).write_text(name)
+    assert (tmp_path / "d").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["d", "second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "disk"]
+
+
+def test_saved_files_follow_the_umask(make_models, make_config, tmp_path):
+    before = os.umask(0o027)
+    try:
+        directory = save_models(make_models(make_config()), tmp_path / "final")
+        with atomic_directory(tmp_path / "d") as scratch:
+            os.mkdir(scratch / "sub", 0o700)
+    finally:
+        os.umask(before)
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+    assert "model.safetensors" in files
+    assert set(files.values()) == {0o640}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (directory, tmp_path / "d" / "sub")} == {0o750}
 
 
 def save(target, state=None, keep_last=0):
@@ -148,9 +191,55 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 
 def test_a_state_that_only_a_pickle_could_hold_is_refused(tmp_path):
-    with raises_exactly("state.part.0: expected tensors, numbers, text, lists and dicts, got PosixPath", TypeError):
-        save(tmp_path / "step-1", {"part": [tmp_path]})
+    expected = "expected tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
+    for value in (tmp_path, collections.Counter("a"), np.ma.array([1]), np.array([None]), signal.SIGINT, 1j):
+        with raises_exactly(f"state.part.0: {expected}, got {type(value).__name__}", UserError):
+            save(tmp_path / "step-1", {"part": [value]})
+    for tensor in (torch.ones(1, dtype=torch.complex64), torch.eye(2).to_sparse()):
+        with raises_exactly(f"state.part: {expected}, got Tensor", UserError):
+            save(tmp_path / "step-1", {"part": tensor})
     assert not (tmp_path / "step-1").exists()
+
+
+def same(ours, theirs):
+    """Equal in value and in type, at every depth."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, dict):
+        return list(ours) == list(theirs) and all(map(same, [*ours, *ours.values()], [*theirs, *theirs.values()]))
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(ours, np.ndarray | np.generic):
+        return (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(np.float64(0.1), np.float32(0.1), np.int64(-3), np.bool_(True), np.str_("a"), np.datetime64("2020-01-01")),
+        *(
+            np.array([[1.5, np.inf]]),
+            np.array(2.0),
+            np.zeros((0, 3)),
+            np.arange(6).reshape(2, 3).T,
+            np.array(["a", "bc"]),
+        ),
+        *(np.arange(3, dtype=">i2"), np.array([1j])),
+        *({1, "a", (2, b"b")}, set(), frozenset({1}), b"\x00\xff", (1, (2.0, [3])), ()),
+        *({"<set>": 1}, {"<tensor>": {"<tuple>": [1]}}, {1: 2, "1": 3, (4, 5): 6, None: 7, 1.5: 8}, 2**80),
+        {"a.b": torch.ones(1), "a": {"b": torch.zeros(2)}},
+    ],
+    ids=repr,
+)
+def test_a_users_state_comes_back_exactly(tmp_path, value):
+    save(tmp_path / "step-1", {"part": [value]})
+    assert same(load_latest(tmp_path).state["part"][0], value)
+
+
+def test_a_state_without_its_tensors_keeps_its_other_values(tmp_path):
+    save(tmp_path / "step-1", {"config": {"models": ("a", "b")}, "part": torch.ones(1)})
+    assert load_latest(tmp_path, tensors=False).state["config"] == {"models": ("a", "b")}
 
 
 def test_the_newest_are_kept_and_names_without_a_number_are_left_alone(tmp_path):

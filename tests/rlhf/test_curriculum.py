@@ -37,8 +37,12 @@ def test_without_a_shuffle_equals_come_as_in_the_file():
 
 def test_the_difficulty_may_be_a_function(tmp_path):
     path = tmp_path / "order.py"
-    path.write_text("def hardest_last(prompts, level):\n    return [-x for x in level]\n")
-    assert epochs(made(level=[1, 3, 2]), 1, order=f"{path}:hardest_last") == [[1, 2, 0]]
+    path.write_text(
+        "def hardest_last(prompts, level):\n    while level:\n        prompts.pop()\n        yield -level.pop(0)\n"
+    )
+    data = made(level=[1, 3, 2])
+    assert epochs(data, 1, order=f"{path}:hardest_last") == [[1, 2, 0]]
+    assert (data.prompts, data.columns) == (["w0", "w1", "w2"], {"level": [1, 3, 2]})
 
 
 def test_topics_are_dealt_out_in_turn_and_the_small_ones_start_over():

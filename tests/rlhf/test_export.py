@@ -16,8 +16,8 @@ from tests.rlhf.conftest import PROMPTS
 def write(path, *records):
     names = ("update", "prompt", "completion", "score")
     path.mkdir(exist_ok=True)
-    lines = [json.dumps(dict(zip(names, record, strict=True)), ensure_ascii=False) for record in records]
-    (path / "samples.jsonl").write_text("\n".join(lines) + '\n{"update": 3, "pro')  # killed in the last line
+    lines = [json.dumps(dict(zip(names, record, strict=True)), ensure_ascii=False) + "\n" for record in records]
+    (path / "samples.jsonl").write_text("".join(lines))
     return path
 
 

@@ -190,6 +190,20 @@ def test_the_console_shows_reward_kl_and_the_parts_of_the_loss(logged):
     assert "update 1: stopped early" in text
 
 
+def test_what_a_text_would_do_to_the_terminal_is_written_out(logged):
+    log, screen = logged(samples_every=1, samples=1)
+    rollout, rewards, _, _ = made_update()
+    evil = "\x1b[31m\x07[bold]\u202e\ud800\x9b2J"
+    shown = r"\x1b[31m\x07[bold]\u202e\ud800\x9b2J"
+    rollout.generation.prompts.prompts[0] = rewards.completions[0] = evil.replace("\ud800", "")
+    with log:
+        log.write_samples(1, rollout, rewards)
+        log.note(1, evil)
+    assert screen.getvalue().count(shown.replace(r"\ud800", "")) == 2
+    assert f"update 1: {shown}" in screen.getvalue()
+    assert str(UserError(f"got {evil}")) == f"got {shown}"
+
+
 def test_samples_are_a_table_and_a_file(logged):
     log, screen = logged(samples_every=2, samples=2)
     rollout, rewards, _, _ = made_update()

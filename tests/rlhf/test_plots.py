@@ -19,16 +19,72 @@ def _history(updates: int) -> list[dict[str, float]]:
 def test_metrics_are_read_back_without_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1.0}\n{"a": 2.5}\n{"a": 3')
-    assert plots.read_metrics(path) == [{"a": 1.0}, {"a": 2.5}]
+    with pytest.warns(UserWarning, match=f"^{path}:3: the last line is cut short and left out$"):
+        assert plots.read_metrics(path) == [{"a": 1.0}, {"a": 2.5}]
 
 
 def test_missing_metrics_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with raises_exactly(f"read_metrics: expected a metrics file, got no file at {str(path)!r}", UserError):
         plots.read_metrics(path)
-    path.write_text('{"a": 1')
+    path.write_text("")
     with raises_exactly(f"read_metrics: expected at least one update in {str(path)!r}, got none", UserError):
         plots.read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"\x00\x00\x00", "not JSON: Expecting value at column 1"),
+        (b'{"a": 3', "not JSON: Expecting ',' delimiter at column 8"),
+        (b"", "not JSON: Expecting value at column 1"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"[1]", "expected numbers by name, got [1]"),
+        (b'{"a": "x"}', "expected numbers by name, got {'a': 'x'}"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plot", "report", "export"])
+def test_a_broken_line_is_named_by_file_and_line(
+    command: str, line: bytes, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, good = tmp_path / "run", b'{"update": 1, "prompt": "p", "completion": "c", "score": 1}'
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"lr": 1}\n')
+    path = run / ("metrics.jsonl" if command == "plot" else "samples.jsonl")
+    if command != "plot":
+        fault = fault.replace("numbers by name", "the fields update, prompt, completion, score")
+    path.write_bytes((b'{"update": 1}' if command == "plot" else good) + b"\n" + line + b"\n")
+    assert cli.main([command, str(run), "--out", str(tmp_path / "out.svg")]) == 2
+    assert capsys.readouterr().err == f"ppo-fast: {path}:2: {fault}\n"
+    assert not (tmp_path / "out.svg").exists()
+
+
+@pytest.mark.parametrize("command", ["plot", "report", "export"])
+@pytest.mark.parametrize(
+    ("out", "fault"),
+    [("file/x.svg", "File exists"), ("directory.svg", "Is a directory"), ("y" * 300 + ".svg", "File name too long")],
+)
+def test_a_place_where_nothing_can_be_written_is_one_sentence(
+    command: str, out: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(tmp_path / "run")
+    samples = [{"update": 1, "prompt": "p", "completion": text, "score": len(text)} for text in ("a", "bc")]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (tmp_path / "file").touch()
+    (tmp_path / "directory.svg").mkdir()
+    held = sorted(tmp_path.rglob("*"))
+    assert cli.main([command, str(run), "--out", str(tmp_path / out)]) == 2
+    assert capsys.readouterr().err == f"ppo-fast: {command}: cannot write {str(tmp_path / out)!r}: {fault}\n"
+    assert sorted(tmp_path.rglob("*")) == held
+
+
+def test_names_and_titles_are_plain_text(tmp_path: Path) -> None:
+    out, names = tmp_path / "curves.svg", ("$x^$", "a\x1b[31m")
+    history = [{"$m_$": 1.0}]
+    panel = plots.Panel("$m_$", "$m_$", "$u^$")
+    plots.draw_curves(dict.fromkeys(names, history), out, title="$t^$", subtitle="$s^$", panels=[panel])
+    text = out.read_text()
+    assert all(f">{name}<" in text for name in ("$x^$", "a\\x1b[31m", "$m_$", "$u^$", "$t^$", "$s^$"))
 
 
 def test_smooth_is_a_centred_mean_cut_at_the_ends() -> None:

@@ -77,6 +77,8 @@ def test_what_cannot_be_reported_is_an_error(run: Path, tmp_path: Path) -> None:
         f"read_metrics: expected a metrics file, got no file at '{tmp_path / 'metrics.jsonl'}'", UserError
     ):
         report.main([str(tmp_path)])
-    out = tmp_path / "no" / "report.html"
-    with raises_exactly(f"report: cannot write {str(out)!r}: No such file or directory", UserError):
-        report.write_report(run, out)
+    answers = run / "evaluations.jsonl"
+    answers.write_text('{"update": 1, "prompt": "p", "completion": "c"}\n')
+    told = f"{answers}:1: expected the fields update, prompt, completion, baseline_completion, got "
+    with pytest.raises(UserError, match=f"^{re.escape(told)}"):
+        report.write_report(run, run / "report.html")

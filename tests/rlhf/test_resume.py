@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 
 from ppo_fast import cli
 from ppo_fast.rlhf import UserError, tiny, train_ppo
-from ppo_fast.rlhf.resume import inputs
+from ppo_fast.rlhf.data import Prompts
+from ppo_fast.rlhf.monitors import Sign
+from ppo_fast.rlhf.resume import inputs, prompt_inputs
 from ppo_fast.rlhf.signals import Interrupted, StopSignals
 from tests.helpers import raises_exactly
 
@@ -193,6 +196,41 @@ def test_the_state_of_a_reward_function_is_saved(run, tmp_path):
         run(updates=4, reward=plain, resume=True)
 
 
+class Kept:
+    """A reward function whose state is what it is given."""
+
+    def __init__(self, state=None, load=None):
+        self.state, self.load = state, load
+
+    def __call__(self, completions, **_):
+        return [0.0] * len(completions)
+
+    def state_dict(self):
+        return self.state() if callable(self.state) else self.state
+
+    def load_state_dict(self, state):
+        self.loaded = self.load() if self.load else state
+
+
+def test_a_state_of_a_reward_function_that_cannot_be_saved_is_refused_before_the_run(run, tmp_path):
+    expected = "expected tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts, got deque"
+    with raises_exactly(f"reward function's state_dict.seen: {expected}", UserError):
+        run(Kept({"seen": deque()}))
+    with pytest.raises(UserError, match=r"^the reward function's 'state_dict' failed with SystemExit: 3 \(test_resume"):
+        run(Kept(lambda: sys.exit(3)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_of_a_reward_function_comes_back_exactly(run):
+    state = {"seen": {"w1"}, "mean": np.float32(0.5), "rows": np.arange(3), "pairs": [(1, b"x")]}
+    run(Kept(state), updates=1)
+    resumed = Kept()
+    run(resumed, updates=1, resume=True)
+    assert repr(resumed.loaded) == repr(state)
+    with pytest.raises(UserError, match=r"^the reward function's 'load_state_dict' failed with ZeroDivisionError: "):
+        run(Kept(load=lambda: 1 / 0), updates=1, resume=True)
+
+
 def test_the_count_of_skipped_batches_goes_on(run):
     def fails_once(completions, **_):
         return [float("nan") if not calls.append(1) and len(calls) == 1 else 0.5] * len(completions)
@@ -209,13 +247,70 @@ def test_the_count_of_skipped_batches_goes_on(run):
         ({"optim": {"lr": 0.5}}, r"resume: optim\.lr: expected 0\.001 as in '.*update-000002', got 0\.5"),
         ({"on_nan": "skip"}, r"resume: on_nan: expected 'stop' as in '.*update-000002', got 'skip'"),
         ({"updates": 1}, r"resume: updates: expected at least the 2 that are done, got 1"),
-        ({"prompts": ["w1", "w2"]}, r"resume: expected the prompts that the run was begun with, got others"),
+        ({"prompts": [*MANY[:-1], "w1"]}, r"resume: expected the prompts that the run was begun with, got others"),
+        (
+            {"prompts": [{"prompt": prompt, "level": int(prompt == MANY[-1])} for prompt in MANY]},
+            r"resume: expected the columns of the prompts that the run was begun with, got others",
+        ),
     ],
 )
 def test_another_run_is_not_resumed(run, values, message):
-    run(updates=2)
+    run(updates=2, prompts=[{"prompt": prompt, "level": 0} for prompt in MANY] if "columns" in message else MANY)
     with pytest.raises(UserError, match=f"^{message}$"):
         run(resume=True, **({"updates": 4} | values))
+
+
+def test_prompts_are_the_same_when_texts_tokens_and_columns_are():
+    def digests(texts=("a", "b"), ids=((1, 2), (3,)), column=(None, None)):
+        data = Prompts(list(texts), [list(row) for row in ids], {"x": list(column)}, 0)
+        found = inputs(torch.nn.Linear(1, 1), prompt_inputs(data))
+        return found["columns of the prompts"], found["prompts"]
+
+    def columns(*values):
+        return digests(column=values)[0]
+
+    whole = np.zeros(2000)
+    part = whole.copy()
+    part[1000] = 1  # not in what NumPy writes of it
+    assert digests()[1] != digests(texts=("a", "c"))[1]
+    assert digests()[1] != digests(ids=((1, 2), (4,)))[1]
+    assert columns(whole, None) != columns(part, None)
+    assert columns({"b", "a"}, {"k": [1]}) == columns({"a", "b"}, {"k": [1]})
+    assert columns("[1, 2]", None) != columns([1, 2], None) != columns([[1], 2], None)
+    assert columns(None, object()) == columns(None, object())
+
+
+def test_a_changed_file_of_the_users_is_a_warning(run, tmp_path):
+    path, other = tmp_path / "r.py", tmp_path / "other.py"
+    text = "def f(completions, **_):\n    return [0.0] * len(completions)\n"
+    path.write_text(text)
+    other.write_text("def keep(completions, **_):\n    return [True] * len(completions)\n")
+    options = {"reward": {"function": f"{path}:f", "filter": f"{other}:keep"}, "log": {"save_every": 1}}
+    run(None, updates=1, **options)
+    run(None, updates=2, resume=True, **options)  # nothing to warn about
+    path.write_text(text.replace("0.0", "5.0"))
+    message = f"^resume: {str(path)!r} is not as it was when the checkpoint was saved$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        resumed = run(None, updates=3, resume=True, **options)
+    assert len(warned) == 1
+    assert [metrics["objective/scores"] > 1 for metrics in resumed.history] == [False, False, True]
+    run(None, updates=4, resume=True, **options)  # told once
+
+
+def test_a_resumed_run_goes_on_watching_and_warns_once(run, monkeypatch):
+    always = Sign("length/mean", limit=0.0, factor=0.0, meaning="long", remedy="stop")
+    monkeypatch.setattr("ppo_fast.rlhf.monitors.SIGNS", (always,))
+    monkeypatch.setattr("ppo_fast.rlhf.monitors.WINDOW", 1)  # the first update is the start, the second tells
+
+    def notes():
+        lines = Path(directory, "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line).get("note", "").count("hacking: long") for line in lines]
+
+    directory = run(updates=1).directory
+    run(updates=2, resume=True)
+    assert notes() == [0, 1]
+    run(updates=4, resume=True)
+    assert notes() == [0, 1, 0, 0]
 
 
 def test_the_policy_given_to_a_resumed_run_is_the_one_at_the_start(run):

@@ -6,11 +6,12 @@ import numpy
 import pytest
 import torch
 
-from ppo_fast.rlhf.callables import forget_modules, load_callable
+from ppo_fast.rlhf.callables import call, forget_modules, load_callable
 from ppo_fast.rlhf.config import KLConfig, RewardConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.reward_sources import FunctionSource, Responses
 from ppo_fast.rlhf.rewards import KLCoefficient, Scorer, compute_rewards, without_masked
+from tests.helpers import raises_exactly
 from tests.rlhf.made import EOS, made_rollout
 
 CPU = torch.device("cpu")
@@ -148,6 +149,56 @@ def test_a_failing_function_is_named_with_its_line(rewarded):
         rewarded(made_rollout([2]), broken_below)
     with pytest.raises(UserError, match=r"failed with TypeError: .* unexpected keyword argument 'completions'$"):
         rewarded(made_rollout([2]), lambda prompts, completion_ids: [0.0])
+
+
+def leave(**_):
+    raise SystemExit("no judge")
+
+
+def generated(**_):
+    yield 1.0
+    yield 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [(leave, "SystemExit: no judge"), (generated, "ZeroDivisionError: division by zero")],
+)
+def test_a_function_that_exits_or_fails_while_it_generates_is_one_sentence(function, fault):
+    line = function.__code__.co_firstlineno + (1 if function is leave else 2)
+    with raises_exactly(f"the filter {function.__name__!r} failed with {fault} (test_rewards.py:{line})", UserError):
+        call("filter", function, prompts=["w1"])
+
+
+def emptying(prompts, completions, completion_ids, topic):
+    """Scores, after taking everything out of the arguments, at any depth."""
+    count = len(completions)
+    topic[0]["name"].clear()
+    for ids in completion_ids:
+        ids.clear()
+    for argument in (prompts, completions, completion_ids, topic):
+        argument.clear()
+    return [1.0] * count
+
+
+def test_functions_that_empty_their_arguments_change_nothing(rewarded):
+    columns = {"topic": [{"name": ["a"]}, {"name": ["b"]}]}
+    rollout = made_rollout([2, 3], columns=columns)
+    rewards = rewarded(rollout, [emptying, emptying], filter_fn=lambda **given: [x > 0 for x in emptying(**given)])
+    assert rewards.completion_ids == [[10, EOS], [10, 11, EOS]]
+    assert rewards.completions == ["w6", "w6 w7"]
+    assert rewards.scores.tolist() == [2.0, 2.0]
+    assert columns == {"topic": [{"name": ["a"]}, {"name": ["b"]}]}
+    assert rollout.generation.prompts.prompts == ["w1", "w1"]
+
+
+def test_an_answer_to_what_is_left_of_the_arguments_names_the_count(rewarded):
+    def popping(completions, **_):
+        completions.pop()
+        return [1.0 for _ in completions]
+
+    with raises_exactly("reward function: expected 2 scores, got 1", UserError):
+        rewarded(made_rollout([2, 3]), popping)
 
 
 def test_a_reward_file_may_hold_dataclasses(tmp_path):

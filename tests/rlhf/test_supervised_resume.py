@@ -321,3 +321,34 @@ def test_all_ways_to_the_log_probabilities_train_alike(run, tmp_path, stage, oth
     first, second = (run(stage, model=way, log={"dir": str(tmp_path / str(len(way)))}) for way in ({}, other))
     for a, b in zip(first.history, second.history, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+
+
+def test_what_a_kill_left_goes_at_the_next_start(run_stage, tmp_path):
+    run_stage("sft", log={"save_every": 5})
+    directory = tmp_path / "sft"
+    held = sorted(path for path in directory.rglob("*") if path.is_dir())
+    for name in (".final.new", "checkpoints/.step-000005.removed", "checkpoints/.step-000006.new"):
+        (directory / name).mkdir()
+    (directory / ".profile.old").touch()  # not ours
+    (directory / "final").rename(directory / ".final.old")  # between the two steps of an exchange
+    result = run_stage("sft", log={"save_every": 5}, resume=True)
+    assert sorted(path for path in directory.rglob("*") if path.is_dir()) == held
+    assert (result.model / "model.safetensors").is_file()
+    assert (directory / ".profile.old").is_file()
+
+
+def test_an_overwritten_run_leaves_what_links_name_as_it_is(run_stage, tmp_path):
+    directory, disk = tmp_path / "sft", tmp_path / "disk"
+    names = ["checkpoints", "final", "metrics.jsonl"]
+    run_stage("sft", log={"save_every": 2})
+    disk.mkdir()
+    for name in names:
+        (directory / name).rename(disk / name)
+        (directory / name).symlink_to(disk / name)
+    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    with pytest.warns(UserWarning, match=r"^log\.dir: '.*' is no longer a link to '.*', which stays as it is$") as told:
+        run_stage("sft", rows(16, seed=1), log={"save_every": 1, "overwrite": True})
+    assert len(told) == len(names)
+    assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
+    assert not any((directory / name).is_symlink() for name in names)
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step-000001", "step-000002"]

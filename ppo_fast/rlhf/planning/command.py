@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import PPOConfig
-from ..errors import UserError
+from ..errors import UserError, printable
 from .plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
 from .shapes import read_shapes
 
@@ -59,7 +59,7 @@ def announce(config: PPOConfig, policy: Any, prompt_tokens: int, console: Consol
         plan = make_plan(config, device.type, limit=limit, shapes=shapes, prompt_tokens=prompt_tokens)
         print_plan(plan, (), console)
     except Exception as error:  # of a kind of model that cannot be made without data
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split())[:200])
         console.print(f"no plan of the memory: {type(error).__name__}: {reason}", highlight=False, markup=False)
 
 
