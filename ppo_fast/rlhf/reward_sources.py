@@ -122,8 +122,8 @@ class ModelSource:
 
     def encode(self, responses: Responses) -> list[list[int]]:
         """Token ids of each prompt with its response, as this model reads them."""
-        one = self._joined if self.same else self._encoded
-        return [one(responses, row) for row in range(len(responses.prompts))]
+        encode_row = self._joined if self.same else self._encoded
+        return [encode_row(responses, row) for row in range(len(responses.prompts))]
 
     def _joined(self, responses: Responses, row: int) -> list[int]:
         """The policy's token ids of one prompt and its response."""
