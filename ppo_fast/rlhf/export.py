@@ -59,11 +59,11 @@ def _pairs(source: Path) -> Iterator[dict[str, Any]]:
     for record in read_records(source):
         asked = {name: record[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in record}
         groups.setdefault((record["update"], json.dumps(asked)), []).append(record)
-    for (_, asked), group in groups.items():
+    for (_, question), group in groups.items():
         ordered = sorted(group, key=lambda record: record["score"])
         rejected, chosen = ordered[0], ordered[-1]
         if chosen["score"] > rejected["score"] and chosen["completion"] != rejected["completion"]:
-            yield json.loads(asked) | {
+            yield json.loads(question) | {
                 "chosen": _answer(chosen),
                 "rejected": _answer(rejected),
                 "score_chosen": chosen["score"],
