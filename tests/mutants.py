@@ -34,6 +34,7 @@ SUPERVISED, RESUMED, REWARD, EXAMPLES = (
     f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
 )
 RESUMED_PPO, LOCK, CHECKPOINT = (f"tests/rlhf/test_{name}.py" for name in ("resume", "lock", "checkpoint"))
+EOS, TEMPLATES, HEADS = (f"tests/rlhf/test_{name}.py" for name in ("eos", "templates", "heads"))
 BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
 OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
@@ -196,6 +197,16 @@ MUTANTS = [
     Mutant(f"{RLHF}/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED),
     Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(loaded.model)", "loaded.model", SUPERVISED),
+    # tokens, templates and heads
+    Mutant(f"{RLHF}/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
+    Mutant(f"{RLHF}/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),
+    Mutant(f"{RLHF}/reward_sources.py", "ids[-1] not in self.eos_ids", "ids[-1] != self.tokenizer.eos_token_id", EOS),
+    Mutant(f"{RLHF}/reward_sources.py", " if responses.ended[row] else ids\n", "\n", TEMPLATES),
+    Mutant(f"{RLHF}/data.py", "    ids = ids[:-1] if appended else ids\n", "", TEMPLATES),
+    Mutant(f"{RLHF}/data.py", "ids[1:] if doubled else ids", "ids", TEMPLATES),
+    Mutant(f"{RLHF}/data.py", " if item is not None", "", TEMPLATES),
+    Mutant(f"{RLHF}/data.py", "continue_final_message=True", "add_generation_prompt=True", TEMPLATES),
+    Mutant(f"{RLHF}/forward.py", "torch.promote_types(head.weight.dtype, torch.float32)", "head.weight.dtype", HEADS),
     # layouts and adapters
     Mutant(f"{RLHF}/adapters.py", "layer._disable_adapters = name is None", "pass", ADAPTERS),
     Mutant(f"{RLHF}/adapters.py", "            self._switch(before)", "            pass", ADAPTERS),
@@ -216,9 +227,11 @@ MUTANTS = [
     Mutant(f"{RLHF}/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTERS),
     Mutant(f"{RLHF}/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTERS),
     # examples
-    Mutant(f"{RLHF}/examples.py", "if end and not tokenizer.decode(ids[end:]).strip()", "if end == len(ids)", EXAMPLES),
+    Mutant(
+        f"{RLHF}/examples.py", "if end and not tokenizer.decode(ids[end:]).strip()", "if end == len(ids)", TEMPLATES
+    ),
     Mutant(f"{RLHF}/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", "if both[: len(start)] != start:", "if False:", EXAMPLES),
+    Mutant(f"{RLHF}/examples.py", "if not whole.startswith(before):", "if False:", EXAMPLES),
     Mutant(f"{RLHF}/examples.py", "joined = both[: len(start)] == start", "joined = True", EXAMPLES),
     Mutant(f"{RLHF}/examples.py", "(position >= start) & (position < end)", "position >= start", EXAMPLES),
     Mutant(f"{RLHF}/examples.py", "sorted(window, key=self.lengths.__getitem__)", "window", EXAMPLES),

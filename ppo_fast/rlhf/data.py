@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ from torch import Tensor
 from .config import DataConfig
 from .errors import UserError, require
 
+NESTED = "expected lists and objects less deeply nested"
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, given to the chat template as TRL does
 RESERVED = ("prompts", "completions", "completion_ids")
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -49,7 +52,7 @@ def load_prompts(
     """
     rows = [(where, _prompt_row(row, where)) for where, row in read_rows(source, setting)]
     names = sorted({name for _, row in rows for name in row} - {"prompt"})
-    tokenised = [(row, tokenise_prompt(row["prompt"], tokenizer, where)) for where, row in rows]
+    tokenised = [(row, tokenise_prompt(row["prompt"], tokenizer, where, row)) for where, row in rows]
     kept = usable(tokenised, "prompt", "data.max_prompt_tokens", config.max_prompt_tokens, lambda item: len(item[1]))
     if config.deduplicate:
         kept = distinct(kept, "prompt", lambda item: tuple(item[1]))
@@ -72,13 +75,13 @@ def read_rows(source: str | Path | Iterable[Any], setting: str) -> Iterator[tupl
     """
     if not isinstance(source, str | Path):
         name = setting.rpartition(".")[2]
-        return ((f"{name}[{number}]", row) for number, row in enumerate(source))
+        return _checked_rows((f"{name}[{number}]", row) for number, row in enumerate(source))
     path = Path(source)
     if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
-        return _dataset_rows(path)
+        return _checked_rows(_dataset_rows(path))
     if not path.is_file():
         raise UserError(f"{setting}: no such file {str(path)!r}")
-    return _json_lines(path)
+    return _checked_rows(_json_lines(path))
 
 
 def usable(items: list[Item], noun: str, field: str, limit: int, length: Callable[[Item], int]) -> list[Item]:
@@ -112,32 +115,84 @@ def is_messages(value: Any) -> bool:
 
 
 def as_text(prompt: Any) -> str:
-    """A prompt as people read it: messages become one "role: content" line each."""
+    """A prompt as people read it: messages become one "role: content" line each, with the calls of tools as JSON."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {_message_text(message)}" for message in prompt)
 
 
-def tokenise_prompt(prompt: str | list[Any], tokenizer: Any, where: str) -> list[int]:
-    """Token ids of a text, or of messages through the chat template up to where the answer begins."""
+def tokenise_prompt(prompt: str | list[Any], tokenizer: Any, where: str, columns: Row | None = None) -> list[int]:
+    """Token ids of a text, or of messages through the chat template up to where the answer begins or goes on."""
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = encode(prompt, tokenizer)
     else:
-        ids = apply_template(prompt, tokenizer, where, add_generation_prompt=True)
+        ids = encode_bare(render_prompt(prompt, tokenizer, where, columns), tokenizer)
     if not ids:
         raise UserError(f"{where}: the prompt has no tokens")
-    return list(ids)
+    return ids
 
 
-def apply_template(messages: list[Any], tokenizer: Any, where: str, **options: Any) -> list[int]:
-    """Token ids of messages; UserError when there is no chat template or it refuses them."""
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of the beginning of a sequence: with the tokenizer's BOS once, without the EOS that it appends."""
+    bare, ids = encode_bare(text, tokenizer), list(tokenizer(text)["input_ids"])
+    appended = len(ids) > len(bare) and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]
+    ids = ids[:-1] if appended else ids
+    doubled = len(ids) > len(bare) and bare[:1] == ids[:1] == [tokenizer.bos_token_id]
+    return ids[1:] if doubled else ids
+
+
+def encode_bare(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text, and nothing that the tokenizer adds."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_prompt(messages: list[Any], tokenizer: Any, where: str, columns: Row | None = None) -> str:
+    """`render` up to where the answer begins; an answer that the assistant has begun is left open."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return render(messages, tokenizer, where, columns, add_generation_prompt=True)
+    if last.get("tool_calls"):
+        raise UserError(f"{where}: expected messages that end before the answer or within it, got a call of tools")
+    return render(messages, tokenizer, where, columns, continue_final_message=True)
+
+
+def render(messages: list[Any], tokenizer: Any, where: str, columns: Row | None = None, **options: Any) -> str:
+    """The text that the chat template makes of messages.
+
+    It is given the row's columns "tools" (JSON schemas, or their JSON text) and "chat_template_kwargs", as TRL does,
+    and no key whose value is None, since Arrow adds such keys.
+
+    Raises:
+        UserError: there is no template, or it refuses the messages.
+    """
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: the prompt is a list of messages, but the tokenizer has no chat template")
-    template_error = require("jinja2").TemplateError
+    tools, further = _template_columns(columns or {}, where)
     try:
-        return list(tokenizer.apply_chat_template(messages, return_dict=False, **options))
-    except template_error as error:
-        raise UserError(f"{where}: the chat template refuses the messages: {error}") from error
+        # A call of tools without content has an empty one: many templates add it to other text.
+        given = [{"content": ""} | message for message in _without_none(messages)]
+        options = _without_none(further) | options | {"tools": _without_none(tools) or None, "tokenize": False}
+        text: str = tokenizer.apply_chat_template(given, **options)
+    except Exception as error:  # a template is a program
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{where}: the chat template refuses the messages: {reason}") from error
+    for content in (message["content"] for message in given):
+        if isinstance(content, list) and str(content) in text:
+            raise UserError(f"{where}: the chat template refuses the messages: it takes no list of parts as content")
+    return text
+
+
+def _template_columns(columns: Row, where: str) -> tuple[list[Any], Row]:
+    """The tools and the further arguments of the chat template."""
+    tools, further = ([] if columns.get(name) is None else columns[name] for name in TEMPLATE_COLUMNS)
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            tools = json.loads(tools)
+    if not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise UserError(f"{where}: expected tools to be a list of JSON schemas or its JSON text, got {tools!r}")
+    if not isinstance(further or {}, Mapping):
+        raise UserError(f"{where}: expected chat_template_kwargs to be a JSON object, got {further!r}")
+    return tools, further or {}
 
 
 class PromptSampler:
@@ -208,6 +263,25 @@ def parse_line(line: bytes, where: str) -> Any:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: {NESTED}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+
+
+def _checked_rows(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The rows, each of which can be written as JSON in UTF-8, as tokenizers and the files of a run need it."""
+    for where, row in rows:
+        try:
+            json.dumps(
+                row, ensure_ascii=False, skipkeys=True, check_circular=False, default=lambda other: None
+            ).encode()
+        except UnicodeEncodeError as error:
+            found = ascii(error.object[error.start])
+            raise UserError(f"{where}: expected Unicode text, got the lone surrogate {found}") from error
+        except RecursionError as error:
+            raise UserError(f"{where}: {NESTED}") from error
+        yield where, row
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -240,4 +314,28 @@ def _prompt_row(item: Any, where: str) -> Row:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
+    """Whether it has a role, and a text, a list of texts or calls of tools as its content."""
+    if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
+        return False
+    content = value.get("content")
+    if isinstance(content, list):
+        return bool(content) and all(_is_text_part(part) for part in content)
+    return bool(value.get("tool_calls")) if content is None else isinstance(content, str)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _message_text(message: Row) -> str:
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    calls = message.get("tool_calls")
+    return f"{text} {json.dumps(_without_none(calls))}".lstrip() if calls else text
+
+
+def _without_none(value: Any) -> Any:
+    """`value` without the keys of nested mappings whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

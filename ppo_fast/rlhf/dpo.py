@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def train_dpo(
     """
     with prepared(config, resume) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
-        data = load_data(config, preference_pair, loaded.tokenizer, start.generator, train, held_out)
+        make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
+        data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
         objective = DPO(*common, _reference(loaded), config.beta, **ways, adapters=loaded.adapters)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .batches import Grid, put
-from .data import Row, apply_template, distinct, is_messages, read_rows, tokenise_prompt, usable
+from .data import Row, distinct, encode, encode_bare, is_messages, read_rows, render, render_prompt, usable
 from .errors import UserError
 from .supervised_config import ExamplesConfig
 
@@ -116,17 +116,23 @@ def load_examples(
     return kept
 
 
-def completion_example(row: Row, tokenizer: Any, where: str) -> Example:
-    """{"prompt", "completion"}, or {"messages"} whose last one, the assistant's, is the completion."""
+def completion_example(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Example:
+    """{"prompt", "completion"}, or {"messages"} whose last one, the assistant's, is the completion.
+
+    `eos_ids` end a completion as the tokenizer's EOS does, which is appended where there is none.
+    """
     messages: Any = row.get("messages") if isinstance(row, Mapping) else None
     if is_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant":
-        row = {"prompt": messages[:-1], "completion": messages[-1:]}
+        row = {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     prompt, completion = _fields(row, where, "prompt", "completion")
-    return _tokenise(prompt, completion, tokenizer, where)
+    return _tokenise(prompt, completion, tokenizer, where, row, eos_ids)
 
 
-def preference_pair(row: Row, tokenizer: Any, where: str) -> Pair:
-    """{"prompt", "chosen", "rejected"[, "margin"]}; without "prompt" it is what the two have in common."""
+def preference_pair(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Pair:
+    """{"prompt", "chosen", "rejected"[, "margin"]}; without "prompt" it is what the two have in common.
+
+    `eos_ids` are those of `completion_example`.
+    """
     if isinstance(row, Mapping) and row.get("prompt") is None:
         row = dict(row) | _split_prompt(*_fields(row, where, "chosen", "rejected"))
     prompt, chosen, rejected = _fields(row, where, "prompt", "chosen", "rejected")
@@ -134,8 +140,8 @@ def preference_pair(row: Row, tokenizer: Any, where: str) -> Pair:
     if isinstance(margin, bool) or not isinstance(margin, int | float | None):
         raise UserError(f"{where}: expected a number as margin, got {margin!r}")
     return Pair(
-        _tokenise(prompt, chosen, tokenizer, where),
-        _tokenise(prompt, rejected, tokenizer, where),
+        _tokenise(prompt, chosen, tokenizer, where, row, eos_ids),
+        _tokenise(prompt, rejected, tokenizer, where, row, eos_ids),
         float(margin or 0.0),
     )
 
@@ -204,24 +210,49 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
         yield items[start : start + size]
 
 
-def _tokenise(prompt: Any, completion: Any, tokenizer: Any, where: str) -> Example:
-    start = tokenise_prompt(prompt, tokenizer, where)
+def _tokenise(
+    prompt: Any, completion: Any, tokenizer: Any, where: str, columns: Row, eos_ids: Collection[int]
+) -> Example:
     if isinstance(prompt, str):
-        both = list(tokenizer(prompt + completion)["input_ids"])
-        joined = both[: len(start)] == start
-        rest = both[len(start) :] if joined else tokenizer(completion, add_special_tokens=False)["input_ids"]
+        start, rest, joined = split_tokens(prompt, completion, tokenizer, encode)
     else:
-        both, joined = apply_template([*prompt, *completion], tokenizer, where), True
-        rest = both[len(start) :]
-        if both[: len(start)] != start:
+        before = render_prompt(prompt, tokenizer, where, columns)
+        whole = render(continued(prompt, completion), tokenizer, where, columns)
+        if not whole.startswith(before):
             raise UserError(f"{where}: expected the chat template of the prompt to begin that of prompt and completion")
-    return Example((*start, *_ended(rest, tokenizer)), len(start), joined)
+        start, rest, joined = split_tokens(before, whole[len(before) :], tokenizer, encode_bare)
+    if not start:
+        raise UserError(f"{where}: the prompt has no tokens")
+    return Example((*start, *ended(rest, tokenizer, eos_ids)), len(start), joined)
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """The completion with EOS as its last token; white space that a template writes after it is dropped."""
+def split_tokens(
+    prompt: str, completion: str, tokenizer: Any, encoded: Callable[[str, Any], list[int]]
+) -> tuple[list[int], list[int], bool]:
+    """Token ids of two texts, and whether those of the whole text, `encoded` at once, have a boundary there.
+
+    Where they have none the completion is tokenised by itself.
+    """
+    start, both = encoded(prompt, tokenizer), encoded(prompt + completion, tokenizer)
+    joined = both[: len(start)] == start
+    return start, both[len(start) :] if joined else encode_bare(completion, tokenizer), joined
+
+
+def continued(prompt: list[Any], completion: list[Any]) -> list[Any]:
+    """The messages of both; an answer that the prompt begins goes on in the completion, as one message."""
+    last, first = prompt[-1], completion[0]
+    if not last["role"] == first["role"] == "assistant":
+        return [*prompt, *completion]
+    begun, rest = last["content"], first.get("content") or ""
+    if isinstance(begun, list) or isinstance(rest, list):
+        begun, rest = ([{"type": "text", "text": x}] if isinstance(x, str) else x for x in (begun, rest))
+    return [*prompt[:-1], {**last, **first, "content": begun + rest}, *completion[1:]]
+
+
+def ended(ids: list[int], tokenizer: Any, eos_ids: Collection[int]) -> list[int]:
+    """The completion with an EOS as its last token; white space that a template writes after it is dropped."""
     eos = tokenizer.eos_token_id
-    end = len(ids) - ids[::-1].index(eos) if eos in ids else 0
+    end = max((place for place, token in enumerate(ids, start=1) if token == eos or token in eos_ids), default=0)
     return ids[:end] if end and not tokenizer.decode(ids[end:]).strip() else [*ids, eos]
 
 

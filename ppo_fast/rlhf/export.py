@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .data import TEMPLATE_COLUMNS
 from .errors import UserError
 from .runlog import SAMPLES, sample_records
 from .runtime import write_result
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the best and the worst response to each prompt of each update as {"prompt", "chosen", "rejected"}.
 
-    The scores go along as "score_chosen" and "score_rejected". Messages get messages: an answer of the assistant's.
+    The scores go along as "score_chosen" and "score_rejected", and so do the columns that the chat template is given.
+    Messages get messages: an answer of the assistant's.
 
     Args:
         run: directory of a run with several responses per prompt (`rollout.samples_per_prompt`) and all of them
@@ -55,13 +57,13 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
 def _pairs(source: Path) -> Iterator[dict[str, Any]]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for record in sample_records(source, "update", "prompt", "completion", "score"):
-        groups.setdefault((record["update"], json.dumps(record["prompt"])), []).append(record)
-    for group in groups.values():
+        asked = {name: record[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in record}
+        groups.setdefault((record["update"], json.dumps(asked)), []).append(record)
+    for (_, question), group in groups.items():
         ordered = sorted(group, key=lambda record: record["score"])
         rejected, chosen = ordered[0], ordered[-1]
         if chosen["score"] > rejected["score"] and chosen["completion"] != rejected["completion"]:
-            yield {
-                "prompt": chosen["prompt"],
+            yield json.loads(question) | {
                 "chosen": _answer(chosen),
                 "rejected": _answer(rejected),
                 "score_chosen": chosen["score"],

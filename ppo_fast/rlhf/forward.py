@@ -74,8 +74,10 @@ def response_values(value: Any, sequences: Sequences) -> Tensor:
 
 
 def head_values(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """`response_values` from hidden states [N, D] at hand."""
-    return head(hidden.to(head.weight.dtype)).squeeze(-1)
+    """`response_values` from hidden states [N, D] at hand, in float32 whatever the dtype of the head's weights."""
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(wide)
+    return nn.functional.linear(hidden.to(wide), head.weight.to(wide), bias).squeeze(-1)
 
 
 def response_logits(model: Any, sequences: Sequences) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .data import as_text
+from .data import as_text, tokenise_prompt
 from .errors import UserError, require
-from .loading import disable_dropout, load_pretrained
+from .loading import all_eos_ids, disable_dropout, load_pretrained
 from .runtime import find_device
 
 TASK = """\
@@ -121,18 +121,16 @@ class LocalModel:
 
     @torch.no_grad()
     def _answer(self, instructions: list[str]) -> list[str]:
-        template, special = self.tokenizer.chat_template, self.tokenizer.chat_template is None
-        if template is not None:
-            chats = [[{"role": "user", "content": text}] for text in instructions]
-            instructions = [
-                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
-            ]
-        inputs = self.tokenizer(instructions, return_tensors="pt", padding=True, add_special_tokens=special)
+        templated = self.tokenizer.chat_template is not None
+        prompts = [[{"role": "user", "content": text}] if templated else text for text in instructions]
+        ids = [tokenise_prompt(prompt, self.tokenizer, "Judge") for prompt in prompts]
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         output = self.model.generate(
             input_ids=inputs["input_ids"].to(self.model.device),
             attention_mask=inputs["attention_mask"].to(self.model.device),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
+            eos_token_id=[*all_eos_ids(self.tokenizer, self.model.generation_config)] or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from .config import CausalConfig, WeightsConfig
 from .errors import UserError, require
 from .forward import check_linear
 
+GENERATION = "generation_config.json"
 STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
 
 
@@ -30,6 +32,7 @@ class Loaded:
     tokenizer: Any
     saved: SavedAdapter | None = None  # adapter at the path; it is not on the model yet
     adapters: Adapters | None = None  # what is trained of the model; None: all of it
+    eos_ids: tuple[int, ...] = ()  # end a response; see `all_eos_ids`
 
 
 def load_policy(config: CausalConfig, generator: torch.Generator, model: Any, tokenizer: Any) -> Loaded:
@@ -69,7 +72,10 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
     use_attention(model, config)
     _make_saveable(model)
     tokenizer = load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
-    return Loaded(model, tokenizer, saved)
+    eos_ids = all_eos_ids(tokenizer, model.generation_config)
+    # Saved with the model: `generate` of the final one ends where training ended.
+    model.generation_config.eos_token_id = [*eos_ids] if len(eos_ids) > 1 else eos_ids[0]
+    return Loaded(model, tokenizer, saved, eos_ids=eos_ids)
 
 
 def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Generator) -> Loaded:
@@ -81,7 +87,7 @@ def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Genera
         put_on(model, saved).merge()
     if config.checkpointing:
         checkpoint_activations(model)
-    return Loaded(disable_dropout(model), loaded.tokenizer, saved, adapters)
+    return dataclasses.replace(loaded, model=disable_dropout(model), adapters=adapters)
 
 
 def quantisation(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
@@ -192,6 +198,22 @@ def checked_tokenizer(tokenizer: Any) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: expected an EOS token, got none")
     return tokenizer
+
+
+def all_eos_ids(tokenizer: Any, *configs: Any) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's EOS first, then those of the model's configs."""
+    named = [tokenizer.eos_token_id]
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        named += ids if isinstance(ids, list | tuple) else [ids]
+    return tuple(dict.fromkeys(token for token in named if token is not None))
+
+
+def saved_eos_ids(path: str, tokenizer: Any, config: Any) -> tuple[int, ...]:
+    """`all_eos_ids` of a reward model at `path`, whose generation config transformers does not load."""
+    own = Path(path, GENERATION).is_file()
+    generation = require("transformers").GenerationConfig.from_pretrained(path) if own else None
+    return all_eos_ids(tokenizer, generation, config)
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -71,13 +71,18 @@ class Models:
     value: ValueModel  # trained
     tokenizer: Any
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
-    eos_id: int  # ends a response
+    eos_ids: tuple[int, ...]  # each ends a response; the tokenizer's EOS is the first
     linear: bool  # scoring and update use the linear ops; False: the policy's own logits
     packed: bool = False  # scoring and update take sequences packed into one row; False: padded
     shared: bool = False  # the value model is a head on the policy's trunk
     adapters: Adapters | None = None  # on one base, one for each role
     parked: Parked | None = None  # the reference, which waits in host memory
     merge: bool = False  # a saved model is the base with the adapters added to it
+
+    @property
+    def eos_id(self) -> int:
+        """The tokenizer's EOS."""
+        return self.eos_ids[0]
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +156,7 @@ def load_models(
         value=disable_dropout(value),
         tokenizer=tokenizer,
         pad_id=padding_id(tokenizer),
-        eos_id=tokenizer.eos_token_id,
+        eos_ids=loaded.eos_ids,
         linear=config.logits == "linear",
         packed=config.batches == "packed",
         shared=config.layout == "shared",

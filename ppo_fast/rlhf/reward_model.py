@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .attention import use_attention
 from .errors import UserError, require
 from .examples import Pair, chunks, preference_pair
 from .loading import (
+    GENERATION,
     STATS,
     Loaded,
     checked_tokenizer,
@@ -23,6 +26,7 @@ from .loading import (
     load_reward_model,
     load_tokenizer,
     padding_id,
+    saved_eos_ids,
     with_adapters,
 )
 from .models import ValueModel, sequence_scores
@@ -32,10 +36,12 @@ from .supervised_config import RewardModelConfig
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
 
+@dataclass(frozen=True)
 class RewardModel(Objective[Pair]):
     """-mean log sigmoid(chosen - rejected - margin); see :func:`ppo_fast.preference_loss`."""
 
     stage = "reward model"
+    eos_ids: tuple[int, ...] = ()  # that end a completion
 
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
@@ -62,9 +68,10 @@ class RewardModel(Objective[Pair]):
         }
 
     def extra_files(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """Mean and std of the scores of the held-out completions, chosen and rejected alike, and how good they are."""
+        """The tokens that end a completion; of the scores of the held-out ones mean, std, and how good they are."""
+        files: dict[str, Any] = {GENERATION: {"eos_token_id": [*self.eos_ids]}}
         if not pairs:
-            return {}
+            return files
         chosen, rejected = self._all_scores(pairs)
         metrics = self._metrics(pairs, chosen, rejected)
         quantiles = torch.cat([chosen, rejected]).quantile(torch.tensor(QUANTILES).to(chosen))
@@ -76,7 +83,7 @@ class RewardModel(Objective[Pair]):
             **metrics,
             "reliability": reliability(chosen - rejected),
         }
-        return {STATS: stats}
+        return files | {STATS: stats}
 
     @torch.no_grad()
     def _all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -119,9 +126,11 @@ def train_reward_model(
     """
     with prepared(config, resume) as start:
         loaded = _load(config, start.generator, model, tokenizer)
-        data = load_data(config, preference_pair, loaded.tokenizer, start.generator, train, held_out)
+        make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
+        data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
-        return fit(config, RewardModel(*common, adapters=loaded.adapters), data, loaded.tokenizer, start)
+        objective = RewardModel(*common, eos_ids=loaded.eos_ids, adapters=loaded.adapters)
+        return fit(config, objective, data, loaded.tokenizer, start)
 
 
 def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tokenizer: Any) -> Loaded:
@@ -140,7 +149,7 @@ def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tok
         tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
         model = disable_dropout(model.to(generator.device))
         use_attention(model, config.model)
-        loaded = Loaded(model, tokenizer, saved)
+        loaded = Loaded(model, tokenizer, saved, eos_ids=saved_eos_ids(config.init, tokenizer, model.config))
     loaded = with_adapters(loaded, config.model, generator)
     if loaded.adapters is not None:
         loaded.model.score.float().requires_grad_(True)

@@ -15,9 +15,11 @@ import torch
 from .adapters import Adapters, put_on
 from .callables import call, listed, load_callable, plain
 from .config import ModelConfig, PPOConfig
+from .data import encode, encode_bare, render, render_prompt
 from .errors import NotFiniteError, UserError
+from .examples import continued, ended, split_tokens
 from .forward import backbone_of
-from .loading import disable_dropout, load_reward_model, load_tokenizer, read_stats
+from .loading import disable_dropout, load_reward_model, load_tokenizer, read_stats, saved_eos_ids
 from .models import Models, ValueModel, adapter_on, sequence_scores
 from .parking import Parked
 from .rollout import Generation
@@ -79,8 +81,9 @@ class FunctionSource:
 class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
-    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the decoded text, encoded
-    again by its own, with its own chat template for messages. A response that ended, if by a stop string, has an EOS.
+    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the text, tokenised as the
+    completions that it was trained on, by its own tokenizer and chat template. A response that ended, if by a stop
+    string, has an EOS as its last token; one that was cut off has none, and no end of turn.
     """
 
     def __init__(
@@ -91,11 +94,14 @@ class ModelSource:
         model: ModelConfig,
         device: torch.device,
         batch_size: int,
+        eos_ids: Sequence[int] = (),
         adapters: Adapters | None = None,
     ) -> None:
         self.model, self.present = _adapter_scorer(path, adapters) or _whole_scorer(path, model, device)
         self.tokenizer, self.own = tokenizer, load_tokenizer(path, model.trust_remote_code)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
+        own_eos_ids = saved_eos_ids(path, self.own, self.model.backbone.config)
+        self.eos_ids = {*eos_ids, tokenizer.eos_token_id} if self.same else own_eos_ids
         self.path, self.batch_size, self.device = path, batch_size, device
         self.saved_stats = read_stats(path)
 
@@ -116,20 +122,41 @@ class ModelSource:
 
     def encode(self, responses: Responses) -> list[list[int]]:
         """Token ids of each prompt with its response, as this model reads them."""
-        rows = [p + c for p, c in zip(responses.prompt_ids, responses.completion_ids, strict=True)]
-        if not self.same:
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            conversations = zip(responses.prompts, responses.completions, texts, strict=True)
-            rows = [self._encode(*conversation) for conversation in conversations]
-        eos = (self.tokenizer if self.same else self.own).eos_token_id
-        pairs = zip(rows, responses.ended, strict=True)
-        return [[*ids, eos] if ended and ids[-1:] != [eos] else ids for ids, ended in pairs]
+        encode_row = self._joined if self.same else self._encoded
+        return [encode_row(responses, row) for row in range(len(responses.prompts))]
 
-    def _encode(self, prompt: Any, completion: str, text: str) -> list[int]:
-        if isinstance(prompt, str) or self.own.chat_template is None:
-            return list(self.own(text)["input_ids"])
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        return list(self.own.apply_chat_template(messages, return_dict=False))
+    def _joined(self, responses: Responses, row: int) -> list[int]:
+        """The policy's token ids of one prompt and its response."""
+        ids = responses.prompt_ids[row] + responses.completion_ids[row]
+        missing = responses.ended[row] and ids[-1] not in self.eos_ids
+        return [*ids, self.tokenizer.eos_token_id] if missing else ids
+
+    def _encoded(self, responses: Responses, row: int) -> list[int]:
+        """Token ids of one prompt and its response by the model's own tokenizer."""
+        prompt, own = responses.prompts[row], self.own
+        if isinstance(prompt, str):
+            start, rest, _ = split_tokens(prompt, self._spaced(responses, row), own, encode)
+            return start + self._closed(responses, row, rest)
+        if own.chat_template is None:
+            ids = responses.prompt_ids[row] + responses.completion_ids[row]
+            return self._closed(responses, row, encode(self.tokenizer.decode(ids, skip_special_tokens=True), own))
+        columns = {name: values[row] for name, values in responses.columns.items()}
+        if responses.ended[row]:
+            answer = {"role": "assistant", "content": responses.completions[row]}
+            text = render(continued(prompt, [answer]), own, self.path, columns)
+        else:
+            text = render_prompt(prompt, own, self.path, columns) + responses.completions[row]
+        return self._closed(responses, row, encode_bare(text, own))
+
+    def _closed(self, responses: Responses, row: int, ids: list[int]) -> list[int]:
+        return ended(ids, self.own, self.eos_ids) if responses.ended[row] else ids
+
+    def _spaced(self, responses: Responses, row: int) -> str:
+        """The text of a response with the space before it, which is decoded only after its prompt."""
+        special, prompt_ids = {*self.tokenizer.all_special_ids}, responses.prompt_ids[row]
+        kept = [token for token in responses.completion_ids[row] if token not in special]
+        before, whole = (self.tokenizer.decode(ids) for ids in (prompt_ids, prompt_ids + kept))
+        return whole[len(before) :] if whole.startswith(before) else responses.completions[row]
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width, device = max(map(len, rows)), self.device
@@ -181,6 +208,7 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
         "device": models.device,
         "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
         "adapters": models.adapters,
+        "eos_ids": models.eos_ids,
     }
     return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
 

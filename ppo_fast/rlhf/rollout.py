@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
     length = max(tokens.shape[1] for tokens, _, _ in parts)
     responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _, _ in parts])
     stopped_at = torch.cat([stops for _, _, stops in parts])
-    ended_at = torch.minimum(first_eos(responses, models.eos_id), stopped_at)
+    ended_at = torch.minimum(first_eos(responses, models.eos_ids), stopped_at)
     mask = torch.arange(length, device=responses.device) < (ended_at + 1)[:, None]
     logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values, _ in parts])
     return Generation(
@@ -191,9 +191,9 @@ def select(value: Any, rows: list[int]) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 
-def first_eos(responses: Tensor, eos_id: int) -> Tensor:
-    """Position [B] int64 of the first EOS in responses [B, T]; T where there is none."""
-    is_eos = responses == eos_id
+def first_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """Position [B] int64 of the first of any EOS in responses [B, T]; T where there is none."""
+    is_eos = torch.isin(responses, torch.tensor(eos_ids, device=responses.device))
     return torch.where(is_eos.any(-1), is_eos.long().argmax(-1), responses.shape[1])
 
 
@@ -219,7 +219,7 @@ def _generate(
     settings = transformers.GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
-        eos_token_id=models.eos_id,
+        eos_token_id=[*models.eos_ids],
         pad_token_id=models.pad_id,
         cache_implementation="static" if config.static_cache else None,
     )

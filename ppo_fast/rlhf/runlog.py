@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import PPOConfig, RunLogConfig
-from .data import as_text, is_messages, parse_line
+from .data import TEMPLATE_COLUMNS, as_text, is_messages, parse_line
 from .errors import UserError, check, printable, require
 from .rewards import Rewards
 from .rollout import Rollout
@@ -191,8 +191,12 @@ class RunLog(StageLog):
         shown = log.samples_every > 0 and update % log.samples_every == 0
         prompts, scores = rollout.generation.prompts.prompts, rewards.scores.tolist()
         kept = len(scores) if log.all_samples else log.samples * shown
-        for prompt, response, value in zip(prompts[:kept], rewards.completions, scores, strict=False):
-            _line(self._open[SAMPLES], {"update": update, "prompt": prompt, "completion": response, "score": value})
+        columns = rollout.generation.prompts.columns
+        used = {name: columns[name] for name in TEMPLATE_COLUMNS if name in columns}
+        for row, (prompt, response, value) in enumerate(zip(prompts[:kept], rewards.completions, scores, strict=False)):
+            record = {"update": update, "prompt": prompt, "completion": response, "score": value}
+            asked = {} if isinstance(prompt, str) else {name: values[row] for name, values in used.items()}
+            _line(self._open[SAMPLES], record | asked)
         if not shown:
             return
         table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def train_sft(
     """
     with prepared(config, resume) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
-        data = load_data(config, completion_example, loaded.tokenizer, start.generator, train, held_out)
+        make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
+        data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         objective = SFT(*common, **ways, adapters=loaded.adapters)

@@ -101,24 +101,6 @@ def test_the_chat_template_says_where_the_answer_begins(chatty):
     assert completion_example({"messages": [*row["prompt"], *row["completion"]]}, chatty, "") == example
 
 
-def test_white_space_that_a_template_writes_after_eos_is_dropped(chatty, monkeypatch):
-    class Wordy:
-        """A tokenizer that has a token for the line break."""
-
-        def __getattr__(self, name):
-            return getattr(chatty, name)
-
-        def apply_chat_template(self, messages, **options):
-            found = chatty.apply_chat_template(messages, **options)
-            return found if options.get("add_generation_prompt") else [*found, 99]
-
-        def decode(self, tokens):
-            return "\n" if tokens == [99] else chatty.decode(tokens)
-
-    row = {"prompt": [user("w1")], "completion": [assistant("w2")]}
-    assert completion_example(row, Wordy(), "") == completion_example(row, chatty, "")
-
-
 def test_a_template_without_eos_gets_one(chatty, monkeypatch):
     monkeypatch.setattr(chatty, "chat_template", TEMPLATE.replace("<eos>", "w52"))
     example = completion_example({"prompt": [user("w1")], "completion": [assistant("w2")]}, chatty, "")

@@ -173,7 +173,7 @@ def test_rule_02_micro_batches_of_different_length_with_pad_equal_to_eos(make_mo
 
 def test_first_eos():
     responses = torch.tensor([[1, 2, 2], [2, 1, 1], [1, 1, 1]])
-    assert first_eos(responses, EOS).tolist() == [1, 0, 3]
+    assert first_eos(responses, (EOS,)).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

@@ -145,7 +145,7 @@ def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
         value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)),
         tokenizer=None,
         pad_id=0,
-        eos_id=0,
+        eos_ids=(0,),
         linear=model.logits == "linear",
         packed=model.batches == "packed",
         shared=model.layout == "shared",
