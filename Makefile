@@ -3,7 +3,9 @@
 	clean
 
 PYTHON ?= python
-PYTEST = $(PYTHON) -m pytest -q -m "not gpu and not peers and not slow"
+# Under `-n` pytest-benchmark below 5.3 warns at the start, and warnings are errors.
+TESTS = $(PYTHON) -m pytest -p no:benchmark
+PYTEST = $(TESTS) -q -m "not gpu and not peers and not slow"
 CPP = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 stage = @start=$$(date +%s); echo "== $(1)"; { $(2); } || { echo "== $(1): FAILED"; exit 1; }; \
@@ -41,8 +43,8 @@ package:
 	$(call stage,sdist and wheel,rm -rf build/dist && $(PYTHON) -m build --outdir build/dist . && ls -l build/dist)
 
 test-full:
-	$(PYTHON) -m pytest -n 2 -m "not gpu and not peers" tests
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -m "not gpu and not peers" tests/ops
+	$(TESTS) -n 2 -m "not gpu and not peers" tests
+	TRITON_INTERPRET=1 $(TESTS) -n 2 -m "not gpu and not peers" tests/ops
 
 # Seeds 0 to 2, then the race with TRL: pip install trl==1.12.0
 acceptance:
@@ -50,7 +52,7 @@ acceptance:
 	$(PYTHON) -m pytest -q -W default benchmarks/bench_trl.py --benchmark-disable
 
 gpu:
-	$(PYTHON) -m pytest -m gpu tests
+	$(TESTS) -n 6 -m gpu tests
 
 # The newest TRL, verl and OpenRLHF beside what importing the patched modules needs, as overlays on this environment.
 # A checkout instead: PYTHONPATH=CHECKOUT python -m pytest tests/integrations/test_openrlhf.py

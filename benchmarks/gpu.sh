@@ -31,7 +31,7 @@ case $phase in
   test)
     build
     set +e
-    timeout 480 python3 -m pytest -q -m "gpu and not slow" tests 2>&1 | tee "$out/test.log" | tail -n 40
+    timeout 480 python3 -m pytest -q -p no:benchmark -n 6 -m "gpu and not slow" tests 2>&1 | tee "$out/test.log" | tail -n 40
     exit "${PIPESTATUS[0]}"
     ;;
   bench)
@@ -49,7 +49,7 @@ case $phase in
     leg 7b-80g-lora 80 230
     # One compilation of the decoding step is as much as nine minutes hold.
     leg 7b-24g 24 140 --updates 1
-    leg 7b-80g-full 80 150 --set rollout.static_cache=false
+    leg 7b-80g-full 80 150
     ;;
   *)
     echo "phase: expected test, bench, tune or 7b, got $phase" >&2

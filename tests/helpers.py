@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -83,6 +84,46 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert ours.shape == theirs.shape
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
+
+
+def _sync_debug_mode() -> int:
+    return torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
+
+
+# What a test could leave changed for all later ones: how it is read and set.
+PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, torch.set_default_device),
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "sync debug mode": (_sync_debug_mode, torch.cuda.set_sync_debug_mode),
+}
+
+
+@contextmanager
+def process_wide_state_kept() -> Iterator[None]:
+    """Fails when the block leaves process-wide state of torch changed, and restores it."""
+    before = {name: read() for name, (read, _) in PROCESS_WIDE.items()}
+    yield
+    changed = [name for name, (read, _) in PROCESS_WIDE.items() if read() != before[name]]
+    for name in changed:
+        PROCESS_WIDE[name][1](before[name])
+    assert not changed, f"process-wide state left changed: {', '.join(changed)}"
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Inside, an operation that waits for the CUDA device raises."""
+    try:
+        with warnings.catch_warnings():
+            # Torch warns once, after it has set the mode, that it is a prototype.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def raises_exactly(message: str, kind: type[Exception] = ValueError) -> AbstractContextManager[Any]:

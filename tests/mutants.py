@@ -38,8 +38,8 @@ EOS, TEMPLATES, HEADS = (f"tests/rlhf/test_{name}.py" for name in ("eos", "templ
 BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
 OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
-TRAPS, MASKED, METRICS, PREFERENCE = (
-    f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference")
+TRAPS, MASKED, METRICS, PREFERENCE, MANNERS = (
+    f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference", "manners")
 )
 
 MUTANTS = [
@@ -78,6 +78,10 @@ MUTANTS = [
         VALUE,
     ),
     Mutant("ppo_fast/ops/value_loss.py", "(d_values * grad_loss)", "d_values", VALUE),
+    Mutant(
+        f"{TRITON}/value_loss.py", "clamped(v, old - clip, old + clip)", "old + clamped(v - old, -clip, clip)", VALUE
+    ),
+    Mutant(f"{CPU}/value_terms.h", "out.old == out.old ? out.value : out.old", "out.value", MANNERS),
     # preference_loss, dpo_loss
     Mutant("ppo_fast/ops/preference.py", "gap - margin.detach()", "gap + margin.detach()", PREFERENCE),
     Mutant("ppo_fast/ops/preference.py", "margin.detach()", "margin", PREFERENCE),
@@ -113,6 +117,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/adamw.py", "(noise.int() & 0xFFFF)", "0x8000", OPTIM),
     Mutant(f"{RLHF}/adamw.py", "(book[1:] + book[:-1]) / 2", "book[1:]", OPTIM),
     Mutant(f"{RLHF}/adamw.py", 'old["root"].square()', 'old["root"]', OPTIM),
+    Mutant(f"{RLHF}/adamw.py", "clamp_min(1e-30)", "clamp_min(1e-3)", OPTIM),
     Mutant(f"{RLHF}/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
     Mutant(f"{RLHF}/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
     # attention over packed rows

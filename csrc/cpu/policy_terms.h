@@ -22,6 +22,9 @@ struct PolicyTerms {
 
 inline Vec clamp_log_ratio(Vec x) { return min(set(kMaxLogRatio), max(set(-kMaxLogRatio), x)); }
 
+// `slope` where the clamp let x through; a NaN goes through, so that it reaches the gradient.
+inline Vec inside_clamp(Vec x, Vec slope) { return (x < -kMaxLogRatio) | (x > kMaxLogRatio) ? Vec{} : slope; }
+
 struct KlTerm {
   Vec value, slope;  // slope: the derivative in the logprob
 };
@@ -32,7 +35,7 @@ inline KlTerm kl_term(Vec delta, KlEstimator estimator) {
   if (estimator == KlEstimator::kK2) return {delta * delta * 0.5f, delta};
   const Vec clamped = clamp_log_ratio(-delta);
   const Vec excess = exp_excess(clamped, exp(clamped));
-  return {excess, clamped == -delta ? -(excess + clamped) : Vec{}};
+  return {excess, inside_clamp(delta, -(excess + clamped))};
 }
 
 struct Objective {
@@ -51,7 +54,7 @@ inline Objective objective(const PolicyLossArguments& args, Vec ratio, Vec advan
   out.dual_clipped = bound > value;
   value = max(bound, value);
   out.loss = -importance * value;
-  out.d_log_ratio = out.clipped | out.dual_clipped ? Vec{} : -importance * unclipped;
+  out.d_log_ratio = -importance * (out.clipped | out.dual_clipped ? Vec{} : unclipped);
   return out;
 }
 
@@ -75,7 +78,7 @@ inline PolicyTerms policy_terms(const PolicyLossArguments& args, const Group& gr
     loss += *args.penalty_coef * out.approx_kl;
     d_log_ratio += *args.penalty_coef * (out.approx_kl + log_ratio);
   }
-  out.upstream.g = weight * (log_ratio == raw ? d_log_ratio : Vec{});
+  out.upstream.g = weight * inside_clamp(raw, d_log_ratio);
   out.upstream.entropy = token.entropy;
   out.upstream.kl = out.kl = token.kl;
   if (args.ref_logprobs != nullptr) {

@@ -25,7 +25,10 @@ ValueLanes value_lanes(const ValueLossArguments& args, int64_t at, int64_t n) {
   const auto read = [&](const auto* from) { return out.counted ? load(from + at, n, 0.0f) : Vec{}; };
   out.value = read(static_cast<const T*>(args.values));
   out.target = read(args.returns);
-  if (args.old_values != nullptr) out.old = read(args.old_values);
+  if (args.old_values != nullptr) {
+    out.old = read(args.old_values);
+    out.value = out.old == out.old ? out.value : out.old;  // comparisons would drop a NaN
+  }
   out.weight = args.token_weights != nullptr ? read(args.token_weights) : (out.counted ? set(args.weight) : Vec{});
   return out;
 }
@@ -39,12 +42,12 @@ ValueSums value_rows(const ValueLossArguments& args, int64_t first, int64_t last
     const Vec error = lanes.value - lanes.target;
     Vec square = error * error, slope = error;
     if (args.old_values != nullptr) {
-      const Vec move = lanes.value - lanes.old;
-      const Vec clipped_move = min(set(args.clip), max(set(-args.clip), move));
-      const Vec clipped_error = lanes.old + clipped_move - lanes.target;
-      const Ints clipped = clipped_error * clipped_error > square;
-      square = clipped ? clipped_error * clipped_error : square;
-      slope = clipped ? (clipped_move == move ? clipped_error : Vec{}) : error;
+      // Inside the clip this is the value itself; old + clip(value - old) would differ by a rounding, and count.
+      const Vec held = min(lanes.old + args.clip, max(lanes.old - args.clip, lanes.value));
+      const Vec held_error = held - lanes.target;
+      const Ints clipped = held_error * held_error > square;
+      square = clipped ? held_error * held_error : square;
+      slope = clipped ? Vec{} : error;
       clipped_count += clipped ? set(1.0f) : Vec{};
     }
     loss += lanes.weight * square * 0.5f;

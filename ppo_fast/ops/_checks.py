@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -149,6 +150,20 @@ def denominator(op: str, value: object) -> None:
             )
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
         raise ValueError(f"{op}: expected denominator to be a number > 0 or a 0-d tensor, got {value!r}")
+
+
+def reverse_mode(op: str, name: str, value: Tensor | None) -> None:
+    """Raise for a tangent of forward-mode differentiation, which a kernel would drop. None passes."""
+    if forward_ad._current_level >= 0 and value is not None and forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(f"{op}: expected {name} to be differentiated in reverse mode, got a forward-mode tangent")
+
+
+def first_derivative(op: str) -> None:
+    """Raise in a backward pass that is to be differentiated again: kernels write constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: expected one differentiation, got create_graph=True: the op has no second derivative"
+        )
 
 
 def target_values(op: str, value: Tensor, mask: Tensor | None, vocab: int) -> None:

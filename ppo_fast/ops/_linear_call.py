@@ -104,6 +104,8 @@ def _head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: 
     for name, value in ((hidden_name, hidden), (weight_name, weight), (bias_name, bias)):
         if name != bias_name or value is not None:
             _check_plain(op, name, value)
+        if not prefix:
+            _checks.reverse_mode(op, name, value)
     hidden, weight = _autocast(hidden), _autocast(weight)
     bias = None if bias is None else _autocast(bias)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:

@@ -192,6 +192,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, *_: Any, run: Callable[..., Tensor] = _scaled_gradient
 ) -> tuple[Tensor | None, ...]:
+    _checks.first_derivative(_OP)
     if grad_loss is None:
         return (None,) * ctx.inputs
     *gradients, scale = ctx.saved_tensors
@@ -214,7 +215,6 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad_loss, run=_scaled)
 
@@ -274,7 +274,9 @@ def linear_policy_loss(
         LossOutput, as :func:`ppo_fast.policy_loss` returns it. Gradients come back in the dtype of their inputs.
 
     Raises:
-        ValueError: shapes, dtypes, devices, kinds of weight, references or values that do not fit.
+        ValueError: shapes, dtypes, devices, kinds of weight, references or values that do not fit; forward-mode
+            differentiation.
+        RuntimeError: a backward with ``create_graph=True``.
 
     Example:
         >>> import torch

@@ -90,6 +90,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    _checks.first_derivative(_OP)
     tensors, stats = ctx.saved_tensors[: _linear_call.TENSORS], ctx.saved_tensors[_linear_call.TENSORS :]
     wanted = ctx.needs_input_grad[:3]
     upstream = [x.contiguous() if x is not None and x.numel() else None for x in grads[:3]]
@@ -147,7 +148,8 @@ def linear_token_stats(
         TokenStats(logprobs, entropy, kl), each [...], nats, float32 (float64 for float64 hidden states).
 
     Raises:
-        ValueError: shapes, dtypes, devices, kinds of weight or values that do not fit.
+        ValueError: shapes, dtypes, devices, kinds of weight or values that do not fit; forward-mode differentiation.
+        RuntimeError: a backward with ``create_graph=True``.
 
     Example:
         >>> import torch

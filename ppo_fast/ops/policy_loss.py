@@ -145,6 +145,7 @@ def _upstream(
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _checks.first_derivative(_OP)
     if grad_loss is None:
         return (None,) * ctx.inputs
     upstream = _upstream(grad_loss, *ctx.saved_tensors[-3:])
@@ -159,8 +160,7 @@ class _Fused(torch.autograd.Function):
     """The same loss where the backend writes its gradient in the forward pass; eager only.
 
     The gradient is kept until the backward pass and handed out once. For a loss that arrives there scaled, or a second
-    time, or to be differentiated again, the registered backward computes it from the logits: it is rounded once, and
-    nobody else holds its storage.
+    time, the registered backward computes it from the logits: it is rounded once, and nobody else holds its storage.
     """
 
     @staticmethod
@@ -173,10 +173,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        _checks.first_derivative(_OP)
         if grad_loss is None:
             return (None,) * ctx.inputs
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None or grad_loss != 1 or torch.is_grad_enabled():
+        if dlogits is None or grad_loss != 1:
             del dlogits
             return _backward(ctx, grad_loss)
         return dlogits, *((None,) * (ctx.inputs - 1))
@@ -205,6 +206,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        _checks.first_derivative(_OP)
         if grad_loss is None:
             return (None,) * ctx.inputs
         if ctx.spent:
@@ -254,6 +256,7 @@ def _check(
     ref_logits: Tensor | None,
 ) -> None:
     _checks.logits(_OP, "logits", logits)
+    _checks.reverse_mode(_OP, "logits", logits)
     _checks.targets(_OP, targets, logits)
     _checks.ref_logits(_OP, ref_logits, logits)
     _checks.boolean(_OP, "mask", mask, "targets", targets, targets.shape)
@@ -305,8 +308,8 @@ def policy_loss(
         ``per_token``: TokenStats(logprobs, entropy, kl).
 
     Raises:
-        ValueError: shapes, dtypes, devices, references or values that do not fit.
-        RuntimeError: a second backward with ``inplace=True``.
+        ValueError: shapes, dtypes, devices, references or values that do not fit; forward-mode differentiation.
+        RuntimeError: a backward with ``create_graph=True``; a second one with ``inplace=True``.
 
     Example:
         >>> import torch

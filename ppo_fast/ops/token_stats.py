@@ -109,6 +109,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, g: Tensor, g_entropy: Tensor, g_kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    _checks.first_derivative("token_stats")
     logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl = ctx.saved_tensors
     upstream = [x if x is None or x.numel() else None for x in (g, g_entropy, g_kl)]
     if all(x is None for x in upstream):
@@ -144,6 +145,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check, bring to [B, T, V], call the registered op, give back the shape of the targets."""
     _checks.logits(op, "logits", logits)
+    _checks.reverse_mode(op, "logits", logits)
     shape = logits.shape[:-1]
     if targets is not None:
         _checks.targets(op, targets, logits)
@@ -185,7 +187,9 @@ def token_logprobs(
         [...], nats, float32 (float64 for float64 logits). The gradient comes back in the dtype of the logits.
 
     Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit; one sentence that names the argument.
+        ValueError: shapes, dtypes, devices or values that do not fit; forward-mode differentiation. One sentence that
+            names the argument.
+        RuntimeError: a backward with ``create_graph=True``.
 
     Example:
         >>> import torch
@@ -223,7 +227,8 @@ def token_stats(
         TokenStats(logprobs, entropy, kl), each [...], nats, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit.
+        ValueError: shapes, dtypes, devices or values that do not fit; forward-mode differentiation.
+        RuntimeError: a backward with ``create_graph=True``.
 
     Example:
         >>> import torch
@@ -259,7 +264,8 @@ def entropy(
         [...], float32 (float64 for float64 logits), between 0 and ln V.
 
     Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit.
+        ValueError: shapes, dtypes, devices or values that do not fit; forward-mode differentiation.
+        RuntimeError: a backward with ``create_graph=True``.
 
     Example:
         >>> import torch

@@ -58,6 +58,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    _checks.first_derivative(_OP)
     (d_values,) = ctx.saved_tensors
     return (d_values * grad_loss).to(ctx.dtype), *((None,) * 8)
 
@@ -98,7 +99,8 @@ def value_loss(
         ``per_token`` is None. float32 (float64 for float64 values).
 
     Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit.
+        ValueError: shapes, dtypes, devices or values that do not fit; forward-mode differentiation.
+        RuntimeError: a backward with ``create_graph=True``.
 
     Example:
         >>> import torch
@@ -108,6 +110,7 @@ def value_loss(
     Source: Engstrom et al. 2020, "Implementation Matters in Deep RL", section 3 (value clipping).
     """
     _checks.floating(_OP, "values", values)
+    _checks.reverse_mode(_OP, "values", values)
     shape = values.shape
     _checks.tensor(_OP, "returns", returns)
     for name, value in (("returns", returns), ("old_values", old_values)):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppo_fast import gae, gae_packed
 from ppo_fast.ops import _native
 from tests.csrc.plain import plain_gae, plain_gae_packed
+from tests.helpers import no_host_sync
 
 GAMMA, LAM = 0.99, 0.95
 MODES = ("carry", "zero")
@@ -134,8 +135,10 @@ def test_an_expanded_mask_and_a_packed_stride_are_read_in_place() -> None:
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_changes_no_bit(two_threads: None) -> None:
@@ -288,9 +291,6 @@ def test_cuda_does_not_wait_for_the_device() -> None:
     on_gpu = _on_gpu(_inputs((40, 300), 40, torch.bfloat16, mask=True, dones=True))
     packed = _on_gpu(_inputs((300,), 2, torch.float32, mask=True, dones=True))
     cu_seqlens = torch.tensor([0, 100, 300], device="cuda", dtype=torch.int32)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         gae(**on_gpu, backend="cuda")
         gae_packed(**packed, cu_seqlens=cu_seqlens, backend="cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -103,6 +103,28 @@ def test_padding_is_invisible(name: str, backend: str, filler: float) -> None:
         assert not got["grad"][~example.inputs["mask"]].any()
 
 
+# Without a clip the old values are ignored.
+IGNORED = {"value_loss-packed": "old_values"}
+
+
+@each_example()
+def test_a_nan_that_counts_reaches_the_results(name: str, backend: str) -> None:
+    """In every floating input, once at its last counted element: the loss and the gradient, or the values."""
+    inputs = EXAMPLES[name].inputs
+    for key, value in inputs.items():
+        if not value.is_floating_point() or key == IGNORED.get(name):
+            continue
+        mask, poisoned = inputs.get("mask"), value.clone()
+        per_token = mask is not None and value.shape[: mask.dim()] == mask.shape
+        poisoned[tuple(mask.nonzero()[-1]) if per_token else -1] = torch.nan
+        results = run_with_gradient(name, backend, fresh_inputs(name, **{key: poisoned}))
+        if "_loss" in name:
+            assert results[f"{name}.loss"].isnan(), key
+            assert results["grad"].isnan().any(), key
+        else:
+            assert any(x.isnan().any() for k, x in results.items() if k != "grad"), key
+
+
 @each_example(*(name for name, example in EXAMPLES.items() if example.masked))
 def test_no_mask_means_every_position(name: str, backend: str) -> None:
     everything = torch.ones_like(EXAMPLES[name].inputs["mask"])

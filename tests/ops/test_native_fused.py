@@ -119,13 +119,6 @@ def test_inplace_scales_what_it_has_written(launches: list[str]) -> None:
     assert_same(leaf.grad, plain * 0.3)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    leaf = leaf_of()
-    gradient = torch.autograd.grad(loss_of(leaf), leaf, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        gradient.sum().backward()
-
-
 def test_logits_changed_after_the_loss_are_noticed_where_they_are_read_again() -> None:
     logits = leaf_of() * 1.0
     loss = loss_of(logits)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ppo_fast as pf
 from tests import oracles
-from tests.helpers import assert_near_truth, assert_same, each_backend, each_case
+from tests.helpers import assert_near_truth, assert_same, each_backend, each_case, no_host_sync
 from tests.ops.examples import EXAMPLES, fresh_inputs, run_with_gradient
 from tests.ops.policy_cases import make_case, run
 
@@ -218,8 +218,5 @@ def test_no_host_sync(name: str) -> None:
     if name.startswith("linear"):
         inputs["mask"] = None  # with a mask they read the number of rows that count
     run_with_gradient(name, "auto", inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         run_with_gradient(name, "auto", inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

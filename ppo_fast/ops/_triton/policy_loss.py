@@ -11,7 +11,7 @@ from ppo_fast.ops import reference
 from ppo_fast.ops._triton import tuning
 from ppo_fast.ops._triton.device import clamped, expm1, on_device_of
 from ppo_fast.ops._triton.token_stats import token_stats
-from ppo_fast.ops._triton.totals import new_partials, store_partial, totals
+from ppo_fast.ops._triton.totals import max_or_nan, new_partials, store_partial, totals
 
 MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
 _TOTALS = 1 + len(reference.METRICS)
@@ -28,7 +28,7 @@ def kl_estimate(delta, ESTIMATOR: tl.constexpr):
     else:
         x = clamped(-delta, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         rise = expm1(x)
-        value, slope = rise - x, tl.where(x == -delta, -rise, 0.0)
+        value, slope = rise - x, tl.where(tl.abs(delta) > MAX_LOG_RATIO, 0.0, -rise)
     return value, slope
 
 
@@ -53,8 +53,9 @@ def store_metrics(partials_ptr, counted, entropy, kl, approx_kl, is_clipped, is_
     store_partial(partials_ptr, 4, approx_kl)
     store_partial(partials_ptr, 5, (is_clipped & counted).to(tl.float32))
     store_partial(partials_ptr, 6, (is_dual & counted).to(tl.float32))
-    store_partial(partials_ptr, 7, tl.where(counted, r, 0.0))
-    tl.store(largest_ptr, tl.max(tl.where(counted, r, 0.0), 0))
+    r = tl.where(counted, r, 0.0)
+    store_partial(partials_ptr, 7, r)
+    tl.store(largest_ptr, max_or_nan(r, tl.sum(r, 0)))
     store_partial(partials_ptr, 9, counted.to(tl.float32))
 
 
@@ -104,17 +105,17 @@ def terms_kernel(
     rise = expm1(log_r)
     r = tl.exp(log_r)
     objective, unclipped, is_clipped, is_dual = clipped_objective(r, adv, clip_low, clip_high, dual_clip)
+    slope = tl.where(is_clipped | is_dual, 0.0, -unclipped)
     if importance_ptr is not None:
         importance = tl.load(importance_ptr + row, counted, other=0.0)
-        objective, unclipped = importance * objective, importance * unclipped
+        objective, slope = importance * objective, importance * slope
     loss = -objective
     store_partial(partials_ptr, 1, weight * loss)
-    slope = tl.where(is_clipped | is_dual, 0.0, -unclipped)
     if penalty_coef_ptr is not None:
         penalty_coef = tl.load(penalty_coef_ptr)
         loss += penalty_coef * (rise - log_r)
         slope += penalty_coef * rise
-    d_logprob = weight * tl.where(log_r == raw, slope, 0.0)
+    d_logprob = weight * tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope)
 
     kl = tl.zeros([ROWS], tl.float32)
     if full_kl_ptr is not None:

@@ -15,6 +15,12 @@ def store_partial(partials_ptr, index: tl.constexpr, terms):
     tl.store(partials_ptr + index * tl.num_programs(0) + tl.program_id(0), tl.sum(terms, 0))
 
 
+@triton.jit
+def max_or_nan(x, total):
+    """The largest element, NaN where the sum is: ``tl.max`` drops a NaN."""
+    return tl.where(total == total, tl.max(x, 0), total)
+
+
 @triton.jit(do_not_specialize=["P"])
 def totals_kernel(partials_ptr, loss_ptr, metrics_ptr, P, MAXIMUM: tl.constexpr, BLOCK: tl.constexpr):
     """Row i of ``partials`` [totals, P] to its total: row 0 the loss, row i > 0 metric i - 1.
@@ -36,7 +42,7 @@ def totals_kernel(partials_ptr, loss_ptr, metrics_ptr, P, MAXIMUM: tl.constexpr,
     if (index >= 2) & (index < tokens_row):
         total /= tl.maximum(tl.sum(tokens, 0), 1.0)
     if index == MAXIMUM:
-        total = tl.max(largest, 0)
+        total = max_or_nan(largest, total)
     if index == 0:
         tl.store(loss_ptr, total)
     else:

@@ -33,18 +33,20 @@ def value_kernel(
     if mask_ptr is not None:
         counted &= tl.load(mask_ptr + row, exists, other=0) != 0
     v = tl.load(values_ptr + row, counted, other=0.0).to(tl.float32)
+    if old_ptr is not None:
+        old = tl.load(old_ptr + row, counted, other=0.0)
+        v = tl.where(old == old, v, old)  # comparisons would drop a NaN
     target = tl.load(returns_ptr + row, counted, other=0.0)
     weight = tl.load(weights_ptr + row, counted, other=0.0)
     error = v - target
     square, slope = error * error, error
     is_clipped = tl.zeros([ROWS], tl.int1)
     if old_ptr is not None:
-        old = tl.load(old_ptr + row, counted, other=0.0)
-        step = clamped(v - old, -clip, clip)
-        clipped_error = old + step - target
-        is_clipped = clipped_error * clipped_error > square
-        square = tl.where(is_clipped, clipped_error * clipped_error, square)
-        slope = tl.where(is_clipped, tl.where(step == v - old, clipped_error, 0.0), error)
+        # Inside the clip this is v itself; old + clip(v - old) would differ by a rounding and count as clipped.
+        held_error = clamped(v, old - clip, old + clip) - target
+        is_clipped = held_error * held_error > square
+        square = tl.where(is_clipped, held_error * held_error, square)
+        slope = tl.where(is_clipped, 0.0, error)
     tl.store(d_values_ptr + row, weight * slope, exists)
     loss = weight * square * 0.5
     store_partial(partials_ptr, 0, loss)

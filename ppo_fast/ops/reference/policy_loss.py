@@ -41,21 +41,21 @@ def kl_values(delta: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
         return delta.square() / 2, delta
     clamped = (-delta).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rise = clamped.expm1()
-    return rise - clamped, torch.where(clamped == -delta, -rise, 0.0)
+    return rise - clamped, torch.where(delta.abs() > MAX_LOG_RATIO, 0.0, -rise)
 
 
 def _log_ratio(
     logprobs: Tensor, old: Tensor, counted: Tensor, cu_seqlens: Tensor | None, ratio: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(per-token log ratio, the objective's log ratio, where its gradient is 1), clamped to +-20."""
+    """(per-token log ratio, the objective's log ratio, where its gradient is 1 or NaN), clamped to +-20."""
     raw = torch.where(counted, logprobs - old, 0.0)
     token = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if ratio == "token":
-        return token, token, token == raw
+        return token, token, ~(raw.abs() > MAX_LOG_RATIO)
     lengths = sequence_sum(counted.to(raw.dtype), cu_seqlens).clamp(min=1)
     mean = to_tokens(sequence_sum(raw, cu_seqlens) / lengths, cu_seqlens, raw.shape)
     clamped = mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return token, clamped, clamped == mean
+    return token, clamped, ~(mean.abs() > MAX_LOG_RATIO)
 
 
 def policy_terms(
@@ -104,7 +104,7 @@ def policy_terms(
         weights = token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
     importance = torch.ones_like(adv) if importance_weights is None else torch.where(counted, importance_weights, 0.0)
     per_token = -importance * objective
-    d_log_r = torch.where(is_clipped | is_dual, 0.0, -importance * unclipped)
+    d_log_r = -importance * torch.where(is_clipped | is_dual, 0.0, unclipped)
     policy_loss = (weights * per_token).sum()
     if penalty_coef is not None:
         per_token = per_token + penalty_coef * (r - 1 - log_r)

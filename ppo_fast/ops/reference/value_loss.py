@@ -22,11 +22,13 @@ def value_loss(
     dtype = returns.dtype
     counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     v = torch.where(counted, values.to(dtype), 0.0)
+    old = None if clip is None or old_values is None else torch.where(counted, old_values, 0.0)
+    if old is not None:
+        v = torch.where(old.isnan(), old, v)  # comparisons would drop a NaN
     error = torch.where(counted, v - returns, 0.0)
     square, slope = error.square(), error
     is_clipped = torch.zeros_like(counted)
-    if clip is not None and old_values is not None:
-        old = torch.where(counted, old_values, 0.0)
+    if clip is not None and old is not None:
         # Inside the clip this is v itself; old + clip(v - old) would differ by a rounding and count as clipped.
         held = torch.clamp(v, old - clip, old + clip)
         clipped_square = torch.where(counted, held - returns, 0.0).square()
