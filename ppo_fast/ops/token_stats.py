@@ -210,6 +210,7 @@ def token_stats(
 
     With u = log_softmax(logits / temperature), w the same for the reference and p = exp(u):
     ``logprob = u[target]``, ``entropy = -sum p*u``, ``kl = sum p*(u - w)``. All three carry gradients to ``logits``.
+    What float32 cannot hold is infinite, a KL from 3e38 / V on too.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64.
