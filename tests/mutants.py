@@ -44,7 +44,7 @@ MUTANTS = [
     # token_logprobs, token_stats, entropy: the definition and the op around it
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(p == 0, 0.0, p * x)", "(p * x)", TRAPS),
     Mutant(f"{REFERENCE}/token_stats.py", "(entropy[..., None] + u)", "(u - entropy[..., None])", STATS),
-    Mutant(f"{REFERENCE}/token_stats.py", "(u - w - kl[..., None])", "(u - w)", STATS),
+    Mutant(f"{REFERENCE}/token_stats.py", "(u - w.to(u.dtype) - kl[..., None])", "(u - w.to(u.dtype))", STATS),
     Mutant(f"{REFERENCE}/token_stats.py", "(grad / temperature)", "grad", STATS),
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(mask[..., None], grad, 0.0)", "grad * mask[..., None]", TRAPS),
     # policy_loss
