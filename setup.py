@@ -6,6 +6,8 @@ to `ppo_fast/_build.json`, which `ppo-fast doctor` reads.
 
     PPO_FAST_CUDA=0         no CUDA; 1: CUDA that does not compile fails the build
     PPO_FAST_CUDA_ARCHS     instead of "80;90;100", each also filtered by what the toolkit knows
+
+An empty variable is an unset one.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def find_cuda() -> CudaToolkit:
     """The toolkit of nvcc: from CUDA_HOME, else from the PATH, where nvcc may be a wrapper script."""
     if os.environ.get("PPO_FAST_CUDA") == "0":
         raise CudaError("switched off by PPO_FAST_CUDA=0")
-    home = os.environ.get("CUDA_HOME")
+    home = os.environ.get("CUDA_HOME") or None
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
         raise CudaError("nvcc is not on the PATH" if home is None else f"there is no nvcc in {home}/bin")
@@ -120,7 +122,7 @@ def find_cuda() -> CudaToolkit:
         known = {int(arch) for arch in re.findall(r"^sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.MULTILINE)}
     except (OSError, subprocess.CalledProcessError) as error:
         raise CudaError(f"{nvcc} does not run: {error}") from error
-    wanted = os.environ.get("PPO_FAST_CUDA_ARCHS", CUDA_ARCHS)
+    wanted = os.environ.get("PPO_FAST_CUDA_ARCHS") or CUDA_ARCHS
     archs = sorted({int(arch) for arch in re.findall(r"\d+", wanted)} & known)
     if top is None or not archs:
         raise CudaError(f"{nvcc} knows none of the architectures {wanted}")

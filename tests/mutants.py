@@ -46,7 +46,7 @@ MUTANTS = [
     # token_logprobs, token_stats, entropy: the definition and the op around it
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(p == 0, 0.0, p * x)", "(p * x)", TRAPS),
     Mutant(f"{REFERENCE}/token_stats.py", "(entropy[..., None] + u)", "(u - entropy[..., None])", STATS),
-    Mutant(f"{REFERENCE}/token_stats.py", "(u - w - kl[..., None])", "(u - w)", STATS),
+    Mutant(f"{REFERENCE}/token_stats.py", "(u - w.to(u.dtype) - kl[..., None])", "(u - w.to(u.dtype))", STATS),
     Mutant(f"{REFERENCE}/token_stats.py", "(grad / temperature)", "grad", STATS),
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(mask[..., None], grad, 0.0)", "grad * mask[..., None]", TRAPS),
     # policy_loss
@@ -68,6 +68,7 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/policy_loss.py", "d_log_r = d_log_r + penalty_coef * (r - 1)", "pass", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * ent_coef", "d_entropy = weights * ent_coef", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "torch.where(inside, d_log_r, 0.0)", "d_log_r", POLICY),
+    Mutant(f"{REFERENCE}/sequences.py", "position, right=True", "position, right=False", POLICY),
     Mutant(f"{REFERENCE}/sequences.py", "(lengths > 0).sum()", "torch.ones_like(lengths).sum()", POLICY),
     # value_loss
     Mutant(f"{REFERENCE}/value_loss.py", "torch.maximum(", "torch.minimum(", VALUE),
@@ -93,11 +94,17 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/gae.py", "(gamma * lam) * torch.where(done[:, t], 0.0, adv)", "(gamma * lam) * adv", GAE),
     Mutant(f"{REFERENCE}/gae.py", "torch.where(step, values[:, t], next_value)", "values[:, t]", GAE),
     Mutant(f"{REFERENCE}/gae.py", "boot[:, -1] = bootstrap.to(dtype)", "pass", GAE),
+    Mutant(
+        f"{REFERENCE}/gae.py",
+        "torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[1:] - 1, N)",
+        "(cu_seqlens[1:] - 1).clamp(min=0)",
+        GAE,
+    ),
     # whiten, kl_estimate
     Mutant("ppo_fast/ops/masked.py", "(count - 1).clamp(min=1)", "count.clamp(min=1)", MASKED),
     Mutant(f"{REFERENCE}/policy_loss.py", "return rise - clamped, ", "return rise + clamped, ", MASKED),
     # the Triton kernels, interpreted
-    Mutant(f"{TRITON}/device.py", "(w + shift * s) * tl.exp2(shift)", "w * tl.exp2(shift)", STATS),
+    Mutant(f"{TRITON}/device.py", "factor * (w + shift * s)", "factor * w", STATS),
     Mutant(f"{TRITON}/device.py", "tl.constexpr(-3.4028234663852886e38)", "tl.constexpr(0.0)", TRAPS),
     Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
     Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
@@ -142,6 +149,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/batches.py", "self.attention[rows].sum(axis=1).argsort", "rows.argsort", UPDATE),
     Mutant(f"{RLHF}/batches.py", "None if attention.all() else", "None if True else", BATCHES),
     Mutant(f"{RLHF}/batches.py", "(attention.cumsum(axis=1) - 1).clip(min=0)", "attention.cumsum(axis=1)", BATCHES),
+    Mutant(f"{RLHF}/batches.py", "offsets(lengths[lengths > 0])", "offsets(lengths)", BATCHES),
     Mutant(f"{RLHF}/batches.py", "first + 1 : last + 1", "first:last", BATCHES),
     Mutant(f"{RLHF}/forward.py", "(states // width + 1) * (width - tail)", "(width - tail)", BATCHES),
     Mutant(f"{RLHF}/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),

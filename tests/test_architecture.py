@@ -146,3 +146,21 @@ def test_one_stage_alone_does_it(owner, others, names):
         found = {name for path in files(stage) for name in calls(path, *names)}
         assert found <= others.get(stage, set()), stage
     assert calls(ROOT / "rlhf" / f"{owner}.py", *names)
+
+
+MAKERS = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
+MAKERS |= {"asarray", "logspace", "normal", "scalar_tensor", "tensor", "zeros"}
+FACTORIES = {f"torch.{name}" for name in MAKERS} | {"nn.Linear", "nn.Embedding"}
+
+
+@pytest.mark.parametrize("room", ["ops", "rlhf"])
+def test_a_new_tensor_names_its_dtype_and_device(room: str) -> None:
+    """Else `torch.set_default_dtype` and `torch.set_default_device` decide what a kernel writes to."""
+    found = []
+    for path in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES:
+                named = {keyword.arg for keyword in node.keywords}
+                if not {"dtype", "device"} <= named:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
+    assert found == []

@@ -55,7 +55,7 @@ def test_value_loss() -> None:
 
 
 def test_options_are_checked_and_shown() -> None:
-    with raises_exactly("PolicyLossConfig: expected clip_low to be a finite number >= 0, got -1"):
+    with raises_exactly("PolicyLossConfig: expected clip_low to be a number in [0, 1], got -1"):
         nn.PolicyLoss({"clip_low": -1})
     assert "clip_high=0.3" in repr(nn.PolicyLoss(CONFIG))
     assert repr(nn.ValueLoss(0.2)) == "ValueLoss(clip=0.2, aggregation='token-mean', backend='auto')"

@@ -38,7 +38,7 @@ Variant find(const std::string& name) {
 Variant& current() {
   static Variant variant = [] {
     const char* forced = std::getenv("PPO_FAST_ISA");
-    return forced != nullptr ? find(forced) : variants().front();
+    return forced != nullptr && *forced != '\0' ? find(forced) : variants().front();
   }();
   return variant;
 }

@@ -21,8 +21,9 @@ auto with_types(const Rows& in, const Body& body) {
   return in.logits.bfloat16 ? with_ref(Type<BFloat16>()) : with_ref(Type<float>());
 }
 
+// Halved, since a difference of two float32 may overflow.
 Vec logprobs_of(const Normalizers& norm, const TargetLogits& target, float temperature) {
-  return (target.x - norm.max) / temperature - norm.log_sum;
+  return (target.x * 0.5f - norm.max * 0.5f) / (temperature * 0.5f) - norm.log_sum;
 }
 
 TokenStatistics statistics(const Normalizers& norm, const RowSums& sums, Vec logprob, bool has_ref, float temperature) {

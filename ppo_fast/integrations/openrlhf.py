@@ -60,7 +60,7 @@ def policy_loss_forward(
     if self.is_correction_level != "off":
         return NotTaken("a correction for the rollout engine's log-probabilities")
     config = PolicyLossConfig(
-        clip_low=self.clip_eps_low,
+        clip_low=min(self.clip_eps_low, 1.0),  # a ratio is above 0
         clip_high=self.clip_eps_high,
         dual_clip=self.dual_clip,
         ratio="sequence" if self.policy_loss_type == "gspo" else "token",

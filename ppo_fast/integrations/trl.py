@@ -66,7 +66,7 @@ _PPO_TRAIN = {
     ("new_logprobs = selective_log_softmax(logits, mb_responses)", "new_logprobs = torch.masked_fill("): """
         actor_loss = policy_loss(
             logits, mb_responses, mb_logprobs, mb_advantage, None,
-            config=PolicyLossConfig(clip_low=args.cliprange, clip_high=args.cliprange),
+            config=PolicyLossConfig(clip_low=min(args.cliprange, 1.0), clip_high=args.cliprange),
             denominator=(~padding_mask[micro_batch_inds]).sum(),
         )
         new_logprobs = actor_loss.per_token.logprobs

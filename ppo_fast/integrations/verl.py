@@ -112,7 +112,7 @@ def compute_policy_loss_vanilla(
         old_log_prob,
         advantages,
         response_mask,
-        PolicyLossConfig(clip_low=low, clip_high=high, dual_clip=dual, aggregation=aggregation),
+        PolicyLossConfig(clip_low=min(low, 1.0), clip_high=high, dual_clip=dual, aggregation=aggregation),
         importance_weights=rollout_is_weights,
         denominator=denominator,
     )

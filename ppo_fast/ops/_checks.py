@@ -4,7 +4,7 @@ What depends on values (target range, contents of cu_seqlens) is checked on CPU 
 be a host sync.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Float32 holds numbers between these, their reciprocals, and a hundred million times either.
+SMALLEST, LARGEST = 1e-30, 1e30
+# Temperature and softcap: float32 holds the square of the quotient of any two.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-9, 1e9
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,10 +30,15 @@ def one_of(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{op}: expected {name} to be one of {choices}, got {value!r}")
 
 
-def tensor(op: str, name: str, value: object) -> None:
-    """Raise unless ``value`` is a tensor."""
+def tensor(op: str, name: str, value: object, if_sharded: str = "") -> None:
+    """Raise unless ``value`` is a dense tensor of this process; ``if_sharded`` says what to do with another."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(f"{op}: expected {name} to be a whole tensor, got a DTensor{if_sharded}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise ValueError(f"{op}: expected {name} to be a dense tensor, got {kind}")
 
 
 def floating(op: str, name: str, value: Tensor) -> None:
@@ -111,16 +120,35 @@ def ref_logits(op: str, value: Tensor | None, logits_: Tensor) -> None:
         same_device(op, "ref_logits", value, "logits", logits_)
 
 
+def number(
+    op: str, name: str, value: object, low: float, high: float = LARGEST, *, above: bool = False, other: str = ""
+) -> None:
+    """Raise unless ``value`` is a number in [low, high], or (low, high] with ``above``; ``other``: what else may be."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not (low <= value <= high) or (above and value == low):  # type: ignore[operator]  # it is real
+        bounds = f"{'(' if above else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{op}: expected {name} to be a number in {bounds}{other}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """As Python writes it, except integers of hundreds of digits, some of which it refuses to write."""
+    huge = isinstance(value, int) and abs(value) > sys.float_info.max
+    return "an integer beyond every float" if huge else repr(value)
+
+
 def positive(op: str, name: str, value: object) -> None:
-    """Raise unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError(f"{op}: expected {name} to be a finite number > 0, got {value!r}")
+    """Raise unless ``value`` is a number above 0, and so is its reciprocal in float32."""
+    number(op, name, value, SMALLEST)
+
+
+def scale(op: str, name: str, value: object) -> None:
+    """Raise unless ``value`` can divide logits: a temperature or a softcap."""
+    number(op, name, value, SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def unit_interval(op: str, name: str, value: object) -> None:
     """Raise unless ``value`` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value <= 1):
-        raise ValueError(f"{op}: expected {name} to be a number in [0, 1], got {value!r}")
+    number(op, name, value, 0.0, 1.0)
 
 
 def cu_seqlens(op: str, value: Tensor | None, like_name: str, like: Tensor, shape: torch.Size) -> None:
@@ -140,16 +168,32 @@ def cu_seqlens(op: str, value: Tensor | None, like_name: str, like: Tensor, shap
 
 def denominator(op: str, value: object) -> None:
     """The outer count of a loss: a number above 0, or a 0-d tensor. None passes."""
-    if value is None:
-        return
     if isinstance(value, Tensor):
-        if value.dim() != 0:
+        tensor(op, "denominator", value)
+        if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
             raise ValueError(
-                f"{op}: expected denominator to be a number > 0 or a 0-d tensor, "
-                f"got a tensor of shape {list(value.shape)}"
+                f"{op}: expected denominator to be a number or a 0-d tensor of one, "
+                f"got a tensor of shape {list(value.shape)} and dtype {value.dtype}"
             )
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError(f"{op}: expected denominator to be a number > 0 or a 0-d tensor, got {value!r}")
+    elif value is not None:
+        number(op, "denominator", value, SMALLEST, other=" or a 0-d tensor")
+
+
+def denominator_value(op: str, value: Tensor | None, mask: Tensor | None, rows: int) -> None:
+    """A denominator that came as a tensor: above 0, or 0 where nothing counts. CPU tensors only."""
+    if value is None or value.device.type != "cpu":
+        return
+    got = value.item()
+    nothing = rows == 0 or (mask is not None and not mask.any())
+    if not (SMALLEST <= got <= LARGEST) and not (got == 0 and nothing):
+        raise ValueError(f"{op}: expected denominator in [{SMALLEST:g}, {LARGEST:g}], got a tensor of {got}")
+
+
+def coefficient_values(op: str, **values: Tensor | None) -> None:
+    """Coefficients that came as tensors: not below 0, finite. CPU tensors only."""
+    for name, value in values.items():
+        if value is not None and value.device.type == "cpu" and not (0 <= value.item() <= LARGEST):
+            raise ValueError(f"{op}: expected {name} in [0, {LARGEST:g}], got a tensor of {value.item()}")
 
 
 def reverse_mode(op: str, name: str, value: Tensor | None) -> None:

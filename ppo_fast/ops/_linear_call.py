@@ -56,13 +56,12 @@ class _Head(NamedTuple):
 
 def _check_plain(op: str, name: str, value: object) -> None:
     """A tensor that matrix products take as it is: neither sharded nor quantised."""
-    _checks.tensor(op, name, value)
+    sharded = f": pass {name}.full_tensor(grad_placements=[Partial()]), or call the op in the sharded module's forward"
+    _checks.tensor(op, name, value, "" if name.endswith("hidden") else sharded)
     assert isinstance(value, Tensor)
     kind = type(value)
     # torch.compile cannot read the module of the class Parameter, whose data are checked by their dtype alone.
     package = "torch" if kind is torch.nn.Parameter else kind.__module__.split(".")[0]
-    if kind.__name__ == "DTensor":
-        raise ValueError(f"{op}: expected {name} to be a whole tensor, got a DTensor: pass {name}.full_tensor()")
     if value.dtype not in _checks.FLOATS or package in ("torchao", "bitsandbytes"):
         raise ValueError(
             f"{op}: expected {name} to be an unquantised float32, bfloat16, float16 or float64 tensor, "
@@ -174,11 +173,13 @@ def prepare(
     shape = targets.shape
     ref = _reference(op, head, ref_hidden, ref_weight, ref_bias)
     _checks.boolean(op, "mask", mask, "targets", targets, shape)
-    _checks.positive(op, "temperature", temperature)
+    _checks.scale(op, "temperature", temperature)
     if softcap is not None:
-        _checks.positive(op, "softcap", softcap)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"{op}: expected chunk_size to be an integer >= 1, got {chunk_size!r}")
+        _checks.scale(op, "softcap", softcap)
+    integer = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (integer and 1 <= chunk_size < 2**31):
+        got = _checks.shown(chunk_size)
+        raise ValueError(f"{op}: expected chunk_size to be an integer in [1, {2**31 - 1}], got {got}")
     backend = _registry.resolve(op, backend, head.hidden.device, head.hidden.dtype)
     return LinearCall(
         head.hidden.reshape(-1, head.hidden.shape[-1]),

@@ -193,7 +193,7 @@ class Sweep:
         self.call, self.wanted = call, wanted
         hidden = call.hidden
         if call.mask is None:
-            self.rows = torch.arange(hidden.shape[0], device=hidden.device)
+            self.rows = torch.arange(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         else:
             self.rows = call.mask.flatten().nonzero()[:, 0]
         self.temperature = call.temperature / (call.softcap or 1.0)

@@ -104,7 +104,8 @@ def _gae(
     rewards, values = rewards.to(dtype), values.to(dtype)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.to(dtype).contiguous()
-    results = torch.empty(rewards.shape, dtype=dtype), torch.empty(rewards.shape, dtype=dtype)
+    advantages = torch.empty(rewards.shape, dtype=dtype, device="cpu")
+    results = advantages, torch.empty_like(advantages)
     arguments = gae_arguments(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, results)
     extension.gae_cpu(arguments, dtype=dtype_code(dtype), threads=torch.get_num_threads())
     return results

@@ -11,6 +11,7 @@ from ppo_fast.ops._native_stats import (
     gradient_view,
     per_row,
     readable,
+    room,
     rows_of,
     set_addresses,
     token_stats,
@@ -28,7 +29,7 @@ def _token_weights(
     """The weight of each token; None for token-mean, where the kernels weigh all by one number."""
     if aggregation == "token-mean":
         return None
-    counted = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+    counted = torch.ones(shape, dtype=torch.bool, device="cpu") if mask is None else mask
     return reference.token_weights(counted, cu_seqlens, denominator, aggregation, torch.float32)
 
 
@@ -111,7 +112,7 @@ def _one_pass(
 
     d_logprobs, d_entropy = per_row(logits), per_row(logits, ent_coef is not None)
     d_kl = per_row(logits, full and kl_coef is not None)
-    loss, metrics = torch.empty(()), torch.empty(len(reference.METRICS))
+    loss, metrics = room(()), room((len(reference.METRICS),))
     set_addresses(arguments, d_logprobs=d_logprobs, d_entropy=d_entropy, d_kl=d_kl, loss=loss, metrics=metrics)
     extension.policy_loss(arguments, threads=torch.get_num_threads())
     return loss, metrics, logprobs, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl
@@ -130,8 +131,7 @@ def value_loss(
     """:func:`ppo_fast.ops.reference.value_loss`. Values are float32 or bfloat16, of any strides."""
     values = values.contiguous()
     weights = _token_weights(values.shape, mask, cu_seqlens, denominator, aggregation)
-    loss, metrics = torch.empty(()), torch.empty(len(reference.VALUE_METRICS))
-    gradient = torch.empty(values.shape)
+    loss, metrics, gradient = room(()), room((len(reference.VALUE_METRICS),)), room(values.shape)
     arguments = extension.ValueLossArguments()
     arguments.bfloat16, arguments.rows = values.dtype == torch.bfloat16, values.numel()
     arguments.clip = 0.0 if clip is None else clip

@@ -4,7 +4,7 @@ Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everyt
 contiguous but for the targets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,14 @@ def readable(ref_logits: Tensor | None) -> Tensor | None:
     return ref_logits.float()
 
 
+def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel writes; the defaults that a process sets for dtype and device have no say."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def per_row(logits: Tensor, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for one number per row, or for none."""
-    return torch.empty(logits.shape[:2] if wanted else (0,), dtype=dtype)
+    return room(logits.shape[:2] if wanted else (0,), dtype)
 
 
 def _logits_view(x: Tensor | None, streamed: bool = False) -> Any:
@@ -122,7 +127,7 @@ def token_stats_backward(
 ) -> Tensor:
     """:func:`ppo_fast.ops.reference.token_stats_backward`. ``out`` has strides as the logits have, and may be them."""
     ref_logits = None if g_kl is None else readable(ref_logits)
-    gradient = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    gradient = room(logits.shape, logits.dtype) if out is None else out
     arguments = extension.TokenStatsBackwardArguments()
     arguments.rows = rows_of(logits, targets, ref_logits, mask, temperature)
     arguments.out = gradient_view(gradient, logits)

@@ -11,6 +11,8 @@ from ppo_fast.ops._layout import as_denominator, as_floats
 from ppo_fast.ops.config import PolicyLossConfig, coefficient
 from ppo_fast.ops.results import LossOutput, TokenStats
 
+COEFFICIENTS = ("penalty_coef", "ent_coef", "kl_coef")
+
 
 class Terms(NamedTuple):
     """The arguments of ``reference.policy_terms`` from old_logprobs on: the tail of the registered ops' arguments.
@@ -101,9 +103,7 @@ def flat_terms(
         **rows,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
         denominator=as_denominator(denominator, like),
-        penalty_coef=coefficient(config.penalty_coef, like),
-        ent_coef=coefficient(config.ent_coef, like),
-        kl_coef=coefficient(config.kl_coef, like),
+        **{name: coefficient(getattr(config, name), like) for name in COEFFICIENTS},
         clip_low=math.inf if config.clip_low is None else float(config.clip_low),
         clip_high=math.inf if config.clip_high is None else float(config.clip_high),
         dual_clip=math.inf if config.dual_clip is None else float(config.dual_clip),

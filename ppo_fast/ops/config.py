@@ -1,6 +1,5 @@
 """The options of the policy loss."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,22 +14,16 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 _OP = "PolicyLossConfig"
 
 
-def _check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (low <= value < math.inf) or (strict and value == low):  # type: ignore[operator]
-        bound = f"a finite number {'>' if strict else '>='} {low:g}"
-        raise ValueError(f"{_OP}: expected {name} to be {bound}, got {value!r}")
-
-
 def _check_coefficient(name: str, value: object) -> None:
     if isinstance(value, Tensor):
+        _checks.tensor(_OP, name, value)
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
                 f"{_OP}: expected {name} to be a number or a 0-d floating tensor, "
                 f"got a tensor of shape {list(value.shape)} and dtype {value.dtype}"
             )
     else:
-        _check_number(name, value, 0.0)
+        _checks.number(_OP, name, value, 0.0)
 
 
 @dataclass(frozen=True)
@@ -39,9 +32,11 @@ class PolicyLossConfig:
 
     A coefficient that is the Python number 0 drops its term (and the term's backward) altogether. A schedule that
     changes a coefficient under ``torch.compile`` passes a 0-d tensor: a Python float recompiles at every new value.
+    The loss refuses a coefficient tensor below 0 or not finite on a CPU. It reads none on a GPU, which would wait for
+    the device: there a negative coefficient turns its term around, and NaN makes the loss NaN.
 
     Attributes:
-        clip_low: the ratio is clipped below at ``1 - clip_low``; None leaves that side open.
+        clip_low: in [0, 1]; the ratio is clipped below at ``1 - clip_low``; None leaves that side open.
         clip_high: the ratio is clipped above at ``1 + clip_high``; None leaves that side open.
         dual_clip: c > 1 bounds the objective from below by ``c * A`` where A < 0 (Ye et al. 2020, eq. 3); None: off.
         ratio: "token" (PPO), or "sequence": the length-normalised ratio of GSPO (Zheng et al. 2025, eq. 7).
@@ -49,7 +44,7 @@ class PolicyLossConfig:
         ent_coef: weight of the entropy bonus.
         kl_coef: weight of the KL to the reference.
         kl_estimator: "k1" | "k2" | "k3" (Schulman 2020, from ``ref_logprobs``) or "full" (exact, over the vocabulary).
-        temperature: divides the logits of policy and reference.
+        temperature: in [1e-9, 1e9], divides the logits of policy and reference.
         aggregation: "token-mean" | "seq-mean-token-mean" | "seq-mean-token-sum".
 
     Raises:
@@ -73,17 +68,17 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         if self.clip_low is not None:
-            _check_number("clip_low", self.clip_low, 0.0)
+            _checks.unit_interval(_OP, "clip_low", self.clip_low)
         if self.clip_high is not None:
-            _check_number("clip_high", self.clip_high, 0.0)
+            _checks.number(_OP, "clip_high", self.clip_high, 0.0)
         if self.dual_clip is not None:
-            _check_number("dual_clip", self.dual_clip, 1.0, strict=True)
+            _checks.number(_OP, "dual_clip", self.dual_clip, 1.0, above=True)
         _checks.one_of(_OP, "ratio", self.ratio, RATIOS)
         _checks.one_of(_OP, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _checks.one_of(_OP, "aggregation", self.aggregation, AGGREGATIONS)
         for name in ("penalty_coef", "ent_coef", "kl_coef"):
             _check_coefficient(name, getattr(self, name))
-        _check_number("temperature", self.temperature, 0.0, strict=True)
+        _checks.scale(_OP, "temperature", self.temperature)
 
     @property
     def needs_sequences(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ppo_fast.ops import _checks, _linear_call, _registry, _triton, reference
 from ppo_fast.ops._linear_call import LinearCall, is_eager
 from ppo_fast.ops._linear_sweep import Gradients, RowStats, Sweep, Upstream, Wanted, scaled, take, unit_scale
-from ppo_fast.ops._policy_terms import Terms, check_config, check_terms, flat_terms, named_output
+from ppo_fast.ops._policy_terms import COEFFICIENTS, Terms, check_config, check_terms, flat_terms, named_output
 from ppo_fast.ops.config import PolicyLossConfig
 from ppo_fast.ops.linear_token_stats import saved_rows
 from ppo_fast.ops.results import LossOutput
@@ -139,6 +139,8 @@ def _checked_launch(*inputs: Any) -> tuple[Tensor, ...]:
     call, wanted, terms = _unpacked(inputs)
     _checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     _checks.cu_seqlens_values(_OP, terms.cu_seqlens, call.targets.numel())
+    _checks.denominator_value(_OP, terms.denominator, call.mask, call.targets.numel())
+    _checks.coefficient_values(_OP, **{name: getattr(terms, name) for name in COEFFICIENTS})
     with torch.autocast(call.hidden.device.type, enabled=False):
         return _launch(call, wanted, terms)
 
@@ -258,14 +260,14 @@ def linear_policy_loss(
             Their number is read from the GPU: the op's one host sync.
         config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
         bias: [V], or None.
-        softcap: > 0, the final-logit softcapping of Gemma 2; None: none.
+        softcap: in [1e-9, 1e9], the final-logit softcapping of Gemma 2; None: none.
         ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
         ref_hidden: [..., T, D of the reference], for kl_estimator "full"; softcap and temperature apply to it too.
         ref_weight: [V, D of the reference]; None: ``weight`` and ``bias`` serve the reference too.
         ref_bias: [V], or None.
         importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
         cu_seqlens: int32 or int64 [S + 1], the sequence offsets of packed [N] inputs.
-        denominator: replaces the outer count of the aggregation.
+        denominator: replaces the outer count of the aggregation, as in :func:`ppo_fast.policy_loss`.
         chunk_size: rows per chunk; None chooses by shape and device. Memory beside inputs and gradients: chunk_size*V
             elements, as many again for ``ref_hidden`` and for softcap, and weight's gradient in float32.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.

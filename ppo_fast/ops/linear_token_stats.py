@@ -133,13 +133,13 @@ def linear_token_stats(
             ``torch.nn.functional.linear`` would. Not a DTensor, not quantised.
         targets: [...], int32 or int64.
         bias: [V], or None.
-        softcap: > 0, the final-logit softcapping of Gemma 2; None: none.
+        softcap: in [1e-9, 1e9], the final-logit softcapping of Gemma 2; None: none.
         ref_hidden: [..., D of the reference], without gradient; None: ``kl`` is None.
         ref_weight: [V, D of the reference]; None: ``weight`` and ``bias`` serve the reference too.
         ref_bias: [V], or None.
         mask: [...], bool, True = counts. Other rows are left out of every product, return 0 and get zero gradient.
             Their number is read from the GPU: the op's one host sync.
-        temperature: > 0, divides both kinds of logits.
+        temperature: in [1e-9, 1e9], divides both kinds of logits.
         chunk_size: rows per chunk; None chooses by shape and device. Memory beside inputs and gradients: chunk_size*V
             elements, as many again for a reference and (in backward) for softcap, and weight's gradient in float32.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppo_fast.ops import _checks, _native_losses, _native_stats, _registry, _triton, reference
 from ppo_fast.ops._layout import as_bools, as_logits, as_rows
-from ppo_fast.ops._policy_terms import check_config, check_terms, flat_terms, named_output
+from ppo_fast.ops._policy_terms import COEFFICIENTS, check_config, check_terms, flat_terms, named_output
 from ppo_fast.ops.config import PolicyLossConfig
 from ppo_fast.ops.results import LossOutput
 from ppo_fast.ops.token_stats import token_stats_backward
@@ -24,9 +24,11 @@ _registry.register(_OP, "native", _native_stats.implementation(_native_losses.po
 def _launch(*inputs: Any, **out: Tensor) -> Any:
     """Checks what depends on values, then runs the backend, the last of the inputs of the registered op."""
     *arguments, backend = inputs
-    logits, targets, mask, cu_seqlens = *arguments[:3], arguments[9]
+    logits, targets, mask, cu_seqlens, denominator = *arguments[:3], *arguments[9:11]
     _checks.target_values(_OP, targets, mask, logits.shape[-1])
     _checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
+    _checks.denominator_value(_OP, denominator, mask, targets.numel())
+    _checks.coefficient_values(_OP, **dict(zip(COEFFICIENTS, arguments[11:14], strict=True)))
     return _registry.implementation(_OP, backend)(*arguments, **out)
 
 
@@ -297,7 +299,8 @@ def policy_loss(
         importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
         cu_seqlens: int32 or int64 [S + 1], the sequence offsets of packed [N] inputs.
         denominator: replaces the outer count of the aggregation (counted tokens, or sequences with one), so that
-            micro-batches and ranks add up to the large batch.
+            micro-batches and ranks add up to the large batch. Above 0, or 0 where nothing counts. The value of a tensor
+            on a GPU is not checked, which would wait for the device: NaN makes the loss NaN.
         inplace: let the gradient take the storage of ``logits``, whose contents are unspecified afterwards. On the
             "native" backend a bfloat16 gradient is rounded twice when the loss is scaled before its backward.
         backend: "auto" | "torch" | "triton" | "native".

@@ -151,7 +151,7 @@ def _run(
         _checks.targets(op, targets, logits)
     _checks.ref_logits(op, ref_logits, logits)
     _checks.boolean(op, "mask", mask, "logits", logits, shape)
-    _checks.positive(op, "temperature", temperature)
+    _checks.scale(op, "temperature", temperature)
     backend = _registry.resolve(op, backend, logits.device, logits.dtype)
     ref = None if ref_logits is None else as_logits(ref_logits.detach())
     rows = None if targets is None else as_rows(targets, shape)
@@ -180,7 +180,7 @@ def token_logprobs(
             ``targets[..., t]`` was drawn from; shifting is the caller's.
         targets: [...], int32 or int64, in [0, V) where counted; anything elsewhere.
         mask: [...], bool, True = counts; None counts every position. Other rows are not read and give 0.
-        temperature: > 0, divides the logits.
+        temperature: in [1e-9, 1e9], divides the logits.
         backend: "auto" | "torch" | "triton" | "native"; a named backend runs or raises.
 
     Returns:
@@ -214,13 +214,14 @@ def token_stats(
 
     With u = log_softmax(logits / temperature), w the same for the reference and p = exp(u):
     ``logprob = u[target]``, ``entropy = -sum p*u``, ``kl = sum p*(u - w)``. All three carry gradients to ``logits``.
+    What float32 cannot hold is infinite, a KL from 3e38 / V on too.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64.
         targets: [...], int32 or int64.
         ref_logits: [..., V], any of these dtypes, without gradient; None: ``kl`` is None.
         mask: [...], bool, True = counts. Other rows are not read, return 0 and get zero gradient.
-        temperature: > 0, divides both kinds of logits.
+        temperature: in [1e-9, 1e9], divides both kinds of logits.
         backend: "auto" | "torch" | "triton" | "native".
 
     Returns:
@@ -257,7 +258,7 @@ def entropy(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64.
         mask: [...], bool, True = counts; other rows return 0 and get zero gradient.
-        temperature: > 0.
+        temperature: in [1e-9, 1e9].
         backend: "auto" | "torch" | "triton" | "native".
 
     Returns:

@@ -30,6 +30,7 @@ def _value_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.cu_seqlens_values(_OP, cu_seqlens, values.numel())
+    _checks.denominator_value(_OP, denominator, mask, values.numel())
     run = _registry.implementation(_OP, backend)
     return run(values, returns, mask, old_values, cu_seqlens, denominator, clip, aggregation)
 
@@ -91,7 +92,7 @@ def value_loss(
         clip: c > 0, or None.
         aggregation: "token-mean" | "seq-mean-token-mean" | "seq-mean-token-sum".
         cu_seqlens: int32 or int64 [S + 1], for packed [N] values with a sequence aggregation.
-        denominator: replaces the outer count of the aggregation.
+        denominator: replaces the outer count of the aggregation, as in :func:`ppo_fast.policy_loss`.
         backend: "auto" | "torch" | "triton" | "native".
 
     Returns:

@@ -102,7 +102,7 @@ class AdamW8bit(torch.optim.Optimizer):
         weights = list(weights)
         super().__init__(weights, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.device = weights[0].device
-        self.taken = torch.zeros((), device=self.device)  # steps
+        self.taken = torch.zeros((), dtype=torch.float32, device=self.device)  # steps
         self.noise = torch.Generator(self.device).manual_seed(0)
         self.state.update({weight: new_moments(weight) for weight in weights})
         self.codes = {name: code_book(signed=name == "mean").to(self.device) for name in ("mean", "root")}
@@ -154,23 +154,25 @@ class AdamW8bit(torch.optim.Optimizer):
 
 def new_moments(weight: Tensor) -> dict[str, Tensor]:
     """Mean of the gradients and root of the mean of their squares, all 0: codes [n] with scales [n / 256], or [n]."""
-    size = weight.numel()
+    size, device = weight.numel(), weight.device
     if size < SMALLEST or size % BLOCK:
-        return {name: torch.zeros(size, device=weight.device) for name in ("mean", "root")}
+        return {name: torch.zeros(size, dtype=torch.float32, device=device) for name in ("mean", "root")}
     # What stands for 0: there are as many negative codes as positive ones below 1.
     zeros = {"mean": 127, "root": 0}
-    codes = {name: torch.full((size,), zero, dtype=torch.uint8, device=weight.device) for name, zero in zeros.items()}
-    return codes | {f"{name}_scale": torch.zeros(size // BLOCK, device=weight.device) for name in codes}
+    codes = {name: torch.full((size,), zero, dtype=torch.uint8, device=device) for name, zero in zeros.items()}
+    scales = {f"{name}_scale": torch.zeros(size // BLOCK, dtype=torch.float32, device=device) for name in codes}
+    return codes | scales
 
 
 def code_book(*, signed: bool) -> Tensor:
     """The 256 numbers that codes stand for, rising from -1 or 0 to 1: 7 decades, the higher the finer."""
     decades = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
+        count = 2 ** (decade + (not signed)) + 1
+        edges = torch.linspace(0.1, 1, count, dtype=torch.float64, device="cpu")
         decades.append(10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2)
     positive = torch.cat(decades)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
     return torch.cat([-positive, positive, ends] if signed else [positive, ends]).sort().values.float()
 
 

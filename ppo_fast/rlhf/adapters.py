@@ -277,7 +277,7 @@ def _linear(field: str, path: str, tensors: Mapping[str, Tensor]) -> nn.Linear |
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.shape[0] != 1:
         raise UserError(f"{field}: expected a linear head 'score' with one output, got another in {path!r}")
-    head = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32)
+    head = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device="cpu")
     head.load_state_dict({name: value.float() for name, value in tensors.items()})
     return head
 

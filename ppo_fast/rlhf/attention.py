@@ -87,9 +87,9 @@ def check_packed(backbone: Any) -> None:
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         raise _refused(backbone, "whose forward pass takes no positions")
     known = len(backbone.get_input_embeddings().weight)
-    ids = (torch.arange(12, device=backbone.device) * known // 12)[None]
+    ids = (torch.arange(12, dtype=torch.int64, device=backbone.device) * known // 12)[None]
     lengths = (5, 7)
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]
+    positions = torch.cat([torch.arange(n, dtype=torch.int64, device=ids.device) for n in lengths])[None]
     row = {"input_ids": ids, "position_ids": positions, "attention_mask": None, "use_cache": False}
     ends = torch.tensor([0, 5, 12], dtype=torch.int32, device=ids.device)
     packed = backbone(**row | packed_arguments(backbone, ends, max(lengths))).last_hidden_state[:, 5:]

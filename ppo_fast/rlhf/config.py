@@ -125,7 +125,8 @@ class RolloutConfig:
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
         check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
-        positive("rollout.temperature", self.temperature)
+        allowed = 1e-9 <= self.temperature <= 1e9
+        check(allowed, "rollout.temperature", "1e-9 <= temperature <= 1e9", self.temperature)
         check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
         if self.micro_batch_size is not None:

@@ -227,7 +227,7 @@ class PromptSampler:
     def _next(self) -> int:
         if self.position == len(self.order):
             device = self.generator.device
-            permutation = torch.randperm(self.size, generator=self.generator, device=device)
+            permutation = torch.randperm(self.size, generator=self.generator, dtype=torch.int64, device=device)
             self.order = self.arrange(permutation.tolist() if self.shuffle else list(range(self.size)))
             self.position = 0
         self.position += 1
@@ -238,11 +238,11 @@ def make_batch(prompts: Prompts, rows: list[int], pad_id: int, device: torch.dev
     """Left-pad the prompts at `rows` to the longest of them."""
     ids = [prompts.token_ids[row] for row in rows]
     width = max(map(len, ids))
-    padded = torch.tensor([[pad_id] * (width - len(row)) + row for row in ids], device=device)
-    lengths = torch.tensor([len(row) for row in ids], device=device)
+    padded = torch.tensor([[pad_id] * (width - len(row)) + row for row in ids], dtype=torch.int64, device=device)
+    lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64, device=device)
     return PromptBatch(
         input_ids=padded,
-        attention_mask=torch.arange(width, device=device) >= width - lengths[:, None],
+        attention_mask=torch.arange(width, dtype=torch.int64, device=device) >= width - lengths[:, None],
         prompts=[prompts.prompts[row] for row in rows],
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
     )

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from .batches import put
 from .callables import call, load_callable
 from .checkpoint import save_models
 from .config import PPOConfig
@@ -99,8 +101,8 @@ class Evaluation:
 
     def _at_the_start(self, now: Responses) -> tuple[Responses, torch.Tensor]:
         """The answers at the start and their scores [B]; anew each time, since running statistics move."""
-        lengths = torch.tensor([len(ids) for ids in self.start])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.models.device)
+        lengths = np.array([len(ids) for ids in self.start])
+        mask = put(np.arange(lengths.max()) < lengths[:, None], self.models.device)
         texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
         start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
         return start, self.scorer(start, mask, learn=False).totals

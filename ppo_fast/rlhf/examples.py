@@ -154,7 +154,8 @@ def sequences(examples: Sequence[Kind]) -> list[Example]:
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
     """Pad the examples to the longest of them."""
     width = max(example.length for example in examples)
-    ids = torch.tensor([[*e.ids, *[pad_id] * (width - e.length)] for e in examples], device=device)
+    rows = [[*e.ids, *[pad_id] * (width - e.length)] for e in examples]
+    ids = torch.tensor(rows, dtype=torch.int64, device=device)
     start, end = np.array([[e.start, e.length] for e in examples]).T[..., None]
     position = np.arange(width)
     grid = Grid(ids, position < end, (position >= start) & (position < end))
@@ -200,7 +201,8 @@ class Batches:
         return self._shuffled(list(chunks(rows, self.size)))
 
     def _shuffled(self, items: Sequence[Any]) -> list[Any]:
-        order = torch.randperm(len(items), generator=self.generator, device=self.generator.device)
+        device = self.generator.device
+        order = torch.randperm(len(items), generator=self.generator, dtype=torch.int64, device=device)
         return [items[index] for index in order.tolist()]
 
 

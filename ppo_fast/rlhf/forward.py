@@ -172,7 +172,7 @@ def check_linear(model: Any) -> None:
 def _short_batch(model: Any) -> tuple[Sequences, Tensor]:
     """Two rows of eight words from all over the vocabulary, one of them left-padded, and the last four of each."""
     count = len(model.get_input_embeddings().weight)
-    ids = (torch.arange(16, device=model.device) * count // 16).view(2, 8)
+    ids = (torch.arange(16, dtype=torch.int64, device=model.device) * count // 16).view(2, 8)
     attention = np.arange(8) >= np.array([[0], [3]])
     grid = Grid(ids, attention, np.tile(np.arange(8) >= 4, (2, 1)))
     return grid.sequences(np.arange(2), packed=False), ids[:, 4:].flatten()

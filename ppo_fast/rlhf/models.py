@@ -237,10 +237,11 @@ def _own_backbone(config: ModelConfig, policy: Any) -> tuple[Any, nn.Linear | No
 
 
 def _new_head(config: ModelConfig, width: int, generator: torch.Generator) -> nn.Linear:
-    head = nn.Linear(width, 1, dtype=torch.float32)
+    head = nn.Linear(width, 1, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         if config.value_head == "normal":
-            noise = torch.randn(head.weight.shape, generator=generator, device=generator.device)
+            shape, device = head.weight.shape, generator.device
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
             head.weight.copy_(noise / (width + 1) ** 0.5)
         else:
             head.weight.zero_()
@@ -250,7 +251,7 @@ def _new_head(config: ModelConfig, width: int, generator: torch.Generator) -> nn
 
 def _head_like(scores: nn.Linear, stats: tuple[float, float]) -> nn.Linear:
     """(score - mean) / std, float32."""
-    head, (mean, std) = nn.Linear(scores.in_features, 1, dtype=torch.float32), stats
+    head, (mean, std) = nn.Linear(scores.in_features, 1, dtype=torch.float32, device="cpu"), stats
     with torch.no_grad():
         head.weight.copy_(scores.weight).div_(std)
         head.bias.zero_()
@@ -263,7 +264,7 @@ def _head_like(scores: nn.Linear, stats: tuple[float, float]) -> nn.Linear:
 def sequence_scores(model: ValueModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Scores [B] of a reward model at the last counted token of rows [B, L], padded on either side."""
     scores = model(input_ids, attention_mask)
-    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    position = torch.arange(attention_mask.shape[1], dtype=torch.int64, device=attention_mask.device)
     last = torch.where(attention_mask, position, 0).argmax(dim=1, keepdim=True)
     return scores.gather(1, last).squeeze(1)
 
@@ -293,6 +294,6 @@ def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Line
     """The value model that a run left beside its policy."""
     shape = load_pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
     backbone = require("transformers").AutoModel.from_config(shape, dtype=dtype)
-    saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32))
+    saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32, device="cpu"))
     saved.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
     return saved.backbone, saved.head

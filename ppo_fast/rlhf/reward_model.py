@@ -74,7 +74,9 @@ class RewardModel(Objective[Pair]):
             return files
         chosen, rejected = self._all_scores(pairs)
         metrics = self._metrics(pairs, chosen, rejected)
-        quantiles = torch.cat([chosen, rejected]).quantile(torch.tensor(QUANTILES).to(chosen))
+        quantiles = torch.cat([chosen, rejected]).quantile(
+            torch.tensor(QUANTILES, dtype=chosen.dtype, device=chosen.device)
+        )
         stats = {
             "mean": metrics.pop("score_mean"),
             "std": metrics.pop("score_std"),
@@ -92,7 +94,7 @@ class RewardModel(Objective[Pair]):
         return chosen, rejected
 
     def _margins(self, pairs: Sequence[Pair]) -> Tensor:
-        return torch.tensor([pair.margin for pair in pairs], device=self.model.device)
+        return torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=self.model.device)
 
 
 def train_reward_model(
@@ -174,8 +176,9 @@ def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> A
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"model.path: expected an architecture with a linear head 'score', got {type(model).__name__}")
     setattr(model, model.base_model_prefix, causal.base_model)
-    weight = torch.randn((1, config.hidden_size), generator=generator, device=generator.device)
-    model.score = nn.Linear(config.hidden_size, 1, bias=False, device=generator.device, dtype=causal.dtype)
+    shape, device = (1, config.hidden_size), generator.device
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+    model.score = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=causal.dtype)
     with torch.no_grad():
         model.score.weight.copy_(weight / (config.hidden_size + 1) ** 0.5)
     return disable_dropout(model)

@@ -163,9 +163,9 @@ class ModelSource:
         limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
         if width > limit:
             raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        attention_mask = torch.arange(width, device=device) >= width - lengths[:, None]
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64, device=device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+        attention_mask = torch.arange(width, dtype=torch.int64, device=device) >= width - lengths[:, None]
         return sequence_scores(self.model, ids, attention_mask).float().tolist()
 
 

@@ -90,7 +90,7 @@ class Scorer:
         count = len(sources)
         weights = config.weights or (1.0,) * count
         check(len(weights) == count, "reward.weights", f"one for each of the {count} sources", config.weights)
-        self.weights = torch.tensor(weights)
+        self.weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         self.running = [RunningStats() for _ in sources]
 
     def __call__(self, responses: Responses, mask: Tensor, *, learn: bool = True) -> Scores:
@@ -99,13 +99,14 @@ class Scorer:
         rows, spread = self._combined([self._rows(n, responses, mask, learn) for n in range(len(self.sources))], last)
         if config.clip is not None:
             rows = rows.clamp(-config.clip, config.clip)
-        penalty = config.length_penalty * mask.sum(dim=1)
-        ended = torch.tensor(responses.ended, device=mask.device)
-        penalty = penalty + torch.where(ended, 0.0, config.missing_eos_penalty)
+        penalty = config.length_penalty * mask.sum(dim=1, dtype=rows.dtype)
+        ended = torch.tensor(responses.ended, dtype=torch.bool, device=mask.device)
+        penalty = torch.where(ended, penalty, penalty + config.missing_eos_penalty)
         rows = rows - torch.where(last, penalty[:, None], 0.0)
         verdicts = self._verdicts(responses)
-        rejected = torch.tensor([verdict is False for verdict in verdicts], device=mask.device)[:, None]
-        return Scores(torch.where(rejected, last * config.rejected_score, rows), verdicts, spread)
+        no = [verdict is False for verdict in verdicts]
+        rejected = torch.tensor(no, dtype=torch.bool, device=mask.device)[:, None]
+        return Scores(torch.where(rejected, last.to(rows.dtype) * config.rejected_score, rows), verdicts, spread)
 
     def _combined(self, sources: list[Tensor], last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [B, T] of all sources in one, and the deviation [B] between them."""
@@ -118,7 +119,8 @@ class Scorer:
         std = ((weights[:, None] * deviations**2).sum(dim=0) / weights.sum()).sqrt()
         if self.config.combine == "min":
             lowest = weighted.sum(dim=-1).argmin(dim=0)
-            return weighted[lowest, torch.arange(len(last), device=last.device)], std
+            position = torch.arange(len(last), dtype=torch.int64, device=last.device)
+            return weighted[lowest, position], std
         price = self.config.std_coef if self.config.combine == "mean-std" else 0.0
         return mean - torch.where(last, price * std[:, None], 0.0), std
 
@@ -140,7 +142,7 @@ class Scorer:
             running.update(rows.sum(dim=-1))
         stats = {"running": running.stats(), "saved": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
         mean, std = stats[self.config.normalise]
-        return torch.where(mask, rows / std, 0.0) - torch.where(_is_last(mask), mean / std, 0.0)
+        return torch.where(mask, rows / std, 0.0) - _is_last(mask).to(rows.dtype) * (mean / std)
 
     def state_dict(self) -> dict[str, Any]:
         return {"running": [stats.state_dict() for stats in self.running]}
@@ -191,7 +193,7 @@ def compute_rewards(rollout: Rollout, tokenizer: Any, scorer: Scorer, kl: KLCoef
         rewards=rewards,
         scores=scores.totals,
         kl=k1,
-        kl_coef=torch.as_tensor(kl.coef, device=mask.device),
+        kl_coef=torch.as_tensor(kl.coef, dtype=torch.float32, device=mask.device),
         completion_ids=responses.completion_ids,
         completions=responses.completions,
         verdicts=scores.verdicts,
@@ -211,10 +213,10 @@ def without_masked(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards
 
 def _spread(scores: list[Score], mask: Tensor) -> Tensor:
     """[B, T] float32: a list goes on its tokens, a number on the last counted token."""
-    rows = torch.zeros(mask.shape)
+    rows = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
     for row, score, length in zip(rows, scores, mask.sum(dim=1).tolist(), strict=True):
         if isinstance(score, list):
-            row[:length] = torch.tensor(score)
+            row[:length] = torch.tensor(score, dtype=torch.float32, device="cpu")
         else:
             row[length - 1] = score
     return rows.to(mask.device)

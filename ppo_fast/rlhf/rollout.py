@@ -91,7 +91,7 @@ class StopStrings:
 
     def __init__(self, config: RolloutConfig, tokenizer: Any, prompts: Tensor) -> None:
         self.width, self.never = prompts.shape[1], config.max_new_tokens
-        self.stopped_at = torch.full((len(prompts),), self.never, device=prompts.device)
+        self.stopped_at = torch.full((len(prompts),), self.never, dtype=torch.int64, device=prompts.device)
         if config.stop:
             try:
                 self.found = require("transformers").StopStringCriteria(tokenizer, list(config.stop))
@@ -116,7 +116,7 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
     responses = torch.cat([_pad_right(tokens, length, models.pad_id) for tokens, _, _ in parts])
     stopped_at = torch.cat([stops for _, _, stops in parts])
     ended_at = torch.minimum(first_eos(responses, models.eos_ids), stopped_at)
-    mask = torch.arange(length, device=responses.device) < (ended_at + 1)[:, None]
+    mask = torch.arange(length, dtype=torch.int64, device=responses.device) < (ended_at + 1)[:, None]
     logprobs = torch.cat([_pad_right(values, length, 0.0) for _, values, _ in parts])
     return Generation(
         prompts=prompts,
@@ -146,7 +146,7 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
 
     def spread(parts: list[Tensor]) -> Tensor:
         """[B, T]: values of the counted tokens of all passes, each in its place."""
-        empty = torch.zeros(grid.ids.shape, device=grid.ids.device).flatten()
+        empty = torch.zeros(grid.ids.numel(), dtype=torch.float32, device=grid.ids.device)
         filled = empty.index_copy(0, torch.cat([part.places for part in passes]), torch.cat(parts).float())
         return filled.view(grid.ids.shape)[:, -generation.mask.shape[1] :]
 

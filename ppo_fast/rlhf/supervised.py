@@ -200,7 +200,8 @@ def load_data(
     if held_out is not None:
         return Data(examples, load_examples(held_out, "held_out", make, tokenizer, config.data))
     count = round(config.data.held_out_frac * len(examples))
-    order = torch.randperm(len(examples), generator=generator, device=generator.device).tolist()
+    device = generator.device
+    order = torch.randperm(len(examples), generator=generator, dtype=torch.int64, device=device).tolist()
     data = Data([examples[row] for row in order[count:]], [examples[row] for row in order[:count]])
     if not data.train:
         raise UserError(f"data.held_out_frac: expected a share that leaves examples to train on, got all {count}")

@@ -123,7 +123,7 @@ class Learner:
         return UpdateStats(
             policy=combine([step.policy for step in good]),
             value=combine([step.value for step in good]),
-            grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, device=device),
+            grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, dtype=torch.float32, device=device),
             lr=self.config.optim.lr * lr_factor,
             note="; ".join(filter(None, [note, *skipped])) or None,
             skipped=len(skipped),
@@ -195,7 +195,8 @@ class Learner:
     def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Array]]:
         """(epoch, number in it, rows of the minibatch), in a new order every epoch; all drawn at the start."""
         epochs = range(self.config.optim.epochs)
-        orders = [torch.randperm(size, generator=generator, device=generator.device) for _ in epochs]
+        device = generator.device
+        orders = [torch.randperm(size, generator=generator, dtype=torch.int64, device=device) for _ in epochs]
         for epoch, order in enumerate(torch.stack(orders).cpu().numpy()):
             for number, start in enumerate(range(0, size, self.config.optim.minibatch_size)):
                 yield epoch, number, order[start : start + self.config.optim.minibatch_size]

@@ -94,6 +94,9 @@ def test_a_missing_toolkit_is_a_reason(setup_py: ModuleType, tmp_path: Path, mon
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(setup_py.CudaError, match=r"^nvcc is not on the PATH$"):
         setup_py.find_cuda()
+    monkeypatch.setenv("CUDA_HOME", "")
+    with pytest.raises(setup_py.CudaError, match=r"^nvcc is not on the PATH$"):
+        setup_py.find_cuda()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(setup_py.CudaError, match=r"^there is no nvcc in .*/bin$"):
         setup_py.find_cuda()
@@ -109,6 +112,8 @@ def test_a_toolkit_that_knows_no_wanted_architecture_is_a_reason(
     monkeypatch.setenv("PPO_FAST_CUDA_ARCHS", "80;90")
     toolkit = setup_py.find_cuda()
     assert toolkit.archs == [90]
+    monkeypatch.setenv("PPO_FAST_CUDA_ARCHS", "")
+    assert setup_py.find_cuda().archs == [90]
     assert toolkit.gencode() == ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
     monkeypatch.setenv("PPO_FAST_CUDA_ARCHS", "123")
     with pytest.raises(setup_py.CudaError, match=r"knows none of the architectures 123$"):

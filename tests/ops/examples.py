@@ -190,7 +190,8 @@ def run(name: str, backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]
 def upstream(results: dict[str, Tensor]) -> Tensor:
     """A scalar in which every differentiable element has its own weight."""
     parts = [x for x in results.values() if x.requires_grad]
-    return sum((x * torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape)).sum() for x in parts)
+    weights = [torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device) for x in parts]
+    return sum((x * weight.view(x.shape)).sum() for x, weight in zip(parts, weights, strict=True))
 
 
 def run_with_gradient(name: str, backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

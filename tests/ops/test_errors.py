@@ -12,9 +12,11 @@ import torch
 import ppo_fast as pf
 from ppo_fast import PolicyLossConfig as Config
 from tests.helpers import raises_exactly
+from tests.ops.examples import EXAMPLES, run
 
 OPS = Path(pf.__file__).parent / "ops"
 LOGITS, TARGETS, ROWS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
+FULL = Config(kl_estimator="full")
 MASK, FLAT, OFFSETS = torch.ones(2, 3, dtype=torch.bool), torch.zeros(6), torch.tensor([0, 2, 6])
 META = "meta"
 
@@ -51,12 +53,23 @@ def stats(**changes: Any) -> Callable[[], Any]:
     return lambda: pf.token_stats(**{"logits": LOGITS, "targets": TARGETS, **changes})
 
 
+class DTensor(torch.Tensor):
+    """As that of torch.distributed.tensor, by name."""
+
+
+def dtensor(x: torch.Tensor) -> torch.Tensor:
+    return x.as_subclass(DTensor)
+
+
 def config(**fields: Any) -> Callable[[], Any]:
     """A PolicyLossConfig with one thing wrong."""
     return lambda: Config(**fields)
 
 
 FLOATS = "float32, bfloat16, float16 or float64"
+HUGE, SPARSE = "an integer beyond every float", "one of layout torch.sparse_coo"
+POSITIVE = "a number in [1e-30, 1e+30]"
+HEAD = ": pass {0}.full_tensor(grad_placements=[Partial()]), or call the op in the sharded module's forward"
 PENALTY = "PolicyLossConfig: expected penalty_coef to be"
 
 TABLE: list[tuple[Callable[[], Any], str]] = [
@@ -77,6 +90,34 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (stats(ref_logits=LOGITS[:1]), "token_stats: expected ref_logits to match logits [2, 3, 4], got [1, 3, 4]"),
     (stats(ref_logits=LOGITS.long()), f"token_stats: expected ref_logits to be {FLOATS}, got torch.int64"),
     (stats(ref_logits=LOGITS.to(META)), "token_stats: expected ref_logits on the device of logits (cpu), got meta"),
+    # tensors that are no plain ones
+    (stats(logits=LOGITS.to_sparse()), f"token_stats: expected logits to be a dense tensor, got {SPARSE}"),
+    (
+        stats(logits=LOGITS.to_mkldnn()),
+        "token_stats: expected logits to be a dense tensor, got one of layout torch._mkldnn",
+    ),
+    (
+        stats(logits=torch.nested.as_nested_tensor([LOGITS[0], LOGITS[1]], layout=torch.jagged)),
+        "token_stats: expected logits to be a dense tensor, got a nested one",
+    ),
+    (
+        policy(ref_logits=LOGITS.to_sparse(), config=FULL),
+        f"policy_loss: expected ref_logits to be a dense tensor, got {SPARSE}",
+    ),
+    (policy(targets=TARGETS.to_sparse()), f"policy_loss: expected targets to be a dense tensor, got {SPARSE}"),
+    (policy(advantages=ROWS.to_sparse()), f"policy_loss: expected advantages to be a dense tensor, got {SPARSE}"),
+    (policy(mask=MASK.to_sparse()), f"policy_loss: expected mask to be a dense tensor, got {SPARSE}"),
+    (
+        packed_policy(cu_seqlens=OFFSETS.to_sparse()),
+        f"policy_loss: expected cu_seqlens to be a dense tensor, got {SPARSE}",
+    ),
+    (value(values=ROWS.to_sparse()), f"value_loss: expected values to be a dense tensor, got {SPARSE}"),
+    (gae(bootstrap=FLAT[:2].to_sparse()), f"gae: expected bootstrap to be a dense tensor, got {SPARSE}"),
+    (lambda: pf.whiten(ROWS.to_sparse(), None), f"whiten: expected x to be a dense tensor, got {SPARSE}"),
+    (
+        lambda: pf.dpo_loss(FLAT, FLAT, FLAT, FLAT.to_sparse()),
+        f"dpo_loss: expected ref_rejected to be a dense tensor, got {SPARSE}",
+    ),
     # masks and per-token tensors
     (stats(mask=[True]), "token_stats: expected mask to be a tensor, got list"),
     (stats(mask=ROWS), "token_stats: expected mask to be bool, got torch.float32"),
@@ -96,14 +137,17 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (packed_policy(advantages=FLAT[:1]), "policy_loss: expected advantages to match targets [6], got [1]"),
     (policy(ref_logprobs=ROWS[0]), "policy_loss: expected ref_logprobs to match targets [2, 3], got [3]"),
     # temperature
-    (stats(temperature=0.0), "token_stats: expected temperature to be a finite number > 0, got 0.0"),
-    (stats(temperature=math.nan), "token_stats: expected temperature to be a finite number > 0, got nan"),
-    (stats(temperature=math.inf), "token_stats: expected temperature to be a finite number > 0, got inf"),
-    (stats(temperature=True), "token_stats: expected temperature to be a finite number > 0, got True"),
-    (stats(temperature="1"), "token_stats: expected temperature to be a finite number > 0, got '1'"),
+    (stats(temperature=0.0), "token_stats: expected temperature to be a number in [1e-09, 1e+09], got 0.0"),
+    (stats(temperature=math.nan), "token_stats: expected temperature to be a number in [1e-09, 1e+09], got nan"),
+    (stats(temperature=math.inf), "token_stats: expected temperature to be a number in [1e-09, 1e+09], got inf"),
+    (stats(temperature=1e-45), "token_stats: expected temperature to be a number in [1e-09, 1e+09], got 1e-45"),
+    (stats(temperature=10**400), f"token_stats: expected temperature to be a number in [1e-09, 1e+09], got {HUGE}"),
+    (stats(temperature=-(10**5000)), f"token_stats: expected temperature to be a number in [1e-09, 1e+09], got {HUGE}"),
+    (stats(temperature=True), "token_stats: expected temperature to be a number in [1e-09, 1e+09], got True"),
+    (stats(temperature="1"), "token_stats: expected temperature to be a number in [1e-09, 1e+09], got '1'"),
     (
         lambda: pf.entropy(LOGITS, temperature=-1),
-        "entropy: expected temperature to be a finite number > 0, got -1",
+        "entropy: expected temperature to be a number in [1e-09, 1e+09], got -1",
     ),
     (lambda: pf.token_logprobs(LOGITS, None), "token_logprobs: expected targets to be a tensor, got NoneType"),
     (
@@ -152,13 +196,55 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         "value_loss: expected cu_seqlens beside packed [N] values with aggregation='seq-mean-token-sum', got None",
     ),
     # denominators
-    (policy(denominator=0), "policy_loss: expected denominator to be a number > 0 or a 0-d tensor, got 0"),
-    (policy(denominator=math.inf), "policy_loss: expected denominator to be a number > 0 or a 0-d tensor, got inf"),
-    (policy(denominator="8"), "policy_loss: expected denominator to be a number > 0 or a 0-d tensor, got '8'"),
-    (value(denominator=True), "value_loss: expected denominator to be a number > 0 or a 0-d tensor, got True"),
+    (
+        policy(denominator=0),
+        "policy_loss: expected denominator to be a number in [1e-30, 1e+30] or a 0-d tensor, got 0",
+    ),
+    (
+        policy(denominator=math.inf),
+        "policy_loss: expected denominator to be a number in [1e-30, 1e+30] or a 0-d tensor, got inf",
+    ),
+    (
+        policy(denominator="8"),
+        "policy_loss: expected denominator to be a number in [1e-30, 1e+30] or a 0-d tensor, got '8'",
+    ),
+    (
+        value(denominator=True),
+        "value_loss: expected denominator to be a number in [1e-30, 1e+30] or a 0-d tensor, got True",
+    ),
     (
         value(denominator=torch.ones(1)),
-        "value_loss: expected denominator to be a number > 0 or a 0-d tensor, got a tensor of shape [1]",
+        "value_loss: expected denominator to be a number or a 0-d tensor of one, "
+        "got a tensor of shape [1] and dtype torch.float32",
+    ),
+    (
+        policy(denominator=torch.tensor(True)),
+        "policy_loss: expected denominator to be a number or a 0-d tensor of one, "
+        "got a tensor of shape [] and dtype torch.bool",
+    ),
+    (policy(denominator=10**400), f"policy_loss: expected denominator to be {POSITIVE} or a 0-d tensor, got {HUGE}"),
+    (policy(denominator=dtensor(FLAT[0])), "policy_loss: expected denominator to be a whole tensor, got a DTensor"),
+    (
+        policy(denominator=torch.tensor(-1.0)),
+        "policy_loss: expected denominator in [1e-30, 1e+30], got a tensor of -1.0",
+    ),
+    (policy(denominator=torch.tensor(0)), "policy_loss: expected denominator in [1e-30, 1e+30], got a tensor of 0.0"),
+    (
+        value(denominator=torch.tensor(math.nan)),
+        "value_loss: expected denominator in [1e-30, 1e+30], got a tensor of nan",
+    ),
+    # coefficients that come as tensors
+    (
+        policy(config=Config(ent_coef=torch.tensor(-0.1, dtype=torch.float64))),
+        "policy_loss: expected ent_coef in [0, 1e+30], got a tensor of -0.10000000149011612",
+    ),
+    (
+        policy(config=Config(penalty_coef=torch.tensor(math.inf))),
+        "policy_loss: expected penalty_coef in [0, 1e+30], got a tensor of inf",
+    ),
+    (
+        policy(config=Config(kl_coef=torch.tensor(math.nan)), ref_logprobs=ROWS),
+        "policy_loss: expected kl_coef in [0, 1e+30], got a tensor of nan",
     ),
     # the policy loss's own
     (policy(config={}), "policy_loss: expected config to be a PolicyLossConfig, got dict"),
@@ -198,7 +284,8 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     ),
     # the value loss's own
     (value(clip=0.2), "value_loss: expected old_values with clip=0.2, got None"),
-    (value(clip=0, old_values=ROWS), "value_loss: expected clip to be a finite number > 0, got 0"),
+    (value(clip=1e-45, old_values=ROWS), f"value_loss: expected clip to be {POSITIVE}, got 1e-45"),
+    (value(clip=0, old_values=ROWS), "value_loss: expected clip to be a number in [1e-30, 1e+30], got 0"),
     (value(returns=None), "value_loss: expected returns to be a tensor, got NoneType"),
     (value(returns=ROWS[0]), "value_loss: expected returns to match values [2, 3], got [3]"),
     (
@@ -212,6 +299,7 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (gae(values=ROWS[0]), "gae: expected values to match rewards [2, 3], got [3]"),
     (gae(bootstrap=torch.zeros(3)), "gae: expected bootstrap to match the sequences [2], got [3]"),
     (gae(dones=ROWS), "gae: expected dones to be bool, got torch.float32"),
+    (gae(gamma=10**400), f"gae: expected gamma to be a number in [0, 1], got {HUGE}"),
     (gae(gamma=1.1), "gae: expected gamma to be a number in [0, 1], got 1.1"),
     (gae(lam=math.nan), "gae: expected lam to be a number in [0, 1], got nan"),
     (gae(lam=True), "gae: expected lam to be a number in [0, 1], got True"),
@@ -256,16 +344,23 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: pf.dpo_loss(FLAT, FLAT, FLAT, FLAT, beta=0),
-        "dpo_loss: expected beta to be a finite number > 0, got 0",
+        "dpo_loss: expected beta to be a number in [1e-30, 1e+30], got 0",
     ),
     # the configuration
-    (config(clip_low=-0.1), "PolicyLossConfig: expected clip_low to be a finite number >= 0, got -0.1"),
-    (config(clip_high=math.inf), "PolicyLossConfig: expected clip_high to be a finite number >= 0, got inf"),
-    (config(dual_clip=1.0), "PolicyLossConfig: expected dual_clip to be a finite number > 1, got 1.0"),
-    (config(temperature=0), "PolicyLossConfig: expected temperature to be a finite number > 0, got 0"),
-    (config(temperature=True), "PolicyLossConfig: expected temperature to be a finite number > 0, got True"),
-    (config(ent_coef=math.nan), "PolicyLossConfig: expected ent_coef to be a finite number >= 0, got nan"),
-    (config(kl_coef="0.1"), "PolicyLossConfig: expected kl_coef to be a finite number >= 0, got '0.1'"),
+    (config(clip_low=-0.1), "PolicyLossConfig: expected clip_low to be a number in [0, 1], got -0.1"),
+    (config(clip_high=math.inf), "PolicyLossConfig: expected clip_high to be a number in [0, 1e+30], got inf"),
+    (config(dual_clip=1.0), "PolicyLossConfig: expected dual_clip to be a number in (1, 1e+30], got 1.0"),
+    (config(temperature=0), "PolicyLossConfig: expected temperature to be a number in [1e-09, 1e+09], got 0"),
+    (config(clip_low=2.0), "PolicyLossConfig: expected clip_low to be a number in [0, 1], got 2.0"),
+    (config(clip_high=1e300), "PolicyLossConfig: expected clip_high to be a number in [0, 1e+30], got 1e+300"),
+    (config(dual_clip=math.nan), "PolicyLossConfig: expected dual_clip to be a number in (1, 1e+30], got nan"),
+    (config(temperature=1e-45), "PolicyLossConfig: expected temperature to be a number in [1e-09, 1e+09], got 1e-45"),
+    (config(kl_coef=10**400), f"PolicyLossConfig: expected kl_coef to be a number in [0, 1e+30], got {HUGE}"),
+    (config(ent_coef=ROWS.to_sparse()), f"PolicyLossConfig: expected ent_coef to be a dense tensor, got {SPARSE}"),
+    (config(kl_coef=dtensor(torch.ones(()))), "PolicyLossConfig: expected kl_coef to be a whole tensor, got a DTensor"),
+    (config(temperature=True), "PolicyLossConfig: expected temperature to be a number in [1e-09, 1e+09], got True"),
+    (config(ent_coef=math.nan), "PolicyLossConfig: expected ent_coef to be a number in [0, 1e+30], got nan"),
+    (config(kl_coef="0.1"), "PolicyLossConfig: expected kl_coef to be a number in [0, 1e+30], got '0.1'"),
     (
         config(penalty_coef=torch.zeros(2)),
         f"{PENALTY} a number or a 0-d floating tensor, got a tensor of shape [2] and dtype torch.float32",
@@ -294,6 +389,24 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         "token_stats: expected a usable backend, got 'cuda': token_stats has no cuda implementation",
     ),
 ]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_op_refuses_a_dtensor_and_a_sparse_tensor_in_every_argument(name: str) -> None:
+    op = EXAMPLES[name].op or name
+    for argument, value in EXAMPLES[name].inputs.items():
+        hint = HEAD.format(argument) if argument.endswith(("weight", "bias")) else ""
+        with raises_exactly(f"{op}: expected {argument} to be a whole tensor, got a DTensor{hint}"):
+            run(name, "auto", {**EXAMPLES[name].inputs, argument: dtensor(value)})
+        with raises_exactly(f"{op}: expected {argument} to be a dense tensor, got {SPARSE}"):
+            run(name, "auto", {**EXAMPLES[name].inputs, argument: value.to_sparse()})
+
+
+@pytest.mark.parametrize("op", [policy, value])
+def test_a_denominator_of_0_is_the_count_of_nothing(op: Callable[..., Any]) -> None:
+    """As that of micro-batches none of whose tokens counts."""
+    nothing = torch.zeros_like(MASK)
+    assert op(mask=nothing, denominator=nothing.sum())().loss.item() == 0
 
 
 @pytest.mark.parametrize(("call", "message"), TABLE, ids=[message for _, message in TABLE])

@@ -1,16 +1,15 @@
 """Every ValueError that the linear ops alone raise, word for word; and that no raise statement is missing here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from torch import Tensor
 
 import ppo_fast as pf
 from tests.helpers import raises_exactly
-from tests.ops.test_errors import FLOATS, META, line_of, raise_statements
+from tests.ops.test_errors import FLOATS, HUGE, META, line_of, raise_statements
 
 HIDDEN, WEIGHT, BIAS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
 TARGETS, ROWS = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
@@ -122,11 +121,18 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (loss(ref_hidden=HIDDEN, ref_logprobs=ROWS), f"{LOSS}: expected ref_logprobs or ref_hidden, got both"),
     # the rest
     (stats(mask=ROWS), f"{STATS}: expected mask to be bool, got torch.float32"),
-    (stats(temperature=0), f"{STATS}: expected temperature to be a finite number > 0, got 0"),
-    (stats(softcap=-1.0), f"{STATS}: expected softcap to be a finite number > 0, got -1.0"),
-    (stats(chunk_size=0), f"{STATS}: expected chunk_size to be an integer >= 1, got 0"),
-    (loss(chunk_size=2.0), f"{LOSS}: expected chunk_size to be an integer >= 1, got 2.0"),
-    (loss(chunk_size=True), f"{LOSS}: expected chunk_size to be an integer >= 1, got True"),
+    (stats(temperature=0), f"{STATS}: expected temperature to be a number in [1e-09, 1e+09], got 0"),
+    (stats(softcap=-1.0), f"{STATS}: expected softcap to be a number in [1e-09, 1e+09], got -1.0"),
+    (stats(chunk_size=0), f"{STATS}: expected chunk_size to be an integer in [1, 2147483647], got 0"),
+    (stats(chunk_size=10**400), f"{STATS}: expected chunk_size to be an integer in [1, 2147483647], got {HUGE}"),
+    (stats(softcap=1e-45), f"{STATS}: expected softcap to be a number in [1e-09, 1e+09], got 1e-45"),
+    (loss(denominator=torch.tensor(-1.0)), f"{LOSS}: expected denominator in [1e-30, 1e+30], got a tensor of -1.0"),
+    (
+        loss(config=pf.PolicyLossConfig(ent_coef=torch.tensor(-1.0))),
+        f"{LOSS}: expected ent_coef in [0, 1e+30], got a tensor of -1.0",
+    ),
+    (loss(chunk_size=2.0), f"{LOSS}: expected chunk_size to be an integer in [1, 2147483647], got 2.0"),
+    (loss(chunk_size=True), f"{LOSS}: expected chunk_size to be an integer in [1, 2147483647], got True"),
     (loss(config=None), f"{LOSS}: expected config to be a PolicyLossConfig, got NoneType"),
     (loss(advantages=ROWS[0]), f"{LOSS}: expected advantages to match targets [2, 3] or [2, 1], got [3]"),
     (
@@ -148,25 +154,5 @@ def test_message(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-@pytest.fixture
-def sharded() -> Iterator[Tensor]:
-    """The weight as a DTensor, over a process group of one."""
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield distribute_tensor(WEIGHT, init_device_mesh("cpu", (1,)), [Shard(0)])
-    torch.distributed.destroy_process_group()
-
-
-def test_a_sharded_weight(sharded: Tensor) -> None:
-    message = "expected weight to be a whole tensor, got a DTensor: pass weight.full_tensor()"
-    for op, call in ((STATS, stats), (LOSS, loss)):
-        with raises_exactly(f"{op}: {message}"):
-            call(weight=sharded)()
-        call(weight=sharded.full_tensor())()
-    assert line_of(stats(weight=sharded)) in raise_statements("_linear_*.py")
-
-
-def test_no_raise_statement_is_missing(sharded: Tensor) -> None:
-    reached = {line_of(call) for call, _ in TABLE} | {line_of(stats(weight=sharded))}
-    assert raise_statements("_linear_*.py") <= reached
+def test_no_raise_statement_is_missing() -> None:
+    assert raise_statements("_linear_*.py") <= {line_of(call) for call, _ in TABLE}

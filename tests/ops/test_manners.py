@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_same
+from tests.helpers import INTERPRETED, assert_same
 from tests.ops.examples import EXAMPLES, each_example, fresh_inputs, run, run_with_gradient
 
 
@@ -43,6 +43,31 @@ def test_uninitialised_memory_never_shows(name: str, backend: str) -> None:
         assert torch.empty(3).isnan().all()
         poisoned = run_with_gradient(name, backend, fresh_inputs(name))
     assert_same(poisoned, plain)
+
+
+FOREIGN = [(torch.float64, "meta"), (torch.bfloat16, "cpu")]
+
+
+@contextmanager
+def foreign_defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """The process-wide defaults of dtype and device."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@each_example()
+@pytest.mark.parametrize(("dtype", "device"), FOREIGN[: 1 if INTERPRETED else 2])
+def test_defaults_of_the_process_change_nothing(name: str, backend: str, dtype: torch.dtype, device: str) -> None:
+    """The device "meta" stands for "cuda": whatever is made on the default device is not on that of the inputs."""
+    plain, inputs = run_with_gradient(name, backend, fresh_inputs(name)), fresh_inputs(name)
+    with foreign_defaults(dtype, device):
+        foreign = run_with_gradient(name, backend, inputs)
+    assert_same(foreign, plain)
 
 
 @each_example()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +98,36 @@ def test_rows_whose_logits_are_all_negative(backend: str, dtype: torch.dtype, V:
     logprobs = pf.token_logprobs(logits, torch.tensor([0, V - 1]), backend=backend)
     expected = [oracles.log_softmax(row, 1.0)[t] for row, t in zip(logits.double().numpy(), (0, V - 1), strict=True)]
     assert_near_truth(logprobs, expected, dtype=dtype)
+
+
+HUGE = 3e38  # the difference of two such overflows float32, and such a logit divided by a temperature below 1 too
+
+
+@each_case("token_stats")
+@pytest.mark.parametrize("V", [3, 300])
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 0.5])
+def test_logits_near_the_largest_float(backend: str, dtype: torch.dtype, V: int, temperature: float) -> None:
+    """Finite wherever the truth is, infinite where float32 cannot hold it, never NaN; also through the linear ops."""
+    huge = HUGE if dtype != torch.float16 else 6e4
+    logits = torch.zeros(4, V, dtype=dtype)
+    logits[:, :3] = torch.tensor([[0.5, -huge, 1.0], [-huge, huge, 0.0], [huge, -huge, 0.0], [-huge, 0.0, -huge]])
+    logits[3, 3:] = -huge
+    targets, reference = torch.tensor([1, 0, 1, 0]), torch.where(logits < -1, logits, 0.0)
+    leaf, identity = logits.clone().requires_grad_(), torch.eye(V, dtype=dtype)
+    direct = pf.token_stats(leaf, targets, ref_logits=reference, temperature=temperature, backend=backend)
+    linear = pf.linear_token_stats(logits, identity, targets, temperature=temperature, backend=backend)
+    (grad,) = torch.autograd.grad(direct.logprobs.sum(), leaf)
+    rows = [oracles.log_softmax(row, temperature) for row in logits.double().numpy()]
+    largest = torch.finfo(direct.logprobs.dtype).max
+    logprobs = torch.tensor([u[target] for u, target in zip(rows, targets, strict=True)], dtype=torch.float64)
+    logprobs = torch.where(logprobs < -largest, NINF, logprobs)
+    for stats in (direct, linear):
+        assert_near_truth(stats.logprobs, logprobs, dtype=dtype)
+        assert_near_truth(stats.entropy, [oracles.entropy(u) for u in rows], dtype=dtype)
+    references = [oracles.log_softmax(row, temperature) for row in reference.double().numpy()]
+    assert_near_truth(direct.kl, [oracles.kl(u, w) for u, w in zip(rows, references, strict=True)], dtype=dtype)
+    truth = [oracles.pull_back(u, None, int(t), temperature, 1.0, 0.0, 0.0) for u, t in zip(rows, targets, strict=True)]
+    torch.testing.assert_close(grad.double(), torch.tensor(np.array(truth)), rtol=0.02, atol=1e-3)
 
 
 @each_backend("policy_loss")

@@ -45,6 +45,18 @@ def test_a_packed_row_holds_every_token_but_the_last_of_each_sequence():
     assert packed.tail == packed.inputs["input_ids"].numel()
 
 
+@pytest.mark.parametrize("lone", [0, 1, 2, 3])
+def test_a_sequence_of_one_token_leaves_nothing_in_a_packed_row(lone):
+    """Its last token is its only one: no sequence of length 0 reaches the attention, whichever row it is."""
+    ids, attention, mask = ragged()
+    attention[lone], mask[lone] = torch.arange(11) == 4, False
+    packed = forward_pass(ids, attention, mask, packed=True)
+    rows = [row[keep][:-1] for row, keep in zip(ids, attention, strict=True)]
+    assert torch.equal(packed.inputs["input_ids"], torch.cat(rows)[None])
+    assert packed.ends.diff().tolist() == [len(row) for row in rows if len(row)]
+    assert len(packed.states) == mask.sum()
+
+
 def test_a_padded_pass_has_no_mask_where_there_is_no_padding():
     ids, attention, mask = ragged()
     assert forward_pass(ids[:1], attention[:1], mask[:1]).inputs["attention_mask"] is None

@@ -150,7 +150,7 @@ def test_short_flags():
         (["sft", "--model", "no/such/dir"], "AutoModelForCausalLM: cannot load model 'no/such/dir': no such directory"),
         (
             ["train", "--rollout.temperature", "-1"],
-            "flags: rollout.temperature: expected a number > 0, got -1.0",
+            "flags: rollout.temperature: expected 1e-9 <= temperature <= 1e9, got -1.0",
         ),
     ],
 )

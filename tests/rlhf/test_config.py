@@ -164,7 +164,7 @@ def test_rule_07_k1_is_no_loss():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rollout": {"temperature": 0}}, "rollout.temperature: expected a number > 0, got 0.0"),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature: expected 1e-9 <= temperature <= 1e9, got 0.0"),
         ({"rollout": {"stop": [""]}}, "rollout.stop: expected strings that are not empty, got ('',)"),
         ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
         ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),

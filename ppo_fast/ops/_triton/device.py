@@ -18,7 +18,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # The maximum of nothing, finite so that differences of maxima are no NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 # Finite, and 2^FLOOR is 0: stands for a shift of -inf where it is multiplied.
-FLOOR: tl.constexpr = tl.constexpr(-1e30)
+FLOOR: tl.constexpr = tl.constexpr(-3e38)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -83,8 +83,9 @@ def moved_s(s, shift):
 
 @triton.jit
 def moved_w(w, s, shift):
-    """w against the maximum that lies ``shift`` above."""
-    return (w + shift * s) * tl.exp2(shift)
+    """w against the maximum that lies ``shift`` above; what becomes impossible adds 0, not 0 * inf."""
+    factor = tl.exp2(shift)
+    return tl.where(factor == 0.0, 0.0, factor * (w + shift * s))
 
 
 @triton.jit

@@ -156,7 +156,9 @@ def merge_kernel(
         inside = (target >= 0) & (target < V)
         x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, False) + tl.where(inside, target, 0)
         x = tl.load(x_ptr, counted, other=0.0).to(tl.float32)
-        logprob = tl.where(inside, tl.fma(x - top, scale, -log_sum) * LN2, float("nan"))
+        # Halved, since a difference of two float32 may overflow; not in base 2, which would overflow sooner.
+        logprob = tl.fma(x * 0.5 - top * 0.5, 2.0 * inv_temperature, -log_sum * LN2)
+        logprob = tl.where(inside, logprob, float("nan"))
         store_row(logprobs_ptr, row, logprob, counted, exists)
     if entropy_ptr is not None:
         w = tl.load(part_ptr + 2 * field, part, other=0.0)

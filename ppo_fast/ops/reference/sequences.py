@@ -15,7 +15,7 @@ def to_tokens(per_sequence: Tensor, cu_seqlens: Tensor | None, shape: torch.Size
     """One number per sequence spread over its tokens: [B] or [S] -> [B, T]."""
     if cu_seqlens is None:
         return per_sequence[:, None].expand(shape)
-    position = torch.arange(shape.numel(), device=per_sequence.device)
+    position = torch.arange(shape.numel(), dtype=torch.int64, device=per_sequence.device)
     index = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
     return per_sequence[index.clamp(max=per_sequence.shape[0] - 1)].view(shape)
 

@@ -6,13 +6,16 @@ from torch import Tensor
 from ppo_fast.ops._checks import accumulation_dtype
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Not z - lse: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability."""
-    return torch.log_softmax(logits.to(accumulation_dtype(logits.dtype)) / temperature, -1)
+def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(u, lse), the latter in float64. The largest logit is subtracted first, halved: no difference overflows.
 
-
-def _lse(logits: Tensor, temperature: float) -> Tensor:
-    return (logits.to(accumulation_dtype(logits.dtype)) / temperature).logsumexp(-1).double()
+    Not z - lse: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability.
+    """
+    x = logits.to(accumulation_dtype(logits.dtype))
+    top = x.amax(-1, keepdim=True)
+    z = (x / 2 - top / 2) / (temperature / 2)
+    log_sum = z.logsumexp(-1, keepdim=True)
+    return z - log_sum, (top.double() / temperature + log_sum.double())[..., 0]
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
@@ -33,8 +36,7 @@ def token_stats(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T], lse in float64; what is not asked for is empty."""
-    lse = _lse(logits, temperature)
-    u = _log_softmax(logits, temperature)
+    u, lse = _log_softmax(logits, temperature)
     logprobs, entropy, kl, ref_lse = (u.new_empty(0), u.new_empty(0), u.new_empty(0), lse.new_empty(0))
     if targets is not None:
         inside = (targets >= 0) & (targets < logits.shape[-1])
@@ -43,9 +45,8 @@ def token_stats(
     if want_entropy:
         entropy = _where_counted(mask, -_expectation(u.exp(), u))
     if ref_logits is not None:
-        ref_lse = _lse(ref_logits, temperature)
-        w = _log_softmax(ref_logits, temperature).to(u.dtype)
-        kl = _where_counted(mask, _expectation(u.exp(), u - w))
+        w, ref_lse = _log_softmax(ref_logits, temperature)
+        kl = _where_counted(mask, _expectation(u.exp(), u - w.to(u.dtype)))
     return logprobs, entropy, kl, lse, ref_lse
 
 
@@ -69,15 +70,15 @@ def token_stats_backward(
     With a = -g - gH*H - gK*KL, b = gK - gH, c = -gK. A term whose upstream gradient is None is left out.
     ``out`` may be the logits themselves.
     """
-    u = _log_softmax(logits, temperature)
+    u, _ = _log_softmax(logits, temperature)
     inner = torch.zeros_like(u)
     if g is not None:
         inner = inner - g[..., None]
     if g_entropy is not None:
         inner = inner - g_entropy[..., None] * (entropy[..., None] + u)
     if g_kl is not None and ref_logits is not None:
-        w = _log_softmax(ref_logits, temperature).to(u.dtype)
-        inner = inner + g_kl[..., None] * (u - w - kl[..., None])
+        w, _ = _log_softmax(ref_logits, temperature)
+        inner = inner + g_kl[..., None] * (u - w.to(u.dtype) - kl[..., None])
     p = u.exp()
     grad = torch.where(p == 0, 0.0, p * inner)
     if g is not None and targets is not None:

@@ -77,7 +77,8 @@ class Rehearsal:
         rows = settings.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         with self.timeline.phase("scoring"):
             grid = self._make_grid(rows)
-            generation: Any = SimpleNamespace(grid=grid, input_ids=grid.ids, mask=torch.ones(rows, self.response))
+            mask = torch.ones(rows, self.response, dtype=torch.float32, device="cpu")
+            generation: Any = SimpleNamespace(grid=grid, input_ids=grid.ids, mask=mask)
             score(self.models, generation, settings)
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Rehearsal:
         """One batch by each reward model, an EOS after the longest response."""
         rows = min(self.config.rollout.micro_batch_size or REWARD_ROWS, self.config.rollout.batch_size)
         with self.timeline.phase("reward"):
-            ids = torch.zeros(rows, self.prompt + self.response + 1, dtype=torch.long)
+            ids = _zeros(rows, self.prompt + self.response + 1, dtype=torch.long)
             for model in self.resident.rewards:
                 with model.present():
                     model.network(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -99,7 +100,7 @@ class Rehearsal:
                 parameter.register_post_accumulate_grad_hook(self._name_gradient)
         with self.timeline.phase("update"):
             with self.models.recomputing():
-                self.learner.backward(self._make_experience(rows), np.arange(rows), torch.zeros(()))
+                self.learner.backward(self._make_experience(rows), np.arange(rows), _zeros())
             for network in networks:
                 network.clip()
                 self._step(network)
@@ -130,12 +131,12 @@ class Rehearsal:
         attention[0, : self.prompt > 1] = False
         counted = np.zeros((rows, width), dtype=bool)
         counted[:, self.prompt :] = True
-        return Grid(torch.zeros(rows, width, dtype=torch.long), attention, counted)
+        return Grid(_zeros(rows, width, dtype=torch.long), attention, counted)
 
     def _make_experience(self, rows: int) -> Experience:
         grid, count = self._make_grid(rows), rows * self.response
-        numbers = {name: torch.zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
-        return Experience(grid, torch.zeros(count, dtype=torch.long), **numbers)
+        numbers = {name: _zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+        return Experience(grid, _zeros(count, dtype=torch.long), **numbers)
 
     def _make_cache(self, policy: Any) -> Any:
         kinds, shape = require("transformers"), policy.config.get_text_config(decoder=True)
@@ -145,8 +146,8 @@ class Rehearsal:
 
     def _sample(self, policy: Any, rows: int, new: int, seen: int, cache: Any) -> None:
         """The forward pass over the last `new` of `seen` tokens, and a draw."""
-        ids = torch.zeros(rows, new, dtype=torch.long)
-        attention_mask = torch.ones(rows, seen, dtype=torch.long)
+        ids = _zeros(rows, new, dtype=torch.long)
+        attention_mask = torch.ones(rows, seen, dtype=torch.long, device="cpu")
         given = {
             "input_ids": ids,
             "attention_mask": attention_mask,
@@ -175,6 +176,10 @@ class Rehearsal:
     def _name_cache(self, cache: Any) -> None:
         states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
         self.timeline.name("KV cache", [x for x in states if x is not None])
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def inside(func: Any, args: Any, device: str) -> Account:

@@ -142,7 +142,7 @@ def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
     return Models(
         policy=policy,
         reference=policy if adapters else make("AutoModelForCausalLM", shapes.policy).requires_grad_(False),
-        value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32)),
+        value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32, device="meta")),
         tokenizer=None,
         pad_id=0,
         eos_ids=(0,),
@@ -188,7 +188,8 @@ def _materialise(tensors: Iterable[Tensor], item: str | None, name: Name) -> Non
     """Give tensors on "meta" a storage that is counted as `item`; they stay the objects they are."""
     for tensor in tensors:
         if tensor.device.type == "meta":
-            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            trained = tensor.requires_grad
+            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=trained)
             # What nn.Parameter(made) would be, whose detour over a view leaves a weak reference that forbids the swap.
             made._is_param = isinstance(tensor, nn.Parameter)
             torch.utils.swap_tensors(tensor, made)
