@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised.py", ', "network": self.network}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED),
-    Mutant(f"{RLHF}/supervised.py", 'load_start(config, "optim.epochs", "log")', 'load_start(config, "log")', RESUMED),
+    Mutant(f"{RLHF}/supervised.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
     Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),

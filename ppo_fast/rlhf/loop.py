@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
+from .checkpoint import Checkpoint, is_complete, restore_rng, rng_state, save_checkpoint, set_newer_aside
 from .errors import NotFiniteError, UserError
+from .resume import restoring
 from .runlog import CHECKPOINTS, FAILED, StageLog
 from .runtime import named
 from .signals import Interrupted, StopSignals
@@ -59,7 +60,7 @@ class Loop(ABC):
     def save(self, log: StageLog) -> Path:
         """A checkpoint of the run as it is."""
         target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
-        if target.is_dir():
+        if is_complete(target):
             return target
         state = {
             "config": dataclasses.asdict(self.config),
@@ -72,7 +73,15 @@ class Loop(ABC):
         return save_checkpoint(target, self._write, state, keep_last=self.config.log.keep_last)
 
     def restore(self, start: Checkpoint) -> None:
-        """Go back to a checkpoint; UserError when the run was begun with another model or other data, or is over."""
+        """Go back to a checkpoint, and set newer ones aside.
+
+        UserError when the run was begun with another model or other data, or is over, or the checkpoint is damaged.
+        """
+        with restoring(start.directory):
+            self._restore(start)
+            set_newer_aside(start.directory)
+
+    def _restore(self, start: Checkpoint) -> None:
         state, parts = start.state, self._parts()
         done = state["log"]["done"]
         if self.total < done:

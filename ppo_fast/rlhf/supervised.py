@@ -175,11 +175,11 @@ class Run(Loop, Generic[Kind]):
 
 
 @contextlib.contextmanager
-def prepared(config: SupervisedConfig, resume: bool) -> Iterator[Start]:
+def prepared(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
-    if not resume:
+    if resume is False:
         require_free(config.log)
-    checkpoint = load_start(config, "optim.epochs", "log") if resume else None
+    checkpoint = load_start(config, resume, "optim.epochs", "log")
     with threads(config.threads):
         yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
 
