@@ -33,6 +33,7 @@ RLHF = "ppo_fast/rlhf"
 SUPERVISED, RESUMED, REWARD, EXAMPLES = (
     f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
 )
+DAMAGE = "tests/rlhf/test_damage.py"
 BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
 OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
@@ -158,6 +159,20 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED),
     Mutant(f"{RLHF}/supervised.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
+    # damage
+    Mutant(f"{RLHF}/runlog.py", "            os.fsync(file.fileno())\n", "            pass\n", DAMAGE),
+    Mutant(f"{RLHF}/runlog.py", "    file.flush()\n", "", DAMAGE),
+    Mutant(f"{RLHF}/integrity.py", "        if digest(directory / name) != expected:", "        if False:", DAMAGE),
+    Mutant(
+        f"{RLHF}/integrity.py", 'if content.pop("digest") != ', 'if content.pop("digest") == 0 or False and ', DAMAGE
+    ),
+    Mutant(f"{RLHF}/integrity.py", "        if expected != got:", "        if False:", DAMAGE),
+    Mutant(f"{RLHF}/optim.py", "check_tensors(own, moments, ", "print(", DAMAGE),
+    Mutant(
+        f"{RLHF}/loading.py", 'sorted(name for name in info["missing_keys"] if', "sorted(name for name in () if", DAMAGE
+    ),
+    Mutant(f"{RLHF}/checkpoint.py", "[*filter(is_complete, _numbered(checkpoints))]", "_numbered(checkpoints)", DAMAGE),
+    Mutant(f"{RLHF}/checkpoint.py", "        path.rename(aside)\n", "", RESUMED),
     Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),
