@@ -174,7 +174,7 @@ def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str
 
     log = given.get("log")
     directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
-    name = None if resume is True else resume
+    name = resume if isinstance(resume, str) else None
     saved = load_checkpoint(Path(str(directory)) / CHECKPOINTS, name, tensors=False).state["config"]
     return config_from_dict(merge(saved, given), source="resume", kind=kind)
 

@@ -17,12 +17,12 @@ from .runlog import CHECKPOINTS
 
 
 def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None:
-    """The checkpoint that a run goes on from: None for False, the newest for True, else the one of that name.
+    """The checkpoint that a run goes on from: none for False, the newest for True, else the one of that name.
 
     UserError when `config` means another run: when it differs in other fields, or groups of fields, than the `free`;
     or when the files of the run hold less than at the checkpoint.
     """
-    if resume is False:
+    if resume in (False, None):  # an empty name is a mistake, not a new run
         return None
     start = load_checkpoint(Path(config.log.dir) / CHECKPOINTS, None if resume is True else resume)
     with restoring(start.directory):

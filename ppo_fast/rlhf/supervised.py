@@ -177,7 +177,7 @@ class Run(Loop, Generic[Kind]):
 @contextlib.contextmanager
 def prepared(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
-    if resume is False:
+    if resume in (False, None):
         require_free(config.log)
     checkpoint = load_start(config, resume, "optim.epochs", "log")
     with threads(config.threads):
