@@ -24,7 +24,7 @@ def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None
     """
     if resume in (False, None):  # an empty name is a mistake, not a new run
         return None
-    start = load_checkpoint(Path(config.log.dir) / CHECKPOINTS, None if resume is True else resume)
+    start = load_checkpoint(Path(config.log.dir) / CHECKPOINTS, resume if isinstance(resume, str) else None)
     with restoring(start.directory):
         saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
         _check_sizes(Path(config.log.dir), start.state["log"])
