@@ -36,7 +36,6 @@ SHORT = {
     "--out": "--log.dir",
     "--merge": "--model.lora.merge",
 }
-RESUME = "--resume"
 
 
 class Stage(NamedTuple):
@@ -73,8 +72,8 @@ TRAIN_HELP = """\
 Values come from {preset}--config FILE (YAML or TOML, the same names, nested), then the flags below.
 Short flags: {short}.
 
---resume continues the newest checkpoint in --out; config and flags may then change the length of the run and `log.*`
-alone."""
+--resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
+and flags may then change only the length of the run and `log.*`."""
 OPTIONAL = {
     "datasets",
     "matplotlib",
@@ -85,6 +84,7 @@ OPTIONAL = {
     "tomli",
     "transformers",
     "tyro",
+    "xxhash",
     "yaml",
 }
 
@@ -134,16 +134,21 @@ def train(command: str, argv: Sequence[str]) -> None:
     """`ppo-fast sft | reward | train | dpo`: preset, then file, then flags, into one config; then the run."""
     from ppo_fast import rlhf
 
-    resume = {"resume": True} if RESUME in argv else {}
-    result = getattr(rlhf, STAGES[command].run)(parse(command, argv), **resume)
+    config, resume = parse_run(command, argv)
+    result = getattr(rlhf, STAGES[command].run)(config, **({"resume": resume} if resume else {}))
     print(f"model: {result.model}")
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
     """The config that the arguments of a training command mean."""
+    return parse_run(command, argv)[0]
+
+
+def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
+    """The config and `resume` that the arguments of a training command mean."""
     from ppo_fast import rlhf
     from ppo_fast.rlhf.configfile import preset_names, read_values
-    from ppo_fast.rlhf.errors import require
+    from ppo_fast.rlhf.errors import UserError, require
 
     stage = STAGES[command]
     kind = getattr(rlhf, stage.config)
@@ -151,22 +156,26 @@ def parse(command: str, argv: Sequence[str]) -> Any:
         preset = f"--preset NAME ({', '.join(preset_names())}), then " * (kind is rlhf.PPOConfig)
         about = TRAIN_HELP.format(about=stage.about, preset=preset, short=stage.short)
         require("tyro").cli(kind, args=["--help"], prog=f"ppo-fast {command}", description=about)
-    flags = _read_flags([argument for argument in argv if argument != RESUME], kind)
+    flags = _read_flags(argv, kind)
     path, preset_name = (flags.pop(name, None) for name in ("config", "preset"))
-    if RESUME not in argv:
-        return rlhf.load_config(path, preset=preset_name, flags=flags, kind=kind)
-    return resumed_config(read_values(path, preset=preset_name, flags=flags), kind)
+    resume = flags.pop("resume", False)
+    if resume is False:
+        return rlhf.load_config(path, preset=preset_name, flags=flags, kind=kind), False
+    if not resume:
+        raise UserError("--resume: expected no value or the name of a checkpoint, got an empty one")
+    return resumed_config(read_values(path, preset=preset_name, flags=flags), kind, resume), resume
 
 
-def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
-    """The config that the newest checkpoint was saved with, under what the file and the flags say."""
-    from ppo_fast.rlhf.checkpoint import load_latest
+def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str) -> Any:
+    """The config that the checkpoint to resume was saved with, under what the file and the flags say."""
+    from ppo_fast.rlhf.checkpoint import load_checkpoint
     from ppo_fast.rlhf.configfile import config_from_dict, field_defaults, merge
     from ppo_fast.rlhf.runlog import CHECKPOINTS
 
     log = given.get("log")
     directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
-    saved = load_latest(Path(str(directory)) / CHECKPOINTS, tensors=False).state["config"]
+    name = resume if isinstance(resume, str) else None
+    saved = load_checkpoint(Path(str(directory)) / CHECKPOINTS, name, tensors=False).state["config"]
     return config_from_dict(merge(saved, given), source="resume", kind=kind)
 
 
@@ -194,7 +203,7 @@ def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]
     from ppo_fast.rlhf.configfile import field_defaults, nearest_name
     from ppo_fast.rlhf.errors import UserError
 
-    fields = field_defaults(kind) | {"config": None} | ({"preset": None} if kind is PPOConfig else {})
+    fields = field_defaults(kind) | {"config": None, "resume": False} | ({"preset": None} if kind is PPOConfig else {})
     name = SHORT.get(flag, flag)[2:].replace("-", "_")
     group, dot, last = name.rpartition(".")
     switch = group + dot + last.removeprefix("no_")

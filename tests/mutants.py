@@ -35,6 +35,7 @@ SUPERVISED, RESUMED, REWARD, EXAMPLES = (
 )
 RESUMED_PPO, LOCK, CHECKPOINT = (f"tests/rlhf/test_{name}.py" for name in ("resume", "lock", "checkpoint"))
 EOS, TEMPLATES, HEADS = (f"tests/rlhf/test_{name}.py" for name in ("eos", "templates", "heads"))
+DAMAGE = "tests/rlhf/test_damage.py"
 BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
 OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
 ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
@@ -172,7 +173,6 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised.py", ', "network": self.network}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
     Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED),
-    Mutant(f"{RLHF}/supervised.py", 'load_start(config, "optim.epochs", "log")', 'load_start(config, "log")', RESUMED),
     Mutant(f"{RLHF}/ppo.py", '"reference", "monitors", "scorer"', '"reference", "scorer"', RESUMED_PPO),
     Mutant(f"{RLHF}/resume.py", "    for row in rows:", "    for row in [*rows][:1]:", RESUMED_PPO),
     Mutant(f"{RLHF}/resume.py", 'f"columns of the {kind}prompts": data.columns.items()', '"": ()', RESUMED_PPO),
@@ -181,6 +181,21 @@ MUTANTS = [
     Mutant(f"{RLHF}/checkpoint.py", "        _follow_umask(scratch)\n", "", CHECKPOINT),
     Mutant(f"{RLHF}/checkpoint.py", "    target = target.resolve()\n", "", CHECKPOINT),
     Mutant(f"{RLHF}/callables.py", "_copied(value) for name", "value for name", "tests/rlhf/test_rewards.py"),
+    Mutant(f"{RLHF}/supervised.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
+    # damage
+    Mutant(f"{RLHF}/runlog.py", "            os.fsync(file.fileno())\n", "            pass\n", DAMAGE),
+    Mutant(f"{RLHF}/runlog.py", "    file.flush()\n", "", DAMAGE),
+    Mutant(f"{RLHF}/integrity.py", "        if digest(directory / name) != expected:", "        if False:", DAMAGE),
+    Mutant(
+        f"{RLHF}/integrity.py", 'if content.pop("digest") != ', 'if content.pop("digest") == 0 or False and ', DAMAGE
+    ),
+    Mutant(f"{RLHF}/integrity.py", "        if expected != got:", "        if False:", DAMAGE),
+    Mutant(f"{RLHF}/optim.py", "check_tensors(own, moments, ", "print(", DAMAGE),
+    Mutant(
+        f"{RLHF}/loading.py", 'sorted(name for name in info["missing_keys"] if', "sorted(name for name in () if", DAMAGE
+    ),
+    Mutant(f"{RLHF}/checkpoint.py", "[*filter(is_complete, _numbered(checkpoints))]", "_numbered(checkpoints)", DAMAGE),
+    Mutant(f"{RLHF}/checkpoint.py", "        path.rename(aside)\n", "", RESUMED),
     Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),

@@ -10,6 +10,7 @@ import ppo_fast
 ROOT = Path(ppo_fast.__file__).parent
 STAGES = [
     "errors",
+    "integrity",
     "callables",
     "config",
     "supervised_config",

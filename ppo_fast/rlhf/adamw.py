@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .integrity import copy_tensors, numbered
+
 BLOCK = 256  # moments that share a scale
 SMALLEST = 4096  # weights of fewer numbers, such as norms and biases, keep moments of 32 bits
 CHUNK = 2**24  # numbers in a pass: its float32 copies are gone before the next one's are made
@@ -57,8 +59,7 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rest = dict(state_dict)
-        for master, saved in zip(self.masters, rest.pop("masters"), strict=True):
-            master.copy_(saved)
+        copy_tensors(numbered(self.masters), numbered(rest.pop("masters")), "resume: master weights")
         super().load_state_dict(rest)
 
 
@@ -148,8 +149,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.taken.copy_(state_dict["taken"])
         self.noise.set_state(state_dict["noise"].cpu())
         for weight, saved in zip(self.param_groups[0]["params"], state_dict["moments"], strict=True):
-            for name, moment in self.state[weight].items():
-                moment.copy_(saved[name])
+            copy_tensors(self.state[weight], saved, "resume: optimizer state")
 
 
 def new_moments(weight: Tensor) -> dict[str, Tensor]:

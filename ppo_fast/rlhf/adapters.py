@@ -59,6 +59,7 @@ def read_adapter(field: str, path: str | None) -> SavedAdapter | None:
     check(config.init_lora_weights in KEEPING, field, "a LoRA adapter that leaves its base as it is", path)
     check(bool(config.base_model_name_or_path), field, "an adapter that names its base model", path)
     head = {name.removeprefix(HEAD): tensors.pop(name) for name in [*tensors] if name.startswith(HEAD)}
+    check(bool(head) or "score" not in (config.modules_to_save or ()), field, "the head 'score' of the adapter", path)
     config.modules_to_save = config.task_type = None  # else peft wraps the head, and saves it apart from ours
     config.lora_dropout = 0.0  # of a layer that peft makes later, and in train mode
     return SavedAdapter(path, config, tensors, _linear(field, path, head))
@@ -275,7 +276,8 @@ def _linear(field: str, path: str, tensors: Mapping[str, Tensor]) -> nn.Linear |
     if not tensors:
         return None
     weight, bias = tensors.get("weight"), tensors.get("bias")
-    if weight is None or weight.shape[0] != 1:
+    known = tensors.keys() <= {"weight", "bias"} and (bias is None or bias.shape == (1,))
+    if weight is None or weight.ndim != 2 or len(weight) != 1 or not known:
         raise UserError(f"{field}: expected a linear head 'score' with one output, got another in {path!r}")
     head = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device="cpu")
     head.load_state_dict({name: value.float() for name, value in tensors.items()})

@@ -5,7 +5,8 @@ A checkpoint is a model directory, as `from_pretrained` reads it, with the state
     RUN/checkpoints/update-000020/
         config.json  model.safetensors  tokenizer.json  ...   written by the loop's own `write`
         state.safetensors                                     every tensor of the state
-        state.json                                            the rest of it; nothing is ever unpickled
+        state.json                                            the rest of it, and a digest of every file; nothing is
+                                                              ever unpickled
 
 `loop.Loop` saves and restores what a stage keeps in parts with `state_dict()` and `load_state_dict()`.
 """
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 
 from .adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Adapters
 from .errors import UserError, require
-from .loading import no_progress_bars
+from .integrity import DamagedError, check_files, check_tensors, copy_tensors, read_sealed, read_tensors, write_sealed
+from .loading import load_network, no_progress_bars
 from .models import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE, Models
 from .runtime import remove
 
@@ -43,8 +45,8 @@ LEFT = re.compile(r"\.(.+)\.(new|old|removed)")  # hidden names of what is being
 TENSOR, ITEMS, BYTES, ARRAY = "<tensor>", "<items>", "<bytes>", "<array>"
 SEQUENCES: dict[type[Any], str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
 TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key of what JSON cannot say
-
 PACKED = "tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
+SUPERSEDED = ".superseded"  # ending of checkpoints that a run continued from an older one will replace
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def save_checkpoint(
     with atomic_directory(target) as scratch:
         write(scratch)
         save_tensors(tensors, scratch / STATE_TENSORS)
-        (scratch / STATE).write_text(json.dumps(record))
+        write_sealed(record, scratch / STATE)
     _prune(target.parent, keep_last)
     return target
 
@@ -85,28 +87,64 @@ def check_state(state: Any, name: str) -> None:
 
 def latest(checkpoints: Path) -> Path | None:
     """The complete checkpoint of the highest number, if there is one."""
-    numbered = _numbered(checkpoints)
-    return numbered[-1] if numbered else None
+    return next((path for path in reversed(_numbered(checkpoints)) if is_complete(path)), None)
 
 
-def load_latest(checkpoints: Path, *, tensors: bool = True) -> Checkpoint:
-    """The newest complete checkpoint with its state, `tensors` or the rest alone.
-
-    Raises UserError when there is none or it cannot be read.
-    """
-    directory = latest(checkpoints)
-    if directory is None:
-        raise UserError(f"resume: expected a complete checkpoint in {str(checkpoints)!r}, got none")
+def is_complete(directory: Path) -> bool:
+    """Whether the state is there and as it was written; `load_checkpoint` looks at the other files."""
     try:
-        record = json.loads((directory / STATE).read_text())
-        return Checkpoint(directory, _unpack(record, _read_tensors(directory / STATE_TENSORS) if tensors else None))
-    except (OSError, ValueError, KeyError, require("safetensors").SafetensorError) as error:
-        raise UserError(f"resume: cannot read {str(directory)!r}: {error}") from error
+        read_sealed(directory / STATE)
+    except (OSError, DamagedError):
+        return False
+    return True
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Cloned: what safetensors returns are views of the file, which pruning removes and whose alignment varies."""
-    return {name: value.clone() for name, value in require("safetensors.torch").load_file(path).items()}
+def load_checkpoint(checkpoints: Path, name: str | None = None, *, tensors: bool = True) -> Checkpoint:
+    """The checkpoint of that name, by default the newest, with every file checked; `tensors` False: only state.json.
+
+    Raises UserError when there is none or it is damaged, naming the newest one before it that is not.
+    """
+    numbered = _numbered(checkpoints)
+    if not numbered:
+        raise UserError(f"resume: expected a complete checkpoint in {str(checkpoints)!r}, got none")
+    names = [path.name for path in numbered]
+    if name is not None and name not in names:
+        raise UserError(f"resume: expected one of {', '.join(names)} in {str(checkpoints)!r}, got {name!r}")
+    index = -1 if name is None else names.index(name)
+    try:
+        return _load(numbered[index], tensors)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        good = next((path.name for path in reversed(numbered[:index]) if _is_good(path)), None)
+        advice = f"--resume {good} continues from the one before" if good else "there is no good one before it"
+        raise UserError(f"resume: {str(numbered[index])!r} is damaged: {error}; {advice}") from error
+
+
+def _load(directory: Path, tensors: bool = True) -> Checkpoint:
+    record, digests = read_sealed(directory / STATE)
+    if not tensors:
+        return Checkpoint(directory, _unpack(record, None))
+    check_files(directory, digests)
+    # Cloned: safetensors returns views of the file, which pruning removes and whose alignment varies.
+    loaded = {name: value.clone() for name, value in read_tensors(directory / STATE_TENSORS).items()}
+    return Checkpoint(directory, _unpack(record, loaded))
+
+
+def _is_good(directory: Path) -> bool:
+    try:
+        check_files(directory, read_sealed(directory / STATE)[1])
+    except (OSError, DamagedError):
+        return False
+    return True
+
+
+def set_newer_aside(start: Path) -> None:
+    """Rename the checkpoints newer than `start`: no resume finds them, and the next complete save removes them."""
+    numbered = _numbered(start.parent)
+    for path in numbered[numbered.index(start) + 1 :]:
+        aside = path.with_name(path.name + SUPERSEDED)
+        remove(aside, ignore_errors=True)
+        path.rename(aside)
+    _fsync(start.parent)
 
 
 def save_models(models: Models, directory: Path) -> Path:
@@ -134,8 +172,8 @@ def load_weights(models: Models, directory: Path) -> None:
     if models.adapters is not None:
         _read_into(models.adapters, VALUE, directory / VALUE_DIRECTORY, models.value.head)
         return
-    value = models.value.head if models.shared else models.value
-    value.load_state_dict(require("safetensors.torch").load_file(directory / _value_file(models)))
+    value, path = models.value.head if models.shared else models.value, directory / _value_file(models)
+    copy_tensors(value.state_dict(), read_tensors(path), str(path))
 
 
 def _value_file(models: Models) -> str:
@@ -220,13 +258,20 @@ def write_model(
 
 
 def load_saved(model: Any, directory: Path, adapters: Adapters | None = None) -> None:
-    """Copy the weights that `write_model` wrote, not merged, into `model`, bit by bit."""
+    """Copy the weights that `write_model` wrote, not merged, into `model`, bit by bit.
+
+    Raises UserError for a tensor that is missing, unexpected, or of another shape or dtype.
+    """
     if adapters is not None:
         _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
         return
-    with no_progress_bars():
-        saved = type(model).from_pretrained(directory, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    own = model.state_dict()
+    for path in sorted(directory.glob("model*.safetensors")):
+        tensors = read_tensors(path)  # views of the file, of which nothing is read
+        for name in own.keys() & tensors.keys():  # the others are judged below: transformers may rename
+            check_tensors({name: own[name]}, {name: tensors[name]}, str(path))
+    saved = load_network(type(model), str(directory), exact=True, dtype=model.dtype)
+    copy_tensors(own, saved.state_dict(), str(directory))
 
 
 def _write_adapter(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
@@ -237,11 +282,10 @@ def _write_adapter(adapters: Adapters, name: str, directory: Path, head: nn.Line
 
 
 def _read_into(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
-    tensors = require("safetensors.torch").load_file(directory / ADAPTER_FILE)
+    path, own = directory / ADAPTER_FILE, dict[str, Tensor](adapters.named(name))
     if head is not None:
-        own = {key: tensors.pop(f"{HEAD}{key}") for key in head.state_dict()}
-        head.load_state_dict(own)
-    adapters.fill(name, tensors, str(directory))
+        own |= {f"{HEAD}{key}": value for key, value in head.state_dict().items()}
+    copy_tensors(own, read_tensors(path), str(path))
 
 
 @contextlib.contextmanager
@@ -313,16 +357,18 @@ def _fsync(path: Path) -> None:
 
 
 def _numbered(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints by rising number."""
-    found = [(NUMBERED.fullmatch(path.name), path) for path in checkpoints.glob("*")]
+    """The directories with a number and a state, which a save puts there last, by rising number."""
+    found = [(NUMBERED.fullmatch(path.name), path) for path in checkpoints.glob("*") if (path / STATE).is_file()]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def _prune(checkpoints: Path, keep_last: int) -> None:
     """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
-    for path in _numbered(checkpoints)[:-keep_last] if keep_last else []:
+    for path in [*filter(is_complete, _numbered(checkpoints))][:-keep_last] if keep_last else []:
         path.rename(path.with_name(f".{path.name}.removed"))
     settle_all(checkpoints)
+    for path in checkpoints.glob(f"*{SUPERSEDED}"):
+        remove(path, ignore_errors=True)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -58,7 +58,7 @@ def train_dpo(
     held_out: Source | None = None,
     model: Any = None,
     tokenizer: Any = None,
-    resume: bool = False,
+    resume: bool | str = False,
 ) -> SupervisedResult:
     """Train a causal language model on preference pairs; the reference is the model as it was at the start.
 

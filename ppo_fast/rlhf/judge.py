@@ -11,7 +11,7 @@ import torch
 
 from .data import as_text, tokenise_prompt
 from .errors import UserError, require
-from .loading import all_eos_ids, disable_dropout, load_pretrained
+from .loading import all_eos_ids, disable_dropout, load_network, load_pretrained
 from .runtime import find_device
 
 TASK = """\
@@ -111,7 +111,7 @@ class LocalModel:
         self.tokenizer = load_pretrained(transformers.AutoTokenizer, path, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        model = load_pretrained(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+        model = load_network(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
         self.model = disable_dropout(model.to(target)).requires_grad_(False)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 

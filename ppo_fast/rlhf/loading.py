@@ -61,10 +61,10 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
             raise UserError(f"model.path: expected a causal LM, got the adapter of a scalar model in {config.path!r}")
         path = config.path if saved is None else saved.base
         options = {"dtype": getattr(torch, config.dtype)} | quantisation(config, device)
-        model = load_pretrained(transformers.AutoModelForCausalLM, path, trust, **options)
-        architecture = (model.config.architectures or [""])[0]
-        if architecture.endswith("ForSequenceClassification"):  # transformers gives it a random head
+        architecture = (load_pretrained(transformers.AutoConfig, path, trust).architectures or [""])[0]
+        if architecture.endswith("ForSequenceClassification"):  # its head is another
             raise UserError(f"model.path: expected a causal LM, got a {architecture} in {path!r}")
+        model = load_network(transformers.AutoModelForCausalLM, path, trust, **options)
         _keep_differentiable(model)
     elif config.quantise != "none":
         raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")
@@ -153,7 +153,7 @@ def load_reward_model(
     architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
         return None
-    model = load_pretrained(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
+    model = load_network(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
@@ -167,7 +167,7 @@ def _load_classifier_base(saved: SavedAdapter, dtype: torch.dtype, trust: bool) 
     logging.set_verbosity_error()  # that the base has no such head
     try:
         with torch.random.fork_rng(devices=[]):
-            model = load_pretrained(loader, saved.base, trust, dtype=dtype, num_labels=1)
+            model = load_network(loader, saved.base, trust, new="score.", dtype=dtype, num_labels=1)
     finally:
         logging.set_verbosity(verbosity)
     model.score = saved.head
@@ -280,3 +280,23 @@ def load_pretrained(loader: Any, path: str | None, trust: bool = False, **option
         if "trust_remote_code" in str(error):
             reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
         raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error
+
+
+def load_network(
+    loader: Any, path: str | None, trust: bool = False, *, new: str | None = None, exact: bool = False, **options: Any
+) -> Any:
+    """`load_pretrained` of a model; UserError for a weight that is missing or of another shape.
+
+    transformers gives such a weight random values. One whose name begins with `new` may be missing; with `exact` there
+    must be no further tensor either.
+    """
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(loader, path, trust, **told, **options)
+    missing = sorted(name for name in info["missing_keys"] if new is None or not name.startswith(new))
+    others = [name for name, *_ in sorted(info["mismatched_keys"])]
+    further = sorted(info["unexpected_keys"]) if exact else []
+    for problem, names in (("no tensor", missing), ("another shape of", others), ("an unexpected tensor", further)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{loader.__name__}: cannot load {path!r}: it has {problem} {names[0]!r}{more}")
+    return model

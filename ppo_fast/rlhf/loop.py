@@ -11,9 +11,18 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint, settle, settle_all
+from .checkpoint import (
+    Checkpoint,
+    is_complete,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+    set_newer_aside,
+    settle,
+    settle_all,
+)
 from .errors import NotFiniteError, UserError
-from .resume import warn_about_changes
+from .resume import restoring, warn_about_changes
 from .runlog import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from .runtime import named
 from .signals import Interrupted, StopSignals
@@ -66,7 +75,7 @@ class Loop(ABC):
     def save(self, log: StageLog) -> Path:
         """A checkpoint of the run as it is."""
         target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
-        if target.is_dir():
+        if is_complete(target):
             return target
         state = {
             "config": dataclasses.asdict(self.config),
@@ -80,7 +89,15 @@ class Loop(ABC):
         return save_checkpoint(target, self._write, state, keep_last=self.config.log.keep_last)
 
     def restore(self, start: Checkpoint) -> None:
-        """Go back to a checkpoint; UserError when the run was begun with another model or other data, or is over."""
+        """Go back to a checkpoint, and set newer ones aside.
+
+        UserError when the run was begun with another model or other data, or is over, or the checkpoint is damaged.
+        """
+        with restoring(start.directory):
+            self._restore(start)
+            set_newer_aside(start.directory)
+
+    def _restore(self, start: Checkpoint) -> None:
         state, parts = start.state, self._parts()
         done = state["log"]["done"]
         if self.total < done:

@@ -23,10 +23,12 @@ from .attention import use_attention
 from .config import ModelConfig, ReferenceConfig, RewardConfig
 from .errors import UserError, require
 from .forward import accepted, backbone_of, head_values
+from .integrity import copy_tensors, read_tensors
 from .loading import (
     Loaded,
     checkpoint_activations,
     disable_dropout,
+    load_network,
     load_policy,
     load_pretrained,
     load_reward_model,
@@ -284,8 +286,8 @@ def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.
         return model.base_model, model.score
     saved = read_adapter(field, path)
     if saved is None:
-        return load_pretrained(transformers.AutoModel, path, trust, dtype=dtype), None
-    model = load_pretrained(transformers.AutoModelForCausalLM, saved.base, trust, dtype=dtype)
+        return load_network(transformers.AutoModel, path, trust, dtype=dtype), None
+    model = load_network(transformers.AutoModelForCausalLM, saved.base, trust, dtype=dtype)
     put_on(model, saved).merge()
     return model.base_model, None
 
@@ -295,5 +297,6 @@ def _load_saved_value(directory: Path, dtype: torch.dtype) -> tuple[Any, nn.Line
     shape = load_pretrained(require("transformers").AutoConfig, str(directory / VALUE_CONFIG))
     backbone = require("transformers").AutoModel.from_config(shape, dtype=dtype)
     saved = ValueModel(backbone, nn.Linear(shape.hidden_size, 1, dtype=torch.float32, device="cpu"))
-    saved.load_state_dict(require("safetensors.torch").load_file(directory / VALUE_FILE))
+    path = directory / VALUE_FILE
+    copy_tensors(saved.state_dict(), read_tensors(path), str(path), dtypes=False)
     return saved.backbone, saved.head

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adamw import AdamW8bit, MasterAdamW
 from .config import AdamWConfig, LossConfig
+from .integrity import check_tensors
 
 
 class Network:
@@ -50,6 +51,12 @@ class Network:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """UserError for moments of another shape or dtype: the fused kernel of torch would write out of bounds."""
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            weights = dict(enumerate(self.optimizer.param_groups[0]["params"]))
+            for index, moments in state["state"].items():
+                own = {"step": torch.zeros(()), "exp_avg": weights[index], "exp_avg_sq": weights[index]}
+                check_tensors(own, moments, f"resume: optimizer state {index}")
         self.optimizer.load_state_dict(state)
 
 

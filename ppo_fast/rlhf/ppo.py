@@ -158,7 +158,7 @@ def train_ppo(
     policy: Any = None,
     tokenizer: Any = None,
     eval_prompts: Iterable[Any] | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
 ) -> PPOResult:
     """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
 
@@ -172,7 +172,8 @@ def train_ppo(
         eval_prompts: held-out prompts, in the forms of `prompts`.
         resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped. The
             inputs are those the run was begun with; of the config, `updates` and `log` may differ. Another number of
-            updates stretches the learning-rate schedule.
+            updates stretches the learning-rate schedule. A name such as "update-000003" continues that checkpoint;
+            newer ones are renamed, and removed when the next one is complete.
 
     Raises:
         UserError: an input that cannot be used, a failing reward function, a NaN, a full disk; one sentence, which
@@ -182,7 +183,7 @@ def train_ppo(
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
     with hold_directory(config.log.dir), threads(config.threads):
-        start = load_start(config, "updates", "log") if resume else None
+        start = load_start(config, resume, "updates", "log")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
         forget_modules()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .config import ReferenceConfig
+from .integrity import copy_tensors, numbered
 from .models import Models
 
 
@@ -36,5 +37,5 @@ class Reference:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            for own, saved in zip(self.models.weights("reference"), state["weights"], strict=True):
-                own.copy_(saved)
+            own = numbered(self.models.weights("reference"))
+            copy_tensors(own, numbered(state["weights"]), "resume: reference")

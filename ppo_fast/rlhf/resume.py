@@ -13,25 +13,50 @@ from typing import Any
 from torch import nn
 
 from .callables import plain
-from .checkpoint import Checkpoint, fingerprint, latest, load_latest
+from .checkpoint import Checkpoint, fingerprint, latest, load_checkpoint
 from .configfile import config_from_dict, first_difference
 from .data import Prompts
 from .errors import UserError, require
 from .runlog import CHECKPOINTS
 
 
-def load_start(config: Any, *free: str) -> Checkpoint:
-    """The newest checkpoint of the run that `config` continues.
+def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None:
+    """The checkpoint that a run goes on from: none for False, the newest for True, else the one of that name.
 
-    UserError when `config` means another run: when it differs in other fields, or groups of fields, than the `free`.
+    UserError when `config` means another run: when it differs in other fields, or groups of fields, than the `free`;
+    or when the files of the run hold less than at the checkpoint.
     """
-    start = load_latest(Path(config.log.dir) / CHECKPOINTS)
-    saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
+    if resume in (False, None):  # an empty name is a mistake, not a new run
+        return None
+    start = load_checkpoint(Path(config.log.dir) / CHECKPOINTS, resume if isinstance(resume, str) else None)
+    with restoring(start.directory):
+        saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
+        _check_sizes(Path(config.log.dir), start.state["log"])
     difference = first_difference(saved, config, free)
     if difference is not None:
         name, before, now = difference
         raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")
     return start
+
+
+@contextlib.contextmanager
+def restoring(directory: Path) -> Iterator[None]:
+    """UserError for a checkpoint that is as it was written, but not what this run writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(f"resume: cannot restore {str(directory)!r}: {reason}") from error
+
+
+def _check_sizes(directory: Path, position: Mapping[str, int]) -> None:
+    for name, expected in position.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else 0
+        if name != "done" and size < expected:
+            raise UserError(f"resume: expected {expected} bytes or more in {str(path)!r}, got {size}")
 
 
 def inputs(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> dict[str, Any]:

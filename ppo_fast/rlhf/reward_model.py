@@ -104,7 +104,7 @@ def train_reward_model(
     held_out: Source | None = None,
     model: Any = None,
     tokenizer: Any = None,
-    resume: bool = False,
+    resume: bool | str = False,
 ) -> SupervisedResult:
     """Train a reward model on preference pairs; what is not passed is read from where `config` says.
 

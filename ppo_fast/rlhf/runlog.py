@@ -143,11 +143,7 @@ class StageLog:
     def _cut_back(self, position: Mapping[str, int]) -> None:
         """Drop what was written after the checkpoint, and read the history before it."""
         for name in self.files:
-            path = self.directory / name
-            size = path.stat().st_size if path.is_file() else 0
-            if size < position[name]:
-                raise UserError(f"resume: expected {position[name]} bytes or more in {str(path)!r}, got {size}")
-            os.truncate(path, position[name])
+            os.truncate(self.directory / name, position[name])
         records = metric_records(self.directory / METRICS)
         self.history = [{k: v for k, v in record.items() if k not in (self.unit, "note")} for record in records]
 

@@ -40,7 +40,7 @@ def train_sft(
     held_out: Source | None = None,
     model: Any = None,
     tokenizer: Any = None,
-    resume: bool = False,
+    resume: bool | str = False,
 ) -> SupervisedResult:
     """Fine-tune a causal language model on completions; what is not passed is read from where `config` says.
 

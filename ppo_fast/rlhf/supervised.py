@@ -176,12 +176,12 @@ class Run(Loop, Generic[Kind]):
 
 
 @contextlib.contextmanager
-def prepared(config: SupervisedConfig, resume: bool) -> Iterator[Start]:
+def prepared(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
     with hold_directory(config.log.dir), threads(config.threads):
-        if not resume:
+        if resume in (False, None):
             require_free(config.log)
-        checkpoint = load_start(config, "optim.epochs", "log") if resume else None
+        checkpoint = load_start(config, resume, "optim.epochs", "log")
         yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
 
 

@@ -18,7 +18,7 @@ from ppo_fast.rlhf import UserError, checkpoint, tiny
 from ppo_fast.rlhf.checkpoint import (
     atomic_directory,
     fingerprint,
-    load_latest,
+    load_checkpoint,
     restore_rng,
     rng_state,
     save_checkpoint,
@@ -172,7 +172,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         "optimizer": optimizer.state_dict(),
     }
     save(tmp_path / "step-1", state)
-    loaded = load_latest(tmp_path).state
+    loaded = load_checkpoint(tmp_path).state
     stored = tmp_path / "step-1" / "state.safetensors"
     with stored.open("r+b") as file:
         file.write(bytes(stored.stat().st_size))  # what was loaded is no view of the file
@@ -187,7 +187,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     again.load_state_dict(loaded["optimizer"])
     assert again.state_dict()["state"].keys() == {0, 1}
     assert torch.equal(again.state[module.weight]["exp_avg"], optimizer.state[module.weight]["exp_avg"])
-    assert load_latest(tmp_path, tensors=False).state["numbers"][0] == 1
+    assert load_checkpoint(tmp_path, tensors=False).state["numbers"][0] == 1
 
 
 def test_a_state_that_only_a_pickle_could_hold_is_refused(tmp_path):
@@ -234,12 +234,12 @@ def same(ours, theirs):
 )
 def test_a_users_state_comes_back_exactly(tmp_path, value):
     save(tmp_path / "step-1", {"part": [value]})
-    assert same(load_latest(tmp_path).state["part"][0], value)
+    assert same(load_checkpoint(tmp_path).state["part"][0], value)
 
 
 def test_a_state_without_its_tensors_keeps_its_other_values(tmp_path):
     save(tmp_path / "step-1", {"config": {"models": ("a", "b")}, "part": torch.ones(1)})
-    assert load_latest(tmp_path, tensors=False).state["config"] == {"models": ("a", "b")}
+    assert load_checkpoint(tmp_path, tensors=False).state["config"] == {"models": ("a", "b")}
 
 
 def test_the_newest_are_kept_and_names_without_a_number_are_left_alone(tmp_path):
@@ -248,7 +248,7 @@ def test_the_newest_are_kept_and_names_without_a_number_are_left_alone(tmp_path)
     for number in (8, 9, 10):
         save(tmp_path / f"step-{number}", {"step": number}, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-10", "step-9"]
-    assert load_latest(tmp_path).state == {"step": 10}
+    assert load_checkpoint(tmp_path).state == {"step": 10}
     save(tmp_path / "step-11", keep_last=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-10", "step-11", "step-9"]
 

@@ -147,7 +147,7 @@ def test_short_flags():
             ["dpo", "--model.lora.targets", "q_proj"],
             "flags: model.lora.targets: expected none without lora.rank, got ('q_proj',)",
         ),
-        (["sft", "--model", "no/such/dir"], "AutoModelForCausalLM: cannot load model 'no/such/dir': no such directory"),
+        (["sft", "--model", "no/such/dir"], "AutoConfig: cannot load model 'no/such/dir': no such directory"),
         (
             ["train", "--rollout.temperature", "-1"],
             "flags: rollout.temperature: expected 1e-9 <= temperature <= 1e9, got -1.0",

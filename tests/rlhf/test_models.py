@@ -169,7 +169,7 @@ def test_models_that_cannot_be_used(make_models, make_config, tmp_path, tokenize
     with pytest.raises(UserError, match=r"model\.path: expected a model directory or hub id, got null"):
         load_models(ModelConfig(), generator)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"AutoModelForCausalLM: cannot load directory '.*empty': "):
+    with pytest.raises(UserError, match=r"AutoConfig: cannot load directory '.*empty': "):
         load_models(ModelConfig(path=str(tmp_path / "empty")), generator)
     tiny.make_model(64, hidden=32, layers=1, heads=2).save_pretrained(tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")

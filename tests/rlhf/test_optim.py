@@ -9,7 +9,7 @@ import torch
 
 from ppo_fast.rlhf import adamw, train_ppo
 from ppo_fast.rlhf.adamw import BLOCK, SMALLEST, AdamW8bit, code_book, decode, encode, new_moments, rounded
-from ppo_fast.rlhf.checkpoint import load_latest, save_checkpoint
+from ppo_fast.rlhf.checkpoint import load_checkpoint, save_checkpoint
 from ppo_fast.rlhf.config import AdamWConfig
 from ppo_fast.rlhf.optim import Network
 from ppo_fast.rlhf.runtime import warn_about_precision
@@ -263,7 +263,7 @@ def test_states_saved_and_loaded_go_on_to_the_same_bits(states, dtype, tmp_path)
     for seed in range(3):
         step(whole, seed)
     save_checkpoint(tmp_path / "step-3", lambda _: None, {"network": whole.state_dict()})
-    again.load_state_dict(load_latest(tmp_path).state["network"])
+    again.load_state_dict(load_checkpoint(tmp_path).state["network"])
     for mine, theirs in zip(again.parameters, whole.parameters, strict=True):
         mine.data.copy_(theirs)
     assert same(numbers_of(again), numbers_of(whole))

@@ -152,6 +152,27 @@ def test_a_longer_run_is_a_resumed_shorter_one(run, tmp_path):
     assert left_by(again.directory) == left_by(whole.directory)
 
 
+def test_an_older_checkpoint_is_resumed_to_the_same_bits_when_the_newest_is_damaged(run, tmp_path):
+    checkpoints, options = tmp_path / "run" / "checkpoints", {"updates": 3, "log": {"save_every": 1}}
+    seed_globals()
+    whole = run(updates=3, log={"save_every": 1, "dir": str(tmp_path / "whole")})
+    seed_globals()
+    with pytest.raises(Stop):
+        run(stops_in(3), **options)
+    os.truncate(checkpoints / "update-000002" / "model.safetensors", 10)
+    with pytest.raises(
+        UserError, match=r"update-000002' is damaged: .*; --resume update-000001 continues from the one"
+    ):
+        run(resume=True, **options)
+    assert sorted(os.listdir(checkpoints)) == ["update-000001", "update-000002"]
+    with pytest.raises(Stop):  # before its first checkpoint
+        run(stops_in(1), resume="update-000001", **options)
+    assert sorted(os.listdir(checkpoints)) == ["update-000001", "update-000002.superseded"]
+    resumed = run(resume=True, **options)
+    assert left_by(resumed.directory) == left_by(whole.directory)
+    assert sorted(os.listdir(checkpoints)) == ["update-000002", "update-000003"]
+
+
 def test_tensorboard_shows_each_update_once(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -337,7 +358,7 @@ def test_there_must_be_something_to_resume_and_it_must_be_whole(run, tmp_path):
     with pytest.raises(UserError, match=r"^resume: expected \d+ bytes or more in '.*metrics\.jsonl', got 10$"):
         run(updates=2, resume=True)
     os.truncate(checkpoints / "update-000002" / "state.safetensors", 10)
-    with pytest.raises(UserError, match=r"^resume: cannot read '.*update-000002': "):
+    with pytest.raises(UserError, match=r"^resume: '.*update-000002' is damaged: state\.safetensors is not as"):
         run(updates=2, resume=True)
 
 
@@ -481,6 +502,9 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
         (["--out", "none"], "resume: expected a complete checkpoint in 'none/checkpoints', got none"),
         (["--config", "null.yaml"], "resume: expected a complete checkpoint in 'runs/ppo/checkpoints', got none"),
         (["--config", "run.yaml", "--optim.lr", "1"], "resume: optim.lr: expected 0.001 as in {}, got 1.0"),
+        (["--out", "run", "update-9"], "--out: expected one value, got 'run update-9'"),
+        (["update-9", "--out", "run"], "resume: expected one of update-000001 in 'run/checkpoints', got 'update-9'"),
+        (["", "--out", "run"], "--resume: expected no value or the name of a checkpoint, got an empty one"),
         (["--out", "run", "--seed", "7"], "resume: seed: expected 0 as in {}, got 7"),
         (
             ["--out", "run", "--updates", "fast"],
@@ -494,6 +518,16 @@ def test_what_resume_refuses_is_one_line_and_status_2(files, capsys, arguments, 
     capsys.readouterr()
     assert cli.main(["train", "--resume", *arguments]) == 2
     assert capsys.readouterr().err == f"ppo-fast: {message.format(repr('run/checkpoints/update-000001'))}\n"
+
+
+def test_the_command_resumes_the_checkpoint_that_is_named(files):
+    assert cli.main(["train", "--config", "run.yaml", "--updates", "2", "--seed", "5"]) == 0
+    metrics = Path("run/metrics.jsonl").read_text().splitlines()[:1]
+    named = ["--resume", "update-000001", "--out", "run", "--updates", "1"]
+    assert cli.main(["train", *named]) == 0
+    assert Path("run/metrics.jsonl").read_text().splitlines() == metrics
+    assert sorted(os.listdir("run/checkpoints")) == ["update-000001", "update-000002.superseded"]
+    assert cli.parse_run("train", ["--resume=update-000001", "--out", "run"])[1] == "update-000001"
 
 
 def test_flags_and_file_of_a_resumed_run_may_change_its_length_and_log(files):

@@ -12,7 +12,7 @@ import safetensors.torch
 import transformers.modeling_utils
 
 from ppo_fast.rlhf import UserError, tiny, train_ppo
-from ppo_fast.rlhf.checkpoint import latest, load_latest
+from ppo_fast.rlhf.checkpoint import latest, load_checkpoint
 from ppo_fast.rlhf.ppo import Run
 from ppo_fast.rlhf.runtime import write_whole
 from tests.helpers import raises_exactly
@@ -103,7 +103,7 @@ def test_rule_16_the_last_good_checkpoint_outlives_a_fault_at_every_call(run, tm
                 faults.arm()
                 newest = latest(checkpoints)
                 assert bytes_below(newest) == {"update-000002": before, "update-000004": after}[newest.name], (at, name)
-                assert load_latest(checkpoints).state["log"]["done"] == int(newest.name[-6:])
+                assert load_checkpoint(checkpoints).state["log"]["done"] == int(newest.name[-6:])
                 save(self, log)  # what was left behind is in nobody's way
                 tried.append((newest.name, name))
         assert after == bytes_below(checkpoints / "update-000004")

@@ -115,6 +115,15 @@ def test_rule_16_a_resumed_run_ends_with_the_same_bits(run, whole, before_step, 
 
 
 @each_stage
+def test_an_older_checkpoint_is_resumed_to_the_same_bits(run, whole, tmp_path, stage):
+    expected = whole(stage)
+    run(stage, optim=TWO_EPOCHS, log=LOG | {"keep_last": 0})
+    resumed = run(stage, optim=TWO_EPOCHS, log=LOG | {"keep_last": 0}, resume="step-000006")
+    assert left_by(resumed.directory) == expected
+    assert sorted(os.listdir(tmp_path / stage / "checkpoints")) == [f"step-{n:06d}" for n in (3, 6, 9, 10)]
+
+
+@each_stage
 def test_more_epochs_continue_a_run_that_ended(run, whole, stage):
     constant = {"warmup_frac": 0.0, "final_lr_frac": 1.0}  # so that the number of epochs sets no rate
     whole_run = run(stage, optim=TWO_EPOCHS | constant, log=LOG)
