@@ -98,12 +98,13 @@ def flat_terms(
 ) -> Terms:
     """Checked arguments as the registered ops take them; ``like`` gives device and dtype, ``shape`` is the targets'."""
     dtype = _checks.accumulation_dtype(like.dtype)
+    coefficients: dict[str, Any] = {name: coefficient(getattr(config, name), like) for name in COEFFICIENTS}
     rows: dict[str, Any] = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
     return Terms(
         **rows,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
         denominator=as_denominator(denominator, like),
-        **{name: coefficient(getattr(config, name), like) for name in COEFFICIENTS},
+        **coefficients,
         clip_low=math.inf if config.clip_low is None else float(config.clip_low),
         clip_high=math.inf if config.clip_high is None else float(config.clip_high),
         dual_clip=math.inf if config.dual_clip is None else float(config.dual_clip),
