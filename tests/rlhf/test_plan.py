@@ -64,7 +64,7 @@ MEASURED = {
     "static cache": ({}, {"rollout": {"static_cache": True}}),
     "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
     "gpt2": ({"arch": "gpt2"}, {}),
-    "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}}),
+    "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}, "advantage": {"whiten": False}}),
     "shared": ({}, {"model": {"layout": "shared"}}),
     "adapters": ({}, {"model": LORA} | MICRO),
     "moving reference": ({}, {"model": LORA, "reference": {"update": "ema", "every": 1}}),
