@@ -132,6 +132,9 @@ MUTANTS = [
     Mutant(f"{RLHF}/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
     Mutant(f"{RLHF}/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
     Mutant(f"{RLHF}/attention.py", ' | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}', "", ATTENTION),
+    Mutant(f"{RLHF}/attention.py", "back <= window_size[0])", "back <= window_size[0] + 1)", ATTENTION),
+    Mutant(f"{RLHF}/attention.py", '{"is_causal": mask is None', '{"is_causal": False', ATTENTION),
+    Mutant(f"{RLHF}/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
     Mutant(f"{RLHF}/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/attention.py", " > allowed:", " > 1e9:", ATTENTION),
     Mutant(f"{RLHF}/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
@@ -156,6 +159,19 @@ MUTANTS = [
     Mutant(f"{RLHF}/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),
     Mutant(f"{RLHF}/update.py", "(self.config.loss.vf_coef * error.loss)", "error.loss", UPDATE),
     Mutant(f"{RLHF}/update.py", "loss.loss + self.config.loss.vf_coef * error", "loss.loss + error", SHARED),
+    Mutant(f"{RLHF}/update.py", '"kl_estimator": self.config.kl.loss_estimator', '"kl_estimator": "k2"', UPDATE),
+    Mutant(f"{RLHF}/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
+    Mutant(
+        f"{RLHF}/ppo.py",
+        "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n"
+        "                self.kl.update(rewards.kl)\n",
+        "                self.kl.update(rewards.kl)\n"
+        "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n",
+        "tests/rlhf/test_ppo.py",
+    ),
+    Mutant(
+        f"{RLHF}/rewards.py", "weighted.sum(dim=-1).argmin", "rows.sum(dim=-1).argmin", "tests/rlhf/test_rewards.py"
+    ),
     Mutant(f"{RLHF}/rollout.py", "values if models.shared else None", "None", SHARED),
     Mutant(
         f"{RLHF}/advantages.py",
@@ -241,6 +257,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/adapters.py", "parameter.requires_grad_(flag)", "parameter.requires_grad_(True)", ADAPTERS),
     Mutant(f"{RLHF}/adapters.py", "a=5**0.5, generator=generator", "a=5**0.5", ADAPTERS),
     Mutant(f"{RLHF}/adapters.py", "[*(own.keys() ^ tensors.keys())][:1]", "()", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "plain = value == default if", "plain = True if", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "if name in defaults else not value", "if name in defaults else True", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", 'if kind != "LORA":', "if False:", ADAPTERS),
+    Mutant(f"{RLHF}/adapters.py", "layer.get_base_layer().weight)] == 1", "layer)] == 0", ADAPTERS),
     Mutant(f"{RLHF}/loading.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
     Mutant(f"{RLHF}/loading.py", "            layer.training = training", "            pass", LAYOUTS),
     Mutant(f"{RLHF}/loading.py", "            layer.training = True", "            pass", LAYOUTS),

@@ -55,9 +55,9 @@ def write_inputs(out: Path, seed: int, answers: int, updates: int) -> None:
     for part in (tiny.make_model(len(tokenizer), seed=seed), tokenizer):
         part.save_pretrained(out / "base")
     rng = random.Random(seed)
-    write_lines(out / "answers.jsonl", language.sample_answers(answers, rng))
-    for name, count in (("prompts", TRAIN_PROMPTS), ("test", TEST_PROMPTS)):
-        prompts = language.sample_prompts(count, rng)
+    test = language.sample_test_prompts(TEST_PROMPTS, rng)
+    write_lines(out / "answers.jsonl", language.sample_answers(answers, rng, without=test))
+    for name, prompts in (("prompts", language.sample_prompts(TRAIN_PROMPTS, rng, without=test)), ("test", test)):
         write_lines(out / f"{name}.jsonl", ({"prompt": prompt} for prompt in prompts))
     shutil.copyfile(language.__file__, out / "gold.py")
     here = json.dumps(str(out.resolve()))[1:-1]  # between double quotes YAML reads what JSON writes

@@ -76,7 +76,7 @@ class Examiner:
 def write_preferences(out: Path, count: int, seed: int) -> None:
     """Write pairs.jsonl: two answers of the fine-tuned model to each prompt, in the order of a noisy judge."""
     models, rng = _load(out / "sft/final", seed), random.Random(seed + 1)
-    prompts = language.sample_prompts(count, rng)
+    prompts = language.sample_prompts(count, rng, without=files.read_prompts(out / "test.jsonl"))
     first, second = (
         Responses.of(_answer(models, prompts, seed + draw), models.tokenizer).completions for draw in (1, 2)
     )

@@ -7,7 +7,7 @@ package: the quickstart copies this file into its output directory, where its ru
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 # Symbols are upper case; each stands for any one of its words.
 NOUNS = {
@@ -75,19 +75,37 @@ def _sample_clause(rng: random.Random, lexicon: dict[str, str]) -> str:
     return " ".join(rng.choice(lexicon[part].split()) if part in lexicon else part for part in clause)
 
 
-def sample_answers(count: int, rng: random.Random, *, longest: int = 5) -> list[dict[str, str]]:
-    """Draw ``count`` reviews cut in two, {"prompt", "completion"}: the first 1 to ``longest`` words, and the rest."""
-    answers = []
-    for _ in range(count):
+def sample_answers(
+    count: int, rng: random.Random, *, longest: int = 5, without: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """Draw ``count`` reviews cut in two, {"prompt", "completion"}: the first 1 to ``longest`` words, and the rest.
+
+    A review whose prompt is in ``without`` is drawn again.
+    """
+    answers: list[dict[str, str]] = []
+    while len(answers) < count:
         words = sample(rng).split()
         cut = min(rng.randint(1, longest), len(words) - 1)
-        answers.append({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:])})
+        prompt = " ".join(words[:cut])
+        if prompt not in without:
+            answers.append({"prompt": prompt, "completion": " " + " ".join(words[cut:])})
     return answers
 
 
-def sample_prompts(count: int, rng: random.Random, *, longest: int = 5) -> list[str]:
+def sample_prompts(count: int, rng: random.Random, *, longest: int = 5, without: Collection[str] = ()) -> list[str]:
     """Draw ``count`` beginnings: the first 1 to ``longest`` words of sampled reviews, never a whole one."""
-    return [answer["prompt"] for answer in sample_answers(count, rng, longest=longest)]
+    return [answer["prompt"] for answer in sample_answers(count, rng, longest=longest, without=without)]
+
+
+def sample_test_prompts(count: int, rng: random.Random, *, shortest: int = 3) -> list[str]:
+    """Draw ``count`` different beginnings of ``shortest`` words or more, few enough that training can do without them.
+
+    There are three beginnings of one word and 35 of two: training cannot do without those.
+    """
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found.update((prompt, None) for prompt in sample_prompts(1, rng) if len(prompt.split()) >= shortest)
+    return [*found]
 
 
 def _any_of(texts: list[str]) -> str:

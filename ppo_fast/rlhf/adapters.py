@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ from .errors import UserError, check, require
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEEPING = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin; by the others peft changes the base as well
+# Fields of peft's LoraConfig that leave a layer's output at x W + scaling (x A) B, or say nothing about it. Every other
+# field must have peft's default: it changes what peft computes, or it is of a release that this one does not know.
+PLAIN_FIELDS = frozenset(
+    [
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "inference_mode"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "r"),
+        *("alpha_pattern", "lora_alpha", "use_rslora", "lora_dropout", "fan_in_fan_out", "eva_config"),
+    ]
+)
 HEAD = "base_model.model.score."  # what peft calls the head of a sequence classification model
 
 
@@ -43,25 +53,47 @@ class SavedAdapter:
         return str(self.config.base_model_name_or_path)
 
 
-def read_adapter(field: str, path: str | None) -> SavedAdapter | None:
-    """The adapter at `path`, None where there is none; UserError naming `field` for one of another kind than LoRA."""
-    if path is None or not _has_adapter(path):
-        return None
+def read_config(field: str, path: str | None) -> Any:
+    """peft's config of the adapter at `path`, None where there is none.
+
+    Raises UserError naming `field` for an adapter of another kind than plain LoRA.
+    """
+    return _read_config(field, path)[0]
+
+
+def _read_config(field: str, path: str | None) -> tuple[Any, bool]:
+    """`read_config`, and whether the adapter is saved with a head."""
+    file = None if path is None else _config_file(path)
+    if file is None:
+        return None, False
     peft = require("peft")
     try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        _check_plain(field, str(path), values, vars(peft.LoraConfig()))
         config = peft.PeftConfig.from_pretrained(path)
-        tensors = dict(peft.utils.load_peft_weights(path, device="cpu"))
-    except (OSError, ValueError, TypeError, KeyError, require("safetensors").SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{field}: cannot read the adapter in {path!r}: {_first_line(error)}") from error
-    others = {*(config.modules_to_save or ())} - {"score", "classifier"} if isinstance(config, peft.LoraConfig) else ()
-    plain = isinstance(config, peft.LoraConfig) and config.bias == "none" and not config.use_dora and not others
-    check(plain, field, "a LoRA adapter without further weights", path)
-    check(config.init_lora_weights in KEEPING, field, "a LoRA adapter that leaves its base as it is", path)
     check(bool(config.base_model_name_or_path), field, "an adapter that names its base model", path)
-    head = {name.removeprefix(HEAD): tensors.pop(name) for name in [*tensors] if name.startswith(HEAD)}
-    check(bool(head) or "score" not in (config.modules_to_save or ()), field, "the head 'score' of the adapter", path)
+    has_head = "score" in (config.modules_to_save or ())
     config.modules_to_save = config.task_type = None  # else peft wraps the head, and saves it apart from ours
     config.lora_dropout = 0.0  # of a layer that peft makes later, and in train mode
+    return config, has_head
+
+
+def read_adapter(field: str, path: str | None) -> SavedAdapter | None:
+    """The adapter at `path`, None where there is none; UserError naming `field` for one of another kind than LoRA."""
+    config, has_head = _read_config(field, path)
+    if config is None:
+        return None
+    assert path is not None
+    try:
+        tensors = dict(require("peft").utils.load_peft_weights(path, device="cpu"))
+    except (OSError, ValueError, TypeError, KeyError, require("safetensors").SafetensorError) as error:
+        raise UserError(f"{field}: cannot read the adapter in {path!r}: {_first_line(error)}") from error
+    head = {name.removeprefix(HEAD): tensors.pop(name) for name in [*tensors] if name.startswith(HEAD)}
+    check(bool(head) or not has_head, field, "the head 'score' of the adapter", path)
     return SavedAdapter(path, config, tensors, _linear(field, path, head))
 
 
@@ -104,6 +136,10 @@ class Adapters:
     @torch.no_grad()
     def fill(self, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
         """Values by peft's names; UserError naming their `source` when they are of other layers."""
+        for layer in () if _quantised(self.network) else self._adapted(name).values():
+            base = layer.get_base_layer()
+            linear = isinstance(base, nn.Linear | require("transformers.pytorch_utils").Conv1D)
+            check(linear, source, "an adapter of linear layers", type(base).__name__)
         own = self.named(name)
         for key in [*(own.keys() ^ tensors.keys())][:1]:
             raise UserError(f"{source}: expected the adapter of the base's layers, got another at {key!r}")
@@ -115,7 +151,8 @@ class Adapters:
 
     def load(self, name: str, saved: SavedAdapter, *, trained: bool) -> None:
         """A further adapter, from disk."""
-        self.add(name, saved.config, trained=trained)
+        with _errors_of_peft(saved):
+            self.add(name, saved.config, trained=trained)
         self.fill(name, saved.tensors, saved.path)
 
     def copy(self, source: str, name: str) -> None:
@@ -169,19 +206,28 @@ class Adapters:
     def merged_state(self, network: Any) -> dict[str, Tensor]:
         """The state dict of `network` with W + alpha / rank * B A, rounded once, for every W that has an adapter."""
         state = network.state_dict()
-        for name, layer in network.named_modules():
-            if TRAINED in getattr(layer, "r", ()):
-                weight = layer.get_base_layer().weight.detach()
-                with torch.no_grad():
-                    sums = weight + layer.get_delta_weight(TRAINED)  # of float32
-                # In host memory: a second copy of a base may not fit beside the first.
-                state[f"{name}.base_layer.weight"] = sums.to(weight.dtype).cpu()
+        for name, layer in self._adapted(TRAINED, network).items():
+            weight = layer.get_base_layer().weight.detach()
+            with torch.no_grad():
+                sums = weight + layer.get_delta_weight(TRAINED)  # of float32
+            # In host memory: a second copy of a base may not fit beside the first.
+            state[f"{name}.base_layer.weight"] = sums.to(weight.dtype).cpu()
         return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
-    def merge(self) -> None:
-        """Add the adapter to the weights of the network, for good, and make all of it trainable."""
-        self.model.merge_and_unload()
-        self.network.requires_grad_(True)
+    def check_mergeable(self, source: str) -> None:
+        """Raise UserError naming `source` where a sum of weights would change more than the adapter does."""
+        check(
+            not _quantised(self.network), source, "an adapter on a base that is not quantized, to merge it", self.base
+        )
+        owners = Counter(id(weight) for layer in self.network.modules() for weight in layer.parameters(recurse=False))
+        for name, layer in self._adapted(TRAINED).items():
+            apart = owners[id(layer.get_base_layer().weight)] == 1
+            check(apart, source, "an adapter of layers that share no weight, to merge it", name)
+
+    def _adapted(self, name: str, network: Any = None) -> dict[str, Any]:
+        """The layers of the network that have this adapter, by their names."""
+        layers = (self.network if network is None else network).named_modules()
+        return {key: layer for key, layer in layers if name in getattr(layer, "r", ())}
 
     def _settle(self, name: str, *, trained: bool) -> None:
         """Put right what peft does to all adapters when it adds one."""
@@ -205,7 +251,7 @@ class Adapters:
 
 def adapt(network: Any, config: LoraConfig, saved: SavedAdapter | None, generator: torch.Generator) -> Adapters:
     """`network` with the adapter that was saved, or with a new one of B = 0; its own weights frozen."""
-    if hasattr(network, "peft_config"):
+    if hasattr(network, "peft_config") and saved is None:
         raise UserError(f"model.lora.rank: expected 0 for a model that has adapters already, got {config.rank}")
     if config.merge and _quantised(network):
         raise UserError("model.lora.merge: expected false for a base in 4 bits, got True")
@@ -216,14 +262,27 @@ def adapt(network: Any, config: LoraConfig, saved: SavedAdapter | None, generato
     for name, found in (("rank", saved.config.r), ("alpha", saved.config.lora_alpha)):
         given = getattr(config, name)
         check(given == found, f"model.lora.{name}", f"{found}, that of the adapter in {saved.path!r}", given)
-    return put_on(network, saved)
+    adapters = put_on(network, saved)
+    if config.merge:
+        adapters.check_mergeable(saved.path)
+    return adapters
 
 
 def put_on(network: Any, saved: SavedAdapter) -> Adapters:
     """`network` with the adapter that was saved."""
-    adapters = Adapters(network, saved.config)
+    check(not hasattr(network, "peft_config"), saved.path, "an adapter on a model without adapters", saved.base)
+    with _errors_of_peft(saved):
+        adapters = Adapters(network, saved.config)
     adapters.fill(TRAINED, saved.tensors, saved.path)
     return adapters
+
+
+def add_to_weights(network: Any, saved: SavedAdapter) -> None:
+    """Add the adapter that was saved to the weights of `network`, for good, and make all of it trainable."""
+    adapters = put_on(network, saved)
+    adapters.check_mergeable(saved.path)
+    adapters.model.merge_and_unload()
+    network.requires_grad_(True)
 
 
 def tokenizer_path(path: str | None) -> str | None:
@@ -262,13 +321,47 @@ def _new_config(network: Any, config: LoraConfig) -> Any:
     )
 
 
-def _has_adapter(path: str) -> bool:
-    if Path(path).is_dir():
-        return (Path(path) / ADAPTER_CONFIG).is_file()
+def _config_file(path: str) -> str | None:
+    """Where the config of the adapter in a directory, or at a hub id, is; None where there is none."""
+    if Path(path).exists():
+        return str(Path(path) / ADAPTER_CONFIG) if (Path(path) / ADAPTER_CONFIG).is_file() else None
     try:
-        return require("transformers.utils").find_adapter_config_file(path) is not None
+        file: str | None = require("transformers.utils").find_adapter_config_file(path)
     except (OSError, ValueError):
-        return False
+        return None
+    return file
+
+
+def _check_plain(field: str, path: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse by name what makes an adapter more than matrices A and B of layers, and a scalar head.
+
+    Args:
+        values: of the adapter's config as it is on disk; peft drops the names that it does not know.
+        defaults: of peft's LoraConfig.
+    """
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{field}: expected a LoRA adapter, got {kind} in {path!r}")
+    for name in sorted(values.keys() - PLAIN_FIELDS):
+        value, default = values[name], defaults.get(name)
+        if name == "init_lora_weights":
+            plain = value in KEEPING
+        elif name == "modules_to_save":
+            plain = not {*(value or ())} - {"score", "classifier"}
+        else:
+            plain = value == default if name in defaults else not value
+        if not plain:
+            raise UserError(f"{field}: expected a LoRA adapter with {name} = {default!r}, got {value!r} in {path!r}")
+
+
+@contextlib.contextmanager
+def _errors_of_peft(saved: SavedAdapter) -> Iterator[None]:
+    """Where an error of peft is a sentence about the adapter that was saved."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
+        reason = _first_line(error)
+        raise UserError(f"{saved.path}: expected an adapter that fits its base {saved.base!r}: {reason}") from error
 
 
 def _linear(field: str, path: str, tensors: Mapping[str, Tensor]) -> nn.Linear | None:

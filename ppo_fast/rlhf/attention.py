@@ -3,7 +3,7 @@
 A packed row is given to a backbone as `input_ids` and `position_ids` [1, S], the positions starting again at 0 with
 each sequence, `attention_mask` None, `use_cache` False and `packed_arguments`. From positions alone transformers makes
 a mask [S, S]; on a GPU flash-attn, or without it the attention registered here, takes the ends of the sequences and
-makes none.
+makes none. On a CPU the attention registered here computes each sequence by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import WeightsConfig
 from .errors import UserError, require
@@ -48,6 +48,8 @@ def attention_implementation(
 def use_attention(model: Any, config: WeightsConfig) -> None:
     """Give a model on its device, or a backbone, the attention that `config` means, packed rows included.
 
+    On a CPU packed rows of a model with sdpa go sequence by sequence, unless that model adds to the scores.
+
     Raises UserError for an attention that transformers does not have, and for a model that cannot be packed.
     """
     name = attention_implementation(config, model.device, model.dtype)
@@ -58,7 +60,24 @@ def use_attention(model: Any, config: WeightsConfig) -> None:
             reason = " ".join(str(error).split())
             raise UserError(f"model.attention: {type(model).__name__} cannot have {name!r}: {reason}") from error
     if getattr(config, "batches", "padded") == "packed":
+        if name is None and model.device.type == "cpu" and _use_by_sequence(model):
+            return
         check_packed(model.base_model)
+
+
+def _use_by_sequence(model: Any) -> bool:
+    """Give a model with sdpa the attention sequence by sequence; False leaves its own, where that one cannot be had."""
+    own = model.config._attn_implementation
+    if own != "sdpa":
+        return False
+    register()
+    model.set_attn_implementation(VARLEN)
+    try:
+        check_packed(model.base_model)
+    except UserError:
+        model.set_attn_implementation(own)
+        return False
+    return True
 
 
 def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
@@ -70,7 +89,7 @@ def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, 
     """
     kind = model.config._attn_implementation or ""
     ends = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
-    if kind == VARLEN and model.dtype in VARLEN_DTYPES:
+    if kind == VARLEN and (model.dtype in VARLEN_DTYPES or model.device.type == "cpu"):
         # A mask of four dimensions is handed on as it is: transformers neither makes one nor asks the device, which
         # the host would wait for, whether positions start again. Nothing can attend by an empty one unnoticed.
         return ends | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}
@@ -143,13 +162,42 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: An
     """Causal attention [S, H, E] of query [S, H, E] to key and value [S, K, E]; K divides H."""
     from torch.nn.attention.varlen import varlen_attn
 
+    attend: Callable[..., Any] = _by_sequence if query.device.type == "cpu" else varlen_attn
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if groups > 1 and "enable_gqa" in inspect.signature(attend).parameters:
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    output: Tensor = varlen_attn(query, key, value, ends, ends, longest, longest, **options)  # type: ignore[assignment]
+    output: Tensor = attend(query, key, value, ends, ends, longest, longest, **options)
     return output
+
+
+def _by_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    _ends_of_keys: Tensor,
+    _longest: int,
+    _longest_key: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, 0),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch's varlen_attn computes, by one sdpa for each sequence: the work is that of the sequences."""
+    found = []
+    inner = ends[1:-1].long()  # what tensor_split takes
+    for parts in zip(*(x.transpose(0, 1).tensor_split(inner, dim=1) for x in (query, key, value)), strict=True):
+        q, k, v = (part[None] for part in parts)
+        mask, length = None, q.shape[2]
+        if 0 <= window_size[0] < length - 1:
+            steps = torch.arange(length, dtype=torch.int64, device=query.device)
+            back = steps[:, None] - steps
+            mask = (back >= 0) & (back <= window_size[0])
+        options: dict[str, Any] = {"is_causal": mask is None, "scale": scale, "enable_gqa": enable_gqa}
+        found.append(nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)[0])
+    return torch.cat(found, dim=1).transpose(0, 1)
 
 
 def _refused(module: Any, why: str) -> UserError:

@@ -166,7 +166,7 @@ class KLConfig:
     """KL(policy || reference): a per-token reward, a loss term, or both."""
 
     coef: float = 0.05  # start value when adaptive
-    placement: Literal["reward", "loss", "both"] = "reward"  # where it is charged
+    placement: Literal["reward", "loss", "both"] = "reward"  # in the loss whitening scales it by std(advantages)
     reward_estimator: str = "k1"  # k1 alone is right in the reward
     loss_estimator: str = "k2"  # k2, full (exact, by the reference logits), or k3 for parity with GRPO
     adaptive: bool = False  # steer coef towards the target

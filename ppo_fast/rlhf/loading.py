@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapters, SavedAdapter, adapt, put_on, read_adapter, tokenizer_path
+from .adapters import Adapters, SavedAdapter, adapt, add_to_weights, read_adapter, tokenizer_path
 from .attention import use_attention
 from .config import CausalConfig, WeightsConfig
 from .errors import UserError, require
@@ -84,7 +84,7 @@ def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Genera
     if config.lora.rank:
         adapters = adapt(model, config.lora, saved, generator)
     elif saved is not None:
-        put_on(model, saved).merge()
+        add_to_weights(model, saved)
     if config.checkpointing:
         checkpoint_activations(model)
     return dataclasses.replace(loaded, model=disable_dropout(model), adapters=adapters)

@@ -18,7 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, SavedAdapter, put_on, read_adapter, same_base
+from .adapters import (
+    ADAPTER_CONFIG,
+    REFERENCE,
+    TRAINED,
+    VALUE,
+    Adapters,
+    SavedAdapter,
+    add_to_weights,
+    read_adapter,
+    same_base,
+)
 from .attention import use_attention
 from .config import ModelConfig, ReferenceConfig, RewardConfig
 from .errors import UserError, require
@@ -282,13 +292,13 @@ def _load_backbone(path: str, dtype: torch.dtype, trust: bool) -> tuple[Any, nn.
     if found is not None:
         model, saved = found
         if saved is not None:
-            put_on(model, saved).merge()
+            add_to_weights(model, saved)
         return model.base_model, model.score
     saved = read_adapter(field, path)
     if saved is None:
         return load_network(transformers.AutoModel, path, trust, dtype=dtype), None
     model = load_network(transformers.AutoModelForCausalLM, saved.base, trust, dtype=dtype)
-    put_on(model, saved).merge()
+    add_to_weights(model, saved)
     return model.base_model, None
 
 

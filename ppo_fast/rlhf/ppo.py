@@ -31,7 +31,7 @@ from .planning.command import announce
 from .reference import Reference
 from .resume import failed_writes_told, file_digests, inputs, load_start, prompt_inputs
 from .reward_sources import RewardFunction, load_sources
-from .rewards import KLCoefficient, Scorer, compute_rewards, without_masked
+from .rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
 from .rollout import Generation, generate, score, warn_about_filters
 from .runlog import BEST, FINAL, RunLog
 from .runtime import Stopwatch, find_device, threads, warn_about_precision
@@ -186,6 +186,7 @@ def train_ppo(
         start = load_start(config, resume, "updates", "log")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
+        warn_about_whitening(config.kl, config.advantage.whiten)
         forget_modules()
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None

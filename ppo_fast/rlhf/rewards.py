@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,19 @@ class KLCoefficient:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         coef = state["coef"]
         self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
+
+
+def warn_about_whitening(kl: KLConfig, whiten: bool) -> None:
+    """Warn when the loss weighs the KL against advantages that whitening has divided by their deviation.
+
+    In the reward the KL is a part of the advantages, and is divided with the score.
+    """
+    if kl.in_loss and whiten and kl.coef > 0:
+        warnings.warn(
+            f"kl.placement: {kl.placement} charges kl.coef times the deviation of the advantages, which "
+            "advantage.whiten divides by; set advantage.whiten to false to charge kl.coef itself",
+            stacklevel=3,
+        )
 
 
 class Scorer:

@@ -45,6 +45,15 @@ def test_the_preferences_lean_to_the_gold_score_and_are_noisy(short: tuple[Path,
     assert 0.7 < right < 0.98
 
 
+def test_the_test_prompts_are_in_no_training_file(short: tuple[Path, Result]) -> None:
+    out, result = short
+    test = files.read_prompts(out / "test.jsonl")
+    assert test == result.sft.prompts
+    assert len({*test}) == files.TEST_PROMPTS
+    for name in ("answers", "pairs", "prompts"):
+        assert not {*test} & {*files.read_prompts(out / f"{name}.jsonl")}, name
+
+
 def test_model_directories_load(short: tuple[Path, Result]) -> None:
     out, result = short
     for name in ("base", "sft/final", "ppo/final", "ppo/best", "no-kl/final"):

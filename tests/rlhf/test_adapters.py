@@ -1,5 +1,7 @@
 """Adapters: exact at the start, isolated, saved as peft does, merged; SFT, reward model and DPO with them."""
 
+import copy
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,11 +14,22 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_fast import cli
 from ppo_fast.rlhf import UserError, tiny
-from ppo_fast.rlhf.adapters import ADAPTER_CONFIG, ADAPTER_FILE, Adapters, adapt, read_adapter, same_base
+from ppo_fast.rlhf.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PLAIN_FIELDS,
+    Adapters,
+    adapt,
+    add_to_weights,
+    put_on,
+    read_adapter,
+    same_base,
+)
 from ppo_fast.rlhf.checkpoint import fingerprint, save_models, write_model
 from ppo_fast.rlhf.config import LoraConfig
 from ppo_fast.rlhf.configfile import config_from_dict
 from ppo_fast.rlhf.loading import checkpoint_activations
+from ppo_fast.rlhf.planning.shapes import read_shapes
 from ppo_fast.rlhf.supervised import Run
 from tests.helpers import raises_exactly
 from tests.rlhf.layouts import IDS, LORA, every_bit, models_in, run_stage, save_base, shift
@@ -155,13 +168,17 @@ def test_saved_adapters_are_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bias": "all"}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
-        ({"use_dora": True}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
-        ({"modules_to_save": ["lm_head"]}, "model.path: expected a LoRA adapter without further weights, got {path!r}"),
+        ({"bias": "all"}, "model.path: expected a LoRA adapter with bias = 'none', got 'all' in {path!r}"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "model.path: expected a LoRA adapter with modules_to_save = None, got ['lm_head'] in {path!r}",
+        ),
         (
             {"init_lora_weights": "pissa"},
-            "model.path: expected a LoRA adapter that leaves its base as it is, got {path!r}",
+            "model.path: expected a LoRA adapter with init_lora_weights = True, got 'pissa' in {path!r}",
         ),
+        ({"of_a_later_peft": 1}, "model.path: expected a LoRA adapter with of_a_later_peft = None, got 1 in {path!r}"),
+        ({"peft_type": "IA3"}, "model.path: expected a LoRA adapter, got IA3 in {path!r}"),
         ({"base_model_name_or_path": None}, "model.path: expected an adapter that names its base model, got {path!r}"),
     ],
 )
@@ -171,6 +188,121 @@ def test_adapters_that_cannot_be_read(tmp_path, base, change, message):
     (tmp_path / "sft/final" / ADAPTER_CONFIG).write_text(json.dumps(config | change))
     with raises_exactly(message.format(path=path), UserError):
         read_adapter("model.path", path)
+
+
+PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+# Every field of peft's that may shape an adapter with plain matrices, on a model of two layers.
+SHAPED = {
+    "targets_of_peft": {"target_modules": None},
+    "all_linear": {"target_modules": "all-linear"},
+    "exclude_modules": {"exclude_modules": ["up_proj"]},
+    "patterns": {"rank_pattern": {"up_proj": 2, "layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"down_proj": 5}},
+    "rslora": {"use_rslora": True, "rank_pattern": {"up_proj": 9}},
+    "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "begun_random": {"init_lora_weights": False, "lora_dropout": 0.5},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "conv1d": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+def random_adapter(directory, base, **options):
+    """A randomly filled adapter as peft saves it, and the logits of peft's own model."""
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**PLAIN | options, task_type="CAUSAL_LM"))
+    shift([parameter for name, parameter in model.named_parameters() if "lora_" in name])
+    model.save_pretrained(directory, save_embedding_layers=False)
+    return str(directory), logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), directory))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Models of two layers on disk and in memory, one with the head tied to the embeddings."""
+    root, options = tmp_path_factory.mktemp("bases"), {"llama": {}, "gpt2": {}, "tied": {"tie_word_embeddings": True}}
+    for name, option in options.items():
+        arch = "gpt2" if name == "gpt2" else "llama"
+        tiny.make_model(64, arch=arch, hidden=32, layers=2, heads=2, **option).save_pretrained(root / name)
+    return {name: AutoModelForCausalLM.from_pretrained(root / name).eval() for name in options}
+
+
+@pytest.mark.parametrize("shape", SHAPED)
+def test_what_peft_saved_has_pefts_logits_continued_merged_and_saved_again(tmp_path, bases, shape):
+    base = bases["gpt2" if shape == "conv1d" else "llama"]
+    path, expected = random_adapter(tmp_path / "peft", base, **SHAPED[shape])
+    saved, network, whole, other = (read_adapter("init", path), *(copy.deepcopy(base) for _ in range(3)))
+    assert (expected - logits(network)).abs().max() > 1e-2
+    adapters = adapt(network, LoraConfig(rank=4, alpha=8.0, merge=True), saved, None)
+    torch.testing.assert_close(logits(network), expected, atol=1e-6, rtol=1e-5)
+    adapters.load("value", saved, trained=True)
+    adapters.copy("value", "reference")
+    for name in ("value", "reference"):
+        with adapters.active(name):
+            torch.testing.assert_close(logits(network), expected, atol=1e-6, rtol=1e-5)
+    other.load_state_dict(adapters.merged_state(network))
+    write_model(network, make_tokenizer(), tmp_path / "again", adapters)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+    add_to_weights(whole, saved)
+    for model in (other, again, whole):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_other_field_of_peft_is_refused_by_name(tmp_path, bases):
+    """What `SHAPED` leaves out, and what peft of another release may write."""
+    path, _ = random_adapter(tmp_path, bases["llama"])
+    plain = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    others = {field.name for field in dataclasses.fields(peft.LoraConfig)} - PLAIN_FIELDS - {"runtime_config"}
+    assert {"use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "target_parameters"} <= others
+    for name in others:
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(plain | {name: ["x"]}))
+        with pytest.raises(UserError, match=f"^init: expected a LoRA adapter with {name} = .*, got \\['x'\\] in '"):
+            read_adapter("init", path)
+    for kind in {*peft.PeftType} - {"LORA"}:
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(plain | {"peft_type": kind}))
+        with raises_exactly(f"init: expected a LoRA adapter, got {kind.value} in {path!r}", UserError):
+            read_adapter("init", path)
+
+
+def test_adapters_that_do_not_fit_their_base(tmp_path, bases):
+    base = bases["llama"]
+    path, _ = random_adapter(tmp_path / "embeddings", base, target_modules=["embed_tokens", "q_proj"])
+    with raises_exactly(f"{path}: expected an adapter of linear layers, got 'Embedding'", UserError):
+        put_on(copy.deepcopy(base), read_adapter("init", path))
+    path, _ = random_adapter(tmp_path / "plain", base)
+    saved = read_adapter("init", path)
+    message = rf"^{path}: expected an adapter that fits its base {base.name_or_path!r}: Target modules .* not found"
+    other = dataclasses.replace(saved, config=dataclasses.replace(saved.config, target_modules={"c_attn"}))
+    with pytest.raises(UserError, match=message):
+        put_on(copy.deepcopy(base), other)
+    message = f"{path}: expected an adapter on a model without adapters, got {base.name_or_path!r}"
+    with raises_exactly(message, UserError):
+        put_on(AutoModelForCausalLM.from_pretrained(path), saved)
+    quantized = copy.deepcopy(base)
+    quantized.quantization_method = "bitsandbytes"
+    message = f"{path}: expected an adapter on a base that is not quantized, to merge it, got {base.name_or_path!r}"
+    with raises_exactly(message, UserError):
+        add_to_weights(quantized, saved)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_a_tied_head_is_continued_and_not_merged(tmp_path, bases):
+    """The sum of weights would change the embeddings as well."""
+    path, expected = random_adapter(tmp_path, bases["tied"], target_modules=["q_proj", "lm_head"])
+    saved, network = read_adapter("init", path), copy.deepcopy(bases["tied"])
+    put_on(network, saved)
+    torch.testing.assert_close(logits(network), expected, atol=1e-6, rtol=1e-5)
+    message = f"{path}: expected an adapter of layers that share no weight, to merge it, got 'lm_head'"
+    with raises_exactly(message, UserError):
+        add_to_weights(copy.deepcopy(bases["tied"]), saved)
+    with raises_exactly(message, UserError):
+        adapt(copy.deepcopy(bases["tied"]), LoraConfig(rank=4, alpha=8.0, merge=True), saved, None)
+
+
+def test_the_plan_refuses_what_a_run_refuses(tmp_path, bases):
+    path, _ = random_adapter(tmp_path, bases["llama"])
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config | {"lora_bias": True}))
+    message = f"model.path: expected a LoRA adapter with lora_bias = False, got True in {path!r}"
+    with raises_exactly(message, UserError):
+        read_shapes(config_from_dict({"model": {"path": path}}))
 
 
 def test_a_broken_adapter_is_told(tmp_path, base):

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_fast.rlhf import UserError, attention, tiny, train_ppo
@@ -85,11 +84,10 @@ def plain_varlen_of_torch_2_11(
     return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
-@pytest.fixture(params=[plain_varlen, plain_varlen_of_torch_2_11])
+@pytest.fixture(params=[attention._by_sequence, plain_varlen, plain_varlen_of_torch_2_11])
 def on_a_cpu(request, monkeypatch):
-    """The attention of ours without a GPU, in float32."""
-    monkeypatch.setattr(varlen, "varlen_attn", request.param)
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    """The attention of ours on a CPU, by what it computes there and by what stands for torch's kernel."""
+    monkeypatch.setattr(attention, "_by_sequence", request.param)
     attention.register()
 
 
@@ -172,11 +170,13 @@ def test_padded_batches_and_generation_are_those_of_sdpa(shape):
         assert torch.equal(*(m.generate(ids, attention_mask=mask, **options) for m in (ours, plain)))
 
 
-def test_without_the_ends_a_packed_row_goes_by_the_mask():
-    """As weights of float32 do, which the kernel does not take."""
+def test_without_the_ends_a_packed_row_goes_by_the_mask(monkeypatch):
+    """As weights of float32 do on a GPU, whose kernel does not take them."""
     attention.register()
     backbone, parts = with_varlen(tiny.make_model(64, hidden=32)).base_model, sequences()
+    monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
     assert packed_arguments(backbone, torch.tensor([0, 1]).int(), 1) == {}
+    monkeypatch.setattr(attention, "packed_arguments", lambda *_: {})
     torch.testing.assert_close(packed_states(backbone, parts), lone_states(backbone, parts), atol=2e-6, rtol=1e-5)
 
 
@@ -261,11 +261,17 @@ def test_layers_that_keep_the_ends_to_themselves_are_refused():
 
 def test_a_model_gets_the_attention_asked_for():
     for model in (tiny.make_model(64, hidden=32), tiny.make_model(64, hidden=32).base_model):
-        before = model.config._attn_implementation
         use_attention(model, CausalConfig(batches="packed"))
-        assert model.config._attn_implementation == before
+        assert model.config._attn_implementation == VARLEN
         use_attention(model, WeightsConfig(attention="eager"))
         assert model.base_model.config._attn_implementation == "eager"
+
+
+def test_on_a_cpu_a_model_that_adds_to_the_scores_keeps_its_own_attention():
+    model = made(transformers.Gemma2Config(**GROUPED, head_dim=8))
+    model.set_attn_implementation("sdpa")
+    use_attention(model, CausalConfig(batches="packed"))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_an_attention_that_nobody_has_is_named():
@@ -280,7 +286,7 @@ def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded():
         "model.batches: expected 'padded' for OPTModel, whose sequences in one row do not stay apart, got 'packed'"
     )
     with raises_exactly(message, UserError):
-        use_attention(model, CausalConfig(batches="packed"))
+        use_attention(model, CausalConfig(batches="packed", attention="sdpa"))
 
 
 @pytest.mark.parametrize("logits", ["linear", "materialised"])
@@ -293,6 +299,7 @@ def test_a_run_by_the_ends_is_the_run_by_the_mask(make_config, tokenizer, on_a_c
                 model={"batches": "packed", "logits": logits, "attention": kind},
                 optim={"micro_batch_size": 2},
                 kl={"placement": "loss", "loss_estimator": "full"},
+                advantage={"whiten": False},
                 log={"dir": str(tmp_path / kind)},
             ),
             reward_fn=lambda completion_ids, **_: [sum(token % 2 for token in ids) for ids in completion_ids],

@@ -208,7 +208,9 @@ def run(make_config, tokenizer, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("values", [{}, {"kl": {"placement": "both", "loss_estimator": "full"}}])
+@pytest.mark.parametrize(
+    "values", [{}, {"kl": {"placement": "both", "loss_estimator": "full"}, "advantage": {"whiten": False}}]
+)
 @pytest.mark.parametrize("name", ["tied GPT-2", "Gemma 2, softcapped"])
 def test_both_ways_give_the_same_run(run, name, values):
     ours, theirs = (

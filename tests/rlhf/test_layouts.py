@@ -453,7 +453,11 @@ CASES = {
     "merged": ("adapters", {"model": {"lora": LORA["lora"] | {"merge": True}}}),
     "packed, exact KL": (
         "adapters",
-        {"model": {"batches": "packed"}, "kl": {"placement": "loss", "loss_estimator": "full"}},
+        {
+            "model": {"batches": "packed"},
+            "kl": {"placement": "loss", "loss_estimator": "full"},
+            "advantage": {"whiten": False},
+        },
     ),
     "best": ("adapters", {"evaluation": {"every": 1}}),
 }

@@ -64,7 +64,7 @@ MEASURED = {
     "static cache": ({}, {"rollout": {"static_cache": True}}),
     "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
     "gpt2": ({"arch": "gpt2"}, {}),
-    "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}}),
+    "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}, "advantage": {"whiten": False}}),
     "shared": ({}, {"model": {"layout": "shared"}}),
     "adapters": ({}, {"model": LORA} | MICRO),
     "moving reference": ({}, {"model": LORA, "reference": {"update": "ema", "every": 1}}),
@@ -187,9 +187,13 @@ def test_a_layer_of_4_bits_is_as_large_as_that_of_bitsandbytes():
 
 def test_attention_of_a_packed_row_on_a_gpu_makes_no_mask_and_repeats_no_heads(tmp_path):
     policy = tiny_policy(arch="qwen2", num_key_value_heads=1)
-    shapes, packed = Shapes(Shape(policy.config)), {"model": {"batches": "packed", "dtype": "bfloat16"}}
-    given = {"shapes": shapes, "prompt_tokens": PROMPT}
-    by_ends, by_mask = (make_plan(make_config(tmp_path, **packed), device, **given) for device in ("cuda", "cpu"))
+    given = {"shapes": Shapes(Shape(policy.config)), "prompt_tokens": PROMPT}
+    by_ends, by_mask = (
+        make_plan(
+            make_config(tmp_path, model={"batches": "packed", "dtype": "bfloat16", "attention": kind}), "cuda", **given
+        )
+        for kind in (None, "sdpa")
+    )
     assert by_ends.phases["update"]["activations"] < by_mask.phases["update"]["activations"]
     assert by_ends.phases["rollout"]["KV cache"] == by_mask.phases["rollout"]["KV cache"]
 

@@ -1,6 +1,7 @@
 """The loop as a whole: repeatable, readable from files, and honest when something fails."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -140,8 +141,13 @@ def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch
         return update(self, experience, kl_coef, index, generator)
 
     monkeypatch.setattr(Learner, "update", spy)
-    run(updates=3, kl={"coef": 0.25, "placement": "loss"})
+    kl, unwhitened = {"coef": 0.25, "placement": "loss"}, {"whiten": False}
+    run(updates=3, kl=kl, advantage=unwhitened)
     assert seen == [(0.25, 0), (0.25, 1), (0.25, 2)]
+    del seen[:]
+    # KL is 0 in the first update; it steers the coefficient of the second.
+    run(kl=kl | {"adaptive": True, "horizon": 100}, advantage=unwhitened, log={"overwrite": True})
+    assert [float(coef) for coef, _ in seen] == pytest.approx([0.25, 0.25 * (1 - 0.2 * 8 / 100)])
 
 
 @pytest.mark.parametrize("placement", ["reward", "loss", "both"])
@@ -149,7 +155,7 @@ def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_kl_may_be_placed_in_reward_and_loss(run, placement, estimator, adaptive):
     kl = {"placement": placement, "loss_estimator": estimator, "adaptive": adaptive, "coef": 0.5}
-    last = run(kl=kl, reward={"missing_eos_penalty": 0.0}).history[1]
+    last = run(kl=kl, reward={"missing_eos_penalty": 0.0}, advantage={"whiten": placement == "reward"}).history[1]
     assert (abs(last["objective/non_score_reward"]) > 1e-6) is (placement != "loss")
     assert (last["objective/kl_coef"] != 0.5) is adaptive
 
@@ -309,6 +315,16 @@ def test_a_tokenizer_of_another_model_is_refused(run):
 def test_filters_warn_once_at_the_start(run):
     with pytest.warns(UserWarning, match=r"bias the ratio"):
         run(updates=1, rollout={"top_k": 5})
+
+
+@pytest.mark.parametrize("placement", ["loss", "both"])
+def test_kl_in_the_loss_against_whitened_advantages_warns_at_the_start(run, placement):
+    message = (
+        f"kl.placement: {placement} charges kl.coef times the deviation of the advantages, which advantage.whiten "
+        "divides by; set advantage.whiten to false to charge kl.coef itself"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        run(updates=1, kl={"placement": placement})
 
 
 def test_the_default_config_names_no_model():

@@ -28,6 +28,7 @@ MANY = [f"w{i} w{i + 1}" for i in range(11)]  # no batch of 8 ends with an epoch
 CLOCK = ("time/", "tokens_per_second", "memory/")
 EVERYTHING = {  # every part of a run that has a state of its own
     "kl": {"adaptive": True, "coef": 0.1, "target": 1.0, "horizon": 50, "placement": "both"},
+    "advantage": {"whiten": False},
     "loss": {"penalty_coef": 0.1, "penalty_target": 0.01},
     "log": {"save_every": 2, "samples_every": 1, "keep_last": 2},
 }

@@ -279,6 +279,12 @@ def test_min_keeps_the_tokens_of_the_lowest_source(rewarded):
     assert rewards.rewards.tolist() == [[0.0, 2.5, 0.0], [0.5, 0.0, -1.0]]
 
 
+def test_min_chooses_by_the_weighted_scores(rewarded):
+    reward = {"combine": "min", "weights": (1.0, 3.0), **NO_EXTRAS}
+    rewards = rewarded(made_rollout([2, 2]), [scores(2.0, 5.0), scores(1.0, 1.0)], reward=reward, kl={"coef": 0.0})
+    assert rewards.scores.tolist() == [2.0, 3.0]
+
+
 def test_weights_must_fit_the_sources(rewarded):
     with pytest.raises(UserError, match=r"^reward\.weights: expected one for each of the 2 sources, got \(1\.0,\)$"):
         rewarded(made_rollout([2]), [scores(1.0), scores(1.0)], reward={"weights": (1.0,)})

@@ -9,7 +9,7 @@ import torch
 from ppo_fast import PolicyLossConfig, ops
 from ppo_fast.ops import _native, _registry
 from ppo_fast.rlhf.advantages import make_experience
-from ppo_fast.rlhf.config import LossConfig
+from ppo_fast.rlhf.config import AdvantageConfig, LossConfig
 from ppo_fast.rlhf.forward import response_logits, response_values
 from ppo_fast.rlhf.optim import Network, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.rewards import Rewards
@@ -34,6 +34,12 @@ def random_experience(rollout, seed=3):
 def made_rewards(rollout):
     zero = torch.zeros(rollout.mask.shape)
     return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [], [True] * len(zero), None)
+
+
+def random_rewards(rollout):
+    """As `made_rewards`, with a reward on every token."""
+    noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(made_rewards(rollout), rewards=torch.where(rollout.mask, 3 * noise, 0.0))
 
 
 @pytest.fixture
@@ -152,7 +158,7 @@ def test_rule_12_the_entropy_bonus_has_the_gradient_of_the_full_entropy(setup):
     assert 0 <= policy["entropy"] <= torch.tensor(64.0).log()
 
 
-@pytest.mark.parametrize("estimator", ["k2", "full"])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
 def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
     learner, rollout, experience = setup(kl={"placement": "loss", "loss_estimator": estimator})
     with torch.no_grad():
@@ -164,16 +170,35 @@ def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
     learner.models.policy.zero_grad()
     logprobs = response_logits(learner.models.policy, pass_of(rollout)).log_softmax(-1)
     reference = response_logits(learner.models.reference, pass_of(rollout)).log_softmax(-1).detach()
-    if estimator == "full":
-        kl = (logprobs.exp() * (logprobs - reference)).sum(-1)
-    else:
-        kl = 0.5 * (logprobs - reference).gather(-1, experience.tokens[:, None])[:, 0] ** 2
+    rise = (logprobs - reference).gather(-1, experience.tokens[:, None])[:, 0]
+    exact = (logprobs.exp() * (logprobs - reference)).sum(-1)
+    kl = {"k2": 0.5 * rise**2, "k3": (-rise).expm1() + rise, "full": exact}[estimator]
     mean = kl.mean()
     (0.3 * mean).backward()
     for name, grad in gradients(learner.models.policy).items():
         torch.testing.assert_close(ours[name], grad, rtol=2e-3, atol=2e-6)
     assert policy["kl"] == pytest.approx(mean.item(), rel=1e-4)
     assert policy["kl"] > 1e-3
+
+
+def test_whitening_multiplies_the_coefficient_of_kl_in_the_loss_by_the_deviation(setup):
+    """The gradient is 1 / s of that of the plain advantages with s * coef, as docs/debugging.md states it."""
+    learner, rollout, _ = setup(kl={"placement": "loss"})
+    noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(6))
+    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs + noise)
+    made = [
+        make_experience(rollout, random_rewards(rollout), AdvantageConfig(whiten=whiten)) for whiten in (True, False)
+    ]
+    spread = made[1].advantages.std()
+    centred = dataclasses.replace(made[1], advantages=made[1].advantages - made[1].advantages.mean())
+    found = []
+    for part, coef in ((made[0], 0.3), (centred, 0.3 * spread)):
+        learner.backward(*everything(part), coef)
+        found.append(gradients(learner.models.policy))
+        learner.models.policy.zero_grad()
+    assert abs(spread - 1) > 0.1
+    for name, grad in found[1].items():
+        torch.testing.assert_close(found[0][name], grad / spread, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("placement", "charged"), [("reward", False), ("both", True), ("loss", True)])
@@ -340,9 +365,18 @@ def test_the_penalty_is_adapted_by_the_kl_of_the_last_epoch(setup, monkeypatch):
     learner, _, experience = setup(optim={"minibatch_size": 8, "epochs": 3})
     seen = []
     monkeypatch.setattr(learner.penalty, "update", seen.append)
+    backward, of_epochs = learner.backward, []  # one step each
+
+    def recorded(*arguments):
+        metrics = backward(*arguments)
+        of_epochs.append(metrics[0]["approx_kl"])
+        return metrics
+
+    monkeypatch.setattr(learner, "backward", recorded)
     learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
-    (kl,) = seen
-    assert kl > 0  # in the first epoch, of one step, it is 0
+    assert len(of_epochs) == 3
+    assert 0 < of_epochs[1] < of_epochs[2]
+    assert seen == [of_epochs[2]]
 
 
 def test_the_adapted_penalty_reaches_the_loss(setup):

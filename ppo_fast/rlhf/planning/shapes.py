@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, same_base
+from ..adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, read_config, same_base
 from ..config import ModelConfig, PPOConfig
 from ..errors import UserError, require
 from ..forward import backbone_of
@@ -65,12 +65,17 @@ def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
     """The configs of every model that `config` names; `policy` is that of one that is there already."""
     if policy is None and config.model.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
-    own = _read(config.model.path, config) if policy is None else Shape(policy, _read_adapter(config.model.path))
+    field = "model.path"
+    own = (
+        _read(field, config.model.path, config)
+        if policy is None
+        else Shape(policy, read_config(field, config.model.path))
+    )
     base = config.model.path if own.adapter is None else str(own.adapter.base_model_name_or_path)
-    rewards = tuple(_read(path, config, base) for path in config.reward.models)
+    rewards = tuple(_read("reward.models", path, config, base) for path in config.reward.models)
     start = config.model.value_path
     if start is not None:
-        return Shapes(own, _read(_value_directory(start), config), rewards)
+        return Shapes(own, _read("model.value_path", _value_directory(start), config), rewards)
     # As far as configs tell, the critic starts from the first reward model where that has the policy's vocabulary.
     alike = bool(rewards) and rewards[0].config.vocab_size == own.config.vocab_size
     return Shapes(own, rewards[0] if alike else None, rewards)
@@ -82,23 +87,15 @@ def _value_directory(path: str) -> str:
     return str(own) if own.is_file() else str(beside) if (beside / ADAPTER_CONFIG).is_file() else path
 
 
-def _read(path: str | None, config: PPOConfig, base: str | None = None) -> Shape:
+def _read(field: str, path: str | None, config: PPOConfig, base: str | None = None) -> Shape:
     """Of a PEFT directory the config of its base, beside its own; `base` is that of the policy."""
-    adapter = _read_adapter(path)
+    adapter = read_config(field, path)
     path = path if adapter is None else str(adapter.base_model_name_or_path)
     if path is not None and Path(path).is_dir() and not Path(path, "config.json").is_file():
         # transformers 4 would go by the name of the directory.
         raise UserError(f"AutoConfig: cannot load directory {path!r}: it has no config.json")
     shape = load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
     return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
-
-
-def _read_adapter(path: str | None) -> Any:
-    if path is None or not (Path(path) / ADAPTER_CONFIG).is_file():
-        return None
-    adapter = require("peft").PeftConfig.from_pretrained(path)
-    adapter.modules_to_save = adapter.task_type = None
-    return adapter
 
 
 def make_resident(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> Resident:
