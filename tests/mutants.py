@@ -195,7 +195,9 @@ MUTANTS = [
     Mutant(f"{RLHF}/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCK),
     Mutant(f"{RLHF}/lock.py", "os.register_at_fork(after_in_child=_let_go)", "", LOCK),
     Mutant(f"{RLHF}/checkpoint.py", "        _follow_umask(scratch)\n", "", CHECKPOINT),
-    Mutant(f"{RLHF}/checkpoint.py", "    target = target.resolve()\n", "", CHECKPOINT),
+    Mutant(
+        f"{RLHF}/checkpoint.py", "    target = target.resolve()\n    target.parent", "    target.parent", CHECKPOINT
+    ),
     Mutant(f"{RLHF}/callables.py", "_copied(value) for name", "value for name", "tests/rlhf/test_rewards.py"),
     Mutant(f"{RLHF}/supervised.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
     # damage

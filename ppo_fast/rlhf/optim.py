@@ -55,7 +55,11 @@ class Network:
         if isinstance(self.optimizer, torch.optim.AdamW):
             weights = dict(enumerate(self.optimizer.param_groups[0]["params"]))
             for index, moments in state["state"].items():
-                own = {"step": torch.zeros(()), "exp_avg": weights[index], "exp_avg_sq": weights[index]}
+                own = {
+                    "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+                    "exp_avg": weights[index],
+                    "exp_avg_sq": weights[index],
+                }
                 check_tensors(own, moments, f"resume: optimizer state {index}")
         self.optimizer.load_state_dict(state)
 

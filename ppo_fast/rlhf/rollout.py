@@ -193,7 +193,7 @@ def select(value: Any, rows: list[int]) -> Any:
 
 def first_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:
     """Position [B] int64 of the first of any EOS in responses [B, T]; T where there is none."""
-    is_eos = torch.isin(responses, torch.tensor(eos_ids, device=responses.device))
+    is_eos = torch.isin(responses, torch.tensor(eos_ids, dtype=torch.int64, device=responses.device))
     return torch.where(is_eos.any(-1), is_eos.long().argmax(-1), responses.shape[1])
 
 
