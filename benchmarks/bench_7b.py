@@ -24,11 +24,13 @@ from unittest import mock
 import torch
 
 import ppo_fast
-from ppo_fast.rlhf import PPOConfig, UserError, load_config, ppo, tiny
-from ppo_fast.rlhf.configfile import preset_names
+from ppo_fast.rlhf import PPOConfig, UserError, load_config
+from ppo_fast.rlhf.config.files import preset_names
+from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.planning.plan import Plan, make_plan
 from ppo_fast.rlhf.planning.shapes import read_shapes
-from ppo_fast.rlhf.runtime import Stopwatch, find_device
+from ppo_fast.rlhf.ppo import train as ppo
+from ppo_fast.rlhf.training.runtime import Stopwatch, find_device
 
 GIB = 2**30
 PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "update": "update"}  # as the plan names them

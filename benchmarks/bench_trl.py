@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.models import tiny
 from tests.acceptance import good_token
 
 VERSION = "1.12.0"

@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_7b import commit
 from benchmarks.conftest import device_name
-from ppo_fast.rlhf import PPOConfig, load_config, tiny, train_ppo
-from ppo_fast.rlhf.update import Learner
+from ppo_fast.rlhf import PPOConfig, load_config, train_ppo
+from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.ppo.update import Learner
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 64, "hidden": 64, "layers": 2, "heads": 4, "batch": 64, "prompt": 1, "response": 16},

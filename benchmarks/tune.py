@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune [--json FILE] [--smoke]
 
-The best tiles go by hand into ``ppo_fast/ops/_triton/tuning.py``. ``--smoke`` runs a few tiles on tiny rows, to see
-that this works: also on a CPU with TRITON_INTERPRET=1.
+The best tiles go by hand into ``ppo_fast/ops/_backends/triton/tuning.py``. ``--smoke`` runs a few tiles on tiny
+rows, to see that this works: also on a CPU with TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from torch import Tensor
 
 import ppo_fast
 from benchmarks import harness
-from ppo_fast.ops._triton import tuning
-from ppo_fast.ops._triton.token_stats import token_stats
-from ppo_fast.ops._triton.token_stats_backward import token_stats_backward
+from ppo_fast.ops._backends.triton import tuning
+from ppo_fast.ops._backends.triton.token_stats import token_stats
+from ppo_fast.ops._backends.triton.token_stats_backward import token_stats_backward
 
 
 class Result(NamedTuple):

@@ -10,7 +10,7 @@ import datasets
 from trl import GRPOConfig, GRPOTrainer
 
 from ppo_fast.integrations import patch_trl
-from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.models import tiny
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 

@@ -60,10 +60,10 @@ STAGES = {
 }
 TOOLS = {
     "plan": "ppo_fast.rlhf.planning.command",
-    "export": "ppo_fast.rlhf.export",
+    "export": "ppo_fast.rlhf.reports.export",
     "quickstart": "ppo_fast.quickstart",
-    "plot": "ppo_fast.rlhf.plots",
-    "report": "ppo_fast.rlhf.report",
+    "plot": "ppo_fast.rlhf.reports.plots",
+    "report": "ppo_fast.rlhf.reports.report",
     "doctor": "ppo_fast.doctor",
 }
 TRAIN_HELP = """\
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     from ppo_fast.rlhf.errors import UserError
-    from ppo_fast.rlhf.signals import Interrupted
+    from ppo_fast.rlhf.training.signals import Interrupted
 
     try:
         COMMANDS[command](arguments)
@@ -147,7 +147,7 @@ def parse(command: str, argv: Sequence[str]) -> Any:
 def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
     """The config and `resume` that the arguments of a training command mean."""
     from ppo_fast import rlhf
-    from ppo_fast.rlhf.configfile import preset_names, read_values
+    from ppo_fast.rlhf.config.files import preset_names, read_values
     from ppo_fast.rlhf.errors import UserError, require
 
     stage = STAGES[command]
@@ -168,9 +168,9 @@ def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
 
 def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str) -> Any:
     """The config that the checkpoint to resume was saved with, under what the file and the flags say."""
-    from ppo_fast.rlhf.checkpoint import load_checkpoint
-    from ppo_fast.rlhf.configfile import config_from_dict, field_defaults, merge
-    from ppo_fast.rlhf.runlog import CHECKPOINTS
+    from ppo_fast.rlhf.config.files import config_from_dict, field_defaults, merge
+    from ppo_fast.rlhf.training.checkpoint import load_checkpoint
+    from ppo_fast.rlhf.training.log import CHECKPOINTS
 
     log = given.get("log")
     directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
@@ -199,8 +199,8 @@ def _read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
 
 
 def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]:
-    from ppo_fast.rlhf.config import PPOConfig
-    from ppo_fast.rlhf.configfile import field_defaults, nearest_name
+    from ppo_fast.rlhf.config.files import field_defaults, nearest_name
+    from ppo_fast.rlhf.config.ppo import PPOConfig
     from ppo_fast.rlhf.errors import UserError
 
     fields = field_defaults(kind) | {"config": None, "resume": False} | ({"preset": None} if kind is PPOConfig else {})

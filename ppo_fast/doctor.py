@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ppo_fast
-from ppo_fast.ops import _native
-from ppo_fast.ops._registry import BACKENDS
+from ppo_fast.ops._backends.native import extension
+from ppo_fast.ops._core.registry import BACKENDS
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "peft", "bitsandbytes", "numpy")
 
@@ -44,7 +44,7 @@ def report() -> dict[str, Any]:
     return {
         "versions": versions | {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
-        "extension": {"native": _native.load_error or "ok", "cuda": _native.cuda_error or "ok"},
+        "extension": {"native": extension.load_error or "ok", "cuda": extension.cuda_error or "ok"},
         "ops": ppo_fast.backends(),
     }
 

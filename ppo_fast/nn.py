@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppo_fast.ops import PolicyLossConfig, linear_policy_loss, policy_loss, value_loss
-from ppo_fast.ops.results import LossOutput
+from ppo_fast.ops._core.results import LossOutput
 
 
 class PolicyLoss(nn.Module):

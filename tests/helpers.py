@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.ops import _registry
-from ppo_fast.ops._checks import accumulation_dtype
+from ppo_fast.ops._core import registry
+from ppo_fast.ops._core.checks import accumulation_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,7 +28,7 @@ def backends_under_test(op: str) -> list[str]:
 
 def cases_under_test(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[str, torch.dtype]]:
     """Each tested backend of ``op`` with each of ``dtypes`` that it takes."""
-    entries = _registry._entries(op)
+    entries = registry._entries(op)
     return [(b, d) for b in backends_under_test(op) for d in dtypes if d in entries[b].dtypes]
 
 

@@ -1,6 +1,6 @@
 """Repairs of Triton's interpreter, so that interpreted kernels compute what a GPU computes, and sooner.
 
-They replace internals of Triton 3.6 and 3.7; ``tests/ops/test_triton_interpreter.py`` fails where one no longer works.
+They replace internals of Triton 3.6 and 3.7; ``tests/ops/triton/test_interpreter.py`` fails where one no longer works.
 """
 
 import warnings

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE, TRITON, CPU = "ppo_fast/ops/reference", "ppo_fast/ops/_triton", "csrc/cpu"
+REFERENCE, TRITON = "ppo_fast/ops/_backends/reference", "ppo_fast/ops/_backends/triton"
+CPU, RLHF = "csrc/cpu", "ppo_fast/rlhf"
 
 
 class Mutant(NamedTuple):
@@ -27,21 +28,35 @@ class Mutant(NamedTuple):
     tests: str
 
 
-STATS, POLICY, VALUE, GAE = (f"tests/ops/test_{op}.py" for op in ("token_stats", "policy_loss", "value_loss", "gae"))
-NATIVE = "tests/ops/test_native_rows.py"
-RLHF = "ppo_fast/rlhf"
-SUPERVISED, RESUMED, REWARD, EXAMPLES = (
-    f"tests/rlhf/test_{name}.py" for name in ("supervised", "supervised_resume", "reward_model", "examples")
-)
-RESUMED_PPO, LOCK, CHECKPOINT = (f"tests/rlhf/test_{name}.py" for name in ("resume", "lock", "checkpoint"))
-EOS, TEMPLATES, HEADS = (f"tests/rlhf/test_{name}.py" for name in ("eos", "templates", "heads"))
-DAMAGE = "tests/rlhf/test_damage.py"
-BATCHES, UPDATE, SHARED = (f"tests/rlhf/test_{name}.py" for name in ("batches", "update", "shared"))
-OPTIM, ATTENTION, ROLLOUT = (f"tests/rlhf/test_{name}.py" for name in ("optim", "attention", "rollout"))
-ADAPTERS, LAYOUTS = (f"tests/rlhf/test_{name}.py" for name in ("adapters", "layouts"))
-TRAPS, MASKED, METRICS, PREFERENCE, MANNERS = (
-    f"tests/ops/test_{name}.py" for name in ("traps", "masked", "policy_metrics", "preference", "manners")
-)
+NATIVE = "tests/ops/native/test_rows.py"
+GAE = "tests/ops/test_gae.py"
+MASKED = "tests/ops/test_masked.py"
+TRAPS = "tests/ops/test_numerical_edge_cases.py"
+POLICY = "tests/ops/test_policy_loss.py"
+METRICS = "tests/ops/test_policy_metrics.py"
+PREFERENCE = "tests/ops/test_preference.py"
+MANNERS = "tests/ops/test_side_effects.py"
+STATS = "tests/ops/test_token_stats.py"
+VALUE = "tests/ops/test_value_loss.py"
+EXAMPLES = "tests/rlhf/data/test_examples.py"
+BATCHES = "tests/rlhf/data/test_packing.py"
+TEMPLATES = "tests/rlhf/data/test_templates.py"
+ADAPTERS = "tests/rlhf/models/test_adapters.py"
+ATTENTION = "tests/rlhf/models/test_attention.py"
+EOS = "tests/rlhf/models/test_eos.py"
+HEADS = "tests/rlhf/models/test_heads.py"
+LAYOUTS = "tests/rlhf/models/test_layouts.py"
+SHARED = "tests/rlhf/models/test_shared.py"
+ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
+UPDATE = "tests/rlhf/ppo/test_update.py"
+RESUMED = "tests/rlhf/supervised/test_resume.py"
+REWARD = "tests/rlhf/supervised/test_reward_model.py"
+SUPERVISED = "tests/rlhf/supervised/test_train.py"
+CHECKPOINT = "tests/rlhf/training/test_checkpoint.py"
+DAMAGE = "tests/rlhf/training/test_damage.py"
+LOCK = "tests/rlhf/training/test_lock.py"
+OPTIM = "tests/rlhf/training/test_optim.py"
+RESUMED_PPO = "tests/rlhf/training/test_resume.py"
 
 MUTANTS = [
     # token_logprobs, token_stats, entropy: the definition and the op around it
@@ -117,178 +132,225 @@ MUTANTS = [
     Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
-    Mutant(f"{RLHF}/adamw.py", "            weight.copy_(master)\n", "", OPTIM),
-    Mutant(f"{RLHF}/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
-    Mutant(f"{RLHF}/adamw.py", "self.taken += 1 - keep", "self.taken += 1", OPTIM),
-    Mutant(f"{RLHF}/adamw.py", "torch.where(keep, part, new[name])", "new[name]", OPTIM),
-    Mutant(f"{RLHF}/adamw.py", '        self.noise.set_state(state_dict["noise"].cpu())\n', "", OPTIM),
-    Mutant(f"{RLHF}/adamw.py", "(noise.int() & 0xFFFF)", "0x8000", OPTIM),
-    Mutant(f"{RLHF}/adamw.py", "(book[1:] + book[:-1]) / 2", "book[1:]", OPTIM),
-    Mutant(f"{RLHF}/adamw.py", 'old["root"].square()', 'old["root"]', OPTIM),
-    Mutant(f"{RLHF}/adamw.py", "clamp_min(1e-30)", "clamp_min(1e-3)", OPTIM),
-    Mutant(f"{RLHF}/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
-    Mutant(f"{RLHF}/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "            weight.copy_(master)\n", "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "self.taken += 1 - keep", "self.taken += 1", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "torch.where(keep, part, new[name])", "new[name]", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", '        self.noise.set_state(state_dict["noise"].cpu())\n', "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "(noise.int() & 0xFFFF)", "0x8000", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "(book[1:] + book[:-1]) / 2", "book[1:]", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", 'old["root"].square()', 'old["root"]', OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "clamp_min(1e-30)", "clamp_min(1e-3)", OPTIM),
+    Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
+    Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
     # attention over packed rows
-    Mutant(f"{RLHF}/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
-    Mutant(f"{RLHF}/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
-    Mutant(f"{RLHF}/attention.py", ' | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}', "", ATTENTION),
-    Mutant(f"{RLHF}/attention.py", "back <= window_size[0])", "back <= window_size[0] + 1)", ATTENTION),
-    Mutant(f"{RLHF}/attention.py", '{"is_causal": mask is None', '{"is_causal": False', ATTENTION),
-    Mutant(f"{RLHF}/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
-    Mutant(f"{RLHF}/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
-    Mutant(f"{RLHF}/attention.py", " > allowed:", " > 1e9:", ATTENTION),
-    Mutant(f"{RLHF}/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
+    Mutant(f"{RLHF}/models/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", ' | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}', "", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", "back <= window_size[0])", "back <= window_size[0] + 1)", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", '{"is_causal": mask is None', '{"is_causal": False', ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
+    Mutant(f"{RLHF}/ppo/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
     Mutant(
-        f"{RLHF}/rollout.py",
+        f"{RLHF}/ppo/rollout.py",
         "model.generation_config, inner.generation_config = own",
         "model.generation_config = own[0]",
         ROLLOUT,
     ),
-    Mutant(f"{RLHF}/supervised.py", "linear=linear)", "linear=True)", RESUMED),
+    Mutant(f"{RLHF}/supervised/train.py", "linear=linear)", "linear=True)", RESUMED),
     # micro-batches
-    Mutant(f"{RLHF}/batches.py", "- starts.repeat(lengths)", "", BATCHES),
+    Mutant(f"{RLHF}/data/packing.py", "- starts.repeat(lengths)", "", BATCHES),
     Mutant(
-        f"{RLHF}/batches.py", "rank[self.counted[rows, 1:].ravel()]", "rank[self.counted[rows, :-1].ravel()]", BATCHES
+        f"{RLHF}/data/packing.py",
+        "rank[self.counted[rows, 1:].ravel()]",
+        "rank[self.counted[rows, :-1].ravel()]",
+        BATCHES,
     ),
-    Mutant(f"{RLHF}/batches.py", "self.attention[rows].sum(axis=1).argsort", "rows.argsort", UPDATE),
-    Mutant(f"{RLHF}/batches.py", "None if attention.all() else", "None if True else", BATCHES),
-    Mutant(f"{RLHF}/batches.py", "(attention.cumsum(axis=1) - 1).clip(min=0)", "attention.cumsum(axis=1)", BATCHES),
-    Mutant(f"{RLHF}/batches.py", "offsets(lengths[lengths > 0])", "offsets(lengths)", BATCHES),
-    Mutant(f"{RLHF}/batches.py", "first + 1 : last + 1", "first:last", BATCHES),
-    Mutant(f"{RLHF}/forward.py", "(states // width + 1) * (width - tail)", "(width - tail)", BATCHES),
-    Mutant(f"{RLHF}/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),
-    Mutant(f"{RLHF}/update.py", "(self.config.loss.vf_coef * error.loss)", "error.loss", UPDATE),
-    Mutant(f"{RLHF}/update.py", "loss.loss + self.config.loss.vf_coef * error", "loss.loss + error", SHARED),
-    Mutant(f"{RLHF}/update.py", '"kl_estimator": self.config.kl.loss_estimator', '"kl_estimator": "k2"', UPDATE),
-    Mutant(f"{RLHF}/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
+    Mutant(f"{RLHF}/data/packing.py", "self.attention[rows].sum(axis=1).argsort", "rows.argsort", UPDATE),
+    Mutant(f"{RLHF}/data/packing.py", "None if attention.all() else", "None if True else", BATCHES),
     Mutant(
-        f"{RLHF}/ppo.py",
+        f"{RLHF}/data/packing.py", "(attention.cumsum(axis=1) - 1).clip(min=0)", "attention.cumsum(axis=1)", BATCHES
+    ),
+    Mutant(f"{RLHF}/data/packing.py", "offsets(lengths[lengths > 0])", "offsets(lengths)", BATCHES),
+    Mutant(f"{RLHF}/data/packing.py", "first + 1 : last + 1", "first:last", BATCHES),
+    Mutant(f"{RLHF}/models/forward.py", "(states // width + 1) * (width - tail)", "(width - tail)", BATCHES),
+    Mutant(f"{RLHF}/ppo/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),
+    Mutant(f"{RLHF}/ppo/update.py", "(self.config.loss.vf_coef * error.loss)", "error.loss", UPDATE),
+    Mutant(f"{RLHF}/ppo/update.py", "loss.loss + self.config.loss.vf_coef * error", "loss.loss + error", SHARED),
+    Mutant(f"{RLHF}/ppo/update.py", '"kl_estimator": self.config.kl.loss_estimator', '"kl_estimator": "k2"', UPDATE),
+    Mutant(f"{RLHF}/ppo/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
+    Mutant(
+        f"{RLHF}/ppo/train.py",
         "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n"
         "                self.kl.update(rewards.kl)\n",
         "                self.kl.update(rewards.kl)\n"
         "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n",
-        "tests/rlhf/test_ppo.py",
+        "tests/rlhf/ppo/test_train.py",
     ),
     Mutant(
-        f"{RLHF}/rewards.py", "weighted.sum(dim=-1).argmin", "rows.sum(dim=-1).argmin", "tests/rlhf/test_rewards.py"
+        f"{RLHF}/ppo/rewards.py",
+        "weighted.sum(dim=-1).argmin",
+        "rows.sum(dim=-1).argmin",
+        "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/rollout.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/rollout.py", "values if models.shared else None", "None", SHARED),
     Mutant(
-        f"{RLHF}/advantages.py",
+        f"{RLHF}/ppo/advantages.py",
         "starts[:-1].repeat(lengths)",
         "starts[1:].repeat(lengths) - 1",
-        "tests/rlhf/test_advantages.py",
+        "tests/rlhf/ppo/test_advantages.py",
     ),
-    Mutant(f"{RLHF}/supervised.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "schedule(number - 1,", "schedule(number,", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "        require_finite(**checked)\n", "", SUPERVISED),
-    Mutant(f"{RLHF}/supervised.py", "step(factor, failed)", "step(factor)", RESUMED),
-    Mutant(f"{RLHF}/supervised.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
-    Mutant(f"{RLHF}/supervised.py", ', "network": self.network}', "}", RESUMED),
-    Mutant(f"{RLHF}/supervised.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
-    Mutant(f"{RLHF}/supervised.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED),
-    Mutant(f"{RLHF}/ppo.py", '"reference", "monitors", "scorer"', '"reference", "scorer"', RESUMED_PPO),
-    Mutant(f"{RLHF}/resume.py", "    for row in rows:", "    for row in [*rows][:1]:", RESUMED_PPO),
-    Mutant(f"{RLHF}/resume.py", 'f"columns of the {kind}prompts": data.columns.items()', '"": ()', RESUMED_PPO),
-    Mutant(f"{RLHF}/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCK),
-    Mutant(f"{RLHF}/lock.py", "os.register_at_fork(after_in_child=_let_go)", "", LOCK),
-    Mutant(f"{RLHF}/checkpoint.py", "        _follow_umask(scratch)\n", "", CHECKPOINT),
     Mutant(
-        f"{RLHF}/checkpoint.py", "    target = target.resolve()\n    target.parent", "    target.parent", CHECKPOINT
+        f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),
-    Mutant(f"{RLHF}/callables.py", "_copied(value) for name", "value for name", "tests/rlhf/test_rewards.py"),
-    Mutant(f"{RLHF}/supervised.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
+    Mutant(f"{RLHF}/supervised/train.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "schedule(number - 1,", "schedule(number,", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "step(factor, failed)", "step(factor)", RESUMED),
+    Mutant(f"{RLHF}/supervised/train.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
+    Mutant(f"{RLHF}/supervised/train.py", ', "network": self.network}', "}", RESUMED),
+    Mutant(f"{RLHF}/supervised/train.py", '"held-out examples": self.data.held_out}', "}", RESUMED),
+    Mutant(
+        f"{RLHF}/supervised/train.py", "        load_saved(self.objective.model, directory, ", "        print(", RESUMED
+    ),
+    Mutant(f"{RLHF}/ppo/train.py", '"reference", "monitors", "scorer"', '"reference", "scorer"', RESUMED_PPO),
+    Mutant(f"{RLHF}/training/resume.py", "    for row in rows:", "    for row in [*rows][:1]:", RESUMED_PPO),
+    Mutant(
+        f"{RLHF}/training/resume.py", 'f"columns of the {kind}prompts": data.columns.items()', '"": ()', RESUMED_PPO
+    ),
+    Mutant(f"{RLHF}/training/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCK),
+    Mutant(f"{RLHF}/training/lock.py", "os.register_at_fork(after_in_child=_let_go)", "", LOCK),
+    Mutant(f"{RLHF}/files.py", "        _follow_umask(scratch)\n", "", CHECKPOINT),
+    Mutant(f"{RLHF}/files.py", "    target = target.resolve()\n    target.parent", "    target.parent", CHECKPOINT),
+    Mutant(f"{RLHF}/user_code.py", "_copied(value) for name", "value for name", "tests/rlhf/ppo/test_rewards.py"),
+    Mutant(f"{RLHF}/supervised/train.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
     # damage
-    Mutant(f"{RLHF}/runlog.py", "            os.fsync(file.fileno())\n", "            pass\n", DAMAGE),
-    Mutant(f"{RLHF}/runlog.py", "    file.flush()\n", "", DAMAGE),
+    Mutant(f"{RLHF}/training/log.py", "            os.fsync(file.fileno())\n", "            pass\n", DAMAGE),
+    Mutant(f"{RLHF}/training/log.py", "    file.flush()\n", "", DAMAGE),
     Mutant(f"{RLHF}/integrity.py", "        if digest(directory / name) != expected:", "        if False:", DAMAGE),
     Mutant(
         f"{RLHF}/integrity.py", 'if content.pop("digest") != ', 'if content.pop("digest") == 0 or False and ', DAMAGE
     ),
     Mutant(f"{RLHF}/integrity.py", "        if expected != got:", "        if False:", DAMAGE),
-    Mutant(f"{RLHF}/optim.py", "check_tensors(own, moments, ", "print(", DAMAGE),
+    Mutant(f"{RLHF}/training/optim.py", "check_tensors(own, moments, ", "print(", DAMAGE),
     Mutant(
-        f"{RLHF}/loading.py", 'sorted(name for name in info["missing_keys"] if', "sorted(name for name in () if", DAMAGE
-    ),
-    Mutant(f"{RLHF}/checkpoint.py", "[*filter(is_complete, _numbered(checkpoints))]", "_numbered(checkpoints)", DAMAGE),
-    Mutant(f"{RLHF}/checkpoint.py", "        path.rename(aside)\n", "", RESUMED),
-    Mutant(f"{RLHF}/loop.py", "        restore_rng(", "        print(", RESUMED),
-    Mutant(f"{RLHF}/loop.py", 'state["skipped"]', "0", RESUMED),
-    Mutant(f"{RLHF}/loop.py", "        if self.total < done:", "        if False:", RESUMED),
-    Mutant(f"{RLHF}/loop.py", " or self.done == self.total", "", RESUMED),
-    Mutant(f"{RLHF}/loop.py", "            if found != state", "            if False and found != state", RESUMED),
-    Mutant(f"{RLHF}/loop.py", "keep_last=self.config.log.keep_last", "keep_last=0", RESUMED),
-    Mutant(f"{RLHF}/loop.py", "            self.skipped += 1\n", "", RESUMED),
-    Mutant(
-        f"{RLHF}/configfile.py", 'f"{name}." for name in free', "name for name in free", "tests/rlhf/test_config.py"
+        f"{RLHF}/models/loading.py",
+        'sorted(name for name in info["missing_keys"] if',
+        "sorted(name for name in () if",
+        DAMAGE,
     ),
     Mutant(
-        f"{RLHF}/models.py",
+        f"{RLHF}/training/checkpoint.py",
+        "[*filter(is_complete, _numbered(checkpoints))]",
+        "_numbered(checkpoints)",
+        DAMAGE,
+    ),
+    Mutant(f"{RLHF}/training/checkpoint.py", "        path.rename(aside)\n", "", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "        restore_rng(", "        print(", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", 'state["skipped"]', "0", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(
+        f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
+    ),
+    Mutant(f"{RLHF}/training/loop.py", "keep_last=self.config.log.keep_last", "keep_last=0", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "            self.skipped += 1\n", "", RESUMED),
+    Mutant(
+        f"{RLHF}/config/files.py",
+        'f"{name}." for name in free',
+        "name for name in free",
+        "tests/rlhf/config/test_config.py",
+    ),
+    Mutant(
+        f"{RLHF}/models/value.py",
         "torch.where(attention_mask, position, 0)",
         "torch.where(attention_mask, 0, 0)",
         REWARD,
     ),
-    Mutant(f"{RLHF}/reward_model.py", "weight / (config.hidden_size + 1) ** 0.5", "weight", REWARD),
-    Mutant(f"{RLHF}/reward_model.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", REWARD),
+    Mutant(f"{RLHF}/models/reward.py", "weight / (config.hidden_size + 1) ** 0.5", "weight", REWARD),
+    Mutant(f"{RLHF}/models/reward.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", REWARD),
     Mutant(
-        f"{RLHF}/reward_model.py",
+        f"{RLHF}/supervised/reward_model.py",
         "(*self.scores(pairs), margin=self._margins(pairs))",
         "(*self.scores(pairs))",
         REWARD,
     ),
-    Mutant(f"{RLHF}/reward_model.py", "chosen, rejected, margin=self._margins(pairs)", "chosen, rejected", REWARD),
-    Mutant(f"{RLHF}/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
-    Mutant(f"{RLHF}/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
-    Mutant(f"{RLHF}/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED),
-    Mutant(f"{RLHF}/dpo.py", "copy.deepcopy(loaded.model)", "loaded.model", SUPERVISED),
+    Mutant(
+        f"{RLHF}/supervised/reward_model.py",
+        "chosen, rejected, margin=self._margins(pairs)",
+        "chosen, rejected",
+        REWARD,
+    ),
+    Mutant(f"{RLHF}/supervised/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
+    Mutant(f"{RLHF}/supervised/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
+    Mutant(
+        f"{RLHF}/supervised/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED
+    ),
+    Mutant(f"{RLHF}/supervised/dpo.py", "copy.deepcopy(loaded.model)", "loaded.model", SUPERVISED),
     # tokens, templates and heads
-    Mutant(f"{RLHF}/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
-    Mutant(f"{RLHF}/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),
-    Mutant(f"{RLHF}/reward_sources.py", "ids[-1] not in self.eos_ids", "ids[-1] != self.tokenizer.eos_token_id", EOS),
-    Mutant(f"{RLHF}/reward_sources.py", " if responses.ended[row] else ids\n", "\n", TEMPLATES),
-    Mutant(f"{RLHF}/data.py", "    ids = ids[:-1] if appended else ids\n", "", TEMPLATES),
-    Mutant(f"{RLHF}/data.py", "ids[1:] if doubled else ids", "ids", TEMPLATES),
-    Mutant(f"{RLHF}/data.py", " if item is not None", "", TEMPLATES),
-    Mutant(f"{RLHF}/data.py", "continue_final_message=True", "add_generation_prompt=True", TEMPLATES),
-    Mutant(f"{RLHF}/forward.py", "torch.promote_types(head.weight.dtype, torch.float32)", "head.weight.dtype", HEADS),
+    Mutant(f"{RLHF}/models/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
+    Mutant(f"{RLHF}/data/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),
+    Mutant(
+        f"{RLHF}/ppo/reward_sources.py", "ids[-1] not in self.eos_ids", "ids[-1] != self.tokenizer.eos_token_id", EOS
+    ),
+    Mutant(f"{RLHF}/ppo/reward_sources.py", " if responses.ended[row] else ids\n", "\n", TEMPLATES),
+    Mutant(f"{RLHF}/data/templates.py", "    ids = ids[:-1] if appended else ids\n", "", TEMPLATES),
+    Mutant(f"{RLHF}/data/templates.py", "ids[1:] if doubled else ids", "ids", TEMPLATES),
+    Mutant(f"{RLHF}/data/templates.py", " if item is not None", "", TEMPLATES),
+    Mutant(f"{RLHF}/data/templates.py", "continue_final_message=True", "add_generation_prompt=True", TEMPLATES),
+    Mutant(
+        f"{RLHF}/models/forward.py", "torch.promote_types(head.weight.dtype, torch.float32)", "head.weight.dtype", HEADS
+    ),
     # layouts and adapters
-    Mutant(f"{RLHF}/adapters.py", "layer._disable_adapters = name is None", "pass", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "            self._switch(before)", "            pass", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "parameter.requires_grad_(flag)", "parameter.requires_grad_(True)", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "a=5**0.5, generator=generator", "a=5**0.5", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "[*(own.keys() ^ tensors.keys())][:1]", "()", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "plain = value == default if", "plain = True if", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "if name in defaults else not value", "if name in defaults else True", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", 'if kind != "LORA":', "if False:", ADAPTERS),
-    Mutant(f"{RLHF}/adapters.py", "layer.get_base_layer().weight)] == 1", "layer)] == 0", ADAPTERS),
-    Mutant(f"{RLHF}/loading.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
-    Mutant(f"{RLHF}/loading.py", "            layer.training = training", "            pass", LAYOUTS),
-    Mutant(f"{RLHF}/loading.py", "            layer.training = True", "            pass", LAYOUTS),
-    Mutant(f"{RLHF}/parking.py", "            if not self._depth:", "            if True:", LAYOUTS),
-    Mutant(f"{RLHF}/parking.py", ", copy=True)", ")", LAYOUTS),
-    Mutant(f"{RLHF}/models.py", 'role == "value" and self.shared', "False", LAYOUTS),
-    Mutant(f"{RLHF}/models.py", 'loaded.saved is not None or reference.update != "fixed"', "False", LAYOUTS),
-    Mutant(f"{RLHF}/models.py", "same_base(saved.base, base)", "True", LAYOUTS),
-    Mutant(f"{RLHF}/models.py", "head.bias.sub_(mean).div_(std)", "head.bias.div_(std)", LAYOUTS),
-    Mutant(f"{RLHF}/reward_sources.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS),
-    Mutant(f"{RLHF}/reward_sources.py", "load(name, saved, trained=False)", "load(name, saved, trained=True)", LAYOUTS),
-    Mutant(f"{RLHF}/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTERS),
-    Mutant(f"{RLHF}/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "layer._disable_adapters = name is None", "pass", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "            self._switch(before)", "            pass", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "parameter.requires_grad_(flag)", "parameter.requires_grad_(True)", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "a=5**0.5, generator=generator", "a=5**0.5", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "[*(own.keys() ^ tensors.keys())][:1]", "()", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "plain = value == default if", "plain = True if", ADAPTERS),
+    Mutant(
+        f"{RLHF}/models/adapters.py", "if name in defaults else not value", "if name in defaults else True", ADAPTERS
+    ),
+    Mutant(f"{RLHF}/models/adapters.py", 'if kind != "LORA":', "if False:", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapters.py", "layer.get_base_layer().weight)] == 1", "layer)] == 0", ADAPTERS),
+    Mutant(f"{RLHF}/models/loading.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
+    Mutant(f"{RLHF}/models/loading.py", "            layer.training = training", "            pass", LAYOUTS),
+    Mutant(f"{RLHF}/models/loading.py", "            layer.training = True", "            pass", LAYOUTS),
+    Mutant(f"{RLHF}/models/offload.py", "            if not self._depth:", "            if True:", LAYOUTS),
+    Mutant(f"{RLHF}/models/offload.py", ", copy=True)", ")", LAYOUTS),
+    Mutant(f"{RLHF}/models/models.py", 'role == "value" and self.shared', "False", LAYOUTS),
+    Mutant(f"{RLHF}/models/models.py", 'loaded.saved is not None or reference.update != "fixed"', "False", LAYOUTS),
+    Mutant(f"{RLHF}/models/value.py", "same_base(saved.base, base)", "True", LAYOUTS),
+    Mutant(f"{RLHF}/models/value.py", "head.bias.sub_(mean).div_(std)", "head.bias.div_(std)", LAYOUTS),
+    Mutant(
+        f"{RLHF}/ppo/reward_sources.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS
+    ),
+    Mutant(
+        f"{RLHF}/ppo/reward_sources.py", "load(name, saved, trained=False)", "load(name, saved, trained=True)", LAYOUTS
+    ),
+    Mutant(f"{RLHF}/supervised/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTERS),
+    Mutant(f"{RLHF}/supervised/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTERS),
     # examples
     Mutant(
-        f"{RLHF}/examples.py", "if end and not tokenizer.decode(ids[end:]).strip()", "if end == len(ids)", TEMPLATES
+        f"{RLHF}/data/examples.py",
+        "if end and not tokenizer.decode(ids[end:]).strip()",
+        "if end == len(ids)",
+        TEMPLATES,
     ),
-    Mutant(f"{RLHF}/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", "if not whole.startswith(before):", "if False:", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", "joined = both[: len(start)] == start", "joined = True", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", "(position >= start) & (position < end)", "position >= start", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", "sorted(window, key=self.lengths.__getitem__)", "window", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", "    if config.deduplicate:", "    if True:", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", 'chosen.rfind(" ", 0, end)', "end", EXAMPLES),
-    Mutant(f"{RLHF}/examples.py", ", len(chosen) - 1, len(rejected) - 1)", ", len(chosen), len(rejected))", EXAMPLES),
-    Mutant(f"{RLHF}/data.py", "first.setdefault(key(item), item)", "first[key(item)] = item", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", "if not whole.startswith(before):", "if False:", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", "joined = both[: len(start)] == start", "joined = True", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", "(position >= start) & (position < end)", "position >= start", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", "sorted(window, key=self.lengths.__getitem__)", "window", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", "    if config.deduplicate:", "    if True:", EXAMPLES),
+    Mutant(f"{RLHF}/data/examples.py", 'chosen.rfind(" ", 0, end)', "end", EXAMPLES),
+    Mutant(
+        f"{RLHF}/data/examples.py", ", len(chosen) - 1, len(rejected) - 1)", ", len(chosen), len(rejected))", EXAMPLES
+    ),
+    Mutant(f"{RLHF}/data/rows.py", "first.setdefault(key(item), item)", "first[key(item)] = item", EXAMPLES),
 ]
 
 

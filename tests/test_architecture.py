@@ -1,4 +1,4 @@
-"""Imports go one way: ops import no stage, a stage imports from its left."""
+"""Imports go one way: ops import no stage, a subpackage of the trainer imports from its left; there is no cycle."""
 
 import ast
 from pathlib import Path
@@ -8,55 +8,37 @@ import pytest
 import ppo_fast
 
 ROOT = Path(ppo_fast.__file__).parent
-STAGES = [
+# The subpackages and modules of `ppo_fast.rlhf`; each imports from those before it and, but for PEERS, from itself.
+ORDER = [
     "errors",
+    "files",
     "integrity",
-    "callables",
+    "user_code",
     "config",
-    "supervised_config",
-    "runtime",
-    "lock",
-    "configfile",
     "data",
-    "curriculum",
-    "attention",
-    "batches",
-    "forward",
-    "examples",
-    "adapters",
-    "parking",
-    "loading",
     "models",
-    "rollout",
-    "reward_sources",
-    "rewards",
-    "advantages",
-    "adamw",
-    "optim",
-    "update",
-    "planning",
-    "reference",
-    "metrics",
-    "monitors",
-    "runlog",
-    "checkpoint",
-    "evaluation",
-    "failures",
-    "signals",
-    "resume",
-    "loop",
+    "training",
     "ppo",
     "supervised",
-    "sft",
-    "reward_model",
-    "dpo",
+    "reports",
+    "arguments",
+    "planning",
 ]
-# What stands around the stages; no stage imports them.
-TOOLS = ["tiny", "plots", "report", "judge", "export", "__init__"]
+PEERS = {"ppo", "supervised", "reports", "arguments"}  # none of them imports another
+
+
+def name_of(path: Path) -> str:
+    parts = ["ppo_fast", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    return {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of every module a file imports, at the top or inside a function."""
+    """Dotted names of what a file imports, at the top or inside a function: modules, and names in modules."""
     package = ["ppo_fast", *path.relative_to(ROOT).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -69,34 +51,68 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def files(stage: str) -> list[Path]:
-    """The module of a stage, or those of its package."""
-    module = ROOT / "rlhf" / f"{stage}.py"
-    return [module] if module.is_file() else sorted((ROOT / "rlhf" / stage).glob("*.py"))
-
-
-def stages_of(names: set[str]) -> set[str]:
+def parts_of(names: set[str]) -> set[str]:
+    """The subpackages and modules of `ppo_fast.rlhf` that dotted names lie in."""
     return {name.split(".")[2] for name in names if name.startswith("ppo_fast.rlhf.")}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_imports_from_its_left(stage):
-    left = set(STAGES[: STAGES.index(stage)])
-    for path in files(stage):
-        own = {stage} if path.parent.name == stage else set()
-        assert stages_of(imports(path)) & {*STAGES, *TOOLS} <= left | own, path
+def files(part: str) -> list[Path]:
+    """The module of that name in `ppo_fast.rlhf`, or those of the subpackage."""
+    module = ROOT / "rlhf" / f"{part}.py"
+    return [module] if module.is_file() else sorted((ROOT / "rlhf" / part).rglob("*.py"))
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_a_subpackage_imports_from_its_left(part):
+    left = {*ORDER[: ORDER.index(part)], part} - (PEERS - {part} if part in PEERS else set())
+    assert files(part)
+    for path in files(part):
+        assert parts_of(imports(path)) & {*ORDER} <= left, path
 
 
 def test_every_module_of_the_trainer_has_a_place():
-    modules = [path.stem for path in (ROOT / "rlhf").glob("*.py")]
-    packages = [path.parent.name for path in (ROOT / "rlhf").glob("*/__init__.py")]
-    assert {*modules, *packages} <= {*STAGES, *TOOLS}
+    found = {path.stem if path.suffix else path.name for path in (ROOT / "rlhf").iterdir()} - {"__pycache__"}
+    assert found == {*ORDER, "__init__"}
+
+
+def test_imports_have_no_cycle():
+    """Imports inside functions count."""
+    paths = modules()
+    graph = {
+        name: {other for other in imports(path) & paths.keys() if other != name and not is_own_package(other, name)}
+        for name, path in paths.items()
+    }
+    while graph:
+        leaves = {name for name, others in graph.items() if not others & graph.keys()}
+        assert leaves, f"imports go round among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in leaves}
+
+
+def is_own_package(package: str, name: str) -> bool:
+    """Whether `package` holds `name`: a module's import of a sibling names their package too."""
+    return name.startswith(f"{package}.")
 
 
 def test_ops_import_no_stage_and_nothing_that_is_built_on_them():
     above = ("ppo_fast.rlhf", "ppo_fast.cli", "ppo_fast.integrations", "ppo_fast.nn")
     for path in (ROOT / "ops").rglob("*.py"):
         assert not {name for name in imports(path) if name.startswith(above)}, path
+
+
+@pytest.mark.parametrize(("below", "above"), [("_core", "_backends"), ("reference", "native"), ("reference", "triton")])
+def test_the_private_parts_of_the_ops_import_from_their_left(below, above):
+    folders = {"_core": ROOT / "ops" / "_core"} | {
+        name: ROOT / "ops" / "_backends" / name for name in ("reference", "native", "triton")
+    }
+    assert folders[below].is_dir()
+    for path in folders[below].rglob("*.py"):
+        assert not {name for name in imports(path) if f".{above}" in name and name.startswith("ppo_fast.ops.")}, path
+
+
+def test_every_backend_has_the_same_file_names():
+    folders = {name: ROOT / "ops" / "_backends" / name for name in ("reference", "native", "triton")}
+    for name in ("token_stats", "policy_loss", "value_loss", "gae"):
+        assert all((folder / f"{name}.py").is_file() for folder in folders.values()), name
 
 
 def test_integrations_import_ops_alone():
@@ -110,10 +126,10 @@ def test_the_walk_sees_relative_absolute_and_nested_imports(tmp_path, monkeypatc
     (tmp_path / "rlhf").mkdir()
     path = tmp_path / "rlhf" / "x.py"
     path.write_text(
-        "from .update import Learner\nfrom . import ppo\nimport ppo_fast.rlhf.cli\n"
-        "def f():\n    from ppo_fast.rlhf.metrics import collect\n    from ppo_fast.rlhf import plots\n"
+        "from .models import loading\nfrom . import ppo\nimport ppo_fast.rlhf.planning\n"
+        "def f():\n    from ppo_fast.rlhf.training.loop import Loop\n    from ppo_fast.rlhf import reports\n"
     )
-    assert {"update", "ppo", "cli", "metrics", "plots"} <= stages_of(imports(path))
+    assert {"models", "ppo", "planning", "training", "reports"} <= parts_of(imports(path))
 
 
 def calls(path: Path, *names: str) -> list[str]:
@@ -126,27 +142,31 @@ def calls(path: Path, *names: str) -> list[str]:
 @pytest.mark.parametrize(
     ("owner", "others", "names"),
     [
-        # The only stage that changes parameters, by the optimizers of `optim`. Loop.step is a loop's own.
+        # The only place of the PPO loop that changes parameters. TrainingLoop.step is a method of its own.
         (
-            "update",
+            "ppo/update",
             {
-                "optim": {"step", "zero_grad"},
-                "adamw": {"step", "zero_grad"},
-                "loop": {"step"},
-                "supervised": {"step", "backward"},
+                "training/optim": {"step", "zero_grad"},
+                "training/adamw": {"step", "zero_grad"},
+                "training/loop": {"step"},
+                "supervised/train": {"step", "backward"},
                 "planning": {"step", "zero_grad", "backward"},  # without numbers
             },
             ("backward", "step", "zero_grad"),
         ),
-        # The only stage that writes weights.
-        ("checkpoint", {}, ("save_pretrained", "save_file")),
+        # The only place that writes weights.
+        ("training/checkpoint", {}, ("save_pretrained", "save_file")),
     ],
 )
-def test_one_stage_alone_does_it(owner, others, names):
-    for stage in set(STAGES) - {owner}:
-        found = {name for path in files(stage) for name in calls(path, *names)}
-        assert found <= others.get(stage, set()), stage
-    assert calls(ROOT / "rlhf" / f"{owner}.py", *names)
+def test_one_module_alone_does_it(owner, others, names):
+    owner_path = ROOT / "rlhf" / f"{owner}.py"
+    assert calls(owner_path, *names)
+    for path in sorted((ROOT / "rlhf").rglob("*.py")):
+        place = path.relative_to(ROOT / "rlhf").with_suffix("").as_posix()
+        if path == owner_path or place == "models/tiny":
+            continue
+        allowed = others.get(place, others.get(place.partition("/")[0], set()))
+        assert set(calls(path, *names)) <= allowed, place
 
 
 MAKERS = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from examples import clipped_objective, ppo_llm
-from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.models import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from ppo_fast import cli
-from ppo_fast.rlhf import tiny
-from ppo_fast.rlhf.configfile import field_defaults
-from ppo_fast.rlhf.monitors import SIGNS
+from ppo_fast.rlhf.config.files import field_defaults
+from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.ppo.reward_hacking import SIGNS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

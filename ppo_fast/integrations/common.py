@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ppo_fast.integrations.patching import NotTaken
-from ppo_fast.ops import PolicyLossConfig, _checks, _registry, gae, reference, value_loss
-from ppo_fast.ops._layout import as_bools, grid
-from ppo_fast.ops._policy_terms import Terms, flat_terms
+from ppo_fast.ops import PolicyLossConfig, gae, value_loss
+from ppo_fast.ops._backends import reference
+from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.layout import as_bools, grid
+from ppo_fast.ops._core.policy_inputs import Terms, flat_terms
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -82,9 +84,9 @@ class _OfLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, mask: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor]:
-        backend = _registry.resolve("policy_loss", "auto", logprobs.device, logprobs.dtype)
-        rows = logprobs.detach().to(_checks.accumulation_dtype(logprobs.dtype)).contiguous()
-        run = _registry.implementation("policy_terms", backend)
+        backend = registry.resolve("policy_loss", "auto", logprobs.device, logprobs.dtype)
+        rows = logprobs.detach().to(checks.accumulation_dtype(logprobs.dtype)).contiguous()
+        run = registry.implementation("policy_terms", backend)
         out = run(rows, torch.zeros_like(rows), rows.new_empty(0), mask, *terms)
         ctx.dtype = logprobs.dtype
         ctx.save_for_backward(out.d_logprobs)

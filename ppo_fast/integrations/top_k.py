@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _registry
-from ppo_fast.ops._layout import as_logits
+from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.layout import as_logits
 from ppo_fast.ops.token_stats import token_stats_backward
 
 
@@ -27,7 +27,7 @@ class _TopK(torch.autograd.Function):
         ctx.save_for_backward(logits, index, first, *out)
         ctx.temperature, ctx.backend = temperature, backend
         logprobs = logits.gather(-1, index).double() / temperature - lse.unsqueeze(-1)
-        return logprobs.to(_checks.accumulation_dtype(logits.dtype))
+        return logprobs.to(checks.accumulation_dtype(logits.dtype))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,7 +46,7 @@ class _TopK(torch.autograd.Function):
 
 def top_k_logprobs(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [..., K] of ``index`` [..., K] under logits [..., V]; float32, float64 for float64 logits."""
-    backend = _registry.resolve("token_logprobs", "auto", logits.device, logits.dtype)
+    backend = registry.resolve("token_logprobs", "auto", logits.device, logits.dtype)
     rows, K = as_logits(logits), index.shape[-1]
     flat = index.reshape(*rows.shape[:2], K)
     return _TopK.apply(rows, flat, float(temperature), backend).view(index.shape)

@@ -3,38 +3,41 @@
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _cuda, _native, _registry, _triton, reference
-from ppo_fast.ops._layout import as_rows, grid
+from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._backends.native import extension, gae_cuda
+from ppo_fast.ops._backends.native import gae as gae_native
+from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.layout import as_rows, grid
 
 MASK_MODES = ("carry", "zero")
 
 for _op in ("gae", "gae_packed"):
-    _registry.register(_op, "torch", _registry.Implementation(getattr(reference, _op)))
-    _registry.register(_op, "triton", _triton.implementation(_op, "gae"))
-    _registry.register(
+    registry.register(_op, "torch", registry.Implementation(getattr(reference, _op)))
+    registry.register(_op, "triton", triton.implementation(_op, "gae"))
+    registry.register(
         _op,
         "native",
-        _registry.Implementation(
-            getattr(_native, _op),
+        registry.Implementation(
+            getattr(gae_native, _op),
             devices=("cpu",),
             auto_dtypes=(torch.float32, torch.bfloat16, torch.float64),
-            unusable=_native.load_error,
+            unusable=extension.load_error,
         ),
     )
-    _registry.register(
+    registry.register(
         _op,
         "cuda",
-        _registry.Implementation(
-            getattr(_cuda, _op),
+        registry.Implementation(
+            getattr(gae_cuda, _op),
             devices=("cuda",),
-            dtypes=(torch.float32, *_registry.HALVES),
-            unusable=_native.cuda_error,
+            dtypes=(torch.float32, *registry.HALVES),
+            unusable=extension.cuda_error,
         ),
     )
 
 
 def _result_dtype(rewards: Tensor, values: Tensor) -> torch.dtype:
-    return _checks.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    return checks.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
 
 
 def _launch(
@@ -48,7 +51,7 @@ def _launch(
     mask_mode: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = _registry.implementation("gae", backend)
+    run = registry.implementation("gae", backend)
     return run(rewards, values, mask, bootstrap, dones, gamma, lam, mask_mode)
 
 
@@ -64,8 +67,8 @@ def _launch_packed(
     mask_mode: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _checks.cu_seqlens_values("gae_packed", cu_seqlens, rewards.shape[0])
-    run = _registry.implementation("gae_packed", backend)
+    checks.cu_seqlens_values("gae_packed", cu_seqlens, rewards.shape[0])
+    run = registry.implementation("gae_packed", backend)
     return run(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode)
 
 
@@ -118,14 +121,14 @@ def _check(
     lam: float,
     mask_mode: str,
 ) -> None:
-    _checks.tensor(op, "values", values)
-    _checks.per_token(op, "values", values, "rewards", rewards, rewards.shape)
-    _checks.boolean(op, "mask", mask, "rewards", rewards, rewards.shape)
-    _checks.boolean(op, "dones", dones, "rewards", rewards, rewards.shape)
-    _checks.per_token(op, "bootstrap", bootstrap, "the sequences", rewards, bootstrap_shape)
-    _checks.unit_interval(op, "gamma", gamma)
-    _checks.unit_interval(op, "lam", lam)
-    _checks.one_of(op, "mask_mode", mask_mode, MASK_MODES)
+    checks.tensor(op, "values", values)
+    checks.per_token(op, "values", values, "rewards", rewards, rewards.shape)
+    checks.boolean(op, "mask", mask, "rewards", rewards, rewards.shape)
+    checks.boolean(op, "dones", dones, "rewards", rewards, rewards.shape)
+    checks.per_token(op, "bootstrap", bootstrap, "the sequences", rewards, bootstrap_shape)
+    checks.unit_interval(op, "gamma", gamma)
+    checks.unit_interval(op, "lam", lam)
+    checks.one_of(op, "mask_mode", mask_mode, MASK_MODES)
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -181,13 +184,13 @@ def gae(
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16.
     """
-    _checks.floating("gae", "rewards", rewards)
+    checks.floating("gae", "rewards", rewards)
     shape = rewards.shape
     if len(shape) == 0:
         raise ValueError("gae: expected rewards of shape [..., T], got []")
     _check("gae", rewards, values, mask, bootstrap, shape[:-1], dones, gamma, lam, mask_mode)
-    backend = _registry.resolve("gae", backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
-    run = _launch if _registry.runs_directly(rewards) else _gae
+    backend = registry.resolve("gae", backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
+    run = _launch if registry.runs_directly(rewards) else _gae
     advantages, returns = run(
         _as_matrix(rewards),
         _as_matrix(values),
@@ -243,15 +246,15 @@ def gae_packed(
         [1.0, 2.0, 2.0]
     """
     op = "gae_packed"
-    _checks.floating(op, "rewards", rewards)
+    checks.floating(op, "rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"{op}: expected rewards of shape [N], got {list(rewards.shape)}")
-    _checks.tensor(op, "cu_seqlens", cu_seqlens)
-    _checks.cu_seqlens(op, cu_seqlens, "rewards", rewards, rewards.shape)
+    checks.tensor(op, "cu_seqlens", cu_seqlens)
+    checks.cu_seqlens(op, cu_seqlens, "rewards", rewards, rewards.shape)
     sequences = torch.Size([cu_seqlens.shape[0] - 1])
     _check(op, rewards, values, mask, bootstrap, sequences, dones, gamma, lam, mask_mode)
-    backend = _registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
-    run = _launch_packed if _registry.runs_directly(rewards) else _gae_packed
+    backend = registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
+    run = _launch_packed if registry.runs_directly(rewards) else _gae_packed
     return run(
         rewards.detach(),
         values.detach(),

@@ -6,13 +6,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _linear_call, _registry, _triton, reference
-from ppo_fast.ops._linear_call import LinearCall, is_eager
-from ppo_fast.ops._linear_sweep import Gradients, RowStats, Sweep, Upstream, Wanted, scaled, take, unit_scale
-from ppo_fast.ops._policy_terms import COEFFICIENTS, Terms, check_config, check_terms, flat_terms, named_output
-from ppo_fast.ops.config import PolicyLossConfig
-from ppo_fast.ops.linear_token_stats import saved_rows
-from ppo_fast.ops.results import LossOutput
+from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._core import checks, linear_inputs, registry
+from ppo_fast.ops._core.chunked_head import (
+    Gradients,
+    RowStats,
+    Sweep,
+    Upstream,
+    Wanted,
+    saved_rows,
+    scaled,
+    take,
+    unit_scale,
+)
+from ppo_fast.ops._core.config import PolicyLossConfig
+from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
+from ppo_fast.ops._core.policy_inputs import COEFFICIENTS, Terms, check_config, check_terms, flat_terms, named_output
+from ppo_fast.ops._core.results import LossOutput
 
 _OP = "linear_policy_loss"
 _DEFAULT = PolicyLossConfig()
@@ -40,7 +50,7 @@ class _Results(NamedTuple):
 def _terms(
     backend: str, stats: RowStats, mask: Tensor | None, terms: Terms, **weights: Tensor
 ) -> reference.PolicyTerms:
-    run = _registry.implementation("policy_terms", backend)
+    run = registry.implementation("policy_terms", backend)
     return run(stats.logprobs, stats.entropy, stats.kl, mask, *terms, **weights)
 
 
@@ -79,7 +89,7 @@ def _fused(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.Polic
     """Of a single tile: a row kernel makes statistics, loss and gradient in one go."""
     call, rows = sweep.call, sweep.rows
     logits, ref_logits = sweep.load(0, len(rows))
-    run = _registry.implementation("policy_loss", call.backend)
+    run = registry.implementation("policy_loss", call.backend)
     given = logits, take(call.targets, rows), None, ref_logits, call.temperature
     chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
     out = run(*given, *chosen, out=logits if any(sweep.wanted) else None)
@@ -105,7 +115,7 @@ def _method(sweep: Sweep, terms: Terms) -> Callable[..., tuple[reference.PolicyT
     """The one of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
     call, one_tile = sweep.call, len(sweep.rows) <= sweep.tile
     by_row = terms.ratio == "token" and terms.aggregation == "token-mean" and call.softcap is None
-    if one_tile and by_row and _registry.fuses_backward("policy_loss", call.backend):
+    if one_tile and by_row and registry.fuses_backward("policy_loss", call.backend):
         return _fused
     if not any(sweep.wanted):
         return _values
@@ -130,17 +140,17 @@ def _launch(call: LinearCall, wanted: Wanted, terms: Terms) -> _Results:
     return _Results(out.loss, out.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 
 
-_registry.register("policy_terms", "torch", _registry.Implementation(reference.policy_terms))
-_registry.register("policy_terms", "native", _registry.Implementation(reference.policy_terms))
-_registry.register("policy_terms", "triton", _triton.implementation("policy_terms", "policy_loss"))
+registry.register("policy_terms", "torch", registry.Implementation(reference.policy_terms))
+registry.register("policy_terms", "native", registry.Implementation(reference.policy_terms))
+registry.register("policy_terms", "triton", triton.implementation("policy_terms", "policy_loss"))
 
 
 def _checked_launch(*inputs: Any) -> tuple[Tensor, ...]:
     call, wanted, terms = _unpacked(inputs)
-    _checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
-    _checks.cu_seqlens_values(_OP, terms.cu_seqlens, call.targets.numel())
-    _checks.denominator_value(_OP, terms.denominator, call.mask, call.targets.numel())
-    _checks.coefficient_values(_OP, **{name: getattr(terms, name) for name in COEFFICIENTS})
+    checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
+    checks.cu_seqlens_values(_OP, terms.cu_seqlens, call.targets.numel())
+    checks.denominator_value(_OP, terms.denominator, call.mask, call.targets.numel())
+    checks.coefficient_values(_OP, **{name: getattr(terms, name) for name in COEFFICIENTS})
     with torch.autocast(call.hidden.device.type, enabled=False):
         return _launch(call, wanted, terms)
 
@@ -148,7 +158,7 @@ def _checked_launch(*inputs: Any) -> tuple[Tensor, ...]:
 _linear_policy_loss = torch.library.custom_op(
     "ppo_fast::linear_policy_loss",
     mutates_args=(),
-    schema=f"({_linear_call.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, {_TERMS}) -> "
+    schema=f"({linear_inputs.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, {_TERMS}) -> "
     f"({', '.join(['Tensor'] * len(_Results._fields))})",
 )(_checked_launch)
 
@@ -194,7 +204,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, *_: Any, run: Callable[..., Tensor] = _scaled_gradient
 ) -> tuple[Tensor | None, ...]:
-    _checks.first_derivative(_OP)
+    checks.first_derivative(_OP)
     if grad_loss is None:
         return (None,) * ctx.inputs
     *gradients, scale = ctx.saved_tensors
@@ -292,7 +302,7 @@ def linear_policy_loss(
     Kernel: Efficient Triton Kernels for LLM Training", section 3.2.
     """
     check_config(_OP, config)
-    call = _linear_call.prepare(
+    call = linear_inputs.prepare(
         _OP,
         hidden,
         weight,

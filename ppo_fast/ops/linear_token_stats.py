@@ -5,21 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _linear_call
-from ppo_fast.ops._linear_call import LinearCall, is_eager
-from ppo_fast.ops._linear_sweep import Gradients, RowStats, Sweep, Upstream, Wanted, scaled, take, unit_scale
-from ppo_fast.ops.results import TokenStats
+from ppo_fast.ops._core import checks, linear_inputs
+from ppo_fast.ops._core.chunked_head import (
+    Gradients,
+    RowStats,
+    Sweep,
+    Upstream,
+    Wanted,
+    saved_rows,
+    scaled,
+    unit_scale,
+)
+from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
+from ppo_fast.ops._core.results import TokenStats
 
 _OP = "linear_token_stats"
-
-
-def saved_rows(stats: RowStats, upstream: Upstream) -> Any:
-    """For :meth:`Sweep.gradients`: upstream gradients and statistics of all rows that are known beforehand."""
-
-    def of(rows: Tensor) -> tuple[Upstream, RowStats]:
-        return Upstream(*(None if x is None else take(x, rows) for x in upstream)), stats.take(rows)
-
-    return of
 
 
 def _forward(call: LinearCall) -> RowStats:
@@ -38,7 +38,7 @@ def _gradients(call: LinearCall, wanted: Wanted, upstream: Upstream, stats: RowS
 
 def _checked_forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = LinearCall(*inputs)
-    _checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
+    checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     with torch.autocast(call.hidden.device.type, enabled=False):
         return tuple(_forward(call))
 
@@ -46,7 +46,7 @@ def _checked_forward(*inputs: Any) -> tuple[Tensor, ...]:
 _linear_token_stats = torch.library.custom_op(
     "ppo_fast::linear_token_stats",
     mutates_args=(),
-    schema=f"({_linear_call.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({linear_inputs.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )(_checked_forward)
 
 
@@ -59,7 +59,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "ppo_fast::linear_token_stats_backward",
     mutates_args=(),
-    schema=f"({_linear_call.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, Tensor? g, "
+    schema=f"({linear_inputs.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, Tensor? g, "
     "Tensor? g_entropy, Tensor? g_kl, Tensor logprobs, Tensor entropy, Tensor kl, Tensor lse, Tensor ref_lse) -> "
     "(Tensor, Tensor, Tensor)",
 )
@@ -83,15 +83,15 @@ def _unpacked(inputs: tuple[Any, ...]) -> tuple[LinearCall, Wanted, Upstream, Ro
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     stats = RowStats(*output)
-    ctx.save_for_backward(*inputs[: _linear_call.TENSORS], *stats)
-    ctx.options = inputs[_linear_call.TENSORS :]
+    ctx.save_for_backward(*inputs[: linear_inputs.TENSORS], *stats)
+    ctx.options = inputs[linear_inputs.TENSORS :]
     ctx.mark_non_differentiable(stats.lse, stats.ref_lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    _checks.first_derivative(_OP)
-    tensors, stats = ctx.saved_tensors[: _linear_call.TENSORS], ctx.saved_tensors[_linear_call.TENSORS :]
+    checks.first_derivative(_OP)
+    tensors, stats = ctx.saved_tensors[: linear_inputs.TENSORS], ctx.saved_tensors[linear_inputs.TENSORS :]
     wanted = ctx.needs_input_grad[:3]
     upstream = [x.contiguous() if x is not None and x.numel() else None for x in grads[:3]]
     if all(x is None for x in upstream):
@@ -160,7 +160,7 @@ def linear_token_stats(
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; softcap: Gemma Team 2024,
     "Gemma 2", section 2.
     """
-    call = _linear_call.prepare(
+    call = linear_inputs.prepare(
         _OP,
         hidden,
         weight,

@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, reference
-from ppo_fast.ops.config import KL_ESTIMATORS
+from ppo_fast.ops._backends import reference
+from ppo_fast.ops._core import checks
+from ppo_fast.ops._core.config import KL_ESTIMATORS
 
 
 def _counted(op: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x`` in the accumulation dtype with 0 where masked, and how many elements count."""
-    _checks.floating(op, "x", x)
-    _checks.boolean(op, "mask", mask, "x", x, x.shape)
-    x = x.to(_checks.accumulation_dtype(x.dtype))
+    checks.floating(op, "x", x)
+    checks.boolean(op, "mask", mask, "x", x, x.shape)
+    x = x.to(checks.accumulation_dtype(x.dtype))
     if mask is None:
         return x, torch.full((), x.numel(), dtype=x.dtype, device=x.device)
     return torch.where(mask, x, 0.0), mask.sum().to(x.dtype)
@@ -94,9 +95,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     Source: Schulman 2020, "Approximating KL Divergence".
     """
     op = "kl_estimate"
-    _checks.floating(op, "logprobs", logprobs)
-    _checks.tensor(op, "ref_logprobs", ref_logprobs)
-    _checks.per_token(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs, logprobs.shape)
-    _checks.one_of(op, "estimator", estimator, KL_ESTIMATORS[:3])
-    dtype = _checks.accumulation_dtype(torch.promote_types(logprobs.dtype, ref_logprobs.dtype))
+    checks.floating(op, "logprobs", logprobs)
+    checks.tensor(op, "ref_logprobs", ref_logprobs)
+    checks.per_token(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs, logprobs.shape)
+    checks.one_of(op, "estimator", estimator, KL_ESTIMATORS[:3])
+    dtype = checks.accumulation_dtype(torch.promote_types(logprobs.dtype, ref_logprobs.dtype))
     return reference.kl_values(logprobs.to(dtype) - ref_logprobs.to(dtype), estimator)[0]

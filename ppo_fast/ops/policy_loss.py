@@ -6,30 +6,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _native_losses, _native_stats, _registry, _triton, reference
-from ppo_fast.ops._layout import as_bools, as_logits, as_rows
-from ppo_fast.ops._policy_terms import COEFFICIENTS, check_config, check_terms, flat_terms, named_output
-from ppo_fast.ops.config import PolicyLossConfig
-from ppo_fast.ops.results import LossOutput
+from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._backends.native import policy_loss as native_policy_loss
+from ppo_fast.ops._backends.native import rows as native_rows
+from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.config import PolicyLossConfig
+from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
+from ppo_fast.ops._core.policy_inputs import COEFFICIENTS, check_config, check_terms, flat_terms, named_output
+from ppo_fast.ops._core.results import LossOutput
 from ppo_fast.ops.token_stats import token_stats_backward
 
 _OP = "policy_loss"
 _DEFAULT = PolicyLossConfig()
 
-_registry.register(_OP, "torch", _registry.Implementation(reference.policy_loss))
-_registry.register(_OP, "triton", _triton.implementation(_OP, "policy_loss"))
-_registry.register(_OP, "native", _native_stats.implementation(_native_losses.policy_loss, fuses_backward=True))
+registry.register(_OP, "torch", registry.Implementation(reference.policy_loss))
+registry.register(_OP, "triton", triton.implementation(_OP, "policy_loss"))
+registry.register(_OP, "native", native_rows.implementation(native_policy_loss.policy_loss, fuses_backward=True))
 
 
 def _launch(*inputs: Any, **out: Tensor) -> Any:
     """Checks what depends on values, then runs the backend, the last of the inputs of the registered op."""
     *arguments, backend = inputs
     logits, targets, mask, cu_seqlens, denominator = *arguments[:3], *arguments[9:11]
-    _checks.target_values(_OP, targets, mask, logits.shape[-1])
-    _checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
-    _checks.denominator_value(_OP, denominator, mask, targets.numel())
-    _checks.coefficient_values(_OP, **dict(zip(COEFFICIENTS, arguments[11:14], strict=True)))
-    return _registry.implementation(_OP, backend)(*arguments, **out)
+    checks.target_values(_OP, targets, mask, logits.shape[-1])
+    checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
+    checks.denominator_value(_OP, denominator, mask, targets.numel())
+    checks.coefficient_values(_OP, **dict(zip(COEFFICIENTS, arguments[11:14], strict=True)))
+    return registry.implementation(_OP, backend)(*arguments, **out)
 
 
 @torch.library.custom_op("ppo_fast::policy_loss", mutates_args=())
@@ -147,7 +150,7 @@ def _upstream(
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _checks.first_derivative(_OP)
+    checks.first_derivative(_OP)
     if grad_loss is None:
         return (None,) * ctx.inputs
     upstream = _upstream(grad_loss, *ctx.saved_tensors[-3:])
@@ -175,7 +178,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        _checks.first_derivative(_OP)
+        checks.first_derivative(_OP)
         if grad_loss is None:
             return (None,) * ctx.inputs
         dlogits, ctx.dlogits = ctx.dlogits, None
@@ -198,7 +201,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         logits = inputs[0].detach()
-        ctx.written = _registry.fuses_backward(_OP, inputs[-1])
+        ctx.written = registry.fuses_backward(_OP, inputs[-1])
         output = _launch(logits, *inputs[1:], **({"out": logits} if ctx.written else {}))
         torch.autograd.graph.increment_version(logits)
         # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
@@ -208,7 +211,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        _checks.first_derivative(_OP)
+        checks.first_derivative(_OP)
         if grad_loss is None:
             return (None,) * ctx.inputs
         if ctx.spent:
@@ -217,7 +220,7 @@ class _InPlace(torch.autograd.Function):
         saved = ctx.saved_tensors
         logits = saved[0].detach()
         if not ctx.written:
-            run = _registry.implementation("token_stats_backward", ctx.backend)
+            run = registry.implementation("token_stats_backward", ctx.backend)
             run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=logits)
         elif grad_loss != 1:
             logits.mul_(grad_loss)
@@ -230,7 +233,7 @@ def _entry(logits: Tensor, inplace: bool, backend: str) -> Callable[..., tuple[T
     if inplace:
         return _InPlace.apply
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if wants_gradient and _registry.fuses_backward(_OP, backend) and _registry.runs_directly(logits):
+    if wants_gradient and registry.fuses_backward(_OP, backend) and registry.runs_directly(logits):
         return _Fused.apply
     return _policy_loss
 
@@ -257,11 +260,11 @@ def _check(
     mask: Tensor | None,
     ref_logits: Tensor | None,
 ) -> None:
-    _checks.logits(_OP, "logits", logits)
-    _checks.reverse_mode(_OP, "logits", logits)
-    _checks.targets(_OP, targets, logits)
-    _checks.ref_logits(_OP, ref_logits, logits)
-    _checks.boolean(_OP, "mask", mask, "targets", targets, targets.shape)
+    checks.logits(_OP, "logits", logits)
+    checks.reverse_mode(_OP, "logits", logits)
+    checks.targets(_OP, targets, logits)
+    checks.ref_logits(_OP, ref_logits, logits)
+    checks.boolean(_OP, "mask", mask, "targets", targets, targets.shape)
 
 
 def policy_loss(
@@ -333,7 +336,7 @@ def policy_loss(
     check_config(_OP, config)
     _check(logits, targets, mask, ref_logits)
     check_terms(_OP, config, targets, per_token, ref_logits, "ref_logits", cu_seqlens, denominator)
-    backend = _registry.resolve(_OP, backend, logits.device, logits.dtype)
+    backend = registry.resolve(_OP, backend, logits.device, logits.dtype)
     inplace = inplace and torch.is_grad_enabled() and logits.requires_grad
     if inplace:
         _check_inplace(logits)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ppo_fast.ops import _checks
-from ppo_fast.ops.results import LossOutput
+from ppo_fast.ops._core import checks
+from ppo_fast.ops._core.results import LossOutput
 
 
 def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, margin: Tensor | None = None) -> LossOutput:
@@ -34,7 +34,7 @@ def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, margin: T
     Source: Ouyang et al. 2022, arXiv:2203.02155, equation 1; margin: Touvron et al. 2023, arXiv:2307.09288, equation 2.
     """
     chosen, rejected = _matched("preference_loss", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    _checks.per_token("preference_loss", "margin", margin, "chosen_scores", chosen_scores, chosen_scores.shape)
+    checks.per_token("preference_loss", "margin", margin, "chosen_scores", chosen_scores, chosen_scores.shape)
     gap = chosen - rejected
     wanted = gap if margin is None else gap - margin.detach().to(gap.dtype)
     return LossOutput(_mean(-logsigmoid(wanted)), _metrics(gap))
@@ -77,7 +77,7 @@ def dpo_loss(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
     """
-    _checks.positive("dpo_loss", "beta", beta)
+    checks.positive("dpo_loss", "beta", beta)
     chosen, rejected, old_chosen, old_rejected = _matched(
         "dpo_loss",
         logprobs_chosen=logprobs_chosen,
@@ -95,10 +95,10 @@ def dpo_loss(
 def _matched(op: str, **tensors: Tensor) -> list[Tensor]:
     """The tensors, alike in shape and device, in the accumulation dtype of all of them."""
     (first_name, first), *others = tensors.items()
-    _checks.floating(op, first_name, first)
+    checks.floating(op, first_name, first)
     for name, value in others:
-        _checks.tensor(op, name, value)
-        _checks.per_token(op, name, value, first_name, first, first.shape)
+        checks.tensor(op, name, value)
+        checks.per_token(op, name, value, first_name, first, first.shape)
     double = any(value.dtype == torch.float64 for value in tensors.values())
     return [value.to(torch.float64 if double else torch.float32) for value in tensors.values()]
 

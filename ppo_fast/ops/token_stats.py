@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _native_stats, _registry, _triton, reference
-from ppo_fast.ops._layout import as_bools, as_logits, as_rows
-from ppo_fast.ops.results import TokenStats
+from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._backends.native import rows as native_rows
+from ppo_fast.ops._backends.native import token_stats as native_token_stats
+from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
+from ppo_fast.ops._core.results import TokenStats
 
-_registry.register("token_stats", "torch", _registry.Implementation(reference.token_stats))
-_registry.register("token_stats_backward", "torch", _registry.Implementation(reference.token_stats_backward))
-_registry.register("token_stats", "triton", _triton.implementation("token_stats", "token_stats"))
-_registry.register(
-    "token_stats_backward", "triton", _triton.implementation("token_stats_backward", "token_stats_backward")
+registry.register("token_stats", "torch", registry.Implementation(reference.token_stats))
+registry.register("token_stats_backward", "torch", registry.Implementation(reference.token_stats_backward))
+registry.register("token_stats", "triton", triton.implementation("token_stats", "token_stats"))
+registry.register(
+    "token_stats_backward", "triton", triton.implementation("token_stats_backward", "token_stats_backward")
 )
-_registry.register("token_stats", "native", _native_stats.implementation(_native_stats.token_stats))
-_registry.register("token_stats_backward", "native", _native_stats.implementation(_native_stats.token_stats_backward))
+registry.register("token_stats", "native", native_rows.implementation(native_token_stats.token_stats))
+registry.register("token_stats_backward", "native", native_rows.implementation(native_token_stats.token_stats_backward))
 
 
 def _launch(
@@ -33,8 +36,8 @@ def _launch(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if targets is not None:
-        _checks.target_values("token_stats", targets, mask, logits.shape[-1])
-    run = _registry.implementation("token_stats", backend)
+        checks.target_values("token_stats", targets, mask, logits.shape[-1])
+    run = registry.implementation("token_stats", backend)
     return run(logits, targets, ref_logits, mask, temperature, want_entropy)
 
 
@@ -55,7 +58,7 @@ def _(
         return logits.new_empty(logits.shape[:-1] if wanted else (0,), dtype=dtype)
 
     # lse in float64: with a logit offset of 3e4 a float32 one, and every probability made with it, is off by 1e-3.
-    dtype, has_ref = _checks.accumulation_dtype(logits.dtype), ref_logits is not None
+    dtype, has_ref = checks.accumulation_dtype(logits.dtype), ref_logits is not None
     lse, ref_lse = out(True, torch.float64), out(has_ref, torch.float64)
     return out(targets is not None, dtype), out(want_entropy, dtype), out(has_ref, dtype), lse, ref_lse
 
@@ -77,7 +80,7 @@ def token_stats_backward(
     backend: str,
 ) -> Tensor:
     """The gradient of the logits from per-row upstream gradients of logprob, entropy and KL; None leaves one out."""
-    run = _registry.implementation("token_stats_backward", backend)
+    run = registry.implementation("token_stats_backward", backend)
     return run(g, g_entropy, g_kl, logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl, temperature)
 
 
@@ -109,7 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, g: Tensor, g_entropy: Tensor, g_kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    _checks.first_derivative("token_stats")
+    checks.first_derivative("token_stats")
     logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl = ctx.saved_tensors
     upstream = [x if x is None or x.numel() else None for x in (g, g_entropy, g_kl)]
     if all(x is None for x in upstream):
@@ -144,19 +147,19 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check, bring to [B, T, V], call the registered op, give back the shape of the targets."""
-    _checks.logits(op, "logits", logits)
-    _checks.reverse_mode(op, "logits", logits)
+    checks.logits(op, "logits", logits)
+    checks.reverse_mode(op, "logits", logits)
     shape = logits.shape[:-1]
     if targets is not None:
-        _checks.targets(op, targets, logits)
-    _checks.ref_logits(op, ref_logits, logits)
-    _checks.boolean(op, "mask", mask, "logits", logits, shape)
-    _checks.scale(op, "temperature", temperature)
-    backend = _registry.resolve(op, backend, logits.device, logits.dtype)
+        checks.targets(op, targets, logits)
+    checks.ref_logits(op, ref_logits, logits)
+    checks.boolean(op, "mask", mask, "logits", logits, shape)
+    checks.scale(op, "temperature", temperature)
+    backend = registry.resolve(op, backend, logits.device, logits.dtype)
     ref = None if ref_logits is None else as_logits(ref_logits.detach())
     rows = None if targets is None else as_rows(targets, shape)
     differentiable = torch.is_grad_enabled() and logits.requires_grad
-    run = _launch if not differentiable and _registry.runs_directly(logits) else _token_stats
+    run = _launch if not differentiable and registry.runs_directly(logits) else _token_stats
     logprobs, ent, kl, _, _ = run(
         as_logits(logits), rows, ref, as_bools(mask, shape), float(temperature), want_entropy, backend
     )
@@ -196,7 +199,7 @@ def token_logprobs(
         >>> token_logprobs(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))[0, 0].exp().item()
         0.25
     """
-    _checks.tensor("token_logprobs", "targets", targets)
+    checks.tensor("token_logprobs", "targets", targets)
     logprobs, _, _ = _run("token_logprobs", logits, targets, None, mask, temperature, False, backend)
     return logprobs.view(logits.shape[:-1])
 
@@ -237,7 +240,7 @@ def token_stats(
         >>> round(stats.entropy.item(), 4), stats.kl.item()
         (1.3863, 0.0)
     """
-    _checks.tensor("token_stats", "targets", targets)
+    checks.tensor("token_stats", "targets", targets)
     logprobs, ent, kl = _run("token_stats", logits, targets, ref_logits, mask, temperature, True, backend)
     shape = logits.shape[:-1]
     return TokenStats(logprobs.view(shape), ent.view(shape), None if ref_logits is None else kl)

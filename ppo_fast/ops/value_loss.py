@@ -5,16 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import _checks, _native_losses, _native_stats, _registry, _triton, reference
-from ppo_fast.ops._layout import as_bools, as_denominator, as_floats, grid
-from ppo_fast.ops.config import AGGREGATIONS
-from ppo_fast.ops.results import LossOutput
+from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._backends.native import rows as native_rows
+from ppo_fast.ops._backends.native import value_loss as native_value_loss
+from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.config import AGGREGATIONS
+from ppo_fast.ops._core.layout import as_bools, as_denominator, as_floats, grid
+from ppo_fast.ops._core.results import LossOutput
 
 _OP = "value_loss"
 
-_registry.register(_OP, "torch", _registry.Implementation(reference.value_loss))
-_registry.register(_OP, "triton", _triton.implementation(_OP, "value_loss"))
-_registry.register(_OP, "native", _native_stats.implementation(_native_losses.value_loss))
+registry.register(_OP, "torch", registry.Implementation(reference.value_loss))
+registry.register(_OP, "triton", triton.implementation(_OP, "value_loss"))
+registry.register(_OP, "native", native_rows.implementation(native_value_loss.value_loss))
 
 
 @torch.library.custom_op("ppo_fast::value_loss", mutates_args=())
@@ -29,9 +32,9 @@ def _value_loss(
     aggregation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.cu_seqlens_values(_OP, cu_seqlens, values.numel())
-    _checks.denominator_value(_OP, denominator, mask, values.numel())
-    run = _registry.implementation(_OP, backend)
+    checks.cu_seqlens_values(_OP, cu_seqlens, values.numel())
+    checks.denominator_value(_OP, denominator, mask, values.numel())
+    run = registry.implementation(_OP, backend)
     return run(values, returns, mask, old_values, cu_seqlens, denominator, clip, aggregation)
 
 
@@ -59,7 +62,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    _checks.first_derivative(_OP)
+    checks.first_derivative(_OP)
     (d_values,) = ctx.saved_tensors
     return (d_values * grad_loss).to(ctx.dtype), *((None,) * 8)
 
@@ -110,26 +113,26 @@ def value_loss(
 
     Source: Engstrom et al. 2020, "Implementation Matters in Deep RL", section 3 (value clipping).
     """
-    _checks.floating(_OP, "values", values)
-    _checks.reverse_mode(_OP, "values", values)
+    checks.floating(_OP, "values", values)
+    checks.reverse_mode(_OP, "values", values)
     shape = values.shape
-    _checks.tensor(_OP, "returns", returns)
+    checks.tensor(_OP, "returns", returns)
     for name, value in (("returns", returns), ("old_values", old_values)):
-        _checks.per_token(_OP, name, value, "values", values, shape)
-    _checks.boolean(_OP, "mask", mask, "values", values, shape)
-    _checks.one_of(_OP, "aggregation", aggregation, AGGREGATIONS)
-    _checks.cu_seqlens(_OP, cu_seqlens, "values", values, shape)
-    _checks.denominator(_OP, denominator)
+        checks.per_token(_OP, name, value, "values", values, shape)
+    checks.boolean(_OP, "mask", mask, "values", values, shape)
+    checks.one_of(_OP, "aggregation", aggregation, AGGREGATIONS)
+    checks.cu_seqlens(_OP, cu_seqlens, "values", values, shape)
+    checks.denominator(_OP, denominator)
     if clip is not None:
-        _checks.positive(_OP, "clip", clip)
+        checks.positive(_OP, "clip", clip)
         if old_values is None:
             raise ValueError(f"{_OP}: expected old_values with clip={clip}, got None")
     if aggregation != "token-mean" and cu_seqlens is None and values.dim() < 2:
         raise ValueError(
             f"{_OP}: expected cu_seqlens beside packed [N] values with aggregation={aggregation!r}, got None"
         )
-    backend = _registry.resolve(_OP, backend, values.device, values.dtype)
-    dtype = _checks.accumulation_dtype(values.dtype)
+    backend = registry.resolve(_OP, backend, values.device, values.dtype)
+    dtype = checks.accumulation_dtype(values.dtype)
     loss, metrics, _ = _value_loss(
         values.reshape(grid(shape)),
         as_floats(returns, shape, dtype),

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ppo_fast.rlhf import UserError, load_config, plots, train_ppo, train_reward_model, train_sft
+from ppo_fast.quickstart import files, show
+from ppo_fast.quickstart.judging import Evaluation, Examiner, write_preferences
+from ppo_fast.rlhf import UserError, load_config, train_ppo, train_reward_model, train_sft
+from ppo_fast.rlhf.config.supervised import RewardModelConfig, SFTConfig
 from ppo_fast.rlhf.errors import require
-from ppo_fast.rlhf.lock import hold_directory
-from ppo_fast.rlhf.supervised_config import RewardModelConfig, SFTConfig
-
-from . import files, show
-from .judging import Evaluation, Examiner, write_preferences
+from ppo_fast.rlhf.reports import plots
+from ppo_fast.rlhf.training.lock import hold_directory
 
 History = list[dict[str, float]]
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.rlhf import tiny
-
-from . import language
+from ppo_fast.quickstart import language
+from ppo_fast.rlhf.models import tiny
 
 SFT = """\
 # ppo-fast sft --config {here}/sft.yaml

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from ppo_fast import ops
-from ppo_fast.rlhf.config import DataConfig, ModelConfig, RolloutConfig
-from ppo_fast.rlhf.data import load_prompts, make_batch
-from ppo_fast.rlhf.models import Models, load_models
-from ppo_fast.rlhf.reward_sources import ModelSource, Responses
-from ppo_fast.rlhf.rollout import Generation, generate, score
-
-from . import files, language
+from ppo_fast.quickstart import files, language
+from ppo_fast.rlhf.config.ppo import DataConfig, ModelConfig, RolloutConfig
+from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
+from ppo_fast.rlhf.models.models import Models, load_models
+from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses
+from ppo_fast.rlhf.ppo.rollout import Generation, generate, score
 
 WIDTH = 256  # answers sampled at a time
 

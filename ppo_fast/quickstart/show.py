@@ -9,11 +9,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from ppo_fast.quickstart import language
+from ppo_fast.quickstart.judging import Evaluation
 from ppo_fast.rlhf.errors import printable
-from ppo_fast.rlhf.plots import Panel
-
-from . import language
-from .judging import Evaluation
+from ppo_fast.rlhf.reports.plots import Panel
 
 SAMPLES = 6
 PANELS = (

@@ -1,17 +1,17 @@
 """RLHF of language models: supervised fine-tuning, reward models, PPO and DPO, each a function over its stages."""
 
-from .config import PPOConfig
-from .configfile import load_config
-from .dpo import train_dpo
-from .errors import UserError
-from .export import export_pairs
-from .judge import Judge
-from .ppo import PPOResult, train_ppo
-from .reward_model import train_reward_model
-from .sft import train_sft
-from .signals import Interrupted
-from .supervised import SupervisedResult
-from .supervised_config import DPOConfig, RewardModelConfig, SFTConfig
+from ppo_fast.rlhf.config.files import load_config
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.ppo.judge import Judge
+from ppo_fast.rlhf.ppo.train import PPOResult, train_ppo
+from ppo_fast.rlhf.reports.export import export_pairs
+from ppo_fast.rlhf.supervised.dpo import train_dpo
+from ppo_fast.rlhf.supervised.reward_model import train_reward_model
+from ppo_fast.rlhf.supervised.sft import train_sft
+from ppo_fast.rlhf.supervised.train import SupervisedResult
+from ppo_fast.rlhf.training.signals import Interrupted
 
 __all__ = [
     "Interrupted",

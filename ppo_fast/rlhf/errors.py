@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
 # Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
@@ -64,3 +66,12 @@ def divides(name: str, part: int, whole_name: str, whole: int) -> None:
     positive(name, part)
     positive(whole_name, whole)
     check(whole % part == 0, name, f"a divisor of {whole_name} = {whole}", part)
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put `where` in front of the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError, require
+from ppo_fast.rlhf.errors import UserError, require
 
 BLOCK = 2**20  # bytes read at once
 

@@ -6,8 +6,9 @@
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.rlhf import PPOConfig, PPOResult, tiny, train_ppo
-from ppo_fast.rlhf.configfile import config_from_dict
+from ppo_fast.rlhf import PPOConfig, PPOResult, train_ppo
+from ppo_fast.rlhf.config.files import config_from_dict
+from ppo_fast.rlhf.models import tiny
 
 WORDS = [f"w{i}" for i in range(60)]  # each is a prompt of one token
 GOOD = (10, 20, 30, 40, 50)  # token ids

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from ppo_fast.rlhf import tiny, train_ppo
-from ppo_fast.rlhf.configfile import config_from_dict
+from ppo_fast.rlhf import train_ppo
+from ppo_fast.rlhf.config.files import config_from_dict
+from ppo_fast.rlhf.models import tiny
 from tests.acceptance.good_token import GOOD, WORDS
 
 TARGET = 3.0  # nats per sequence

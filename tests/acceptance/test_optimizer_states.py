@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ppo_fast.rlhf import tiny, train_ppo
+from ppo_fast.rlhf import train_ppo
+from ppo_fast.rlhf.models import tiny
 from tests.acceptance import good_token
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
 
 B, T = 1, 2
 VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}

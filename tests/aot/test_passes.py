@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.ops._triton import token_stats, token_stats_backward
+from ppo_fast.ops._backends.triton import token_stats, token_stats_backward
 from tests.aot.cases import rows
 from tests.aot.offline import SM90, compiling
 

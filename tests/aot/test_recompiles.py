@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
 from tests.aot.offline import SM90, compiling
 
 V = 256

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
 
 from ppo_fast.integrations import patch_trl
-from ppo_fast.rlhf import tiny
+from ppo_fast.rlhf.models import tiny
 
 LOGPROBS, ENTROPY = "trl.trainer.utils.selective_log_softmax", "trl.trainer.utils.entropy_from_logits"
 TRAIN = "trl.experimental.ppo.ppo_trainer.PPOTrainer.train"

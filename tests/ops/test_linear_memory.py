@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ppo_fast as pf
-from ppo_fast.ops import _linear_sweep
-from ppo_fast.ops._linear_call import LinearCall
+from ppo_fast.ops._core import chunked_head
+from ppo_fast.ops._core.linear_inputs import LinearCall
 from tests.helpers import each_backend
 from tests.ops.test_memory import peak_bytes
 
@@ -115,9 +115,9 @@ def test_nothing_is_kept_without_gradients(backend: str) -> None:
 def test_the_rule_on_a_cpu(N: int, chunk: int) -> None:
     hidden, weight = torch.empty(N, D, device="meta"), torch.empty(V, D, device="meta")
     given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, "torch")
-    assert _linear_sweep.chunk_rows(given, N, True, "cpu") == _linear_sweep.chunk_rows(given, N, False, "cpu") == chunk
+    assert chunked_head.chunk_rows(given, N, True, "cpu") == chunked_head.chunk_rows(given, N, False, "cpu") == chunk
     assert N < 2048 or chunk * 8 <= N
-    assert _linear_sweep.chunk_rows(given._replace(chunk_size=7), N, True, "cpu") == max(1, min(7, N))
+    assert chunked_head.chunk_rows(given._replace(chunk_size=7), N, True, "cpu") == max(1, min(7, N))
 
 
 @pytest.mark.parametrize(
@@ -135,5 +135,5 @@ def test_the_rule_on_a_gpu(words: int, dtype: torch.dtype, trained: bool, chunk:
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, D, device="cuda", dtype=dtype) for n in (8192, words))
         given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, "torch")
-        assert _linear_sweep.chunk_rows(given, 8192, trained, "cuda") == chunk
-        assert _linear_sweep.chunk_rows(given, 100, trained, "cuda") == 100
+        assert chunked_head.chunk_rows(given, 8192, trained, "cuda") == chunk
+        assert chunked_head.chunk_rows(given, 100, trained, "cuda") == 100

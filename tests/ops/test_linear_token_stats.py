@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ppo_fast as pf
-from ppo_fast.ops._linear_call import LinearCall
-from ppo_fast.ops._linear_sweep import RowStats, Sweep, Upstream, Wanted
+from ppo_fast.ops._core.chunked_head import RowStats, Sweep, Upstream, Wanted
+from ppo_fast.ops._core.linear_inputs import LinearCall
 from tests import eager, oracles
 from tests.helpers import INTERPRETED, assert_near_truth, assert_same, each_backend, each_case
 from tests.ops.linear_cases import LEAVES, D, LinearCase, doubled_error, hide_uncounted, logits_of, make_linear_case

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ppo_fast import cli
 from ppo_fast.quickstart import Options, Result, files, language, run, show
 from ppo_fast.quickstart.judging import Evaluation
-from ppo_fast.rlhf import UserError, load_config, plots
+from ppo_fast.rlhf import UserError, load_config
+from ppo_fast.rlhf.reports import plots
 from tests.helpers import raises_exactly
 
 WALL_CLOCK = ("time/", "memory/", "tokens_per_second")

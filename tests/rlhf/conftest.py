@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.rlhf import PPOConfig, tiny
-from ppo_fast.rlhf.configfile import config_from_dict
-from ppo_fast.rlhf.data import load_prompts, make_batch
-from ppo_fast.rlhf.models import Models, load_models
-from ppo_fast.rlhf.rollout import Rollout, Sampler, generate, score
-from tests.rlhf.stages import EOS, STAGES, WORDS, make_model, rows
+from ppo_fast.rlhf import PPOConfig
+from ppo_fast.rlhf.config.files import config_from_dict
+from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
+from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.models.models import Models, load_models
+from ppo_fast.rlhf.ppo.rollout import Rollout, Sampler, generate, score
+from tests.rlhf.supervised_factories import EOS, STAGES, WORDS, make_model, rows
 
 PROMPTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
 

@@ -12,8 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from ppo_fast import __version__, cli
-from ppo_fast.rlhf import tiny
-from ppo_fast.rlhf.configfile import load_config
+from ppo_fast.rlhf.config.files import load_config
+from ppo_fast.rlhf.models import tiny
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_reward_file_that_fails_is_told_in_one_sentence(files, capsys, source,
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(files, monkeypatch):
-    monkeypatch.setattr("ppo_fast.rlhf.ppo.collect", lambda *_: {}["x"])
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.train.collect", lambda *_: {}["x"])
     with pytest.raises(KeyError):
         cli.main(["train", "--config", "run.yaml"])
 

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import PPOConfig
-from ..errors import UserError, printable
-from .plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
-from .shapes import read_shapes
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.errors import UserError, printable
+from ppo_fast.rlhf.planning.plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
+from ppo_fast.rlhf.planning.shapes import read_shapes
 
 GPU = "--gpu"
 HELP = """\

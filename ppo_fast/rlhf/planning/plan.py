@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..config import PPOConfig
-from ..errors import UserError
-from .rehearsal import Rehearsal
-from .shapes import Shapes, read_shapes
-from .tracing import Account
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.planning.rehearsal import Rehearsal
+from ppo_fast.rlhf.planning.shapes import Shapes, read_shapes
+from ppo_fast.rlhf.planning.tracing import Account
 
 ITEMS = (
     "weights",

@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ppo_fast.ops._linear_call import LinearCall
-from ppo_fast.ops._linear_sweep import Buffers, Wanted
-
-from ..advantages import Experience
-from ..batches import Grid
-from ..config import PPOConfig
-from ..errors import require
-from ..forward import accepted, unwrapped
-from ..optim import Network
-from ..reward_sources import REWARD_ROWS
-from ..rollout import Sampler, score
-from ..update import Learner
-from .shapes import Shapes, make_resident
-from .tracing import Account, Timeline
+from ppo_fast.ops._core.chunked_head import Buffers, Wanted
+from ppo_fast.ops._core.linear_inputs import LinearCall
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.data.packing import Grid
+from ppo_fast.rlhf.errors import require
+from ppo_fast.rlhf.models.forward import accepted, unwrapped
+from ppo_fast.rlhf.planning.shapes import Shapes, make_resident
+from ppo_fast.rlhf.planning.tracing import Account, Timeline
+from ppo_fast.rlhf.ppo.advantages import Experience
+from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
+from ppo_fast.rlhf.ppo.rollout import Sampler, score
+from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.training.optim import Network
 
 _OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.

@@ -15,14 +15,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import ADAPTER_CONFIG, REFERENCE, TRAINED, VALUE, Adapters, adapt, read_config, same_base
-from ..config import ModelConfig, PPOConfig
-from ..errors import UserError, require
-from ..forward import backbone_of
-from ..loading import checkpoint_activations, disable_dropout, load_pretrained
-from ..models import VALUE_CONFIG, VALUE_DIRECTORY, Models, ValueModel
-from ..parking import Parked
-from .standins import attention, quantise
+from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
+from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.models.adapters import (
+    ADAPTER_CONFIG,
+    REFERENCE,
+    TRAINED,
+    VALUE,
+    Adapters,
+    adapt,
+    read_config,
+    same_base,
+)
+from ppo_fast.rlhf.models.forward import backbone_of
+from ppo_fast.rlhf.models.loading import checkpoint_activations, disable_dropout, load_pretrained
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.models.offload import Parked
+from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, ValueModel
+from ppo_fast.rlhf.planning.standins import attention, quantise
 
 Make = Callable[[str, "Shape"], Any]  # a model of that class
 Name = Callable[[str | None, Iterable[Tensor]], None]  # says what tensors count as; None: they are in host memory

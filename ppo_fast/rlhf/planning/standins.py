@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..errors import require
+from ppo_fast.rlhf.config.ppo import ModelConfig
+from ppo_fast.rlhf.errors import require
 
 FUSED = "ppo_fast_fused"
 SCALED = 64  # weights to a scale of 8 bits, and 4 * 64 of these to one of 32 bits

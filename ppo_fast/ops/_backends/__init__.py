@@ -1,0 +1,1 @@
+"""Implementations of the ops: the same file names in each backend."""

@@ -1,0 +1,1 @@
+"""C++ and CUDA kernels of the extension."""

@@ -1,0 +1,105 @@
+"""Launchers of the C++ kernels of token_stats and its backward.
+
+Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everything per token is [B, T] float32,
+contiguous but for the targets.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._backends import reference
+from ppo_fast.ops._backends.native.extension import extension, load_error
+from ppo_fast.ops._core.registry import Implementation
+
+# A larger gradient has left the cache before anyone reads it, so it is written past the cache. But only in whole
+# lines, of which short rows of an odd size have few.
+_LARGE = 8 << 20
+_LINE, _PAGE = 64, 4096
+
+
+def implementation(run: Callable[..., Any], fuses_backward: bool = False) -> Implementation:
+    """A launcher of these kernels as the registry takes it."""
+    return Implementation(
+        run,
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        unusable=load_error,
+        fuses_backward=fuses_backward,
+    )
+
+
+def set_addresses(arguments: Any, **tensors: Tensor | None) -> None:
+    """Hand tensors to the extension by address, 0 for None and for empty ones; they must outlive the launch."""
+    for name, tensor in tensors.items():
+        setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
+
+
+def readable(ref_logits: Tensor | None) -> Tensor | None:
+    """Reference logits of a dtype that the kernels read: float16 and float64 are copied to float32."""
+    if ref_logits is None or ref_logits.dtype in (torch.float32, torch.bfloat16):
+        return ref_logits
+    return ref_logits.float()
+
+
+def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel writes; the defaults that a process sets for dtype and device have no say."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def per_row(logits: Tensor, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for one number per row, or for none."""
+    return room(logits.shape[:2] if wanted else (0,), dtype)
+
+
+def _logits_view(x: Tensor | None, streamed: bool = False) -> Any:
+    if x is None:
+        return extension.LogitsView(0, 0, 0, False, False)
+    return extension.LogitsView(x.data_ptr(), x.stride(0), x.stride(1), x.dtype == torch.bfloat16, streamed)
+
+
+def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
+    """Where the gradient goes: nowhere, over the logits, or into a buffer of its own."""
+    if gradient is None:
+        return _logits_view(None)
+    large = gradient.data_ptr() != logits.data_ptr() and gradient.nbytes >= _LARGE
+    if large:
+        extension.advise_huge_pages(gradient.data_ptr(), gradient.nbytes)
+    row_bytes = gradient.shape[2] * gradient.element_size()
+    return _logits_view(gradient, streamed=large and (row_bytes >= _PAGE or row_bytes % _LINE == 0))
+
+
+def rows_of(
+    logits: Tensor, targets: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, temperature: float
+) -> Any:
+    """What every row kernel reads."""
+    if targets is None:
+        targets_view = extension.TargetsView(0, 0, 0, False)
+    else:
+        targets_view = extension.TargetsView(targets.data_ptr(), *targets.stride(), targets.dtype == torch.int64)
+    return extension.Rows(
+        logits=_logits_view(logits),
+        ref_logits=_logits_view(ref_logits),
+        targets=targets_view,
+        mask=0 if mask is None else mask.data_ptr(),
+        rows=logits.shape[0] * logits.shape[1],
+        steps=logits.shape[1],
+        vocab=logits.shape[2],
+        temperature=temperature,
+    )
+
+
+def _token_weights(
+    shape: torch.Size,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+    aggregation: str,
+) -> Tensor | None:
+    """The weight of each token; None for token-mean, where the kernels weigh all by one number."""
+    if aggregation == "token-mean":
+        return None
+    counted = torch.ones(shape, dtype=torch.bool, device="cpu") if mask is None else mask
+    return reference.token_weights(counted, cu_seqlens, denominator, aggregation, torch.float32)

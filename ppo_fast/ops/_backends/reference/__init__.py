@@ -1,0 +1,29 @@
+"""The meaning of every op in plain torch: the ``torch`` backend, and what every kernel is held against.
+
+Tensors come in as [B, T] (logits as [B, T, V]), checked and detached. Everything is float32, or float64 for float64
+input. Notation: z = logits / temperature, u = log softmax(z), p = exp(u); w the same as u for the reference.
+"""
+
+from ppo_fast.ops._backends.reference.gae import gae, gae_packed
+from ppo_fast.ops._backends.reference.policy_loss import METRICS, PolicyTerms, kl_values, policy_loss, policy_terms
+from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
+from ppo_fast.ops._backends.reference.token_stats import token_stats, token_stats_backward
+from ppo_fast.ops._backends.reference.value_loss import VALUE_METRICS, value_loss
+
+__all__ = [
+    "METRICS",
+    "VALUE_METRICS",
+    "PolicyTerms",
+    "counted_mean",
+    "gae",
+    "gae_packed",
+    "kl_values",
+    "policy_loss",
+    "policy_terms",
+    "sequence_sum",
+    "to_tokens",
+    "token_stats",
+    "token_stats_backward",
+    "token_weights",
+    "value_loss",
+]

@@ -1,0 +1,170 @@
+"""The policy loss from per-token statistics, with its gradient."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
+from ppo_fast.ops._backends.reference.token_stats import token_stats
+
+MAX_LOG_RATIO = 20.0
+METRICS = (
+    "policy_loss",
+    "entropy",
+    "kl",
+    "approx_kl",
+    "clipfrac",
+    "dual_clipfrac",
+    "ratio_mean",
+    "ratio_max",
+    "tokens",
+)
+
+
+class PolicyTerms(NamedTuple):
+    """The loss and its gradient with respect to the per-token statistics. Empty: that statistic is not used."""
+
+    loss: Tensor
+    metrics: Tensor
+    kl: Tensor
+    d_logprobs: Tensor
+    d_entropy: Tensor
+    d_kl: Tensor
+
+
+def kl_values(delta: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """(estimate, its derivative in logprobs) for delta = logprobs - ref_logprobs (Schulman 2020)."""
+    if estimator == "k1":
+        return delta, torch.ones_like(delta)
+    if estimator == "k2":
+        return delta.square() / 2, delta
+    clamped = (-delta).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rise = clamped.expm1()
+    return rise - clamped, torch.where(delta.abs() > MAX_LOG_RATIO, 0.0, -rise)
+
+
+def _log_ratio(
+    logprobs: Tensor, old: Tensor, counted: Tensor, cu_seqlens: Tensor | None, ratio: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(per-token log ratio, the objective's log ratio, where its gradient is 1 or NaN), clamped to +-20."""
+    raw = torch.where(counted, logprobs - old, 0.0)
+    token = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if ratio == "token":
+        return token, token, ~(raw.abs() > MAX_LOG_RATIO)
+    lengths = sequence_sum(counted.to(raw.dtype), cu_seqlens).clamp(min=1)
+    mean = to_tokens(sequence_sum(raw, cu_seqlens) / lengths, cu_seqlens, raw.shape)
+    clamped = mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return token, clamped, ~(mean.abs() > MAX_LOG_RATIO)
+
+
+def policy_terms(
+    logprobs: Tensor,
+    entropy: Tensor,
+    full_kl: Tensor,
+    mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+    penalty_coef: Tensor | None,
+    ent_coef: Tensor | None,
+    kl_coef: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    ratio: str,
+    kl_estimator: str,
+    aggregation: str,
+    weights: Tensor | None = None,
+) -> PolicyTerms:
+    """aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H), with its gradient.
+
+    objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A), and max(objective, dual_clip*A) where A < 0.
+    An open clip and no dual clip are infinite here; a coefficient of None leaves its term out. ``weights`` of the
+    tokens come from the aggregation unless they are given, as for some rows of a larger batch.
+    """
+    counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    adv = torch.where(counted, advantages, 0.0)
+    old = logprobs if old_logprobs is None else torch.where(counted, old_logprobs, logprobs)
+    token_log_ratio, log_r, inside = _log_ratio(logprobs, old, counted, cu_seqlens, ratio)
+    r = log_r.exp()
+
+    unclipped = r * adv
+    clipped = r.clamp(1.0 - clip_low, 1.0 + clip_high) * adv
+    is_clipped = clipped < unclipped
+    objective = torch.minimum(unclipped, clipped)
+    bound = torch.where(adv < 0, dual_clip * adv, -torch.inf)
+    is_dual = bound > objective
+    objective = torch.maximum(objective, bound)
+
+    if weights is None:
+        weights = token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
+    importance = torch.ones_like(adv) if importance_weights is None else torch.where(counted, importance_weights, 0.0)
+    per_token = -importance * objective
+    d_log_r = -importance * torch.where(is_clipped | is_dual, 0.0, unclipped)
+    policy_loss = (weights * per_token).sum()
+    if penalty_coef is not None:
+        per_token = per_token + penalty_coef * (r - 1 - log_r)
+        d_log_r = d_log_r + penalty_coef * (r - 1)
+    d_logprobs = weights * torch.where(inside, d_log_r, 0.0)
+    if ratio == "sequence":
+        lengths = sequence_sum(counted.to(r.dtype), cu_seqlens).clamp(min=1)
+        d_mean = sequence_sum(d_logprobs, cu_seqlens) / lengths
+        d_logprobs = torch.where(counted, to_tokens(d_mean, cu_seqlens, r.shape), 0.0)
+
+    kl, d_entropy, d_kl = full_kl, r.new_empty(0), r.new_empty(0)
+    if ref_logprobs is not None:
+        kl, slope = kl_values(torch.where(counted, logprobs - ref_logprobs, 0.0), kl_estimator)
+        if kl_coef is not None:
+            d_logprobs = d_logprobs + weights * kl_coef * slope
+    elif full_kl.numel() and kl_coef is not None:
+        d_kl = weights * kl_coef
+    if kl_coef is not None:
+        per_token = per_token + kl_coef * kl
+    if ent_coef is not None:
+        per_token = per_token - ent_coef * entropy
+        d_entropy = -weights * ent_coef
+
+    loss = torch.where(counted, weights * per_token, 0.0).sum()
+    metrics = torch.stack(
+        [
+            policy_loss,
+            counted_mean(entropy, counted),
+            counted_mean(kl, counted) if kl.numel() else torch.zeros_like(loss),
+            counted_mean(token_log_ratio.expm1() - token_log_ratio, counted),
+            counted_mean(is_clipped.to(r.dtype), counted),
+            counted_mean(is_dual.to(r.dtype), counted),
+            counted_mean(r, counted),
+            torch.cat([torch.where(counted, r, 0.0).flatten(), r.new_zeros(1)]).max(),
+            counted.sum().to(r.dtype),
+        ]
+    )
+    return PolicyTerms(loss, metrics, kl, d_logprobs, d_entropy, d_kl)
+
+
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    ref_logits: Tensor | None,
+    temperature: float,
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    """:func:`token_stats`, then :func:`policy_terms` of them; ``terms`` are its arguments from old_logprobs on."""
+    logprobs, entropy, full_kl, lse, ref_lse = token_stats(logits, targets, ref_logits, mask, temperature, True)
+    out = policy_terms(logprobs, entropy, full_kl, mask, *terms)
+    return (
+        out.loss,
+        out.metrics,
+        logprobs,
+        entropy,
+        out.kl,
+        lse,
+        ref_lse,
+        out.d_logprobs,
+        out.d_entropy,
+        out.d_kl,
+    )

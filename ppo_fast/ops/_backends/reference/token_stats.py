@@ -1,0 +1,91 @@
+"""One row of logits -> log-probability, entropy, KL, and the gradient of anything made of them."""
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._core.checks import accumulation_dtype
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(u, lse), the latter in float64. The largest logit is subtracted first, halved: no difference overflows.
+
+    Not z - lse: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability.
+    """
+    x = logits.to(accumulation_dtype(logits.dtype))
+    top = x.amax(-1, keepdim=True)
+    z = (x / 2 - top / 2) / (temperature / 2)
+    log_sum = z.logsumexp(-1, keepdim=True)
+    return z - log_sum, (top.double() / temperature + log_sum.double())[..., 0]
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """sum_v p*x where p > 0: a word of probability 0 adds 0, not 0 * inf."""
+    return torch.where(p == 0, 0.0, p * x).sum(-1)
+
+
+def _where_counted(mask: Tensor | None, x: Tensor, other: Tensor | float = 0.0) -> Tensor:
+    return x if mask is None else torch.where(mask, x, other)
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T], lse in float64; what is not asked for is empty."""
+    u, lse = _log_softmax(logits, temperature)
+    logprobs, entropy, kl, ref_lse = (u.new_empty(0), u.new_empty(0), u.new_empty(0), lse.new_empty(0))
+    if targets is not None:
+        inside = (targets >= 0) & (targets < logits.shape[-1])
+        picked = u.gather(-1, torch.where(inside, targets, 0).long()[..., None])[..., 0]
+        logprobs = _where_counted(mask, torch.where(inside, picked, torch.nan))
+    if want_entropy:
+        entropy = _where_counted(mask, -_expectation(u.exp(), u))
+    if ref_logits is not None:
+        w, ref_lse = _log_softmax(ref_logits, temperature)
+        kl = _where_counted(mask, _expectation(u.exp(), u - w.to(u.dtype)))
+    return logprobs, entropy, kl, lse, ref_lse
+
+
+def token_stats_backward(
+    g: Tensor | None,
+    g_entropy: Tensor | None,
+    g_kl: Tensor | None,
+    logits: Tensor,
+    targets: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    ref_lse: Tensor,
+    entropy: Tensor,
+    kl: Tensor,
+    temperature: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dlogits[j] = (g*[j = target] + p[j]*(a + b*u[j] + c*w[j])) / temperature, in the dtype of the logits.
+
+    With a = -g - gH*H - gK*KL, b = gK - gH, c = -gK. A term whose upstream gradient is None is left out.
+    ``out`` may be the logits themselves.
+    """
+    u, _ = _log_softmax(logits, temperature)
+    inner = torch.zeros_like(u)
+    if g is not None:
+        inner = inner - g[..., None]
+    if g_entropy is not None:
+        inner = inner - g_entropy[..., None] * (entropy[..., None] + u)
+    if g_kl is not None and ref_logits is not None:
+        w, _ = _log_softmax(ref_logits, temperature)
+        inner = inner + g_kl[..., None] * (u - w.to(u.dtype) - kl[..., None])
+    p = u.exp()
+    grad = torch.where(p == 0, 0.0, p * inner)
+    if g is not None and targets is not None:
+        inside = (targets >= 0) & (targets < logits.shape[-1])
+        column = torch.where(inside, targets, 0).long()[..., None]
+        grad = grad.scatter_add(-1, column, torch.where(inside, g, 0.0)[..., None])
+    if mask is not None:
+        grad = torch.where(mask[..., None], grad, 0.0)
+    grad = (grad / temperature).to(logits.dtype)
+    return grad if out is None else out.copy_(grad)

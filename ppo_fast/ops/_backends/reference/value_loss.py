@@ -1,0 +1,41 @@
+"""The clipped squared error of the values, with its gradient."""
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._backends.reference.sequences import counted_mean, token_weights
+
+VALUE_METRICS = ("value_loss", "clipfrac", "tokens")
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    old_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+    clip: float | None,
+    aggregation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aggregate(0.5 * max((v - R)^2, (old_v + clip(v - old_v, -c, c) - R)^2)): (loss, metrics, d loss / d values)."""
+    dtype = returns.dtype
+    counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    v = torch.where(counted, values.to(dtype), 0.0)
+    old = None if clip is None or old_values is None else torch.where(counted, old_values, 0.0)
+    if old is not None:
+        v = torch.where(old.isnan(), old, v)  # comparisons would drop a NaN
+    error = torch.where(counted, v - returns, 0.0)
+    square, slope = error.square(), error
+    is_clipped = torch.zeros_like(counted)
+    if clip is not None and old is not None:
+        # Inside the clip this is v itself; old + clip(v - old) would differ by a rounding and count as clipped.
+        held = torch.clamp(v, old - clip, old + clip)
+        clipped_square = torch.where(counted, held - returns, 0.0).square()
+        is_clipped = clipped_square > square
+        square = torch.maximum(square, clipped_square)
+        slope = torch.where(is_clipped, 0.0, error)
+    weights = token_weights(counted, cu_seqlens, denominator, aggregation, dtype)
+    loss = torch.where(counted, weights * square / 2, 0.0).sum()
+    metrics = torch.stack([loss, counted_mean(is_clipped.to(dtype), counted), counted.sum().to(dtype)])
+    return loss, metrics, torch.where(counted, weights * slope, 0.0)

@@ -1,0 +1,1 @@
+"""Parts that every op shares: registry of backends, checks of arguments, layouts, results."""

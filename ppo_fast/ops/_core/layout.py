@@ -1,0 +1,49 @@
+"""Free leading shapes brought to [B, T] (and [B, T, V]) without copying where strides allow it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops._core import checks
+
+
+def grid(shape: torch.Size) -> tuple[int, int]:
+    """[..., T] as (B, T); [N] is one row of N tokens, [] one token."""
+    if len(shape) == 0:
+        return 1, 1
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def as_logits(logits: Tensor) -> Tensor:
+    """[..., V] as [B, T, V] with unit stride over V: a view where the leading strides allow it, else one copy."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    return logits.reshape(*grid(logits.shape[:-1]), logits.shape[-1])
+
+
+def as_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A per-token tensor, broadcast to ``shape``, as [B, T] with its own strides where possible. No gradient."""
+    return None if x is None else x.detach().expand(shape).reshape(grid(shape))
+
+
+def as_floats(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """A per-token tensor as contiguous [B, T] in ``dtype``, without gradient."""
+    rows = as_rows(x, shape)
+    return None if rows is None else rows.to(dtype).contiguous()
+
+
+def as_bools(x: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A bool per-token tensor as contiguous [B, T]."""
+    rows = as_rows(x, shape)
+    return None if rows is None else rows.contiguous()
+
+
+def as_denominator(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """The denominator as a 0-d tensor beside ``like``, in the accumulation dtype."""
+    if value is None:
+        return None
+    dtype = checks.accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        return value.detach().to(device=like.device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)

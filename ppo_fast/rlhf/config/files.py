@@ -1,0 +1,156 @@
+"""Configs from YAML or TOML files, presets and flags, and back to a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.files import write_whole
+
+PRESETS = Path(__file__).parent / "presets"
+Config = TypeVar("Config")
+
+
+def load_config(
+    path: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    kind: type[Config] = PPOConfig,  # type: ignore[assignment]  # a default of a type variable
+) -> Config:
+    """A config of `kind`: flags {"optim.lr": "1e-5"} over a YAML or TOML file over a preset over the defaults.
+
+    Raises UserError for a missing file, an unknown key (naming the nearest one) or a value of the wrong type.
+    """
+    values = read_values(path, preset=preset, flags=flags)
+    sources = [str(path or preset)] if path or preset else []
+    return config_from_dict(values, source=" and ".join(sources + ["flags"] * bool(flags)) or "config", kind=kind)
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_values(
+    path: str | Path | None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What flags, file and preset say, nested; neither checked nor complete."""
+    values: dict[str, Any] = {}
+    if preset is not None:
+        known = preset_names()
+        if preset not in known:
+            raise UserError(f"preset: expected one of {', '.join(known)}, got {preset!r}")
+        values = _read(PRESETS / f"{preset}.yaml")
+    if path is not None:
+        values = merge(values, _read(Path(path)))
+    for name, value in (flags or {}).items():
+        nested = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        values = merge(values, nested)
+    return values
+
+
+def config_from_dict(
+    values: Mapping[str, Any],
+    *,
+    source: str = "config",
+    kind: type[Config] = PPOConfig,  # type: ignore[assignment]
+) -> Config:
+    """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
+    known = field_defaults(kind)
+    for name, _ in _leaves(values):
+        if name not in known and not any(k.startswith(name + ".") for k in known):
+            raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name, kind)!r}")
+    pydantic = require("pydantic")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{source}: {_first_problem(error.errors()[0])}") from error
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
+    write_whole(path, require("yaml").safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"config: no such file {str(path)!r}")
+    if path.suffix == ".toml":
+        toml = _toml()
+        parse, failure = toml.loads, toml.TOMLDecodeError
+    else:
+        yaml = require("yaml")
+        parse, failure = yaml.safe_load, yaml.YAMLError
+    try:
+        values = parse(path.read_text(encoding="utf-8")) or {}
+    except (failure, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def _first_problem(problem: Mapping[str, Any]) -> str:
+    """One entry of pydantic's error list in one line; our own messages already name the field."""
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _toml() -> Any:
+    try:
+        return importlib.import_module("tomllib")
+    except ModuleNotFoundError:
+        return require("tomli")
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `base` with the values of `over`."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """The dotted name of the first field that differs between two configs of one kind, with both values.
+
+    Fields that `free` names, by themselves or by their group, may differ.
+    """
+    pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
+    told = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
+    return next((found for found in told if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None)
+
+
+def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:
+    """Dotted names of the fields of a config with their defaults."""
+    return dict(_leaves(dataclasses.asdict(kind())))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what nested mappings hold."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def nearest_name(name: str, kind: type[Any] = PPOConfig) -> str:
+    """The dotted field of a config most like `name`, as a whole or in its last part."""
+
+    def likeness(candidate: str) -> float:
+        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(field_defaults(kind), key=likeness)

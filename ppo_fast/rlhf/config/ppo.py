@@ -1,0 +1,399 @@
+"""What a run is: nested dataclasses, the one source for the YAML/TOML file and the command-line flags."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ppo_fast.ops import PolicyLossConfig
+from ppo_fast.rlhf.errors import UserError, check, check_choices, divides, not_negative, positive
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights: W x + alpha / rank * B A x, with B = 0 at the start.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; by the library peft.
+    """
+
+    rank: int = 0  # of B and A; 0: no adapters, all weights are trained
+    alpha: float = 32.0  # scale of the adapters, over rank
+    targets: tuple[str, ...] = ()  # names of the linear layers that get one; none: all but the head
+    merge: bool = False  # save the base with the adapters added to it; else a PEFT directory of the adapters alone
+
+    def __post_init__(self) -> None:
+        not_negative("model.lora.rank", self.rank)
+        positive("model.lora.alpha", self.alpha)
+        check(self.rank > 0 or not self.targets, "model.lora.targets", "none without lora.rank", self.targets)
+        check(self.rank > 0 or not self.merge, "model.lora.merge", "false without lora.rank", self.merge)
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Where the weights come from and where they live."""
+
+    path: str | None = None  # causal LM to begin with: a local directory or a hub id
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
+    quantise: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits, by bitsandbytes; needs lora.rank
+    lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
+    attention: str | None = None  # transformers' attn_implementation; null: by device and batches
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    device: str = "auto"  # "auto": cuda when there is one, else cpu
+    trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
+
+    def __post_init__(self) -> None:
+        check_choices("model", self)
+        check(
+            not (self.lora.merge and self.quantise != "none"),
+            "model.lora.merge",
+            f"false with model.quantise {self.quantise!r}",
+            True,
+        )
+        check(
+            self.quantise == "none" or self.lora.rank > 0, "model.quantise", "'none' without lora.rank", self.quantise
+        )
+
+
+@dataclass(frozen=True)
+class CausalConfig(WeightsConfig):
+    """The language model that is trained."""
+
+    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
+    batches: Literal["padded", "packed"] = "padded"  # of scoring and update; packed: one row without padding
+
+
+@dataclass(frozen=True)
+class ModelConfig(CausalConfig):
+    """The policy and the value model. The reference is the policy as it was at the start."""
+
+    layout: Literal["separate", "shared", "adapters"] = "separate"  # value model apart; a head on the policy; one base
+    park: bool = False  # reference and reward models wait in host memory while they are not used
+    value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
+    value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        adapted, rank = self.layout == "adapters", self.lora.rank
+        check(rank > 0 or not adapted, "model.lora.rank", "a rank > 0 with model.layout 'adapters'", rank)
+        check(rank == 0 or adapted, "model.layout", "'adapters' with model.lora.rank", self.layout)
+        check(
+            self.layout != "shared" or self.logits == "linear",
+            "model.logits",
+            "'linear' with layout 'shared'",
+            self.logits,
+        )
+        check(
+            self.value_path is None or self.layout != "shared",
+            "model.value_path",
+            "null with model.layout 'shared', whose critic is the policy's trunk",
+            self.value_path,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet or a dataset saved on disk."""
+
+    prompts: str | None = None  # path; columns beside "prompt" are handed to the reward function
+    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
+    shuffle: bool = True  # a new order every epoch
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or "file.py:function" giving them
+    balance: str | None = None  # column of topics; every topic is drawn equally often
+
+    def __post_init__(self) -> None:
+        positive("data.max_prompt_tokens", self.max_prompt_tokens)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling from softmax(logits / temperature)."""
+
+    batch_size: int = 64  # responses per update
+    samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
+    max_new_tokens: int = 64  # a response without EOS ends here
+    stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
+    static_cache: bool = False  # keys and values in buffers of fixed size; on a GPU the decoding step is then compiled
+    temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
+    top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
+    top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
+
+    def __post_init__(self) -> None:
+        divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
+        positive("rollout.max_new_tokens", self.max_new_tokens)
+        check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
+        allowed = 1e-9 <= self.temperature <= 1e9
+        check(allowed, "rollout.temperature", "1e-9 <= temperature <= 1e9", self.temperature)
+        check(self.top_k is None or self.top_k >= 1, "rollout.top_k", "an int >= 1 or null", self.top_k)
+        check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
+        if self.micro_batch_size is not None:
+            positive("rollout.micro_batch_size", self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The score of a response, before the KL term: sources, normalised, weighted, combined, clipped, less penalties."""
+
+    function: str | None = None  # "path/to/file.py:function"
+    models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
+    weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
+    combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
+    std_coef: float = 1.0  # price of disagreement
+    normalise: Literal["saved", "running", "none"] = "saved"  # by a model's reward_stats.json; by all scores so far
+    clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
+    missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
+    length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
+    filter: str | None = None  # "file.py:function" -> True (keep), False (reject) or "mask" for each response
+    rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
+
+    def __post_init__(self) -> None:
+        check_choices("reward", self)
+        if self.clip is not None:
+            positive("reward.clip", self.clip)
+        for name in ("missing_eos_penalty", "length_penalty", "std_coef"):
+            not_negative(f"reward.{name}", getattr(self, name))
+        check(math.isfinite(self.rejected_score), "reward.rejected_score", "a finite number", self.rejected_score)
+        for weight in self.weights:
+            not_negative("reward.weights", weight)
+        check(not self.weights or sum(self.weights) > 0, "reward.weights", "one above 0", self.weights)
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """KL(policy || reference): a per-token reward, a loss term, or both."""
+
+    coef: float = 0.05  # start value when adaptive
+    placement: Literal["reward", "loss", "both"] = "reward"  # in the loss whitening scales it by std(advantages)
+    reward_estimator: str = "k1"  # k1 alone is right in the reward
+    loss_estimator: str = "k2"  # k2, full (exact, by the reference logits), or k3 for parity with GRPO
+    adaptive: bool = False  # steer coef towards the target
+    target: float = 6.0  # nats per sequence
+    horizon: int = 10_000  # sequences; larger is slower
+
+    def __post_init__(self) -> None:
+        check_choices("kl", self)
+        not_negative("kl.coef", self.coef)
+        check(
+            self.reward_estimator == "k1",
+            "kl.reward_estimator",
+            "'k1' (other estimators bias the objective when used as a reward)",
+            self.reward_estimator,
+        )
+        check(
+            self.loss_estimator in ("k2", "k3", "full"),
+            "kl.loss_estimator",
+            "'k2', 'full' or 'k3' (the gradient of k1 is zero in expectation)",
+            self.loss_estimator,
+        )
+        positive("kl.target", self.target)
+        positive("kl.horizon", self.horizon)
+        check(not self.adaptive or self.coef > 0, "kl.coef", "a number > 0 when kl.adaptive", self.coef)
+
+    @property
+    def in_reward(self) -> bool:
+        return self.placement != "loss"
+
+    @property
+    def in_loss(self) -> bool:
+        return self.placement != "reward"
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """Per token by generalised advantage estimation, or one for the whole response."""
+
+    kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # 0: one-step TD error, 1: Monte Carlo return minus value
+    whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
+
+    def __post_init__(self) -> None:
+        check_choices("advantage", self)
+        check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
+        check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective of the update; the meaning of the fields is that of `ppo_fast.PolicyLossConfig`."""
+
+    clip_low: float | None = 0.2  # ratio lower bound 1 - clip_low; null: open
+    clip_high: float | None = 0.2  # ratio upper bound 1 + clip_high; null: open
+    dual_clip: float | None = None  # c > 1: bound c * A on the objective where A < 0
+    ratio: Literal["token", "sequence"] = "token"  # sequence: one length-normalised ratio per response
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"  # over a minibatch
+    ent_coef: float = 0.0  # entropy bonus
+    penalty_coef: float = 0.0  # PPO-penalty: coefficient of KL(old policy || policy)
+    penalty_target: float | None = None  # nats per token: adapt penalty_coef by factors of 2; null: fixed
+    vf_coef: float = 0.5  # weight of the value loss
+    value_clip: float | None = 0.2  # new values stay within +-value_clip of the old ones; null: plain
+
+    def __post_init__(self) -> None:
+        not_negative("loss.vf_coef", self.vf_coef)
+        if self.value_clip is not None:
+            positive("loss.value_clip", self.value_clip)
+        if self.penalty_target is not None:
+            positive("loss.penalty_target", self.penalty_target)
+            positive("loss.penalty_coef", self.penalty_coef)
+        try:
+            self.policy_loss()
+        except ValueError as error:
+            raise UserError(f"loss: {error}") from error
+
+    def policy_loss(self, **others: Any) -> PolicyLossConfig:
+        """The config of the policy op; `others` are the fields that come from elsewhere or change in time."""
+        fields: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("clip_low", "clip_high", "dual_clip", "ratio", "aggregation", "ent_coef", "penalty_coef")
+        }
+        return PolicyLossConfig(**(fields | others))
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
+
+    states: Literal["full", "8bit"] = "full"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
+    masters: bool = False  # float32 copies of bfloat16 weights take the steps, which the weights are rounded from
+    lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
+    eps: float = 1e-5  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float = 1.0  # of each trained network, once per optimizer step
+    warmup_frac: float = 0.03  # of all optimizer steps
+    final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
+
+    def __post_init__(self) -> None:
+        check_choices("optim", self)
+        check(
+            not self.masters or self.states == "full", "optim.masters", "false with optim.states '8bit'", self.masters
+        )
+        for name in ("lr", "eps", "max_grad_norm"):
+            positive(f"optim.{name}", getattr(self, name))
+        for name in ("warmup_frac", "final_lr_frac"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
+        check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
+        not_negative("optim.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class OptimConfig(AdamWConfig):
+    """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
+
+    value_lr: float = 5e-6  # peak for the value model
+    epochs: int = 4  # passes over one rollout batch
+    minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("value_lr", "epochs"):
+            positive(f"optim.{name}", getattr(self, name))
+        if self.target_kl is not None:
+            positive("optim.target_kl", self.target_kl)
+        if self.micro_batch_size is not None:
+            divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
+
+
+@dataclass(frozen=True)
+class RunLogConfig:
+    """What a run leaves behind."""
+
+    dir: str = "runs"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
+    overwrite: bool = False  # write over an earlier run in dir
+    tensorboard: bool = True  # event files
+    console: bool = True  # progress bar, a line per update, tables of samples
+    print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
+    save_every: int = 0  # updates between checkpoints, which a run resumes from; 0: only when a signal stops it
+    keep_last: int = 2  # checkpoints kept; 0: all
+    wandb: str | None = None  # project of Weights & Biases that gets the metrics as well; needs the package wandb
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                not_negative(f"log.{name}", value)
+
+
+@dataclass(frozen=True)
+class LogConfig(RunLogConfig):
+    """What a PPO run leaves behind."""
+
+    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    samples_every: int = 10  # updates between tables of samples; 0: never
+    samples: int = 4  # rows of the table
+    all_samples: bool = False  # samples.jsonl takes every response of every update, for `ppo-fast export`
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """What the KL is measured against: the model at the start, or one that follows the policy."""
+
+    update: Literal["fixed", "replace", "ema"] = "fixed"  # replace: by the policy; ema: a moving average of it
+    every: int = 10  # updates between two changes
+    decay: float = 0.9  # ema: reference = decay * reference + (1 - decay) * policy; bfloat16 loses small changes
+
+    def __post_init__(self) -> None:
+        check_choices("reference", self)
+        positive("reference.every", self.every)
+        check(0 <= self.decay < 1, "reference.decay", "0 <= decay < 1", self.decay)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out prompts, answered and scored during the run; metrics eval/*."""
+
+    every: int = 0  # updates between evaluations; 0: never
+    prompts: str | None = None  # held-out prompts, in the format of data.prompts
+    evaluators: tuple[str, ...] = ()  # "file.py:function"; f(generate, model, tokenizer) -> {name: number}
+    best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
+    best_is: Literal["max", "min"] = "max"  # of that metric
+
+    def __post_init__(self) -> None:
+        check_choices("evaluation", self)
+        not_negative("evaluation.every", self.every)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What all stages have in common."""
+
+    seed: int = 0  # of every random number of the run
+    threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
+    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
+
+    def __post_init__(self) -> None:
+        check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
+        not_negative("seed", self.seed)
+        if self.threads is not None:
+            positive("threads", self.threads)
+
+
+@dataclass(frozen=True)
+class PPOConfig(RunConfig):
+    """One PPO run."""
+
+    updates: int = 100  # rollout batches
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("updates", self.updates)
+        divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.rollout.batch_size // self.optim.minibatch_size

@@ -1,0 +1,121 @@
+"""What a run of supervised fine-tuning, of a reward model or of DPO is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig
+from ppo_fast.rlhf.errors import check, divides, positive
+
+
+@dataclass(frozen=True)
+class ExamplesConfig:
+    """Training and held-out examples: JSONL, Parquet, or a directory that the datasets library saved."""
+
+    train: str | None = None  # path of the examples
+    held_out: str | None = None  # path of examples never trained on; null: a share of train
+    held_out_frac: float = 0.1  # that share, drawn by the seed; 0: no evaluation
+    max_tokens: int = 1024  # prompt and completion; longer examples are dropped and counted
+    deduplicate: bool = False  # drop examples that repeat an earlier one, token by token
+    bucket: bool = True  # batches of similar length: less padding, the same examples per epoch
+
+    def __post_init__(self) -> None:
+        positive("data.max_tokens", self.max_tokens)
+        check(0 <= self.held_out_frac < 1, "data.held_out_frac", "0 <= held_out_frac < 1", self.held_out_frac)
+
+
+@dataclass(frozen=True)
+class SupervisedOptimConfig(AdamWConfig):
+    """AdamW over epochs x batches x micro-batches."""
+
+    lr: float = 1e-5  # peak; 1e-5 full fine-tuning, 1e-3 for tiny models
+    epochs: int = 1  # passes over the training examples
+    batch_size: int = 16  # examples (pairs) per optimizer step
+    micro_batch_size: int | None = None  # per forward pass, same numbers to rounding; divides batch_size; null: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch_size"):
+            positive(f"optim.{name}", getattr(self, name))
+        if self.micro_batch_size is not None:
+            divides("optim.micro_batch_size", self.micro_batch_size, "optim.batch_size", self.batch_size)
+
+    @property
+    def width(self) -> int:
+        """Examples per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class DPOOptimConfig(SupervisedOptimConfig):
+    """The same with the smaller steps that DPO wants."""
+
+    lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 1e-4 for tiny models
+
+
+@dataclass(frozen=True)
+class SupervisedLogConfig(RunLogConfig):
+    """What a run leaves behind; its updates are optimizer steps."""
+
+    eval_every: int = 0  # optimizer steps between evaluations on held-out examples; 0: after every epoch
+
+
+@dataclass(frozen=True)
+class SFTLogConfig(SupervisedLogConfig):
+    """What a run of supervised fine-tuning leaves behind."""
+
+    dir: str = "runs/sft"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
+
+
+@dataclass(frozen=True)
+class RewardLogConfig(SupervisedLogConfig):
+    """What the training of a reward model leaves behind."""
+
+    dir: str = "runs/reward"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
+
+
+@dataclass(frozen=True)
+class DPOLogConfig(SupervisedLogConfig):
+    """What a run of DPO leaves behind."""
+
+    dir: str = "runs/dpo"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(RunConfig):
+    """What the three have in common."""
+
+    model: WeightsConfig = field(default_factory=WeightsConfig)
+    data: ExamplesConfig = field(default_factory=ExamplesConfig)
+    optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
+    log: SupervisedLogConfig = field(default_factory=SupervisedLogConfig)
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedConfig):
+    """One run of supervised fine-tuning on {"prompt", "completion"} or {"messages"}."""
+
+    model: CausalConfig = field(default_factory=CausalConfig)
+    log: SFTLogConfig = field(default_factory=SFTLogConfig)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(SupervisedConfig):
+    """The training of one reward model on {"prompt", "chosen", "rejected"[, "margin"]}."""
+
+    init: str | None = None  # reward model to continue from; null: model.path with a new head
+    log: RewardLogConfig = field(default_factory=RewardLogConfig)
+
+
+@dataclass(frozen=True)
+class DPOConfig(SupervisedConfig):
+    """One run of direct preference optimisation on {"prompt", "chosen", "rejected"}."""
+
+    beta: float = 0.1  # strength of the implied KL to the reference, which is model.path as it was
+    model: CausalConfig = field(default_factory=CausalConfig)
+    optim: DPOOptimConfig = field(default_factory=DPOOptimConfig)
+    log: DPOLogConfig = field(default_factory=DPOLogConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("beta", self.beta)

@@ -1,0 +1,1 @@
+"""Data: rows on disk -> token ids -> batches."""

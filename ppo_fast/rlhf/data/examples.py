@@ -1,0 +1,277 @@
+"""Tokenised examples: a prompt with a completion, or with a chosen and a rejected one; right-padded batches of them.
+
+The formats are TRL's: texts, or role/content messages through the tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppo_fast.rlhf.config.supervised import ExamplesConfig
+from ppo_fast.rlhf.data.packing import Grid, put
+from ppo_fast.rlhf.data.rows import Row, distinct, read_rows, usable
+from ppo_fast.rlhf.data.templates import encode, encode_bare, is_messages, render, render_prompt
+from ppo_fast.rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its completion."""
+
+    ids: tuple[int, ...]  # of both, EOS included
+    start: int  # of the completion, >= 1
+    joined: bool = True  # False: the text of both, tokenised at once, has no boundary there
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        """The sequences it is made of."""
+        return (self,)
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def highest(self) -> int:
+        return max(self.ids)
+
+    @property
+    def weight(self) -> int:
+        """Its share in a mean: the tokens of the completion."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt, of which the first is preferred."""
+
+    chosen: Example
+    rejected: Example
+    margin: float = 0.0  # how far apart their scores should be
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        return self.chosen, self.rejected
+
+    @property
+    def length(self) -> int:
+        return max(self.chosen.length, self.rejected.length)
+
+    @property
+    def highest(self) -> int:
+        return max(self.chosen.highest, self.rejected.highest)
+
+    @property
+    def weight(self) -> int:
+        """Its share in a mean."""
+        return 1
+
+    @property
+    def joined(self) -> bool:
+        return self.chosen.joined and self.rejected.joined
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L] bool, True: a token of the prompt or the completion
+    mask: Tensor  # [B, L] bool, True: a token of the completion
+    grid: Grid  # the same with masks on the host
+
+
+Kind = TypeVar("Kind", Example, Pair)
+Make = Callable[[Row, Any, str], Kind]  # (row, tokenizer, where it came from)
+
+
+def load_examples(
+    source: str | Path | Iterable[Any] | None, name: str, make: Make[Kind], tokenizer: Any, config: ExamplesConfig
+) -> list[Kind]:
+    """Read `data.<name>` (see `read_rows`) and tokenise it by `make`.
+
+    Raises UserError naming file and line for a row of another format; warns about examples that are left out.
+    """
+    if source is None:
+        raise UserError(f"data.{name}: expected a file of examples, got null")
+    examples = [make(row, tokenizer, where) for where, row in read_rows(source, f"data.{name}")]
+    kept = usable(examples, "example", "data.max_tokens", config.max_tokens, lambda example: example.length)
+    if config.deduplicate:
+        kept = distinct(kept, "example", lambda example: example)
+    apart = sum(not example.joined for example in kept)
+    if apart:
+        warnings.warn(
+            f"in {apart} of {len(kept)} examples a token spans the end of the prompt; there prompt and completion "
+            "were tokenised apart (completions usually begin with a space)",
+            stacklevel=2,
+        )
+    return kept
+
+
+def completion_example(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Example:
+    """{"prompt", "completion"}, or {"messages"} whose last one, the assistant's, is the completion.
+
+    `eos_ids` end a completion as the tokenizer's EOS does, which is appended where there is none.
+    """
+    messages: Any = row.get("messages") if isinstance(row, Mapping) else None
+    if is_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant":
+        row = {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+    prompt, completion = _fields(row, where, "prompt", "completion")
+    return _tokenise(prompt, completion, tokenizer, where, row, eos_ids)
+
+
+def preference_pair(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Pair:
+    """{"prompt", "chosen", "rejected"[, "margin"]}; without "prompt" it is what the two have in common.
+
+    `eos_ids` are those of `completion_example`.
+    """
+    if isinstance(row, Mapping) and row.get("prompt") is None:
+        row = dict(row) | _split_prompt(*_fields(row, where, "chosen", "rejected"))
+    prompt, chosen, rejected = _fields(row, where, "prompt", "chosen", "rejected")
+    margin = row.get("margin")
+    if isinstance(margin, bool) or not isinstance(margin, int | float | None):
+        raise UserError(f"{where}: expected a number as margin, got {margin!r}")
+    return Pair(
+        _tokenise(prompt, chosen, tokenizer, where, row, eos_ids),
+        _tokenise(prompt, rejected, tokenizer, where, row, eos_ids),
+        float(margin or 0.0),
+    )
+
+
+def sequences(examples: Sequence[Kind]) -> list[Example]:
+    """The examples themselves; of pairs all that were chosen, then all that were rejected."""
+    return [part for column in zip(*(example.parts for example in examples), strict=True) for part in column]
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+    """Pad the examples to the longest of them."""
+    width = max(example.length for example in examples)
+    rows = [[*e.ids, *[pad_id] * (width - e.length)] for e in examples]
+    ids = torch.tensor(rows, dtype=torch.int64, device=device)
+    start, end = np.array([[e.start, e.length] for e in examples]).T[..., None]
+    position = np.arange(width)
+    grid = Grid(ids, position < end, (position >= start) & (position < end))
+    return Batch(ids, put(grid.attention, device), put(grid.counted, device), grid)
+
+
+class Batches:
+    """Endless batches of row numbers; every row once per epoch, a new order in each.
+
+    With `bucket` the rows of every `WINDOW` batches are sorted by length before they are cut. An epoch's last batch
+    may be smaller. `order` and `position` are its whole state, the generator aside.
+    """
+
+    WINDOW = 50
+
+    def __init__(self, lengths: Sequence[int], size: int, generator: torch.Generator, *, bucket: bool) -> None:
+        self.lengths, self.size, self.generator, self.bucket = lengths, size, generator, bucket
+        self.order: list[list[int]] = []
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.position = state["order"], state["position"]
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.lengths) // self.size)
+
+    def take(self) -> list[int]:
+        """The next batch."""
+        if self.position == len(self.order):
+            self.order, self.position = self._epoch(), 0
+        self.position += 1
+        return self.order[self.position - 1]
+
+    def _epoch(self) -> list[list[int]]:
+        rows = self._shuffled(range(len(self.lengths)))
+        if self.bucket:
+            windows = chunks(rows, self.WINDOW * self.size)
+            rows = [row for window in windows for row in sorted(window, key=self.lengths.__getitem__)]
+        return self._shuffled(list(chunks(rows, self.size)))
+
+    def _shuffled(self, items: Sequence[Any]) -> list[Any]:
+        device = self.generator.device
+        order = torch.randperm(len(items), generator=self.generator, dtype=torch.int64, device=device)
+        return [items[index] for index in order.tolist()]
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    """Consecutive slices of `size` items; the last may be shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _tokenise(
+    prompt: Any, completion: Any, tokenizer: Any, where: str, columns: Row, eos_ids: Collection[int]
+) -> Example:
+    if isinstance(prompt, str):
+        start, rest, joined = split_tokens(prompt, completion, tokenizer, encode)
+    else:
+        before = render_prompt(prompt, tokenizer, where, columns)
+        whole = render(continued(prompt, completion), tokenizer, where, columns)
+        if not whole.startswith(before):
+            raise UserError(f"{where}: expected the chat template of the prompt to begin that of prompt and completion")
+        start, rest, joined = split_tokens(before, whole[len(before) :], tokenizer, encode_bare)
+    if not start:
+        raise UserError(f"{where}: the prompt has no tokens")
+    return Example((*start, *ended(rest, tokenizer, eos_ids)), len(start), joined)
+
+
+def split_tokens(
+    prompt: str, completion: str, tokenizer: Any, encoded: Callable[[str, Any], list[int]]
+) -> tuple[list[int], list[int], bool]:
+    """Token ids of two texts, and whether those of the whole text, `encoded` at once, have a boundary there.
+
+    Where they have none the completion is tokenised by itself.
+    """
+    start, both = encoded(prompt, tokenizer), encoded(prompt + completion, tokenizer)
+    joined = both[: len(start)] == start
+    return start, both[len(start) :] if joined else encode_bare(completion, tokenizer), joined
+
+
+def continued(prompt: list[Any], completion: list[Any]) -> list[Any]:
+    """The messages of both; an answer that the prompt begins goes on in the completion, as one message."""
+    last, first = prompt[-1], completion[0]
+    if not last["role"] == first["role"] == "assistant":
+        return [*prompt, *completion]
+    begun, rest = last["content"], first.get("content") or ""
+    if isinstance(begun, list) or isinstance(rest, list):
+        begun, rest = ([{"type": "text", "text": x}] if isinstance(x, str) else x for x in (begun, rest))
+    return [*prompt[:-1], {**last, **first, "content": begun + rest}, *completion[1:]]
+
+
+def ended(ids: list[int], tokenizer: Any, eos_ids: Collection[int]) -> list[int]:
+    """The completion with an EOS as its last token; white space that a template writes after it is dropped."""
+    eos = tokenizer.eos_token_id
+    end = max((place for place, token in enumerate(ids, start=1) if token == eos or token in eos_ids), default=0)
+    return ids[:end] if end and not tokenizer.decode(ids[end:]).strip() else [*ids, eos]
+
+
+def _fields(row: Any, where: str, *names: str) -> list[Any]:
+    """The columns of those names: all texts, or all messages."""
+    values = [row.get(name) for name in names] if isinstance(row, Mapping) else []
+    if values and (all(isinstance(value, str) for value in values) or all(map(is_messages, values))):
+        return values
+    columns = ", ".join(f'"{name}"' for name in names)
+    raise UserError(f"{where}: expected {columns}, all of them text or all role/content messages, got {row!r}")
+
+
+def _split_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
+    """Their common beginning as the prompt: whole words of texts, whole messages of conversations."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    end = min(sum(1 for _ in same), len(chosen) - 1, len(rejected) - 1)
+    if isinstance(chosen, str):
+        end = max(chosen.rfind(" ", 0, end), 0)
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}

@@ -1,0 +1,1 @@
+"""Models: paths -> networks -> hidden states."""

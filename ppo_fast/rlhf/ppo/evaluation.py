@@ -1,0 +1,161 @@
+"""Held-out prompts answered during the run: score, KL, length, win rate against the start; the best model kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.data.packing import put
+from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.ppo.reward_sources import Responses
+from ppo_fast.rlhf.ppo.rewards import Scorer
+from ppo_fast.rlhf.ppo.rollout import Generation, generate, score
+from ppo_fast.rlhf.training.checkpoint import save_models
+from ppo_fast.rlhf.training.finite import check_metrics
+from ppo_fast.rlhf.user_code import call, load_callable
+
+Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), called by keyword
+
+
+class Evaluation:
+    """Answers the same prompts from the same random numbers each time, so that two evaluations differ by the model.
+
+    Metrics eval/scores, eval/kl (nats per response), eval/length, eval/truncated_frac, eval/win_rate (the share of
+    prompts with a higher score than the model at the start reached, ties half), and eval/NAME of every evaluator.
+    """
+
+    def __init__(
+        self, config: PPOConfig, models: Models, scorer: Scorer, data: Prompts, evaluators: list[Evaluator]
+    ) -> None:
+        self.config, self.models, self.scorer, self.data, self.evaluators = config, models, scorer, data, evaluators
+        self.start: list[list[int]] = []  # token ids of the answers of the model at the start
+        self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
+        self.best: float | None = None
+        self.answers: list[dict[str, Any]] = []  # of the latest evaluation, beside those of the model at the start
+
+    def due(self, done: int) -> bool:
+        """Every `evaluation.every` updates and after the last."""
+        return done % self.config.evaluation.every == 0 or done == self.config.updates
+
+    def begin(self) -> None:
+        """Answer the prompts with the model as it is, unless a resumed run has done so."""
+        if not self.start:
+            answers = Responses.of(self._answers(self.data), self.models.tokenizer)
+            self.start, self.start_ended = answers.completion_ids, answers.ended
+
+    def run(self, best: Path) -> tuple[dict[str, float], str | None]:
+        """The metrics now, and a remark when the model is the best so far and is saved in `best`."""
+        metrics = self._measured() | self._users_metrics()
+        check_metrics(metrics)
+        return metrics, self._keep_best(metrics, best)
+
+    def _keep_best(self, metrics: dict[str, float], directory: Path) -> str | None:
+        watched = self.config.evaluation.best
+        if watched is None:
+            return None
+        if watched not in metrics:
+            raise UserError(f"evaluation.best: expected one of {', '.join(metrics)}, got {watched!r}")
+        sign = 1 if self.config.evaluation.best_is == "max" else -1
+        if self.best is not None and sign * metrics[watched] <= sign * self.best:
+            return None
+        self.best = metrics[watched]
+        save_models(self.models, directory)
+        return f"best {watched} so far, {self.best:.4g}: saved in {directory.name}"
+
+    def _measured(self) -> dict[str, float]:
+        generation = self._answers(self.data)
+        width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
+        rollout = score(self.models, generation, self._rollout(width))
+        responses, mask = Responses.of(generation, self.models.tokenizer), generation.mask
+        scores = self.scorer(responses, mask, learn=False).totals
+        start, start_scores = self._at_the_start(responses)
+        wins = torch.sign(scores - start_scores).mean() / 2 + 0.5
+        self.answers = [
+            dict(zip(("prompt", "completion", "score", "baseline_completion", "baseline_score"), row, strict=True))
+            for row in zip(
+                responses.prompts,
+                responses.completions,
+                scores.tolist(),
+                start.completions,
+                start_scores.tolist(),
+                strict=True,
+            )
+        ]
+        values = {
+            "eval/scores": scores.mean(),
+            "eval/kl": (rollout.logprobs - rollout.ref_logprobs).where(mask, 0.0).sum(dim=1).mean(),
+            "eval/length": mask.sum(dim=1).double().mean(),
+            "eval/truncated_frac": (~generation.ended).double().mean(),
+            "eval/win_rate": wins,
+        }
+        return {name: value.item() for name, value in values.items()}
+
+    def _at_the_start(self, now: Responses) -> tuple[Responses, torch.Tensor]:
+        """The answers at the start and their scores [B]; anew each time, since running statistics move."""
+        lengths = np.array([len(ids) for ids in self.start])
+        mask = put(np.arange(lengths.max()) < lengths[:, None], self.models.device)
+        texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
+        start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
+        return start, self.scorer(start, mask, learn=False).totals
+
+    def _users_metrics(self) -> dict[str, float]:
+        """What the evaluators return; their `generate` maps prompts to completions by the policy as it is."""
+        metrics: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            inputs = {"generate": self._complete, "model": self.models.policy, "tokenizer": self.models.tokenizer}
+            answer = call("evaluator", evaluator, **inputs)
+            if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
+                raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+            metrics |= {f"eval/{name}": float(value) for name, value in answer.items()}
+        return metrics
+
+    def _complete(self, prompts: Iterable[Any]) -> list[str]:
+        if isinstance(prompts, str):
+            raise UserError(f"evaluator: generate: expected a list of prompts, got {prompts!r}")
+        data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
+        if data.dropped:
+            limit = self.config.data.max_prompt_tokens
+            raise UserError(f"evaluator: expected prompts of at most {limit} tokens, got {data.dropped} longer ones")
+        return Responses.of(self._answers(data), self.models.tokenizer).completions
+
+    def _answers(self, data: Prompts) -> Generation:
+        rows = list(range(len(data.token_ids)))
+        batch = make_batch(data, rows, self.models.pad_id, self.models.device)
+        generator = torch.Generator(self.models.device).manual_seed(self.config.seed)
+        width = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
+        return generate(self.models, batch, self._rollout(width), generator)
+
+    def _rollout(self, width: int) -> Any:
+        return dataclasses.replace(self.config.rollout, micro_batch_size=width)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start, "start_ended": self.start_ended, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start, self.start_ended, self.best = state["start"], state["start_ended"], state["best"]
+
+
+def load_evaluation(
+    config: PPOConfig, models: Models, scorer: Scorer, prompts: Iterable[Any] | None = None
+) -> Evaluation | None:
+    """The evaluation that `config` asks for, if any, on the prompts given or named."""
+    settings = config.evaluation
+    if not settings.every:
+        if prompts is not None or settings.prompts is not None:
+            warnings.warn("evaluation.every is 0: the held-out prompts are not used", stacklevel=2)
+        return None
+    source = settings.prompts if prompts is None else prompts
+    if source is None:
+        raise UserError("evaluation.prompts: expected a file of prompts, got null")
+    evaluators = [load_callable(spec, "evaluation.evaluators") for spec in settings.evaluators]
+    data = load_prompts(source, models.tokenizer, config.data, "evaluation.prompts")
+    return Evaluation(config, models, scorer, data, evaluators)

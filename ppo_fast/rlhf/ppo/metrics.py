@@ -1,0 +1,139 @@
+"""The numbers of an update: gathered on the device, moved to the host in one transfer."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.ppo.advantages import Experience
+from ppo_fast.rlhf.ppo.rewards import Rewards
+from ppo_fast.rlhf.ppo.rollout import Rollout
+from ppo_fast.rlhf.ppo.update import UpdateStats
+from ppo_fast.rlhf.training.finite import check_metrics
+
+NGRAM = 3  # of hacking/repetition and hacking/distinct_n
+
+
+def collect(
+    rollout: Rollout,
+    rewards: Rewards,
+    experience: Experience,
+    stats: UpdateStats,
+    config: PPOConfig,
+    seconds: dict[str, float],
+) -> dict[str, float]:
+    """Every metric of one update by name; `seconds` are wall times by stage.
+
+    Raises UserError naming the metric when one is not finite.
+    """
+    tensors = (
+        _objective(rollout, rewards)
+        | _update(stats, config)
+        | _lengths(rollout, rewards)
+        | {"value/explained_variance": explained_variance(experience.values, experience.returns)}
+        | ({} if rewards.spread is None else {"hacking/ensemble_std": rewards.spread.mean()})
+    )
+    numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
+    metrics = dict(zip(tensors, numbers, strict=True))
+    check_metrics(metrics)
+    metrics |= _repetition(rewards.completion_ids)
+    metrics |= {
+        "lr": stats.lr,
+        "filter/rejected": float(rewards.verdicts.count(False)),
+        "filter/masked": float(config.rollout.batch_size - len(rewards.verdicts)),
+        "nan/skipped_steps": float(stats.skipped),
+        "memory/peak": _peak_memory(rollout.mask.device),
+    }
+    return metrics | _speed(seconds, tokens=metrics["length/mean"] * len(rollout.mask))
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - var(returns - values) / var(returns) over tokens [N]; 0 where the returns do not vary."""
+    total = returns.var(correction=0)
+    rest = (returns - values).var(correction=0)
+    return torch.where(total > 0, 1 - rest / total.clamp_min(1e-30), 0.0)
+
+
+def _objective(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
+    total = rewards.rewards.sum(dim=1)
+    difference = torch.where(rollout.mask, rollout.generation.logprobs - rollout.logprobs, 0.0).abs()
+    return {
+        "objective/kl": rewards.kl.sum(dim=1).mean(),
+        "objective/entropy": ops.masked_mean(rollout.entropy, rollout.mask),
+        "objective/scores": rewards.scores.mean(),
+        "objective/rlhf_reward": total.mean(),
+        "objective/non_score_reward": (total - rewards.scores).mean(),
+        "objective/kl_coef": rewards.kl_coef,
+        "rollout/logprob_diff_max": difference.max(),
+        "rollout/logprob_diff_mean": ops.masked_mean(difference, rollout.mask),
+    }
+
+
+def _update(stats: UpdateStats, config: PPOConfig) -> dict[str, Tensor]:
+    value = config.loss.vf_coef * stats.value["value_loss"]
+    return {
+        "policy/approxkl": stats.policy["approx_kl"],
+        "policy/clipfrac": stats.policy["clipfrac"],
+        "policy/dual_clipfrac": stats.policy["dual_clipfrac"],
+        "policy/ratio_mean": stats.policy["ratio_mean"],
+        "policy/ratio_max": stats.policy["ratio_max"],
+        "policy/entropy": stats.policy["entropy"],
+        "loss/policy": stats.policy["policy_loss"],
+        "loss/value": stats.value["value_loss"],
+        "loss/total": stats.policy["loss"] + value,
+        "value/clipfrac": stats.value["clipfrac"],
+        "grad_norm/policy": stats.grad_norms[0],
+        "grad_norm/value": stats.grad_norms[1],
+    }
+
+
+def _lengths(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
+    lengths = rollout.mask.sum(dim=1).float()
+    deviations = torch.stack([lengths - lengths.mean(), rewards.scores - rewards.scores.mean()])
+    scale = deviations.norm(dim=1).prod()
+    covariance = deviations.prod(dim=0).sum()
+    return {
+        "length/mean": lengths.mean(),
+        "length/max": lengths.max(),
+        "length/truncated_frac": (~rollout.generation.ended).float().mean(),
+        "hacking/length_reward_corr": torch.where(scale > 0, covariance / scale.clamp_min(1e-30), 0.0),
+    }
+
+
+def _speed(seconds: dict[str, float], tokens: float) -> dict[str, float]:
+    """Seconds, share of the whole and response tokens per second of every phase, and of all together."""
+    whole = max(sum(seconds.values()), 1e-9)
+    speed = {"tokens_per_second": tokens / whole}
+    for phase, value in seconds.items():
+        speed[f"time/{phase}"] = value
+        speed[f"time/{phase}_share"] = value / whole
+        speed[f"tokens_per_second/{phase}"] = tokens / max(value, 1e-9)
+    return speed
+
+
+def _repetition(completion_ids: list[list[int]]) -> dict[str, float]:
+    """Share of n-grams seen before in the same response, and of distinct n-grams in the whole batch."""
+    per_response = [Counter(_ngrams(ids)) for ids in completion_ids]
+    total = sum(map(sum, (counts.values() for counts in per_response))) or 1
+    distinct = len(set().union(*per_response))
+    return {
+        "hacking/repetition": 1 - sum(map(len, per_response)) / total,
+        "hacking/distinct_n": distinct / total,
+    }
+
+
+def _ngrams(ids: list[int]) -> Iterable[tuple[int, ...]]:
+    return zip(*(ids[start:] for start in range(NGRAM)), strict=False)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,41 @@
+"""The reference model of the KL: as it was at the start, or following the policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ppo_fast.rlhf.config.ppo import ReferenceConfig
+from ppo_fast.rlhf.integrity import copy_tensors, numbered
+from ppo_fast.rlhf.models.models import Models
+
+
+class Reference:
+    """Changes the reference every `every` updates: a copy of the policy, or its exponential moving average.
+
+    ema: reference = decay * reference + (1 - decay) * policy, parameter by parameter; of adapters these are A and B.
+    """
+
+    def __init__(self, models: Models, config: ReferenceConfig) -> None:
+        self.models, self.config = models, config
+
+    @torch.no_grad()
+    def update(self, done: int) -> None:
+        """After update number `done`, counted from 1."""
+        if self.config.update == "fixed" or done % self.config.every:
+            return
+        share = 1.0 if self.config.update == "replace" else 1 - self.config.decay
+        pairs = zip(self.models.weights("reference"), self.models.weights("policy"), strict=True)
+        for reference, policy in pairs:
+            reference.lerp_(policy.to(reference.device), share)  # which may wait in host memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reference's weights, where it is not the model at the start."""
+        return {} if self.config.update == "fixed" else {"weights": self.models.weights("reference")}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            own = numbered(self.models.weights("reference"))
+            copy_tensors(own, numbered(state["weights"]), "resume: reference")

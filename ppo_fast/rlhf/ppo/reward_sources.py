@@ -1,0 +1,245 @@
+"""Where scores come from: Python functions and reward models."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
+from ppo_fast.rlhf.data.examples import continued, ended, split_tokens
+from ppo_fast.rlhf.data.templates import encode, encode_bare, render, render_prompt
+from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.models.adapters import Adapters, put_on
+from ppo_fast.rlhf.models.forward import backbone_of
+from ppo_fast.rlhf.models.loading import disable_dropout, load_tokenizer, saved_eos_ids
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.models.offload import Parked
+from ppo_fast.rlhf.models.reward import load_reward_model, read_stats
+from ppo_fast.rlhf.models.value import ValueModel, adapter_on, sequence_scores
+from ppo_fast.rlhf.ppo.rollout import Generation
+from ppo_fast.rlhf.user_code import call, listed, load_callable, plain
+
+REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
+RewardFunction = Callable[..., Sequence[Any]]
+Score = float | list[float]  # of a response, or of each of its tokens
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What is scored; lists of the same length B."""
+
+    prompts: list[Any]  # as given: text or messages
+    prompt_ids: list[list[int]]
+    completions: list[str]  # decoded, without special tokens
+    completion_ids: list[list[int]]  # the counted tokens, EOS included
+    ended: list[bool]  # there is an EOS or a stop string
+    columns: dict[str, list[Any]]  # the other keys of the prompts' rows
+
+    @classmethod
+    def of(cls, generation: Generation, tokenizer: Any) -> Responses:
+        prompts = generation.prompts
+        ids = _counted(generation.responses, generation.mask)
+        return cls(
+            prompts=prompts.prompts,
+            prompt_ids=_counted(prompts.input_ids, prompts.attention_mask),
+            completions=tokenizer.batch_decode(ids, skip_special_tokens=True),
+            completion_ids=ids,
+            ended=generation.ended.tolist(),
+            columns=prompts.columns,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """What a user's function of responses is called with."""
+        return {
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "completion_ids": self.completion_ids,
+            **self.columns,
+        }
+
+
+class FunctionSource:
+    """A user's reward function, its answer checked."""
+
+    saved_stats = (0.0, 1.0)
+
+    def __init__(self, function: RewardFunction) -> None:
+        self.function = function
+
+    def __call__(self, responses: Responses) -> list[Score]:
+        answer = call("reward function", self.function, **responses.arguments())
+        scores = listed("reward function", "scores", answer, len(responses.completions))
+        pairs = zip(scores, responses.completion_ids, strict=True)
+        return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
+
+
+class ModelSource:
+    """A sequence-classification model with one output, read at the last counted token of prompt and response.
+
+    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the text, tokenised as the
+    completions that it was trained on, by its own tokenizer and chat template. A response that ended, if by a stop
+    string, has an EOS as its last token; one that was cut off has none, and no end of turn.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Any,
+        *,
+        model: ModelConfig,
+        device: torch.device,
+        batch_size: int,
+        eos_ids: Sequence[int] = (),
+        adapters: Adapters | None = None,
+    ) -> None:
+        self.model, self.present = _adapter_scorer(path, adapters) or _whole_scorer(path, model, device)
+        self.tokenizer, self.own = tokenizer, load_tokenizer(path, model.trust_remote_code)
+        self.same = self.own.get_vocab() == tokenizer.get_vocab()
+        own_eos_ids = saved_eos_ids(path, self.own, self.model.backbone.config)
+        self.eos_ids = {*eos_ids, tokenizer.eos_token_id} if self.same else own_eos_ids
+        self.path, self.batch_size, self.device = path, batch_size, device
+        self.saved_stats = read_stats(path)
+
+    @torch.no_grad()
+    def __call__(self, responses: Responses) -> list[Score]:
+        rows = self.encode(responses)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # batches of like length
+        scores: list[Score] = [0.0] * len(rows)
+        with self.present():
+            batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+            found = [self._scores([rows[row] for row in chosen]) for chosen in batches]
+        for chosen, answers in zip(batches, found, strict=True):
+            for row, score in zip(chosen, answers, strict=True):
+                if not math.isfinite(score):
+                    raise NotFiniteError(f"{self.path}: expected a finite score for sample {row}, got {score}", [row])
+                scores[row] = score
+        return scores
+
+    def encode(self, responses: Responses) -> list[list[int]]:
+        """Token ids of each prompt with its response, as this model reads them."""
+        encode_row = self._joined if self.same else self._encoded
+        return [encode_row(responses, row) for row in range(len(responses.prompts))]
+
+    def _joined(self, responses: Responses, row: int) -> list[int]:
+        """The policy's token ids of one prompt and its response."""
+        ids = responses.prompt_ids[row] + responses.completion_ids[row]
+        missing = responses.ended[row] and ids[-1] not in self.eos_ids
+        return [*ids, self.tokenizer.eos_token_id] if missing else ids
+
+    def _encoded(self, responses: Responses, row: int) -> list[int]:
+        """Token ids of one prompt and its response by the model's own tokenizer."""
+        prompt, own = responses.prompts[row], self.own
+        if isinstance(prompt, str):
+            start, rest, _ = split_tokens(prompt, self._spaced(responses, row), own, encode)
+            return start + self._closed(responses, row, rest)
+        if own.chat_template is None:
+            ids = responses.prompt_ids[row] + responses.completion_ids[row]
+            return self._closed(responses, row, encode(self.tokenizer.decode(ids, skip_special_tokens=True), own))
+        columns = {name: values[row] for name, values in responses.columns.items()}
+        if responses.ended[row]:
+            answer = {"role": "assistant", "content": responses.completions[row]}
+            text = render(continued(prompt, [answer]), own, self.path, columns)
+        else:
+            text = render_prompt(prompt, own, self.path, columns) + responses.completions[row]
+        return self._closed(responses, row, encode_bare(text, own))
+
+    def _closed(self, responses: Responses, row: int, ids: list[int]) -> list[int]:
+        return ended(ids, self.own, self.eos_ids) if responses.ended[row] else ids
+
+    def _spaced(self, responses: Responses, row: int) -> str:
+        """The text of a response with the space before it, which is decoded only after its prompt."""
+        special, prompt_ids = {*self.tokenizer.all_special_ids}, responses.prompt_ids[row]
+        kept = [token for token in responses.completion_ids[row] if token not in special]
+        before, whole = (self.tokenizer.decode(ids) for ids in (prompt_ids, prompt_ids + kept))
+        return whole[len(before) :] if whole.startswith(before) else responses.completions[row]
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        width, device = max(map(len, rows)), self.device
+        limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
+        if width > limit:
+            raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64, device=device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+        attention_mask = torch.arange(width, dtype=torch.int64, device=device) >= width - lengths[:, None]
+        return sequence_scores(self.model, ids, attention_mask).float().tolist()
+
+
+Source = FunctionSource | ModelSource
+Scoring = tuple[ValueModel, Callable[[], AbstractContextManager[Any]]]  # a network, and where it is that of the scores
+
+
+def _adapter_scorer(path: str, adapters: Adapters | None) -> Scoring | None:
+    """The policy's base with the adapter at `path`, if that is one on this base."""
+    saved = None if adapters is None else adapter_on(adapters.base, "reward.models", path)
+    if adapters is None or saved is None or saved.head is None:
+        return None
+    name = f"reward-{sum(each.startswith('reward-') for each in adapters.trained)}"
+    adapters.load(name, saved, trained=False)
+    head = saved.head.to(adapters.network.device).requires_grad_(False)
+    return ValueModel(backbone_of(adapters.network), head), functools.partial(adapters.active, name)
+
+
+def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> Scoring:
+    """The model at `path`, which may wait in host memory; an adapter on a base of its own."""
+    loaded = load_reward_model("reward.models", path, getattr(torch, config.dtype), config.trust_remote_code)
+    if loaded is None:
+        raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
+    model, saved = loaded
+    if saved is not None:
+        put_on(model, saved)
+    network = ValueModel.of(disable_dropout(model).requires_grad_(False))
+    if config.park:
+        return network, Parked(network, device).present
+    return network.to(device), contextlib.nullcontext
+
+
+def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
+    """The function, given or named, and then the reward models; UserError when there is neither."""
+    reward, sources = config.reward, list[Source]()
+    if function is not None or reward.function is not None or not reward.models:
+        sources.append(FunctionSource(function or load_callable(reward.function, "reward.function")))
+    options: dict[str, Any] = {
+        "model": config.model,
+        "device": models.device,
+        "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
+        "adapters": models.adapters,
+        "eos_ids": models.eos_ids,
+    }
+    return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
+
+
+def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The rows of ids [B, L] at the True of mask."""
+    rows = zip(ids.tolist(), mask.tolist(), strict=True)
+    return [[token for token, counts in zip(*row, strict=True) if counts] for row in rows]
+
+
+def _checked(score: Any, ids: list[int], sample: int) -> Score:
+    """A number, or a list of one number per token, all finite."""
+    if not isinstance(score, list | tuple):
+        return _number(score, sample)
+    values = [_number(value, sample) for value in score]
+    if len(values) != len(ids):
+        raise UserError(
+            f"reward function: expected {len(ids)} scores for the tokens of sample {sample}, got {len(values)}"
+        )
+    return values
+
+
+def _number(value: Any, sample: int) -> float:
+    value = plain(value)
+    try:
+        finite = math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        kind = NotFiniteError if isinstance(value, int | float) else UserError
+        raise kind(f"reward function: expected a finite score for sample {sample}, got {value!r}")
+    return float(value)

@@ -1,0 +1,237 @@
+"""PPO for language models: the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppo_fast.rlhf.config.files import save_config
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.data.curriculum import make_arrangement
+from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
+from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.models.models import Models, load_models
+from ppo_fast.rlhf.planning.command import announce
+from ppo_fast.rlhf.ppo.advantages import make_experience
+from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
+from ppo_fast.rlhf.ppo.failures import save_failure
+from ppo_fast.rlhf.ppo.log import RunLog
+from ppo_fast.rlhf.ppo.metrics import collect
+from ppo_fast.rlhf.ppo.reference import Reference
+from ppo_fast.rlhf.ppo.reward_hacking import Monitors
+from ppo_fast.rlhf.ppo.reward_sources import RewardFunction, load_sources
+from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
+from ppo_fast.rlhf.ppo.rollout import Generation, generate, score, warn_about_filters
+from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
+from ppo_fast.rlhf.training.finite import require_finite
+from ppo_fast.rlhf.training.lock import hold_directory
+from ppo_fast.rlhf.training.log import BEST, FINAL
+from ppo_fast.rlhf.training.loop import Loop
+from ppo_fast.rlhf.training.resume import failed_writes_told, file_digests, inputs, load_start, prompt_inputs
+from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
+from ppo_fast.rlhf.training.signals import StopSignals
+from ppo_fast.rlhf.training.state import check_state
+from ppo_fast.rlhf.user_code import UserState, forget_modules, load_callable
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """What a run returns."""
+
+    directory: Path  # the run: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/
+    model: Path  # the final model directory, for AutoModelForCausalLM.from_pretrained
+    history: list[dict[str, float]]  # metrics of every update, by name
+    models: Models  # as trained, in memory
+
+
+@dataclass
+class Run(Loop):
+    """The moving parts of a run and one turn of its loop."""
+
+    config: PPOConfig
+    models: Models
+    data: Prompts
+    scorer: Scorer
+    evaluation: Evaluation | None
+    generator: torch.Generator  # every random number of the run, those of the evaluation aside
+    length = "updates"
+
+    def __post_init__(self) -> None:
+        settings, arrange = self.config.data, make_arrangement(self.data, self.config.data)
+        count = len(self.data.token_ids)
+        self.sampler = PromptSampler(count, self.generator, shuffle=settings.shuffle, arrange=arrange)
+        self.learner = Learner(self.models, self.config)
+        self.reference = Reference(self.models, self.config.reference)
+        self.monitors = Monitors()
+        self.kl = KLCoefficient(self.config.kl, self.models.device)
+        held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
+        self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
+        reward = self.config.reward
+        self.code = file_digests([reward.function, reward.filter, settings.order, *self.config.evaluation.evaluators])
+        users = {"reward": getattr(self.scorer.sources[0], "function", None), "filter": self.scorer.filter}
+        kept = {name: user for name, user in users.items() if hasattr(user, "load_state_dict")}
+        self.user_states = {name: UserState(f"{name} function", user) for name, user in kept.items()}
+        for name, user in self.user_states.items():
+            check_state(user.state_dict(), f"{name} function's state_dict")
+        self.total = self.config.updates
+        # Scored in the batches of the update, the logits of the whole rollout never exist.
+        optim, rollout = self.config.optim, self.config.rollout
+        width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
+        self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
+
+    def loop(self, log: RunLog, stop: StopSignals) -> None:  # type: ignore[override]  # a StageLog of updates
+        """The updates still to do, each a safe point to save and to stop at."""
+        if self.evaluation is not None:
+            self.evaluation.begin()
+        super().loop(log, stop)
+
+    def step(self, update: int, log: RunLog) -> None:
+        """Update number `update`, counted from 1: sample, score, improve, report."""
+        config, clock = self.config, Stopwatch(self.models.device)
+        with clock("rollout"):
+            generation = generate(self.models, self._next_prompts(), config.rollout, self.generator)
+        with self._on_nan(update, log, generation) as seen:
+            with clock("logprobs"):
+                rollout = score(self.models, generation, self.scoring)
+                seen.append(rollout)
+                require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
+            with clock("score"):
+                rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
+                rollout, rewards = without_masked(rollout, rewards)
+                seen[:] = [rollout, rewards]
+                require_finite(rewards=rewards.rewards)
+            with clock("update"), self.models.recomputing():
+                experience = make_experience(rollout, rewards, config.advantage)
+                seen.append(experience)
+                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)
+                self.kl.update(rewards.kl)
+                self.reference.update(update)
+            metrics = collect(rollout, rewards, experience, stats, config, clock.seconds)
+            metrics |= {"nan/skipped_batches": float(self.skipped)}
+            notes = [stats.note, *self.monitors.watch(metrics)]
+            if self.evaluation is not None and self.evaluation.due(update):
+                measured, note = self.evaluation.run(log.directory / BEST)
+                metrics, notes = metrics | measured, [*notes, note]
+                log.write_answers(update, self.evaluation.answers)
+            log.write(update, metrics, "; ".join(filter(None, notes)) or None)
+            log.write_samples(update, rollout, rewards)
+
+    @contextlib.contextmanager
+    def _on_nan(self, update: int, log: RunLog, generation: Generation) -> Iterator[list[Any]]:
+        """Stop at a number that is not finite, with all that was `seen` saved, or give the batch up and count it."""
+        seen: list[Any] = []
+        try:
+            yield seen
+        except NotFiniteError as error:
+            generation = seen[0].generation if seen else generation
+            self.give_up(update, log, error, functools.partial(save_failure, self.models, generation, seen))
+
+    def _write(self, directory: Path) -> None:
+        write_models(self.models, directory)
+
+    def _load(self, directory: Path) -> None:
+        load_weights(self.models, directory)
+
+    def _parts(self) -> dict[str, Any]:
+        """What changes during a run, the weights of policy and value model aside."""
+        named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
+        parts = {name: getattr(self, name) for name in named}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")} | self.user_states
+
+    def _next_prompts(self) -> PromptBatch:
+        repeat = self.config.rollout.samples_per_prompt
+        rows = self.sampler.take(self.config.rollout.batch_size // repeat)
+        rows = [row for row in rows for _ in range(repeat)]
+        return make_batch(self.data, rows, self.models.pad_id, self.models.device)
+
+
+def train_ppo(
+    config: PPOConfig,
+    *,
+    reward_fn: RewardFunction | None = None,
+    prompts: Iterable[Any] | None = None,
+    policy: Any = None,
+    tokenizer: Any = None,
+    eval_prompts: Iterable[Any] | None = None,
+    resume: bool | str = False,
+) -> PPOResult:
+    """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
+            token, for each completion; called by keyword.
+        prompts: texts, or rows {"prompt": text or messages, column: ...}.
+        policy: a causal LM, trained in place.
+        tokenizer: the one the policy was made with.
+        eval_prompts: held-out prompts, in the forms of `prompts`.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped. The
+            inputs are those the run was begun with; of the config, `updates` and `log` may differ. Another number of
+            updates stretches the learning-rate schedule. A name such as "update-000003" continues that checkpoint;
+            newer ones are renamed, and removed when the next one is complete.
+
+    Raises:
+        UserError: an input that cannot be used, a failing reward function, a NaN, a full disk; one sentence, which
+            names the update. What was saved before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the update when a checkpoint is saved.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
+    """
+    with hold_directory(config.log.dir), threads(config.threads):
+        start = load_start(config, resume, "updates", "log")
+        log = RunLog(config, resume=start.state["log"] if start else None)
+        warn_about_filters(config.rollout)
+        warn_about_whitening(config.kl, config.advantage.whiten)
+        forget_modules()
+        generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
+        filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
+        given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
+        models = load_models(config.model, generator, **given, reward=config.reward, reference=config.reference)
+        data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
+        warn_about_precision(models.policy, config.optim)
+        scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
+        evaluation = load_evaluation(config, models, scorer, eval_prompts)
+        for asked in (data, evaluation.data) if evaluation else (data,):
+            _check_vocabulary(models, asked)
+            _check_context(config, models, asked)
+        announce(config, models.policy, max(map(len, data.token_ids)), log.console)
+        run = Run(config, models, data, scorer, evaluation, generator)
+        if start is not None:
+            run.restore(start)
+        with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
+            save_config(config, log.directory / "config.yaml")
+            run.loop(log, stop)
+            final = save_models(models, log.directory / FINAL)
+    return PPOResult(log.directory, final, log.history, models)
+
+
+def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
+    source = config.data.prompts if prompts is None else prompts
+    if source is None:
+        raise UserError("data.prompts: expected a file of prompts, got null")
+    return source
+
+
+def _check_vocabulary(models: Models, data: Prompts) -> None:
+    known = len(models.policy.get_input_embeddings().weight)
+    highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
+    if highest >= known:
+        raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
+
+
+def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:
+    limit = getattr(models.policy.config, "max_position_embeddings", None)
+    longest = max(map(len, data.token_ids))
+    if limit is not None and longest + config.rollout.max_new_tokens > limit:
+        raise UserError(
+            f"rollout.max_new_tokens: expected at most {limit - longest} (the model's context of {limit} less the "
+            f"longest prompt of {longest}), got {config.rollout.max_new_tokens}"
+        )

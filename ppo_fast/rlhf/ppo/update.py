@@ -1,0 +1,263 @@
+"""The only place where parameters change: epochs of clipped policy and value updates over one rollout batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.data.packing import Array, Sequences, offsets, put
+from ppo_fast.rlhf.errors import NotFiniteError
+from ppo_fast.rlhf.models.forward import (
+    head_loss,
+    head_values,
+    reference_terms,
+    response_hidden,
+    response_loss,
+    response_values,
+)
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.ppo.advantages import Experience
+from ppo_fast.rlhf.training.optim import Network, PenaltyCoefficient, schedule
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass, of n counted tokens."""
+
+    sequences: Sequences
+    cu_seqlens: Tensor  # [b + 1] int64: where each response begins among the n tokens
+    tokens: Tensor  # [n] int64
+    logprobs: Tensor  # [n] float32: old
+    ref_logprobs: Tensor  # [n] float32
+    values: Tensor  # [n] float32: old
+    advantages: Tensor  # [n] float32
+    returns: Tensor  # [n] float32
+
+    @classmethod
+    def of(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
+        """These responses, without what is padding in all of them."""
+        cu_seqlens = put(offsets(experience.lengths[rows]), experience.tokens.device)
+        return cls(experience.grid.sequences(rows, packed=packed), cu_seqlens, **experience.of(rows))
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What the update of one rollout batch did; the metrics are 0-d float32 tensors on the device."""
+
+    policy: Metrics  # metrics of `policy_loss` and "loss", combined over all optimizer steps
+    value: Metrics  # metrics of `value_loss`, the same
+    grad_norms: Tensor  # [2] float32: policy, value; before clipping, mean over the optimizer steps; 0: no step
+    lr: float  # of the policy at the last step
+    note: str | None  # why the epochs stopped early, or which steps were skipped
+    skipped: int = 0  # optimizer steps left out because a number was not finite
+
+
+@dataclass(frozen=True)
+class Step:
+    """One minibatch, by its numbers; all on the device."""
+
+    epoch: int  # from 0
+    number: int  # of the minibatch in its epoch, from 0
+    rows: list[int]  # of the rollout batch
+    policy: Metrics
+    value: Metrics
+    norms: Tensor  # [2] float32: gradient norms of policy and value before clipping
+    taken: bool  # False: target_kl stopped the epochs here
+
+    def checked(self) -> dict[str, Tensor]:
+        """What must be finite for the step to be taken, 0-d each, by the name of its metric."""
+        return {
+            "loss/policy": self.policy["policy_loss"],
+            "loss/value": self.value["value_loss"],
+            "loss/total": self.policy["loss"],
+            "policy/approxkl": self.policy["approx_kl"],
+            "policy/ratio_max": self.policy["ratio_max"],
+            "grad_norm/policy": self.norms[0],
+            "grad_norm/value": self.norms[1],
+        }
+
+
+class Learner:
+    """The trained networks with their optimizers and the steps taken so far."""
+
+    def __init__(self, models: Models, config: PPOConfig) -> None:
+        self.models, self.config = models, config
+        self.policy = Network(models.trained("policy"), config.optim.lr, config.optim)
+        self.value = Network(models.trained("value"), config.optim.value_lr, config.optim)
+        self.penalty = PenaltyCoefficient(config.loss, models.device)
+        self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
+
+    def update(
+        self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator
+    ) -> UpdateStats:
+        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
+
+        A step with a number that is not finite changes nothing. With on_nan = "skip" it is left out and counted;
+        else, or when no step is left, NotFiniteError tells the first one, and no later step changes anything either.
+        Between the first step and the last the host waits for the device only where target_kl asks for it.
+        """
+        steps, device = list[Step](), experience.tokens.device
+        first = index * self.config.optim.epochs * self.config.steps_per_epoch
+        stop = self.config.on_nan == "stop"
+        failed = torch.zeros((), dtype=torch.bool, device=device)
+        lr_factor, note = 0.0, None
+        for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
+            policy, value = self.backward(experience, rows, kl_coef)
+            note = self._stop_note(policy["approx_kl"], epoch)
+            norm = torch.stack([self.policy.clip(), self.value.clip()])
+            steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
+            if note is not None:
+                self._discard_gradients()
+                break
+            not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
+            failed = failed | not_finite if stop else not_finite
+            lr_factor = schedule(first + len(steps) - 1, self.steps, self.config.optim)
+            self.policy.step(lr_factor, failed)
+            self.value.step(lr_factor, failed)
+        good, skipped = finite_steps(steps, stop=stop)
+        norms = [step.norms for step in good if step.taken]
+        self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
+        return UpdateStats(
+            policy=combine([step.policy for step in good]),
+            value=combine([step.value for step in good]),
+            grad_norms=torch.stack(norms).mean(dim=0) if norms else torch.zeros(2, dtype=torch.float32, device=device),
+            lr=self.config.optim.lr * lr_factor,
+            note="; ".join(filter(None, [note, *skipped])) or None,
+            skipped=len(skipped),
+        )
+
+    def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
+        """Accumulate the gradients of a minibatch of these rows, micro-batch by micro-batch, under one normaliser."""
+        lengths = experience.lengths[rows]
+        tokens = int(lengths.sum())
+        count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
+        run = self._joint_backward if self.models.shared else self._separate_backward
+        found: list[tuple[Metrics, Metrics]] = []
+        for part in experience.grid.alike(rows, self.config.optim.micro_batch_size or len(rows)):
+            micro = MicroBatch.of(experience, part, packed=self.models.packed)
+            found.append(run(micro, self._policy_terms(micro, kl_coef, count), tokens))
+        policy, value = zip(*found, strict=True)
+        return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
+
+    def _separate_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
+        return self._policy_backward(micro, terms), self._value_backward(micro, tokens)
+
+    def _policy_backward(self, micro: MicroBatch, terms: dict[str, Any]) -> Metrics:
+        with self.models.using("policy") as policy:
+            loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
+            loss.loss.backward()
+        return loss.metrics | {"loss": loss.loss.detach()}
+
+    def _value_backward(self, micro: MicroBatch, tokens: int) -> Metrics:
+        with self.models.using("value") as value:
+            error = self._value_loss(response_values(value, micro.sequences), micro, tokens)
+            (self.config.loss.vf_coef * error.loss).backward()
+        return error.metrics
+
+    def _joint_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
+        """Policy and value head on one trunk: one forward pass, one backward pass of the sum."""
+        with self.models.using("policy") as policy:
+            x = response_hidden(policy, micro.sequences)
+            loss = head_loss(x, **terms)
+            error = self._value_loss(head_values(self.models.value.head, x.hidden), micro, tokens)
+            (loss.loss + self.config.loss.vf_coef * error.loss).backward()
+        return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
+
+    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> dict[str, Any]:
+        """The arguments of the policy's loss beside its logits."""
+        settings: dict[str, Any] = {
+            "penalty_coef": self.penalty.coef,
+            "temperature": self.config.rollout.temperature,
+        }
+        terms: dict[str, Any] = {}
+        if self.config.kl.in_loss:
+            settings |= {"kl_coef": kl_coef, "kl_estimator": self.config.kl.loss_estimator}
+            terms = {"ref_logprobs": micro.ref_logprobs}
+        if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
+            with self.models.using("reference") as reference:
+                terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
+        return terms | {
+            "targets": micro.tokens,
+            "old_logprobs": micro.logprobs,
+            "advantages": micro.advantages,
+            "cu_seqlens": micro.cu_seqlens,
+            "denominator": count,
+            "config": self.config.loss.policy_loss(**settings),
+        }
+
+    def _value_loss(self, values: Tensor, micro: MicroBatch, tokens: int) -> ops.LossOutput:
+        clip = self.config.loss.value_clip
+        return ops.value_loss(values, micro.returns, None, old_values=micro.values, clip=clip, denominator=tokens)
+
+    def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Array]]:
+        """(epoch, number in it, rows of the minibatch), in a new order every epoch; all drawn at the start."""
+        epochs = range(self.config.optim.epochs)
+        device = generator.device
+        orders = [torch.randperm(size, generator=generator, dtype=torch.int64, device=device) for _ in epochs]
+        for epoch, order in enumerate(torch.stack(orders).cpu().numpy()):
+            for number, start in enumerate(range(0, size, self.config.optim.minibatch_size)):
+                yield epoch, number, order[start : start + self.config.optim.minibatch_size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers and penalty coefficient; the weights are the models' own."""
+        return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+    def _discard_gradients(self) -> None:
+        self.policy.zero_grad()
+        self.value.zero_grad()
+
+    def _stop_note(self, approx_kl: Tensor, epoch: int) -> str | None:
+        """Reads one number from the device per minibatch, and only when target_kl is set."""
+        target = self.config.optim.target_kl
+        if target is None or not approx_kl > target:
+            return None
+        reason = f"approx_kl {approx_kl.item():.4f} > target_kl {target}"
+        return f"stopped in epoch {epoch + 1} of {self.config.optim.epochs}: {reason}"
+
+
+def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str]]:
+    """The steps whose numbers are all finite, and a remark on each other; one read from the device for all.
+
+    NotFiniteError for the first that is not when `stop`, or when no step is left.
+    """
+    values = torch.stack([torch.stack([*step.checked().values()]) for step in steps]).tolist()
+    good, remarks, first = [], [], None
+    for step, numbers in zip(steps, values, strict=True):
+        found = [(name, x) for name, x in zip(step.checked(), numbers, strict=True) if not math.isfinite(x)]
+        if not found:
+            good.append(step)
+            continue
+        told = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
+        first = first or NotFiniteError(told, step.rows)
+        remarks.append(f"skipped {told}")
+    if first is not None and (stop or not good):
+        raise first
+    return good, remarks
+
+
+def combine(parts: Sequence[Metrics], losses: Any = torch.mean) -> Metrics:
+    """Join metrics of several batches: means weighted by their `tokens`, maxima by max, losses by `losses`."""
+    joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    weight = joined["tokens"] / joined["tokens"].sum()
+
+    def join(name: str, values: Tensor) -> Tensor:
+        if name == "tokens":
+            return values.sum()
+        if name.endswith("loss"):
+            return losses(values)
+        return values.max() if name.endswith("max") else (values * weight).sum()
+
+    return {name: join(name, values) for name, values in joined.items()}

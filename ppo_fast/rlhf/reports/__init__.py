@@ -1,0 +1,1 @@
+"""Reports of finished runs: curves, one HTML page, preference pairs."""

@@ -1,0 +1,217 @@
+"""Curves of runs, drawn from their metrics files. matplotlib is imported on use and draws to files only."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_fast.rlhf.errors import UserError, printable, require
+from ppo_fast.rlhf.files import write_result
+from ppo_fast.rlhf.training.log import METRICS, metric_records
+
+COUNTERS = ("update", "step")  # the position in a run, of which a line of a metrics file has one
+History = Sequence[Mapping[str, float]]  # one mapping of metric names to numbers per update
+
+INK, GRID = "#33393f", "#e6e8ea"
+PICTURES = (".png", ".svg", ".pdf")
+COLOURS = ("#1f6f8b", "#d98324", "#7b5ea7", "#5b8c5a", "#a3514b", "#6b7580")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve against the update number."""
+
+    metric: str
+    title: str
+    unit: str = ""
+    scale: float = 1.0  # multiplies the metric
+    floor: float | None = None  # lowest value the quantity can take, if the axis begins there
+
+
+PANELS = (
+    Panel("objective/scores", "Reward", "mean score of a response"),
+    Panel("objective/kl", "KL to the reference", "nats per response", floor=0.0),
+    Panel("objective/entropy", "Entropy of the policy", "nats per token", floor=0.0),
+    Panel("policy/clipfrac", "Clip fraction", "% of tokens", scale=100.0, floor=0.0),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``ppo-fast plot RUN [RUN ...]``: the curves of runs over each other."""
+    parser = argparse.ArgumentParser(prog="ppo-fast plot", description="Draw the curves of runs over each other.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directory, or its metrics.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG, SVG or PDF (%(default)s)")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="as in metrics.jsonl (a selection)")
+    parser.add_argument("--title", default="", help="one sentence above the curves")
+    options = parser.parse_args(argv)
+    runs = dict(zip(_names(options.runs), map(read_metrics, options.runs), strict=True))
+    panels = choose_panels(list(runs.values()), options.metrics)
+    draw_curves(runs, options.out, title=options.title, panels=panels)
+    print(f"curves: {options.out}")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [(path.parent if path.suffix == ".jsonl" else path).resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"plot: expected different runs, got {' '.join(map(str, paths))}")
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def choose_panels(histories: Sequence[History], metrics: Sequence[str] | None = None) -> list[Panel]:
+    """Panels of the metrics named; by default those of ``PANELS`` that every run has, else its first four metrics.
+
+    Raises:
+        UserError: a metric that a run does not have.
+    """
+    first, *others = ({name for row in history for name in row} for history in histories)
+    order = [*histories[0][-1], *sorted(first)]
+    shared = sorted(first.intersection(*others), key=order.index)
+    known = {panel.metric: panel for panel in PANELS}
+    for name in metrics or ():
+        if name not in shared:
+            raise UserError(f"plot: expected metrics that every run has ({', '.join(sorted(shared))}), got {name!r}")
+    curves = [name for name in shared if name not in COUNTERS]
+    chosen = metrics or [name for name in known if name in shared] or curves[: len(PANELS)]
+    return [known.get(name, Panel(name, name)) for name in chosen]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Read ``metrics.jsonl``, or that of a run directory: one JSON object per update.
+
+    Raises:
+        UserError: there is no such file, a line of it is broken, or it has no complete line.
+    """
+    path = Path(path)
+    path = path / METRICS if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"read_metrics: expected a metrics file, got no file at {str(path)!r}")
+    rows = metric_records(path)
+    if not rows:
+        raise UserError(f"read_metrics: expected at least one update in {str(path)!r}, got none")
+    return rows
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Centred mean over ``span`` values (an odd number), over fewer towards both ends."""
+    half = span // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def draw_curves(
+    runs: Mapping[str, History],
+    path: str | Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    panels: Sequence[Panel] = PANELS,
+) -> None:
+    """Draw metrics of one or more runs into one picture, PNG, SVG or PDF by its name.
+
+    The thin line is each update, the thick one a running mean; the last value is written at the end of it. What not
+    every update has is drawn as points.
+
+    Args:
+        runs: name -> history, as :func:`read_metrics` returns it. Names make the legend when there are several.
+        title: the finding, in one sentence.
+        subtitle: what was run.
+        panels: one set of axes each; by default reward, KL, entropy and clip fraction.
+
+    Raises:
+        UserError: a name that is no picture's, or `path` cannot be written.
+    """
+    if Path(path).suffix not in PICTURES:
+        raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
+    matplotlib = require("matplotlib")
+    matplotlib.use("Agg")
+    plt = require("matplotlib.pyplot")
+    with plt.rc_context(_style()):
+        figure, axes = _make_axes(plt, len(panels))
+        height = figure.get_figheight()
+        figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
+        figure.text(0.08, 1 - 0.64 / height, printable(subtitle), fontsize=10, color="#6b7580")
+        for axis, panel in zip(axes, panels, strict=False):
+            for (name, history), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
+                _draw_run(axis, panel, history, colour, name)
+            _finish(axis, panel)
+        if len(runs) > 1:
+            axes[0].legend(frameon=False, fontsize=9)
+        suffix, picture = Path(path).suffix, io.BytesIO()
+        figure.savefig(picture, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+        plt.close(figure)
+    write_result("plot", Path(path), picture.getvalue())
+
+
+def _make_axes(plt: Any, count: int) -> tuple[Any, list[Any]]:
+    """`count` axes in two columns, one where there is but one, below room for two lines of text."""
+    columns = min(2, count)
+    rows = math.ceil(count / columns)
+    height = 1.2 + 2.6 * rows
+    figure, grid = plt.subplots(rows, columns, figsize=(9.6, height), sharex=True, squeeze=False)
+    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.30)
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    for axis in grid[-1]:
+        axis.set_xlabel("update")
+    return figure, axes
+
+
+def _style() -> dict[str, Any]:
+    return {
+        "font.size": 10,
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # "$x$" in the name of a run or a metric is text
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": "#b9bec3",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": GRID,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+
+
+def _draw_run(axis: Any, panel: Panel, history: History, colour: str, name: str) -> None:
+    """Every value thin and a running mean thick; what not every update has, as points on a line."""
+    rows = [(next((row[c] for c in COUNTERS if c in row), i), row) for i, row in enumerate(history, start=1)]
+    drawn = [(update, panel.scale * row[panel.metric]) for update, row in rows if panel.metric in row]
+    updates, values = zip(*drawn, strict=True)
+    if len(values) == len(history):
+        axis.plot(updates, values, color=colour, linewidth=0.8, alpha=0.35)
+        values, marker = tuple(smooth(values, 5)), None
+    else:
+        marker = "o"
+    axis.plot(updates, values, color=colour, linewidth=2.0, label=printable(name), marker=marker, markersize=4)
+    axis.annotate(
+        f"{values[-1]:.2g}",
+        (updates[-1], values[-1]),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour,
+        fontweight="bold",
+        annotation_clip=False,
+    )
+
+
+def _finish(axis: Any, panel: Panel) -> None:
+    axis.set_title(printable(panel.title), loc="left", fontsize=11, fontweight="bold", pad=8)
+    axis.set_ylabel(panel.unit)
+    axis.margins(x=0.01)
+    if panel.floor is not None:
+        axis.set_ylim(bottom=panel.floor)

@@ -1,0 +1,1 @@
+"""Supervised stages: SFT, reward model, DPO."""

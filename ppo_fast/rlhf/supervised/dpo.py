@@ -1,0 +1,104 @@
+"""Direct preference optimisation: preference pairs without a reward model or rollouts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+from ppo_fast.rlhf.config.supervised import DPOConfig
+from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
+from ppo_fast.rlhf.data.packing import put
+from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
+from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
+from ppo_fast.rlhf.supervised.train import (
+    Objective,
+    Source,
+    SupervisedResult,
+    completion_logprobs,
+    fit,
+    load_data,
+    prepared,
+)
+
+
+@dataclass(frozen=True)
+class DPO(Objective[Pair]):
+    """-mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)); see :func:`ppo_fast.dpo_loss`."""
+
+    stage = "DPO"
+    reference: Any  # causal LM, frozen; the model itself where adapters tell them apart
+    beta: float
+    linear: bool = True  # log-probabilities without the logits of the batch
+    packed: bool = False  # batches without padding
+
+    def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
+        batch = self.batch(pairs)
+        with torch.no_grad(), self._at_start():
+            ref_chosen, ref_rejected = self._logprobs(self.reference, batch)
+        chosen, rejected = self._logprobs(self.model, batch)
+        return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+
+    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums [B] over the completions of the chosen and of the rejected, [2B] one after the other."""
+        logprobs = completion_logprobs(model, batch, linear=self.linear, packed=self.packed)
+        lengths = put(batch.grid.lengths, logprobs.device)
+        chosen, rejected = torch.segment_reduce(logprobs, "sum", lengths=lengths, unsafe=True).chunk(2)
+        return chosen, rejected
+
+    def _at_start(self) -> AbstractContextManager[None]:
+        """Where the reference is the model as it was at the start."""
+        return nullcontext() if self.adapters is None else self.adapters.active(self.adapters.reference)
+
+
+def train_dpo(
+    config: DPOConfig,
+    *,
+    train: Source | None = None,
+    held_out: Source | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    resume: bool | str = False,
+) -> SupervisedResult:
+    """Train a causal language model on preference pairs; the reference is the model as it was at the start.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        train: a path, or rows {"prompt", "chosen", "rejected"}.
+        held_out: the same, for the evaluation.
+        model: a causal LM, trained in place.
+        tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+
+    Raises:
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290.
+    """
+    with prepared(config, resume) as start:
+        loaded = load_policy(config.model, start.generator, model, tokenizer)
+        make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
+        data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
+        common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
+        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        objective = DPO(*common, _reference(loaded), config.beta, **ways, adapters=loaded.adapters)
+        return fit(config, objective, data, loaded.tokenizer, start)
+
+
+def _reference(loaded: Loaded) -> Any:
+    """A frozen copy of the model, or of its adapter where that adds something at the start."""
+    if loaded.adapters is None:
+        return copy.deepcopy(loaded.model).requires_grad_(False)
+    if loaded.saved is not None:
+        loaded.adapters.copy(TRAINED, REFERENCE)
+    return loaded.model

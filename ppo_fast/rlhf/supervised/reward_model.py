@@ -1,0 +1,186 @@
+"""Reward models: a causal backbone with a scalar head, trained on preference pairs by Bradley-Terry."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+from ppo_fast.rlhf.config.supervised import RewardModelConfig
+from ppo_fast.rlhf.data.examples import Pair, chunks, preference_pair
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.attention import use_attention
+from ppo_fast.rlhf.models.loading import (
+    GENERATION,
+    Loaded,
+    checked_tokenizer,
+    disable_dropout,
+    load_causal,
+    load_tokenizer,
+    padding_id,
+    saved_eos_ids,
+    with_adapters,
+)
+from ppo_fast.rlhf.models.reward import STATS, add_score_head, load_reward_model
+from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
+from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, prepared
+
+QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
+
+
+@dataclass(frozen=True)
+class RewardModel(Objective[Pair]):
+    """-mean log sigmoid(chosen - rejected - margin); see :func:`ppo_fast.preference_loss`."""
+
+    stage = "reward model"
+    eos_ids: tuple[int, ...] = ()  # that end a completion
+
+    def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
+        batch = self.batch(pairs)
+        network = ValueModel.of(self.model)
+        chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
+        return chosen, rejected
+
+    def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
+        return ops.preference_loss(*self.scores(pairs), margin=self._margins(pairs))
+
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        return self._metrics(pairs, *self._all_scores(pairs))
+
+    def _metrics(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+        output = ops.preference_loss(chosen, rejected, margin=self._margins(pairs))
+        scores = torch.cat([chosen, rejected])
+        return {
+            "loss": output.loss.item(),
+            **{name: value.item() for name, value in output.metrics.items()},
+            "ece": calibration_error(reliability(chosen - rejected)),
+            "score_mean": scores.mean().item(),
+            "score_std": scores.std(correction=0).item(),
+        }
+
+    def extra_files(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """The tokens that end a completion; of the scores of the held-out ones mean, std, and how good they are."""
+        files: dict[str, Any] = {GENERATION: {"eos_token_id": [*self.eos_ids]}}
+        if not pairs:
+            return files
+        chosen, rejected = self._all_scores(pairs)
+        metrics = self._metrics(pairs, chosen, rejected)
+        quantiles = torch.cat([chosen, rejected]).quantile(
+            torch.tensor(QUANTILES, dtype=chosen.dtype, device=chosen.device)
+        )
+        stats = {
+            "mean": metrics.pop("score_mean"),
+            "std": metrics.pop("score_std"),
+            "quantiles": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True)),
+            "pairs": len(pairs),
+            **metrics,
+            "reliability": reliability(chosen - rejected),
+        }
+        return files | {STATS: stats}
+
+    @torch.no_grad()
+    def _all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        parts = [self.scores(part) for part in chunks(pairs, self.width)]
+        chosen, rejected = (torch.cat(column).double() for column in zip(*parts, strict=True))
+        return chosen, rejected
+
+    def _margins(self, pairs: Sequence[Pair]) -> Tensor:
+        return torch.tensor([pair.margin for pair in pairs], dtype=torch.float32, device=self.model.device)
+
+
+def train_reward_model(
+    config: RewardModelConfig,
+    *,
+    train: Source | None = None,
+    held_out: Source | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    resume: bool | str = False,
+) -> SupervisedResult:
+    """Train a reward model on preference pairs; what is not passed is read from where `config` says.
+
+    The result is a model for AutoModelForSequenceClassification, with `reward_stats.json` beside it.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        train: a path, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
+        held_out: the same, for the evaluation and the statistics.
+        model: a causal LM, whose backbone gets a new head; trained in place.
+        tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+
+    Raises:
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
+
+    Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
+    """
+    with prepared(config, resume) as start:
+        loaded = _load(config, start.generator, model, tokenizer)
+        make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
+        data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
+        common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
+        objective = RewardModel(*common, eos_ids=loaded.eos_ids, adapters=loaded.adapters)
+        return fit(config, objective, data, loaded.tokenizer, start)
+
+
+def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tokenizer: Any) -> Loaded:
+    """The model at `init`, or that of `model` under a new head; the head is trained beside adapters, in float32."""
+    if config.init is None:
+        loaded = load_causal(config.model, generator.device, model, tokenizer)
+        loaded = dataclasses.replace(loaded, model=add_score_head(loaded.model, loaded.tokenizer, generator))
+    else:
+        if config.model.quantise != "none":
+            raise UserError(f"model.quantise: expected 'none' with init, got {config.model.quantise!r}")
+        trust = config.model.trust_remote_code
+        found = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
+        if found is None:
+            raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
+        model, saved = found
+        tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
+        model = disable_dropout(model.to(generator.device))
+        use_attention(model, config.model)
+        loaded = Loaded(model, tokenizer, saved, eos_ids=saved_eos_ids(config.init, tokenizer, model.config))
+    loaded = with_adapters(loaded, config.model, generator)
+    if loaded.adapters is not None:
+        loaded.model.score.float().requires_grad_(True)
+    return loaded
+
+
+def reliability(gaps: Tensor) -> list[dict[str, float]]:
+    """Pairs by how sure the model is of the one it prefers, max(p, 1 - p) with p = sigmoid(gap): `BINS` from 0.5 to 1.
+
+    Each bin that holds pairs gives their mean confidence, their accuracy and their count; gaps are [M],
+    chosen - rejected.
+    """
+    confidence = torch.sigmoid(gaps.abs())
+    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    rows = []
+    for number in bins.unique().tolist():
+        inside = bins == number
+        rows.append(
+            {
+                "confidence": confidence[inside].mean().item(),
+                "accuracy": (gaps[inside] > 0).double().mean().item(),
+                "count": int(inside.sum()),
+            }
+        )
+    return rows
+
+
+def calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over the pairs.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
+    """
+    total = sum(row["count"] for row in bins)
+    return sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / total

@@ -1,0 +1,77 @@
+"""Supervised fine-tuning: the loss counts the tokens of the completions alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppo_fast import ops
+from ppo_fast.rlhf.config.supervised import SFTConfig
+from ppo_fast.rlhf.data.examples import Example, completion_example
+from ppo_fast.rlhf.models.loading import load_policy, padding_id
+from ppo_fast.rlhf.supervised.train import (
+    Objective,
+    Source,
+    SupervisedResult,
+    completion_logprobs,
+    fit,
+    load_data,
+    prepared,
+)
+
+
+@dataclass(frozen=True)
+class SFT(Objective[Example]):
+    """-mean log pi(token | all before it) over the tokens of the completions."""
+
+    stage = "SFT"
+    linear: bool = True  # log-probabilities without the logits of the batch
+    packed: bool = False  # batches without padding
+
+    def loss(self, examples: Sequence[Example]) -> ops.LossOutput:
+        logprobs = completion_logprobs(self.model, self.batch(examples), linear=self.linear, packed=self.packed)
+        return ops.LossOutput(-logprobs.mean(), {})
+
+    def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
+        metrics = super().evaluate(examples)
+        return metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))}
+
+
+def train_sft(
+    config: SFTConfig,
+    *,
+    train: Source | None = None,
+    held_out: Source | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    resume: bool | str = False,
+) -> SupervisedResult:
+    """Fine-tune a causal language model on completions; what is not passed is read from where `config` says.
+
+    Args:
+        config: the run; equal configs and inputs give equal results on one machine.
+        train: a path, or rows {"prompt", "completion"} or {"messages"}.
+        held_out: the same, for the evaluation.
+        model: a causal LM, trained in place.
+        tokenizer: the one the model was made with.
+        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+
+    Raises:
+        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
+            before stays as it is.
+        Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
+    """
+    with prepared(config, resume) as start:
+        loaded = load_policy(config.model, start.generator, model, tokenizer)
+        make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
+        data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
+        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
+        objective = SFT(*common, **ways, adapters=loaded.adapters)
+        return fit(config, objective, data, loaded.tokenizer, start)

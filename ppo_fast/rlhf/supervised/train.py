@@ -1,0 +1,266 @@
+"""What SFT, reward model and DPO share: one loop over batches of examples, and the completions' log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppo_fast import ops
+from ppo_fast.rlhf.config.files import save_config
+from ppo_fast.rlhf.config.supervised import SupervisedConfig
+from ppo_fast.rlhf.data.examples import Batch, Batches, Kind, Make, chunks, collate, load_examples, sequences
+from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.models.adapters import Adapters
+from ppo_fast.rlhf.models.forward import response_stats
+from ppo_fast.rlhf.models.loading import recomputing
+from ppo_fast.rlhf.training.checkpoint import Checkpoint, load_saved, save_model, write_model
+from ppo_fast.rlhf.training.failures import save_batch
+from ppo_fast.rlhf.training.finite import check_metrics, require_finite
+from ppo_fast.rlhf.training.lock import hold_directory
+from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
+from ppo_fast.rlhf.training.loop import Loop
+from ppo_fast.rlhf.training.optim import Network, schedule
+from ppo_fast.rlhf.training.resume import failed_writes_told, inputs, load_start
+from ppo_fast.rlhf.training.runtime import find_device, threads, warn_about_precision
+from ppo_fast.rlhf.training.signals import StopSignals
+
+Source = str | Path | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Objective(ABC, Generic[Kind]):
+    """What a stage minimises."""
+
+    stage: ClassVar[str]  # its name
+    model: Any  # the module that is trained, saved by `save_pretrained`
+    pad_id: int
+    width: int  # examples per forward pass of an evaluation
+    adapters: Adapters | None = field(default=None, kw_only=True)  # what is trained of it; None: all of it
+
+    @abstractmethod
+    def loss(self, examples: Sequence[Kind]) -> ops.LossOutput:
+        """Mean loss and metrics of the examples, each counted by its `weight`."""
+
+    def batch(self, examples: Sequence[Kind]) -> Batch:
+        """The examples padded; of pairs [2B, L], first all that were chosen."""
+        return collate(sequences(examples), self.pad_id, self.model.device)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Kind]) -> dict[str, float]:
+        """Loss and metrics of held-out examples, however many."""
+        parts = [(share, metrics_of(self.loss(part))) for share, part in weighted(examples, self.width)]
+        return {name: value.item() for name, value in mean_metrics(parts).items()}
+
+    def extra_files(self, examples: Sequence[Kind]) -> dict[str, Any]:
+        """File name -> JSON to save beside the model; `examples` are the held-out ones."""
+        return {}
+
+
+@dataclass(frozen=True)
+class SupervisedResult:
+    """What a run returns."""
+
+    directory: Path  # the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/
+    model: Path  # the final model directory, for from_pretrained
+    history: list[dict[str, float]]  # metrics of every optimizer step, by name
+    trained: Any  # the model, in memory
+
+
+@dataclass(frozen=True)
+class Data(Generic[Kind]):
+    """The examples of a run."""
+
+    train: list[Kind]
+    held_out: list[Kind]  # never trained on; may be empty
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    generator: torch.Generator
+    checkpoint: Checkpoint | None  # None: at the beginning
+
+
+@dataclass
+class Run(Loop, Generic[Kind]):
+    """The moving parts of a run and one turn of its loop."""
+
+    config: SupervisedConfig
+    objective: Objective[Kind]
+    data: Data[Kind]
+    tokenizer: Any
+    generator: torch.Generator  # every random number of the run
+    length = "steps of optim.epochs"
+
+    def __post_init__(self) -> None:
+        optim = self.config.optim
+        lengths = [example.length for example in self.data.train]
+        self.batches = Batches(lengths, optim.batch_size, self.generator, bucket=self.config.data.bucket)
+        self.total = optim.epochs * len(self.batches)
+        self.network = Network(self.objective.model.parameters(), optim.lr, optim)
+        examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
+        self.inputs = inputs(self.objective.model, examples)
+
+    def step(self, number: int, log: StageLog) -> None:
+        """Optimizer step number `number`, counted from 1, and an evaluation when one is due."""
+        rows, metrics = self.batches.take(), dict[str, float]()
+        try:
+            metrics = self._train(number, [self.data.train[row] for row in rows])
+        except NotFiniteError as error:
+            self.give_up(number, log, error, functools.partial(self._save_failure, rows))
+        if self._evaluation_is_due(number):
+            evaluated = self.objective.evaluate(self.data.held_out)
+            metrics |= {f"eval/{name}": value for name, value in evaluated.items()}
+            check_metrics(metrics)
+        if metrics:
+            log.write(number, metrics | {"nan/skipped_batches": float(self.skipped)})
+
+    def _train(self, number: int, examples: Sequence[Kind]) -> dict[str, float]:
+        """One step and its metrics; NotFiniteError, and nothing has changed, when one of them is not finite."""
+        start, parts = time.perf_counter(), []
+        for share, micro in weighted(examples, self.config.optim.width):
+            with recomputing(self.objective.model):
+                output = self.objective.loss(micro)
+                (share * output.loss).backward()
+            parts.append((share, metrics_of(output)))
+        metrics = mean_metrics(parts)
+        checked = metrics | {"grad_norm": self.network.clip()}
+        failed = ~torch.stack([value.isfinite() for value in checked.values()]).all()
+        factor = schedule(number - 1, self.total, self.config.optim)
+        self.network.step(factor, failed)
+        require_finite(**checked)
+        numbers = {f"train/{name}": value.item() for name, value in metrics.items()}
+        numbers |= {"grad_norm": checked["grad_norm"].item(), "lr": self.network.lr * factor}
+        return numbers | {"epoch": number / len(self.batches), "time/step": time.perf_counter() - start}
+
+    def _evaluation_is_due(self, number: int) -> bool:
+        every = self.config.log.eval_every or len(self.batches)
+        return bool(self.data.held_out) and (number % every == 0 or number == self.total)
+
+    def _save_failure(self, rows: list[int], target: Path, error: NotFiniteError) -> Path:
+        """The weights, and the examples of the batch with their texts; of pairs first those of all chosen ones."""
+        examples = [self.data.train[row] for row in rows]
+        both = sequences(examples)
+        record = {
+            "error": str(error),
+            "rows": rows,
+            "examples": [dataclasses.asdict(example) for example in examples],
+            "prompts": self.tokenizer.batch_decode([example.ids[: example.start] for example in both]),
+            "completions": self.tokenizer.batch_decode([example.ids[example.start :] for example in both]),
+        }
+        batch = vars(self.objective.batch(examples))
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        return save_batch(target, self._write, tensors, record)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"batches": self.batches, "network": self.network}
+
+    def _write(self, directory: Path) -> None:
+        write_model(self.objective.model, self.tokenizer, directory, self.objective.adapters)
+
+    def _load(self, directory: Path) -> None:
+        load_saved(self.objective.model, directory, self.objective.adapters)
+
+
+@contextlib.contextmanager
+def prepared(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
+    """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
+    with hold_directory(config.log.dir), threads(config.threads):
+        if resume in (False, None):
+            require_free(config.log)
+        checkpoint = load_start(config, resume, "optim.epochs", "log")
+        yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
+
+
+def load_data(
+    config: SupervisedConfig,
+    make: Make[Kind],
+    tokenizer: Any,
+    generator: torch.Generator,
+    train: Source | None,
+    held_out: Source | None,
+) -> Data[Kind]:
+    """The examples given, or those that `config` names in place of None; a share of train when none are held out."""
+    train = config.data.train if train is None else train
+    held_out = config.data.held_out if held_out is None else held_out
+    examples = load_examples(train, "train", make, tokenizer, config.data)
+    if held_out is not None:
+        return Data(examples, load_examples(held_out, "held_out", make, tokenizer, config.data))
+    count = round(config.data.held_out_frac * len(examples))
+    device = generator.device
+    order = torch.randperm(len(examples), generator=generator, dtype=torch.int64, device=device).tolist()
+    data = Data([examples[row] for row in order[count:]], [examples[row] for row in order[:count]])
+    if not data.train:
+        raise UserError(f"data.held_out_frac: expected a share that leaves examples to train on, got all {count}")
+    return data
+
+
+def fit(
+    config: SupervisedConfig, objective: Objective[Kind], data: Data[Kind], tokenizer: Any, start: Start
+) -> SupervisedResult:
+    """The loop: optimizer steps over the epochs, evaluations, checkpoints."""
+    _check_fit(objective.model, data)
+    warn_about_precision(objective.model, config.optim)
+    run, checkpoint = Run(config, objective, data, tokenizer, start.generator), start.checkpoint
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
+    with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
+        save_config(config, log.directory / "config.yaml")
+        run.loop(log, stop)
+        extra = objective.extra_files(data.held_out)
+        weights: dict[str, Any] = {"adapters": objective.adapters, "merge": config.model.lora.merge}
+        final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, **weights)
+    return SupervisedResult(log.directory, final, log.history, objective.model)
+
+
+def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequence[Kind]]]:
+    """Micro-batches of `width` examples with their shares of the whole weight, so that means of parts add up."""
+    total = sum(example.weight for example in examples)
+    for micro in chunks(examples, width):
+        yield sum(example.weight for example in micro) / total, micro
+
+
+def metrics_of(output: ops.LossOutput) -> dict[str, Tensor]:
+    """The loss among its metrics: 0-d detached tensors."""
+    return {"loss": output.loss.detach()} | output.metrics
+
+
+def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Metrics of several micro-batches, each with its share, as those of all of them."""
+    return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
+
+
+def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:
+    """Log-probabilities [N] float32 of the tokens of the completions given those before them, row by row.
+
+    With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
+    """
+    grid, rows = batch.grid, np.arange(len(batch.grid.ids))
+    targets = grid.ids.flatten().index_select(0, grid.places(rows))
+    return response_stats(model, grid.sequences(rows, packed=packed), targets, linear=linear).logprobs
+
+
+def _check_fit(model: Any, data: Data[Any]) -> None:
+    """The model has a position and an embedding for every token."""
+    examples = [*data.train, *data.held_out]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(example.length for example in examples)
+    if limit is not None and longest > limit:
+        raise UserError(f"data.max_tokens: expected at most {limit}, the model's context, for examples of {longest}")
+    known = len(model.get_input_embeddings().weight)
+    highest = max(example.highest for example in examples)
+    if highest >= known:
+        raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")

@@ -1,0 +1,262 @@
+"""The only place that writes weights: model directories and checkpoints, each there completely or not at all.
+
+A checkpoint is a model directory, as `from_pretrained` reads it, with the state of its loop beside the weights:
+
+    RUN/checkpoints/update-000020/
+        config.json  model.safetensors  tokenizer.json  ...   written by the loop's own `write`
+        state.safetensors                                     every tensor of the state
+        state.json                                            the rest of it, and a digest of every file; nothing is
+                                                              ever unpickled
+
+`loop.Loop` saves and restores what a stage keeps in parts with `state_dict()` and `load_state_dict()`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.files import _fsync, atomic_directory, remove, settle_all
+from ppo_fast.rlhf.integrity import (
+    DamagedError,
+    check_files,
+    check_tensors,
+    copy_tensors,
+    read_sealed,
+    read_tensors,
+    write_sealed,
+)
+from ppo_fast.rlhf.models.adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Adapters
+from ppo_fast.rlhf.models.loading import load_network, no_progress_bars
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
+from ppo_fast.rlhf.training.state import _pack, _unpack
+
+HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
+STATE, STATE_TENSORS = "state.json", "state.safetensors"
+NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
+SUPERSEDED = ".superseded"  # ending of checkpoints that a run continued from an older one will replace
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    directory: Path
+    state: dict[str, Any]  # as it was saved; tensors on the CPU
+
+
+def save_checkpoint(
+    target: Path, write: Callable[[Path], None], state: Mapping[str, Any], *, keep_last: int = 0
+) -> Path:
+    """Save weights and state as `target`, whose name ends in a number; then remove all but the `keep_last` highest.
+
+    Args:
+        write: puts the weights, and what belongs to them, into the directory it is given.
+        state: what `_pack` takes.
+        keep_last: 0 keeps all.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or the like. What was saved before is as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    record = _pack(state, "state", tensors)
+    with atomic_directory(target) as scratch:
+        write(scratch)
+        save_tensors(tensors, scratch / STATE_TENSORS)
+        write_sealed(record, scratch / STATE)
+    _prune(target.parent, keep_last)
+    return target
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The complete checkpoint of the highest number, if there is one."""
+    return next((path for path in reversed(_numbered(checkpoints)) if is_complete(path)), None)
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the state is there and as it was written; `load_checkpoint` looks at the other files."""
+    try:
+        read_sealed(directory / STATE)
+    except (OSError, DamagedError):
+        return False
+    return True
+
+
+def load_checkpoint(checkpoints: Path, name: str | None = None, *, tensors: bool = True) -> Checkpoint:
+    """The checkpoint of that name, by default the newest, with every file checked; `tensors` False: only state.json.
+
+    Raises UserError when there is none or it is damaged, naming the newest one before it that is not.
+    """
+    numbered = _numbered(checkpoints)
+    if not numbered:
+        raise UserError(f"resume: expected a complete checkpoint in {str(checkpoints)!r}, got none")
+    names = [path.name for path in numbered]
+    if name is not None and name not in names:
+        raise UserError(f"resume: expected one of {', '.join(names)} in {str(checkpoints)!r}, got {name!r}")
+    index = -1 if name is None else names.index(name)
+    try:
+        return _load(numbered[index], tensors)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        good = next((path.name for path in reversed(numbered[:index]) if _is_good(path)), None)
+        advice = f"--resume {good} continues from the one before" if good else "there is no good one before it"
+        raise UserError(f"resume: {str(numbered[index])!r} is damaged: {error}; {advice}") from error
+
+
+def _load(directory: Path, tensors: bool = True) -> Checkpoint:
+    record, digests = read_sealed(directory / STATE)
+    if not tensors:
+        return Checkpoint(directory, _unpack(record, None))
+    check_files(directory, digests)
+    # Cloned: safetensors returns views of the file, which pruning removes and whose alignment varies.
+    loaded = {name: value.clone() for name, value in read_tensors(directory / STATE_TENSORS).items()}
+    return Checkpoint(directory, _unpack(record, loaded))
+
+
+def _is_good(directory: Path) -> bool:
+    try:
+        check_files(directory, read_sealed(directory / STATE)[1])
+    except (OSError, DamagedError):
+        return False
+    return True
+
+
+def set_newer_aside(start: Path) -> None:
+    """Rename the checkpoints newer than `start`: no resume finds them, and the next complete save removes them."""
+    numbered = _numbered(start.parent)
+    for path in numbered[numbered.index(start) + 1 :]:
+        aside = path.with_name(path.name + SUPERSEDED)
+        remove(aside, ignore_errors=True)
+        path.rename(aside)
+    _fsync(start.parent)
+
+
+def save_models(models: Models, directory: Path) -> Path:
+    """Write policy and tokenizer as `from_pretrained` reads them, and beside them what `model.value_path` reads."""
+    with atomic_directory(directory) as scratch:
+        write_models(models, scratch, merge=models.merge)
+    return directory
+
+
+def write_models(models: Models, directory: Path, *, merge: bool = False) -> None:
+    """The files of `save_models`, into an existing directory; with `merge` the adapter is in the policy's weights."""
+    write_model(models.policy, models.tokenizer, directory, models.adapters, merge=merge)
+    value = models.value
+    if models.adapters is not None:
+        _write_adapter(models.adapters, VALUE, directory / VALUE_DIRECTORY, value.head)
+        return
+    save_tensors((value.head if models.shared else value).state_dict(), directory / _value_file(models))
+    if not models.shared:
+        value.backbone.config.to_json_file(directory / VALUE_CONFIG)
+
+
+def load_weights(models: Models, directory: Path) -> None:
+    """Copy what `write_models` wrote, not merged, into the policy and the value model."""
+    load_saved(models.policy, directory, models.adapters)
+    if models.adapters is not None:
+        _read_into(models.adapters, VALUE, directory / VALUE_DIRECTORY, models.value.head)
+        return
+    value, path = models.value.head if models.shared else models.value, directory / _value_file(models)
+    copy_tensors(value.state_dict(), read_tensors(path), str(path))
+
+
+def _value_file(models: Models) -> str:
+    return HEAD_FILE if models.shared else VALUE_FILE
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; what shares storage with another, such as tied weights, is copied."""
+    plain, seen = {}, set()
+    for name, value in tensors.items():
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = (value.clone() if storage in seen else value).contiguous()
+        seen.add(storage)
+    require("safetensors.torch").save_file(plain, path)
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    extra: Mapping[str, Any] | None = None,
+    adapters: Adapters | None = None,
+    *,
+    merge: bool = False,
+) -> Path:
+    """`write_model` as a whole or not at all, and beside it `extra`: file name -> JSON."""
+    with atomic_directory(directory) as scratch:
+        write_model(model, tokenizer, scratch, adapters, merge=merge)
+        for name, content in (extra or {}).items():
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def write_model(
+    model: Any, tokenizer: Any, directory: Path, adapters: Adapters | None = None, *, merge: bool = False
+) -> None:
+    """A model and its tokenizer as `from_pretrained` reads them, into an existing directory.
+
+    Of a model with adapters a PEFT directory, with the head of a reward model; with `merge` the base with the adapter
+    added to its weights.
+    """
+    with no_progress_bars():
+        if adapters is None:
+            model.save_pretrained(directory)
+        elif merge:
+            model.save_pretrained(directory, state_dict=adapters.merged_state(model))
+        else:
+            _write_adapter(adapters, TRAINED, directory, getattr(model, "score", None))
+        tokenizer.save_pretrained(directory)
+
+
+def load_saved(model: Any, directory: Path, adapters: Adapters | None = None) -> None:
+    """Copy the weights that `write_model` wrote, not merged, into `model`, bit by bit.
+
+    Raises UserError for a tensor that is missing, unexpected, or of another shape or dtype.
+    """
+    if adapters is not None:
+        _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
+        return
+    own = model.state_dict()
+    for path in sorted(directory.glob("model*.safetensors")):
+        tensors = read_tensors(path)  # views of the file, of which nothing is read
+        for name in own.keys() & tensors.keys():  # the others are judged below: transformers may rename
+            check_tensors({name: own[name]}, {name: tensors[name]}, str(path))
+    saved = load_network(type(model), str(directory), exact=True, dtype=model.dtype)
+    copy_tensors(own, saved.state_dict(), str(directory))
+
+
+def _write_adapter(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
+    config, tensors = adapters.saved_as(name, head)
+    directory.mkdir(exist_ok=True)
+    config.save_pretrained(directory)
+    save_tensors(tensors, directory / ADAPTER_FILE)
+
+
+def _read_into(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
+    path, own = directory / ADAPTER_FILE, dict[str, Tensor](adapters.named(name))
+    if head is not None:
+        own |= {f"{HEAD}{key}": value for key, value in head.state_dict().items()}
+    copy_tensors(own, read_tensors(path), str(path))
+
+
+def _numbered(checkpoints: Path) -> list[Path]:
+    """The directories with a number and a state, which a save puts there last, by rising number."""
+    found = [(NUMBERED.fullmatch(path.name), path) for path in checkpoints.glob("*") if (path / STATE).is_file()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _prune(checkpoints: Path, keep_last: int) -> None:
+    """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
+    for path in [*filter(is_complete, _numbered(checkpoints))][:-keep_last] if keep_last else []:
+        path.rename(path.with_name(f".{path.name}.removed"))
+    settle_all(checkpoints)
+    for path in checkpoints.glob(f"*{SUPERSEDED}"):
+        remove(path, ignore_errors=True)

@@ -1,0 +1,24 @@
+"""What is kept of a batch that made a number not finite, so that the fault can be repeated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ppo_fast.rlhf.files import atomic_directory
+from ppo_fast.rlhf.training.checkpoint import save_tensors
+
+
+def save_batch(
+    target: Path, write: Callable[[Path], None], tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> Path:
+    """Write the weights as they are, by `write`, and the batch: batch.safetensors and batch.json."""
+    with atomic_directory(target) as scratch:
+        write(scratch)
+        save_tensors(tensors, scratch / "batch.safetensors")
+        (scratch / "batch.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    return target

@@ -1,0 +1,216 @@
+"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ppo_fast.rlhf.config.ppo import RunLogConfig
+from ppo_fast.rlhf.data.rows import parse_line
+from ppo_fast.rlhf.data.templates import is_messages
+from ppo_fast.rlhf.errors import UserError, check, printable, require
+from ppo_fast.rlhf.files import remove
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
+TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
+REPLACED = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
+
+
+def require_free(log: RunLogConfig) -> None:
+    """UserError for a directory that holds what the run would replace, with `overwrite` off."""
+    held = [name for name in REPLACED if (Path(log.dir) / name).exists()]
+    if held and not log.overwrite:
+        raise UserError(f"log.dir: {log.dir!r} already holds {held[0]!r}; choose another or set log.overwrite")
+
+
+class StageLog:
+    """Writes every metric of every step at once, so that a crashed run leaves a readable file.
+
+    Use as a context manager; `history` keeps the metrics of the `total` steps so far. UserError, before anything is
+    written, for a directory that holds what the run would replace, with `overwrite` off. `resume` is what `position`
+    returned at a checkpoint: the files are cut back to it and go on from there.
+    """
+
+    unit = "step"  # what is counted
+    files: tuple[str, ...] = (METRICS,)
+
+    def __init__(
+        self,
+        config: Any,
+        stage: str,
+        total: int,
+        console: Console | None = None,
+        *,
+        resume: Mapping[str, int] | None = None,
+    ) -> None:
+        self.config, log = config, config.log
+        if resume is None:
+            require_free(log)
+        self.log, self.stage, self.total, self.resume = log, stage, total, resume
+        self.directory = Path(log.dir)
+        self.history: list[dict[str, float]] = []
+        self.console = console or Console(quiet=not log.console)
+
+    def __enter__(self) -> Self:
+        if self.resume is None:
+            self._empty_directory()
+        else:
+            self._cut_back(self.resume)
+        mode: Literal["w", "a"] = "w" if self.resume is None else "a"
+        with contextlib.ExitStack() as resources:
+            self._board, self._wandb = self._open_board(resources), self._open_wandb(resources)
+            self._open = {
+                name: resources.enter_context((self.directory / name).open(mode, encoding="utf-8"))
+                for name in self.files
+            }
+            columns = (TextColumn(self.stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = resources.enter_context(Progress(*columns, console=self.console))
+            self._resources = resources.pop_all()
+        done = self.resume["done"] if self.resume else 0
+        if self.resume:
+            self.console.print(f"resumed after {self.unit} {done}", highlight=False)
+        self._task = self._progress.add_task(self.stage, total=self.total, completed=done)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._resources.close()
+
+    def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
+        """Record the metrics of step number `number`, counted from 1, and a remark about it."""
+        self.history.append(metrics)
+        record: dict[str, Any] = {self.unit: number} | metrics
+        _line(self._open[METRICS], record | ({"note": note} if note else {}))
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, number)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=number)
+        if self.log.print_every and number % self.log.print_every == 0:
+            line = f"{number:>5}/{self.total}  {self._summary(metrics)}"
+            self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+        self.note(number, note)
+        self._progress.update(self._task, completed=number)
+
+    def note(self, number: int, note: str | None) -> None:
+        """Show a remark, if there is one."""
+        if note:
+            line = printable(f"{self.unit} {number}: {note}")
+            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def position(self, done: int) -> dict[str, int]:
+        """The steps done and the bytes in each file, flushed to disk: where a resumed run goes on."""
+        for file in self._open.values():
+            os.fsync(file.fileno())
+        return {"done": done} | {name: (self.directory / name).stat().st_size for name in self.files}
+
+    def _summary(self, metrics: dict[str, float]) -> str:
+        shown = (name for name in metrics if name.startswith(("train/", "eval/")) or name == "lr")
+        return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
+
+    def _empty_directory(self) -> None:
+        """Make the directory, without what an earlier run left there; of a link what it names stays."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
+        try:
+            for path in (self.directory / name for name in REPLACED):
+                if path.is_symlink():
+                    warnings.warn(
+                        f"log.dir: {str(path)!r} is no longer a link to {os.readlink(path)!r}, which stays as it is",
+                        stacklevel=2,
+                    )
+                remove(path)
+        except OSError as error:
+            raise UserError(f"log.dir: cannot empty {str(self.directory)!r}: {error.strerror}") from error
+
+    def _cut_back(self, position: Mapping[str, int]) -> None:
+        """Drop what was written after the checkpoint, and read the history before it."""
+        for name in self.files:
+            os.truncate(self.directory / name, position[name])
+        records = metric_records(self.directory / METRICS)
+        self.history = [{k: v for k, v in record.items() if k not in (self.unit, "note")} for record in records]
+
+    def _open_board(self, resources: contextlib.ExitStack) -> Any:
+        if not self.log.tensorboard:
+            return None
+        require("tensorboard")
+        writer = require("torch.utils.tensorboard").SummaryWriter
+        after = self.resume["done"] + 1 if self.resume else None
+        return resources.enter_context(writer(str(self.directory / TENSORBOARD), purge_step=after))
+
+    def _open_wandb(self, resources: contextlib.ExitStack) -> Any:
+        """A run of Weights & Biases with the config; a resumed run is another one, from the step it goes on with."""
+        if self.log.wandb is None:
+            return None
+        init = require("wandb", "wandb").init
+        run = init(project=self.log.wandb, name=self.log.dir, dir=self.log.dir, config=dataclasses.asdict(self.config))
+        resources.callback(run.finish)
+        return run
+
+
+def metric_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file: numbers by name, and perhaps a note; see `read_records`."""
+    return read_records(path, "numbers by name", _is_metrics)
+
+
+def sample_records(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The lines of a file of samples or of answers, which have the fields `names`; see `read_records`."""
+    return read_records(
+        path, f"the fields {', '.join(names)}", lambda record: all(_has(record, name) for name in names)
+    )
+
+
+def read_records(path: Path, expected: str, known: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of a run, none where there is no file.
+
+    A last line without its newline is what a kill left, or a run is just writing it: it is left out, with a warning.
+
+    Raises:
+        UserError: a line is not JSON, or no object that is `known`; it names file and line.
+    """
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    try:
+        with path.open("rb") as lines:  # unlike splitlines, not cut at a U+2028 within a text
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
+                if not line.endswith(b"\n"):
+                    warnings.warn(f"{where}: the last line is cut short and left out", stacklevel=4)
+                    break
+                record = parse_line(line, where)
+                check(isinstance(record, dict) and known(record), where, expected, record)
+                records.append(record)
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    return records
+
+
+def _is_metrics(record: dict[str, Any]) -> bool:
+    return all(isinstance(value, str if name == "note" else int | float) for name, value in record.items())
+
+
+def _has(record: dict[str, Any], name: str) -> bool:
+    value = record.get(name)
+    if name in ("update", "score"):
+        return isinstance(value, int | float)
+    return isinstance(value, str) or (name == "prompt" and is_messages(value))
+
+
+def _line(file: TextIO, record: dict[str, Any]) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()

@@ -1,0 +1,118 @@
+"""What the loops of all stages share: saving, stopping, going on, and what follows a number that is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ppo_fast.rlhf.errors import NotFiniteError, UserError, named
+from ppo_fast.rlhf.files import settle, settle_all
+from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, set_newer_aside
+from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
+from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
+from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
+from ppo_fast.rlhf.training.state import restore_rng, rng_state
+
+
+class Loop(ABC):
+    """A run that goes on where a checkpoint was written, to the same bits as if it had never stopped."""
+
+    config: Any  # with on_nan and log
+    generator: torch.Generator  # every random number of the run
+    inputs: dict[str, Any]  # of `resume.inputs`: what a resumed run must find as it was
+    code: Mapping[str, str] = MappingProxyType({})  # of `resume.file_digests`: the user's functions
+    total: int  # steps of the whole run
+    length: str  # what sets `total`, for messages
+    done: int = 0  # steps
+    skipped: int = 0  # batches given up, on_nan = "skip"
+
+    @abstractmethod
+    def step(self, number: int, log: Any, /) -> None:
+        """Step number `number`, counted from 1."""
+
+    @abstractmethod
+    def _parts(self) -> dict[str, Any]:
+        """What changes during a run, the weights aside: objects with `state_dict` and `load_state_dict`."""
+
+    @abstractmethod
+    def _write(self, directory: Path) -> None:
+        """Put the weights, and what belongs to them, into an existing directory."""
+
+    @abstractmethod
+    def _load(self, directory: Path) -> None:
+        """Copy the weights that `_write` put there into the models."""
+
+    def loop(self, log: StageLog, stop: StopSignals) -> None:
+        """The steps still to do, each a safe point to save and to stop at."""
+        for name in (FINAL, BEST):
+            settle(log.directory / name)
+        for name in (CHECKPOINTS, FAILED):
+            settle_all(log.directory / name)
+        save_every = self.config.log.save_every
+        while self.done < self.total:
+            with named(f"{log.unit} {self.done + 1}"):
+                self.step(self.done + 1, log)
+            self.done += 1
+            if save_every and (self.done % save_every == 0 or self.done == self.total):
+                self.save(log)
+            if stop.number is not None:
+                raise Interrupted(stop.number, f"{log.unit} {self.done}", self.save(log))
+
+    def save(self, log: StageLog) -> Path:
+        """A checkpoint of the run as it is."""
+        target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
+        if is_complete(target):
+            return target
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "log": log.position(self.done),
+            "skipped": self.skipped,
+            "inputs": self.inputs,
+            "code": dict(self.code),
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "rng": rng_state(self.generator),
+        }
+        return save_checkpoint(target, self._write, state, keep_last=self.config.log.keep_last)
+
+    def restore(self, start: Checkpoint) -> None:
+        """Go back to a checkpoint, and set newer ones aside.
+
+        UserError when the run was begun with another model or other data, or is over, or the checkpoint is damaged.
+        """
+        with restoring(start.directory):
+            self._restore(start)
+            set_newer_aside(start.directory)
+
+    def _restore(self, start: Checkpoint) -> None:
+        state, parts = start.state, self._parts()
+        done = state["log"]["done"]
+        if self.total < done:
+            raise UserError(f"resume: {self.length}: expected at least the {done} that are done, got {self.total}")
+        if parts.keys() != state["parts"].keys():
+            raise UserError(f"resume: expected a run of {sorted(state['parts'])}, got {sorted(parts)}")
+        for name, found in self.inputs.items():
+            if found != state["inputs"][name]:
+                raise UserError(f"resume: expected the {name} that the run was begun with, got others")
+        warn_about_changes(state["code"], self.code)
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        self._load(start.directory)
+        restore_rng(state["rng"], self.generator)
+        self.done, self.skipped = done, state["skipped"]
+
+    def give_up(
+        self, number: int, log: StageLog, error: NotFiniteError, save: Callable[[Path, NotFiniteError], Path]
+    ) -> None:
+        """Skip and count the batch of step `number`, or stop with it saved by `save`; as `on_nan` says."""
+        if self.config.on_nan == "skip":
+            self.skipped += 1
+            log.note(number, f"batch skipped: {error}")
+            return
+        saved = save(log.directory / FAILED / f"{log.unit}-{number:06d}", error)
+        raise UserError(f"{error}; the batch and the weights before it are in {str(saved)!r}") from error

@@ -1,0 +1,116 @@
+"""What a run continues from, and what is told when a write fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ppo_fast.rlhf.config.files import config_from_dict, first_difference
+from ppo_fast.rlhf.data.prompts import Prompts
+from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoint
+from ppo_fast.rlhf.training.log import CHECKPOINTS
+from ppo_fast.rlhf.training.state import fingerprint
+from ppo_fast.rlhf.user_code import plain
+
+
+def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None:
+    """The checkpoint that a run goes on from: none for False, the newest for True, else the one of that name.
+
+    UserError when `config` means another run: when it differs in other fields, or groups of fields, than the `free`;
+    or when the files of the run hold less than at the checkpoint.
+    """
+    if resume in (False, None):  # an empty name is a mistake, not a new run
+        return None
+    start = load_checkpoint(Path(config.log.dir) / CHECKPOINTS, resume if isinstance(resume, str) else None)
+    with restoring(start.directory):
+        saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
+        _check_sizes(Path(config.log.dir), start.state["log"])
+    difference = first_difference(saved, config, free)
+    if difference is not None:
+        name, before, now = difference
+        raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")
+    return start
+
+
+@contextlib.contextmanager
+def restoring(directory: Path) -> Iterator[None]:
+    """UserError for a checkpoint that is as it was written, but not what this run writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(f"resume: cannot restore {str(directory)!r}: {reason}") from error
+
+
+def _check_sizes(directory: Path, position: Mapping[str, int]) -> None:
+    for name, expected in position.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else 0
+        if name != "done" and size < expected:
+            raise UserError(f"resume: expected {expected} bytes or more in {str(path)!r}, got {size}")
+
+
+def inputs(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
+    """What a resumed run reads anew and must find as it was when the run was begun, in short."""
+    device, weights = next(model.parameters()).device.type, fingerprint(model)
+    return {"kinds of device": device, "model weights": weights} | {name: _digest(rows) for name, rows in data.items()}
+
+
+def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[Any]]:
+    """What `inputs` keeps of prompts: their texts and tokens, and the columns that the user's functions get."""
+    texts = zip(data.prompts, data.token_ids, strict=True)
+    return {f"{kind}prompts": texts, f"columns of the {kind}prompts": data.columns.items()}
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    """Equal for rows that are written alike."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_written(row).encode())
+    return digest.hexdigest()
+
+
+def _written(value: Any) -> str:
+    """`value` as text, the same in every process: whole arrays, sets in order, no addresses of objects."""
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return _written(list(value.items()))
+    if isinstance(value, set | frozenset):
+        return f"set({sorted(map(_written, value))})"
+    if isinstance(value, list | tuple) and not all(type(item) is int for item in value):  # token ids are many
+        return f"[{', '.join(map(_written, value))}]"
+    return repr(value) if isinstance(value, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def file_digests(specs: Iterable[str | None]) -> dict[str, str]:
+    """File -> digest of those of the "file.py:function" given."""
+    paths = sorted({spec.rpartition(":")[0] for spec in specs if spec})
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()}
+
+
+def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Warn about each file of `file_digests` that is not what it was; its owner may have mended it."""
+    for path, digest in now.items():
+        if before.get(path) != digest:
+            warnings.warn(f"resume: {path!r} is not as it was when the checkpoint was saved", stacklevel=3)
+
+
+@contextlib.contextmanager
+def failed_writes_told(directory: Path) -> Iterator[None]:
+    """UserError for a full disk and the like: what failed, and what is safe."""
+    try:
+        yield
+    except (OSError, require("safetensors").SafetensorError) as error:
+        newest = latest(directory / CHECKPOINTS)
+        safe = f"{newest.name} is complete and resume continues there" if newest else "there is no checkpoint yet"
+        raise UserError(f"cannot write in {str(directory)!r}: {error}; {safe}") from error

@@ -1,0 +1,116 @@
+"""The user's own Python: loaded from "file.py:function", called by keyword, named when it fails."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ppo_fast.rlhf.errors import UserError
+
+
+def load_callable(spec: str | None, setting: str) -> Callable[..., Any]:
+    """Load "path/to/file.py:function"; UserError, which names `setting`, when it cannot be had."""
+    path, separator, name = (spec or "").rpartition(":")
+    if not separator:
+        raise UserError(f"{setting}: expected 'path/to/file.py:function', got {spec!r}")
+    if not Path(path).is_file():
+        raise UserError(f"{setting}: no such file {path!r}")
+    if Path(path).suffix != ".py":
+        raise UserError(f"{setting}: expected a Python file, got {path!r}")
+    try:
+        module = _module(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{setting}: {path!r} does not import: {_told(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{setting}: no function {name!r} in {path!r}")
+    return function
+
+
+def forget_modules() -> None:
+    """Load every file anew from here on: a run does not begin with what another left in its variables."""
+    _module.cache_clear()
+
+
+@functools.lru_cache
+def _module(path: str, changed: int) -> ModuleType:
+    """The file as a module, the same one for every function in it; `changed` is when it was last written."""
+    module_spec: Any = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up there
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def call(role: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
+    """The function's answer; UserError, "the <role> <name> failed with ...", when it raises or exits.
+
+    The function gets copies of lists and dicts, so that emptying them changes nothing of ours. A generator runs here.
+    """
+    try:
+        answer = function(**{name: _copied(value) for name, value in arguments.items()})
+        return list(answer) if isinstance(answer, Iterator) else answer
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UserError(f"the {role} {name!r} failed with {_told(error)}") from error
+
+
+class UserState:
+    """The state of a user's callable as a part of a run; its failures are named like those of the callable."""
+
+    def __init__(self, role: str, owner: Any) -> None:
+        self.role, self.owner = role, owner
+
+    def state_dict(self) -> Any:
+        def state_dict() -> Any:
+            return self.owner.state_dict()
+
+        return call(f"{self.role}'s", state_dict)
+
+    def load_state_dict(self, state: Any) -> None:
+        def load_state_dict() -> None:
+            self.owner.load_state_dict(state)
+
+        call(f"{self.role}'s", load_state_dict)
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts within each other as new ones; everything else as it is."""
+    if type(value) is list:
+        return [_copied(item) if type(item) in (list, dict) else item for item in value]
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
+def listed(role: str, noun: str, answer: Any, count: int) -> list[Any]:
+    """The answer as a list of `count` plain Python values; UserError when it is none."""
+    try:
+        answer = list(plain(answer))
+    except TypeError as error:
+        raise UserError(f"{role}: expected a list of {count} {noun}, got {answer!r}") from error
+    if len(answer) != count:
+        raise UserError(f"{role}: expected {count} {noun}, got {len(answer)}")
+    return [plain(value) for value in answer]
+
+
+def plain(value: Any) -> Any:
+    """Numbers and lists of tensors and of NumPy arrays."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _told(error: BaseException) -> str:
+    """Type and message of an error in the user's code, and the innermost line of the user's file, in one line."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    lines = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename]
+    return f"{message} ({Path(theirs[0].filename).name}:{lines[-1]})" if theirs else message

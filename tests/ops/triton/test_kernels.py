@@ -1,0 +1,174 @@
+"""What only the Triton kernels have: segments of a row that are merged, tiles, offsets, rows that are not read."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import ppo_fast as pf
+from ppo_fast.ops._backends import reference
+from ppo_fast.ops._backends.triton import token_stats, token_stats_backward, tuning
+from tests.helpers import assert_near_truth, assert_same
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of 16 words to a segment, so that 100 words are four segments, the last of them not full."""
+    tile = tuning.Tile(16, 2, 1)
+    monkeypatch.setattr(tuning, "_FORWARD", {(9, 0): ((1 << 31, tile),)})
+    monkeypatch.setattr(tuning, "_BACKWARD", {(9, 0): ((1 << 31, tile),)})
+
+
+def _stats(logits: Tensor, targets: Tensor, ref: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, ...]:
+    return token_stats.token_stats(logits, targets, ref, None, temperature, True)
+
+
+def _gradient(
+    logits: Tensor, targets: Tensor, ref: Tensor | None, upstream: Tensor, out: Tensor | None = None
+) -> Tensor:
+    _, entropy, kl, lse, ref_lse = _stats(logits, targets, ref)
+    g, g_entropy, g_kl = upstream
+    return token_stats_backward.token_stats_backward(
+        g, g_entropy, None if ref is None else g_kl, logits, targets, ref, None, lse, ref_lse, entropy, kl, 1.0, out
+    )
+
+
+@pytest.mark.parametrize("V", [96, 100, 33, 32, 17, 1])
+@pytest.mark.parametrize("offset", [0.0, 3e4, -3e4])
+@pytest.mark.usefixtures("small_tiles")
+def test_merged_segments_equal_the_whole_row(V: int, offset: float) -> None:
+    logits, ref = torch.randn(2, 2, 2, V).mul(4).add(offset).unbind()
+    targets = torch.randint(0, V, (2, 2))
+    ours = _stats(logits, targets, ref, 0.7)
+    truth = reference.token_stats(logits.double(), targets, ref.double(), None, 0.7, True)
+    eager = reference.token_stats(logits, targets, ref, None, 0.7, True)
+    for got, expected, float32 in zip(ours[:3], truth, eager, strict=False):
+        assert_near_truth(got, expected, float32, dtype=torch.float32)
+    assert (ours[3] - truth[3]).abs().max() <= 2e-7 * max(1.0, abs(offset) * 1e-3)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("V", [96, 100])
+def test_gradient_of_every_block(V: int) -> None:
+    logits, ref = torch.randn(2, 2, 2, V).mul(4).add(3e4).unbind()
+    targets, upstream = torch.randint(0, V, (2, 2)), torch.randn(3, 2, 2)
+    ours = _gradient(logits, targets, ref, upstream)
+    stats = reference.token_stats(logits.double(), targets, ref.double(), None, 1.0, True)
+    _, entropy, kl, lse, ref_lse = stats
+    truth = reference.token_stats_backward(
+        *upstream.double(), logits.double(), targets, ref.double(), None, lse, ref_lse, entropy, kl, 1.0
+    )
+    assert_near_truth(ours, truth, dtype=torch.float32, gradient=True)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_infinities_anywhere_in_the_row() -> None:
+    V = 96
+    logits, ref = torch.randn(2, 1, 6, V)
+    targets = torch.full((1, 6), 95)
+    logits[0, 0, :40] = -INF  # a whole segment, and half of the next
+    logits[0, 1] = -INF
+    logits[0, 2, 50] = NAN
+    ref[0, 3, 7] = -INF  # possible for pi alone
+    logits[0, 4, 7] = ref[0, 4, 7] = -INF  # impossible for both
+    logits[0, 5, 4:8], ref[0, 5, 7] = -800.0, -INF  # possible when its lane is read, 2^-1154 of the row's maximum
+    logprobs, entropy, kl, _, _ = _stats(logits, targets, ref)
+    truth = reference.token_stats(logits.double(), targets, ref.double(), None, 1.0, True)
+    assert logprobs[0, 1:3].isnan().all()
+    assert entropy[0, 1:3].isnan().all()
+    assert kl[0, 1:3].isnan().all()
+    assert kl[0, 3] == INF
+    fine = [0, 4, 5]
+    for got, expected in zip((logprobs, entropy, kl), truth, strict=False):
+        assert_near_truth(got[0, fine], expected[0, fine], dtype=torch.float32)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_reference_maximum_may_jump_further_than_float32_underflows() -> None:
+    logits, ref = torch.randn(2, 1, 2, 96)
+    ref[0, 0, :32] -= 1000.0
+    ref[0, 1, 64:] -= 1000.0
+    targets = torch.zeros(1, 2, dtype=torch.int64)
+    truth = reference.token_stats(logits.double(), targets, ref.double(), None, 1.0, True)
+    assert_near_truth(_stats(logits, targets, ref)[2], truth[2], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("V", [96, 100])
+@pytest.mark.usefixtures("small_tiles")
+def test_bits_of_a_row_do_not_depend_on_the_batch(V: int) -> None:
+    logits, ref = torch.randn(2, 3, 3, V)
+    targets, upstream = torch.randint(0, V, (3, 3)), torch.randn(3, 3, 3)
+    one = (slice(1, 2), slice(2, 3))
+    alone = [logits[one].clone(), targets[one], ref[one].clone()]
+    assert_same(_stats(*alone), tuple(x[one] for x in _stats(logits, targets, ref)))
+    gradient = _gradient(logits, targets, ref, upstream)
+    assert_same(_gradient(*alone, upstream[(slice(None), *one)]), gradient[one])
+
+
+def test_a_wide_vocabulary() -> None:
+    V = 50_257
+    logits = torch.randn(1, 2, V).bfloat16()
+    targets = torch.tensor([[0, V - 1]])
+    ours = _stats(logits, targets, None)
+    truth = reference.token_stats(logits.double(), targets, None, None, 1.0, True)
+    eager = reference.token_stats(logits, targets, None, None, 1.0, True)
+    for got, expected, float32 in zip(ours[:2], truth, eager, strict=False):
+        assert_near_truth(got, expected, float32, dtype=torch.float32)
+
+
+def test_rows_without_an_upstream_gradient_are_not_read() -> None:
+    logits = torch.randn(1, 3, 40)
+    targets, upstream = torch.randint(0, 40, (1, 3)), torch.randn(3, 1, 3)
+    upstream[:, :, 1] = 0.0
+    expected = _gradient(logits, targets, logits * 2, upstream)
+    assert (expected[0, 1] == 0).all()
+    assert (expected[0, [0, 2]] != 0).all()
+    stats = _stats(logits, targets, logits * 2)
+    logits[0, 1] = NAN
+    again = token_stats_backward.token_stats_backward(
+        *upstream, logits, targets, logits * 2, None, stats[3], stats[4], stats[1], stats[2], 1.0
+    )
+    assert_same(again, expected)
+
+
+@pytest.mark.parametrize("V", [48, 50])
+def test_in_place_equals_out_of_place(V: int) -> None:
+    logits = torch.randn(2, 3, V).bfloat16()
+    targets, upstream = torch.randint(0, V, (2, 3)), torch.randn(3, 2, 3)
+    expected = _gradient(logits, targets, None, upstream)
+    out = _gradient(logits, targets, None, upstream, out=logits)
+    assert out is logits
+    assert_same(logits, expected)
+
+
+@pytest.mark.parametrize("V", [32, 33])
+def test_offsets_past_2_to_the_31(V: int) -> None:
+    """Two rows 2^31 + 16 elements apart, in memory of which only the touched pages become real."""
+    stride = (1 << 31) + 16
+    logits = torch.empty(stride + V, dtype=torch.bfloat16).as_strided((1, 2, V), (stride, stride, 1))
+    rows, targets, upstream = torch.randn(1, 2, V).bfloat16(), torch.tensor([[1, V - 1]]), torch.randn(3, 1, 2)
+    logits.copy_(rows)
+    assert_same(_stats(logits, targets, logits), _stats(rows, targets, rows))
+    expected = _gradient(rows, targets, rows, upstream)
+    assert_same(_gradient(logits, targets, logits, upstream, out=logits), expected)
+
+
+def test_misaligned_targets_and_masks() -> None:
+    logits, targets = torch.randn(8, 16), torch.randint(0, 16, (9,))
+    mask = torch.rand(9) > 0.3
+    ours = pf.token_logprobs(logits, targets[1:], mask=mask[1:], backend="triton")
+    assert_same(ours, pf.token_logprobs(logits, targets[1:].clone(), mask=mask[1:].clone(), backend="triton"))
+
+
+def test_a_view_with_rows_off_16_bytes_is_read_in_place() -> None:
+    storage = torch.randn(2, 6, 35)
+    view = storage[:, 2:-1, 1:33]
+    assert not token_stats.aligned(view)
+    assert token_stats.aligned(view.contiguous())
+    targets = torch.randint(0, 32, (2, 3))
+    ours, contiguous = _stats(view, targets, None), _stats(view.contiguous(), targets, None)
+    for got, expected in zip(ours[:2], contiguous, strict=False):
+        assert_near_truth(got, expected.double(), dtype=torch.float32)

@@ -1,0 +1,264 @@
+"""Config: one source for file and flags; mistakes are one sentence."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ppo_fast.rlhf.config.files import PRESETS, config_from_dict, first_difference, load_config, save_config
+from ppo_fast.rlhf.config.ppo import (
+    AdvantageConfig,
+    EvaluationConfig,
+    KLConfig,
+    LossConfig,
+    ModelConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
+from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+from ppo_fast.rlhf.errors import UserError, require
+from tests.helpers import raises_exactly
+
+KINDS = (PPOConfig, SFTConfig, RewardModelConfig, DPOConfig)
+GROUPS = dict.fromkeys(
+    f.default_factory for kind in KINDS for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
+)
+
+
+def test_defaults_are_the_published_ones():
+    config = PPOConfig()
+    assert (config.optim.lr, config.optim.value_lr, config.optim.betas, config.optim.eps) == (
+        1e-6,
+        5e-6,
+        (0.9, 0.95),
+        1e-5,
+    )
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.value_clip, config.loss.vf_coef) == (
+        0.2,
+        0.2,
+        0.2,
+        0.5,
+    )
+    assert (config.advantage.gamma, config.advantage.lam) == (1.0, 0.95)
+    assert (config.kl.coef, config.kl.placement, config.kl.adaptive) == (0.05, "reward", False)
+    assert (config.kl.target, config.kl.horizon) == (6.0, 10_000)
+    assert (config.reward.clip, config.reward.missing_eos_penalty) == (10.0, 1.0)
+    assert (config.optim.epochs, config.optim.max_grad_norm, config.optim.warmup_frac) == (4, 1.0, 0.03)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_field_has_a_line_of_help(group):
+    source = "".join(inspect.getsource(base) for base in group.__mro__[:-1])
+    for name in (f.name for f in dataclasses.fields(group)):
+        assert re.search(rf"^    {name}: [^#\n]+  # \S", source, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "updates: 7\noptim:\n  lr: 1e-5\n  betas: [0.8, 0.9]\n"),
+        ("a.toml", "updates = 7\n[optim]\nlr = 1e-5\nbetas = [0.8, 0.9]\n"),
+    ],
+)
+def test_a_file_over_the_defaults(tmp_path: Path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    config = load_config(path)
+    # YAML 1.1 reads 1e-5 as a string; it must arrive as a number.
+    assert (config.updates, config.optim.lr, config.optim.betas) == (7, 1e-5, (0.8, 0.9))
+    assert config.optim.eps == PPOConfig().optim.eps
+
+
+def test_a_flag_of_a_group_in_a_group():
+    config = load_config(preset="7b-80g-lora", flags={"model.lora.rank": "8", "optim.lr": "1e-4"})
+    assert (config.model.lora.rank, config.model.lora.alpha, config.optim.lr) == (8, 128.0, 1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("7b-*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_says_only_what_is_no_default(path):
+    chosen, defaults = flat(dataclasses.asdict(load_config(preset=path.stem))), flat(dataclasses.asdict(PPOConfig()))
+    differing = {name for name, value in chosen.items() if value != defaults[name]}
+    assert differing == flat(yaml.safe_load(path.read_text())).keys()
+
+
+def flat(tree, prefix=""):
+    """Values by dotted name."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_a_file_over_a_preset(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_text("optim: {lr: 0.5}")
+    config = load_config(path, preset="tiny-cpu")
+    assert (config.optim.lr, config.optim.value_lr, config.threads) == (0.5, 1e-3, 1)
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path: Path):
+    config = dataclasses.replace(PPOConfig(), updates=3, loss=LossConfig(clip_high=None, dual_clip=3.0))
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"optim": {"max_gradnorm": 1}},
+            "config: unknown key 'optim.max_gradnorm', the nearest is 'optim.max_grad_norm'",
+        ),
+        ({"optim": {"epoch": 1}}, "config: unknown key 'optim.epoch', the nearest is 'optim.epochs'"),
+        ({"gamma": 1}, "config: unknown key 'gamma', the nearest is 'advantage.gamma'"),
+        ({"rolout": {"batch_size": 8}}, "config: unknown key 'rolout.batch_size', the nearest is 'rollout.batch_size'"),
+        ({"updates": "many"}, "got 'many'"),
+        ({"kl": {"placement": "both sides"}}, "config: kl.placement: Input should be 'reward', 'loss' or 'both'"),
+        ({"optim": 3}, "config: optim: "),
+    ],
+)
+def test_mistakes_in_a_file_name_the_key(values, message):
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rule_18_batch_sizes_that_do_not_divide_name_the_numbers():
+    cases = {
+        "optim.minibatch_size: expected a divisor of rollout.batch_size = 64, got 24": {
+            "optim": {"minibatch_size": 24}
+        },
+        "optim.micro_batch_size: expected a divisor of optim.minibatch_size = 16, got 5": {
+            "optim": {"micro_batch_size": 5}
+        },
+        "rollout.samples_per_prompt: expected a divisor of rollout.batch_size = 64, got 3": {
+            "rollout": {"samples_per_prompt": 3}
+        },
+    }
+    for message, values in cases.items():
+        with pytest.raises(UserError) as error:
+            config_from_dict(values)
+        assert str(error.value) == f"config: {message}"
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
+def test_rule_07_only_k1_is_a_reward(estimator):
+    with pytest.raises(UserError, match=r"kl\.reward_estimator: expected 'k1' .* got"):
+        config_from_dict({"kl": {"reward_estimator": estimator}})
+
+
+def test_rule_07_k1_is_no_loss():
+    with pytest.raises(UserError, match=r"kl\.loss_estimator: expected 'k2', 'full' or 'k3' .* got 'k1'"):
+        config_from_dict({"kl": {"loss_estimator": "k1"}})
+    for estimator in ("k2", "k3", "full"):
+        assert config_from_dict({"kl": {"loss_estimator": estimator}}).kl.loss_estimator == estimator
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rollout": {"temperature": 0}}, "rollout.temperature: expected 1e-9 <= temperature <= 1e9, got 0.0"),
+        ({"rollout": {"stop": [""]}}, "rollout.stop: expected strings that are not empty, got ('',)"),
+        ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
+        ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),
+        ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1, got 2.0"),
+        ({"kl": {"coef": -1}}, "kl.coef: expected a number >= 0, got -1.0"),
+        ({"kl": {"coef": 0, "adaptive": True}}, "kl.coef: expected a number > 0 when kl.adaptive, got 0.0"),
+        ({"optim": {"lr": 0}}, "optim.lr: expected a number > 0, got 0.0"),
+        ({"optim": {"warmup_frac": 1.5}}, "optim.warmup_frac: expected 0 <= warmup_frac <= 1, got 1.5"),
+        ({"loss": {"penalty_target": 0.01}}, "loss.penalty_coef: expected a number > 0, got 0.0"),
+        ({"seed": -1}, "seed: expected a number >= 0, got -1"),
+        ({"updates": 0}, "updates: expected a number > 0, got 0"),
+        ({"kl": {"coef": float("inf")}}, "kl.coef: expected a number >= 0, got inf"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas: expected two numbers 0 <= beta < 1, got (0.9, 1.0)"),
+        ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
+        ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"length_penalty": -1}}, "reward.length_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"std_coef": -1}}, "reward.std_coef: expected a number >= 0, got -1.0"),
+        ({"reward": {"weights": [1, -1]}}, "reward.weights: expected a number >= 0, got -1.0"),
+        ({"reward": {"weights": [0, 0]}}, "reward.weights: expected one above 0, got (0.0, 0.0)"),
+        (
+            {"reward": {"rejected_score": float("nan")}},
+            "reward.rejected_score: expected a finite number, got nan",
+        ),
+        ({"reference": {"every": 0}}, "reference.every: expected a number > 0, got 0"),
+        ({"reference": {"decay": 1}}, "reference.decay: expected 0 <= decay < 1, got 1.0"),
+        ({"evaluation": {"every": -1}}, "evaluation.every: expected a number >= 0, got -1"),
+        ({"data": {"max_prompt_tokens": 0}}, "data.max_prompt_tokens: expected a number > 0, got 0"),
+        ({"log": {"save_every": -1}}, "log.save_every: expected a number >= 0, got -1"),
+    ],
+)
+def test_values_out_of_range(values, message):
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    assert str(error.value) == f"config: {message}"
+
+
+def test_choices_are_checked_in_a_config_made_in_python_too():
+    with pytest.raises(UserError, match=r"^kl\.placement: expected one of 'reward', 'loss', 'both', got 'rewards'$"):
+        KLConfig(placement="rewards")
+    with pytest.raises(UserError, match=r"^model\.value_head: expected one of 'normal', 'zero', got 'zeros'$"):
+        ModelConfig(value_head="zeros")
+    with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', 'bfloat16', got 'float16'$"):
+        ModelConfig(dtype="float16")
+    with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
+        RewardConfig(combine="max")
+    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', got 'mc'$"):
+        AdvantageConfig(kind="mc")
+    with pytest.raises(
+        UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"
+    ):
+        ReferenceConfig(update="moving")
+    with pytest.raises(UserError, match=r"^evaluation\.best_is: expected one of 'max', 'min', got 'high'$"):
+        EvaluationConfig(best_is="high")
+
+
+def test_the_loss_config_is_checked_by_the_op_it_configures():
+    with pytest.raises(UserError, match=r"loss: .*dual_clip"):
+        config_from_dict({"loss": {"dual_clip": 0.5}})
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(UserError, match=r"config: no such file"):
+        load_config(tmp_path / "none.yaml")
+    presets = "7b-24g, 7b-80g-full, 7b-80g-lora, tiny-cpu"
+    with raises_exactly(f"preset: expected one of {presets}, got 'huge'", UserError):
+        load_config(preset="huge")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"expected a mapping of keys to values, got list"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"broken\.yaml: while parsing"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"log: {dir: \xfc}")
+    with pytest.raises(UserError, match=r"latin\.yaml: 'utf-8' codec can't decode"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_a_missing_dependency_names_the_install_command():
+    with pytest.raises(UserError, match=r"needs no_such_package, .* pip install 'ppo-fast\[train\]'"):
+        require("no_such_package")
+
+
+def test_importing_the_trainer_needs_torch_only():
+    heavy = ["transformers", "pydantic", "yaml", "tyro", "tensorboard", "matplotlib"]
+    code = f"import sys, ppo_fast.rlhf; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == "[]"
+
+
+def test_a_free_group_frees_no_field_whose_name_begins_alike():
+    def config(value):
+        group = dataclasses.make_dataclass("Log", ["dir"])(value)
+        return dataclasses.make_dataclass("Config", ["log", "log_more"])(group, value)
+
+    assert first_difference(config(1), config(2)) == ("log.dir", 1, 2)
+    assert first_difference(config(1), config(2), ["log"]) == ("log_more", 1, 2)
+    assert first_difference(config(1), config(2), ["log", "log_more"]) is None

@@ -1,0 +1,431 @@
+"""The memory plan: within a tenth of what the profiler measures, from configs alone, and what to change if too much."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import bench_7b
+from ppo_fast import cli
+from ppo_fast.rlhf import train_ppo
+from ppo_fast.rlhf.config.files import config_from_dict, load_config
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.planning.command import announce, parse_size, told
+from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
+from ppo_fast.rlhf.planning.shapes import Shape, Shapes, read_shapes
+from ppo_fast.rlhf.planning.standins import FourBits
+from ppo_fast.rlhf.planning.tracing import Timeline
+from ppo_fast.rlhf.ppo import train as ppo
+from tests.helpers import raises_exactly
+from tests.rlhf.memory_profile import measured_peaks
+
+GIB, PROMPT = 2**30, 16
+README = Path(__file__).parents[2] / "README.md"
+QWEN = bench_7b.QWEN | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def tiny_policy(**overrides):
+    return tiny.make_model(4096, **({"hidden": 128, "layers": 2, "max_positions": 64} | overrides))
+
+
+def make_config(directory, **values):
+    """Batches of 16 responses of 32 tokens to prompts of 16, with those values changed."""
+    base = {
+        "threads": 1,
+        "updates": 2,
+        "rollout": {"batch_size": 16, "max_new_tokens": 32},
+        "optim": {"minibatch_size": 16, "epochs": 1},
+        "reward": {"missing_eos_penalty": 0},
+        "log": {"dir": str(directory), "tensorboard": False, "console": False},
+    }
+    for name, value in values.items():
+        base[name] = base.get(name, {}) | value if isinstance(value, Mapping) else value
+    return config_from_dict(base)
+
+
+def tiny_plan(directory, policy=None, **values):
+    config = make_config(directory, **values)
+    shapes = Shapes(Shape((policy or tiny_policy()).config))
+    return make_plan(config, "cpu", shapes=shapes, prompt_tokens=PROMPT)
+
+
+LORA = {"layout": "adapters", "lora": {"rank": 8}}
+MICRO = {"optim": {"micro_batch_size": 4}, "rollout": {"micro_batch_size": 8}}
+MEASURED = {
+    "separate": ({}, {}),
+    "materialised": ({}, {"model": {"logits": "materialised"}}),
+    "micro-batches": ({}, MICRO),
+    "checkpointing": ({}, {"model": {"checkpointing": True}}),
+    "packed": ({}, {"model": {"batches": "packed"}}),
+    "static cache": ({}, {"rollout": {"static_cache": True}}),
+    "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
+    "gpt2": ({"arch": "gpt2"}, {}),
+    "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}, "advantage": {"whiten": False}}),
+    "shared": ({}, {"model": {"layout": "shared"}}),
+    "adapters": ({}, {"model": LORA} | MICRO),
+    "moving reference": ({}, {"model": LORA, "reference": {"update": "ema", "every": 1}}),
+    "parked": ({}, {"model": {"park": True}} | MICRO),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_a_plan_is_within_a_tenth_of_what_the_profiler_measures(case, tmp_path, tokenizer):
+    overrides, values = MEASURED[case]
+    plan = tiny_plan(tmp_path, tiny_policy(**overrides), **values)
+    measured = measured_peaks(
+        make_config(tmp_path / "run", **values), lambda: tiny_policy(**overrides), tokenizer, PROMPT
+    )
+    assert {*plan.phases} == {"rollout", "scoring", "update"} <= {*measured}
+    for phase, account in plan.phases.items():
+        planned = sum(account.values()) + plan.host  # on a CPU host memory is the device's
+        assert planned == pytest.approx(measured[phase], rel=0.1), (phase, account)
+
+
+@pytest.mark.filterwarnings("ignore:a bfloat16 weight")
+def test_a_bfloat16_plan_is_within_a_tenth(tmp_path, tokenizer):
+    values = {"model": {"dtype": "bfloat16"}}
+    plan = tiny_plan(tmp_path, **values)
+    make = lambda: tiny_policy().to(torch.bfloat16)  # noqa: E731
+    measured = measured_peaks(make_config(tmp_path / "run", **values), make, tokenizer, PROMPT)
+    for phase, account in plan.phases.items():
+        assert sum(account.values()) == pytest.approx(measured[phase], rel=0.1), (phase, account)
+
+
+def test_reward_models_are_in_the_plan_and_measured(tmp_path, tokenizer):
+    directory = str(tmp_path / "reward")
+    save_reward_model(directory, tokenizer)
+    values = {"reward": {"models": [directory], "missing_eos_penalty": 0}}
+    for park in (False, True):
+        config = make_config(tmp_path / f"run{park}", **values, model={"park": park})
+        shapes = read_shapes(config, tiny_policy().config)
+        plan = make_plan(config, "cpu", shapes=shapes, prompt_tokens=PROMPT)
+        measured = measured_peaks(config, tiny_policy, tokenizer, PROMPT)
+        for phase in ("rollout", "reward", "update"):
+            planned = sum(plan.phases[phase].values()) + plan.host
+            assert planned == pytest.approx(measured[phase], rel=0.1), (phase, park)
+
+
+def save_reward_model(directory, tokenizer):
+    from transformers import AutoModelForSequenceClassification
+
+    shape = tiny_policy(layers=1).config
+    shape.num_labels = 1
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def test_items_are_exact_where_they_can_be(tmp_path):
+    policy = tiny_policy()
+    weights = 4 * sum(parameter.numel() for parameter in policy.parameters())
+    head = 4 * policy.get_output_embeddings().weight.numel()
+    critic = weights - head + 4 * (128 + 1)
+    rollout, update = (tiny_plan(tmp_path, **MICRO).phases[phase] for phase in ("rollout", "update"))
+    inv_freq = 3 * 2 * 64
+    assert rollout["weights"] == pytest.approx(2 * weights + critic, abs=2 * inv_freq)
+    assert rollout["optimizer states"] == pytest.approx(2 * (weights + critic), abs=1000)  # and a count each
+    assert rollout["KV cache"] == 2 * 2 * 8 * (PROMPT + 32 - 1) * 128 * 4
+    assert update["gradients"] == weights + critic
+    assert update["logits chunk"] == 4 * 32 * 4096 * 4
+
+
+def test_checkpointing_parking_adapters_and_4_bits_each_need_less(tmp_path):
+    plain = tiny_plan(tmp_path)
+    recomputing = tiny_plan(tmp_path, model={"checkpointing": True})
+    assert recomputing.phases["update"]["activations"] < 0.7 * plain.phases["update"]["activations"]
+    parked = tiny_plan(tmp_path, model={"park": True})
+    reference = 4 * sum(parameter.numel() for parameter in tiny_policy().parameters())
+    assert parked.host == pytest.approx(reference, rel=0.01)
+    assert plain.phases["update"]["weights"] - parked.phases["update"]["weights"] == parked.host
+    assert parked.phases["scoring"]["weights"] == plain.phases["scoring"]["weights"]
+    adapters = tiny_plan(tmp_path, model=LORA)
+    assert adapters.peak < plain.peak
+    assert adapters.phases["update"]["adapters"] > 0
+    quantised = tiny_plan(tmp_path, model=LORA | {"quantise": "nf4"})
+    linear = sum(layer.weight.numel() for layer in linear_layers(tiny_policy()))
+    held = linear // 2 + linear // 64 + linear // 64 // 64
+    saved = adapters.phases["update"]["weights"] - quantised.phases["update"]["weights"]
+    assert saved == pytest.approx(4 * linear - held, rel=1e-3)
+
+
+def test_peft_directories_are_planned_by_their_configs(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    tiny_policy().config.save_pretrained(base)
+    targets = ["q_proj", "v_proj"]
+    peft.LoraConfig(r=8, target_modules=targets, base_model_name_or_path=base).save_pretrained(adapter)
+    lora = LORA | {"lora": {"rank": 8, "targets": targets}}
+
+    def plan(path, rewards=(), **model):
+        values = {"model": {"path": path} | model, "reward": {"models": rewards}}
+        return make_plan(make_config(tmp_path, **values), "cpu", prompt_tokens=PROMPT).phases
+
+    plain, from_adapter, judged = plan(base, **lora), plan(adapter, **lora), plan(base, [adapter], **lora)
+    one = 4 * 8 * (128 + 128) * 2 * 2
+    assert plain["update"]["weights"] == from_adapter["update"]["weights"] == judged["update"]["weights"]
+    assert from_adapter["update"]["adapters"] - plain["update"]["adapters"] == one  # the reference
+    assert judged["update"]["adapters"] - plain["update"]["adapters"] == one
+    assert "reward" in judged
+    apart = plan(base, [adapter])
+    assert apart["update"]["weights"] > plan(base)["update"]["weights"]
+
+
+def test_a_layer_of_4_bits_is_as_large_as_that_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    real = bitsandbytes.nn.Linear4bit(512, 1024, bias=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    state = real.weight.quant_state
+    held = [real.weight, state.absmax, state.state2.absmax]
+    ours = FourBits(torch.nn.Linear(512, 1024, bias=False))
+    assert ours.weight.nbytes == sum(x.nbytes for x in held)
+    x = torch.randn(3, 512, requires_grad=True)
+    ours(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_attention_of_a_packed_row_on_a_gpu_makes_no_mask_and_repeats_no_heads(tmp_path):
+    policy = tiny_policy(arch="qwen2", num_key_value_heads=1)
+    given = {"shapes": Shapes(Shape(policy.config)), "prompt_tokens": PROMPT}
+    by_ends, by_mask = (
+        make_plan(
+            make_config(tmp_path, model={"batches": "packed", "dtype": "bfloat16", "attention": kind}), "cuda", **given
+        )
+        for kind in (None, "sdpa")
+    )
+    assert by_ends.phases["update"]["activations"] < by_mask.phases["update"]["activations"]
+    assert by_ends.phases["rollout"]["KV cache"] == by_mask.phases["rollout"]["KV cache"]
+
+
+def linear_layers(policy):
+    head = policy.get_output_embeddings()
+    return [layer for layer in policy.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+
+
+def test_a_plan_is_the_same_every_time(tmp_path):
+    assert tiny_plan(tmp_path, **MICRO) == tiny_plan(tmp_path, **MICRO)
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A directory with the config of Qwen2.5-7B and nothing else."""
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps(QWEN))
+    return str(tmp_path / "qwen")
+
+
+def test_a_7b_is_planned_from_its_config_alone(qwen, tmp_path):
+    model = {"path": qwen, "dtype": "bfloat16", "checkpointing": True}
+    values = {"optim": {"minibatch_size": 4}, "rollout": {"batch_size": 4, "max_new_tokens": 505}}
+    lora = LORA | {"lora": {"rank": 64}}
+    full = make_plan(make_config(tmp_path, model=model | {"layout": "shared"}, **values), "cuda", prompt_tokens=8)
+    small = make_plan(make_config(tmp_path, model=model | lora, **values), "cuda", prompt_tokens=8)
+    assert small.phases["update"]["weights"] / GIB == pytest.approx(14.2, abs=0.05)
+    assert full.phases["update"]["weights"] == pytest.approx(2 * small.phases["update"]["weights"], rel=1e-3)
+    assert small.phases["rollout"]["KV cache"] == 4 * 512 * 56 * 1024
+    assert small.peak < full.peak
+    assert small.phases["update"]["fragmentation"] > 0
+    assert small.phases["update"]["CUDA context"] == full.phases["update"]["CUDA context"] > 0
+
+
+@pytest.mark.parametrize("preset", ["7b-80g-lora", "7b-80g-full", "7b-24g"])
+def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
+    row = next(line for line in README.read_text().splitlines() if line.startswith(f"| `{preset}` |"))
+    plan = make_plan(load_config(preset=preset, flags={"model.path": qwen}), "cuda")
+    assert f" {plan.peak / GIB:.1f} GiB" in row
+    if "nf4" in row:
+        small = make_plan(load_config(preset=preset, flags={"model.path": qwen, "model.quantise": "nf4"}), "cuda")
+        assert f"{small.peak / GIB:.1f} with `--model.quantise nf4`" in row
+
+
+def test_what_to_change_is_told_until_it_fits(tmp_path):
+    config, shapes = make_config(tmp_path), Shapes(Shape(tiny_policy().config))
+    given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
+    plan = make_plan(config, **given)
+    assert advise(config, plan, **given) == []
+    half = make_plan(make_config(tmp_path, optim={"micro_batch_size": 8}), **given)
+    changes = advise(config, dataclasses.replace(plan, limit=half.peak), **given)
+    assert [(each.name, each.value, each.plan.peak) for each in changes] == [("optim.micro_batch_size", 8, half.peak)]
+    changes = advise(config, dataclasses.replace(plan, limit=1), **given)
+    names = [each.name for each in changes]
+    assert names[0] == "optim.micro_batch_size"
+    assert {"model.park", "model.dtype", "model.layout", "model.quantise"} <= {*names}
+    peaks = [plan.peak, *(each.plan.peak for each in changes)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert not changes[-1].plan.fits
+
+
+def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
+    lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
+    config, shapes = make_config(tmp_path, **lora), Shapes(Shape(tiny_policy().config))
+    given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
+    changes = advise(config, make_plan(config, limit=1, **given), **given)
+    assert changes
+    assert "model.quantise" not in [each.name for each in changes]
+
+
+def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
+    """A GiB a row of each batch, and 10 to the update that recomputing alone takes away."""
+
+    def fake(config, device, *, limit=None):
+        sizes = config.rollout.micro_batch_size or 16, config.optim.micro_batch_size or 16
+        fixed = 0 if config.model.checkpointing else 10
+        phases = {"rollout": {"KV cache": sizes[0] * GIB}, "update": {"activations": (sizes[1] + fixed) * GIB}}
+        return Plan(phases, 0, limit)
+
+    monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
+    config = make_config("run")
+    changes = advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")
+    assert [(each.name, each.value) for each in changes] == [
+        ("optim.micro_batch_size", 1),
+        ("rollout.micro_batch_size", 8),
+        ("model.checkpointing", True),
+    ]
+    assert changes[-1].plan.fits
+
+
+def test_prompts_are_as_long_as_the_context_leaves_room(tmp_path):
+    shapes = Shapes(Shape(tiny_policy().config))
+    config = make_config(tmp_path, rollout={"batch_size": 16, "max_new_tokens": 64})
+    with raises_exactly("rollout.max_new_tokens: expected less than the model's context of 64, got 64", UserError):
+        make_plan(config, "cpu", shapes=shapes)
+    by_context = make_plan(make_config(tmp_path), "cpu", shapes=shapes)
+    assert by_context == make_plan(make_config(tmp_path), "cpu", shapes=shapes, prompt_tokens=32)
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("22.5 gib", 22.5 * GIB), ("512MiB", 2**29), ("1MB", 1e6)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "-1GB", "0GB", "24GBs", ""])
+def test_other_sizes_are_refused(text):
+    with raises_exactly(f"--gpu: expected a size such as 24GB or 22.5GiB, got {text!r}", UserError):
+        parse_size(text)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Flags of a run on a model directory that holds a config alone, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    tiny_policy().config.save_pretrained("model")
+    return ["plan", "--model", "model", "--rollout.batch-size", "16", "--rollout.max-new-tokens", "32"]
+
+
+def test_the_command_prints_table_peak_and_verdict(command, capsys):
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "memory by phase, MiB"
+    for name in ("rollout", "scoring", "update"):
+        assert name in lines[2]
+    items = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert items == ["weights", "optimizer states", "KV cache", "activations", "logits chunk", "all"]
+    assert lines[-1].startswith("peak ")
+    assert lines[-1].endswith(" MiB in update")
+
+
+def test_the_command_says_what_to_change(command, capsys):
+    assert cli.main([*command, "--gpu", "660MiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("│ CUDA context") for line in lines)
+    verdict, first, *_ = [line for line in lines if line.startswith(("peak", "  set"))]
+    assert "of 660.0 MiB: does not fit by" in verdict
+    assert first.startswith("  set optim.micro_batch_size to ")
+    assert cli.main([*command, "--gpu=24GB"]) == 0
+    assert "to spare" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_it_is_told_when_nothing_helps_enough():
+    plan = Plan({"rollout": {"weights": 3 * GIB}, "update": {"weights": 4 * GIB}}, host=GIB, limit=2 * GIB)
+    changed = dataclasses.replace(plan, phases={"update": {"weights": 5 * GIB // 2}})
+    assert told(plan, [Change("model.layout", "adapters", changed)]) == [
+        "peak 4.0 GiB in update, of 2.0 GiB: does not fit by 2.0 GiB",
+        "1.0 GiB of models wait in host memory",
+        "  set model.layout to adapters and model.lora.rank to 64: peak 2.5 GiB",
+        "that is not enough: take shorter responses or a smaller model",
+    ]
+    fits = dataclasses.replace(plan, limit=5 * GIB, host=0)
+    assert told(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "model.path: expected a model directory or hub id, got null"),
+        (["plan", "--gpu"], "--gpu: expected a size such as 24GB or 22.5GiB, got ''"),
+        (["plan", "--model", "model", "--gpu", "big"], "--gpu: expected a size such as 24GB or 22.5GiB, got 'big'"),
+        (["plan", "--optim.lrr", "1"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
+    ],
+)
+def test_mistakes_are_one_line(command, capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"ppo-fast: {message}\n"
+
+
+def test_a_directory_without_a_config_is_one_line(command, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["plan", "--model", "empty"]) == 2
+    printed = capsys.readouterr().err
+    assert printed == "ppo-fast: AutoConfig: cannot load directory 'empty': it has no config.json\n"
+
+
+def test_help(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    assert "--gpu SIZE" in capsys.readouterr().out
+
+
+def test_a_plan_is_announced_on_the_console_alone(tmp_path, monkeypatch):
+    policy, config = tiny_policy(), make_config(tmp_path)
+    seen, quiet = (Console(record=True, width=100, file=io.StringIO(), quiet=quiet) for quiet in (False, True))
+    announce(config, policy, PROMPT, seen)
+    assert seen.export_text() == ""  # it is tiny
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
+    announce(config, policy, PROMPT, seen)
+    assert "memory by phase" in seen.export_text()
+    announce(config, policy, PROMPT, quiet)
+    assert quiet.export_text() == ""
+
+
+def test_a_run_announces_its_plan_by_its_longest_prompt(tmp_path, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ppo, "announce", lambda *arguments: seen.append(arguments[2]))
+    prompts = ["w1", "w1 w2 w3"] * 8
+    reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    train_ppo(make_config(tmp_path), reward_fn=reward, prompts=prompts, policy=tiny_policy(), tokenizer=tokenizer)
+    assert seen == [3]
+
+
+def test_a_plan_that_fails_stops_no_run(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("odd\nmodel")
+
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.make_plan", fail)
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
+    seen = Console(record=True, width=100, file=io.StringIO())
+    announce(make_config(tmp_path), tiny_policy(), PROMPT, seen)
+    assert seen.export_text() == "no plan of the memory: RuntimeError: odd model\n"
+
+
+def test_a_timeline_knows_what_lives_when():
+    timeline = Timeline(lambda func, args: {"inside": 4096} if "cos" in str(func) else {})
+    with timeline:
+        kept = torch.ones(256)
+        with timeline.phase("first"):
+            a = kept + 1
+            b = a * 2
+            del a
+            b.cos_()
+        with timeline.phase("second"):
+            timeline.name("kept", [kept])
+            b = b + kept
+        with timeline.phase("first"):
+            kept.add_(1)
+        timeline.name(None, [b])
+    peaks = timeline.peaks()
+    assert peaks["first"] == {"kept": 1024, "activations": 1024, "inside": 4096}
+    assert peaks["second"] == {"kept": 1024, "activations": 1024}  # of b, whose sum is in host memory
+    assert timeline.aside == 1024
