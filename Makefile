@@ -6,7 +6,7 @@ PYTHON ?= python
 # Under `-n` pytest-benchmark below 5.3 warns at the start, and warnings are errors.
 TESTS = $(PYTHON) -m pytest -p no:benchmark
 PYTEST = $(TESTS) -q -m "not gpu and not peers and not slow"
-CPP = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 stage = @start=$$(date +%s); echo "== $(1)"; { $(2); } || { echo "== $(1): FAILED"; exit 1; }; \
 	echo "== $(1): $$(( $$(date +%s) - start )) s"

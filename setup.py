@@ -30,6 +30,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 CXX_FLAGS = [
+    "-Icsrc",
     "-std=c++17",
     "-O3",
     "-g0",
@@ -39,7 +40,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-Wall",
 ]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-Icsrc", "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90;100"
 
 
@@ -67,14 +68,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     )
 EXACT = "-ffp-contract=off"  # a * b + c is fused where the source says so, and nowhere else
 CXX_UNITS = [
-    *(Unit("csrc/cpu/isa.cpp", (EXACT, f"-DPPO_FAST_ISA={isa}", *flags), isa) for isa, flags in ISAS.items()),
-    Unit("csrc/row_bindings.cpp"),
-    Unit("csrc/cpu/parallel.cpp"),
-    Unit("csrc/cpu/gae.cpp", (EXACT,)),
-    *(Unit(f"csrc/cpu/{name}.cpp") for name in ("dispatch", "huge_pages", "token_stats", "policy_loss", "value_loss")),
+    *(Unit("csrc/cpu/rows/kernels.cpp", (EXACT, f"-DISA_NAMESPACE={isa}", *flags), isa) for isa, flags in ISAS.items()),
+    Unit("csrc/gae/cpu.cpp", (EXACT,)),
+    *(Unit(f"csrc/cpu/{name}.cpp") for name in ("rows/dispatch", "rows/ops", "parallel", "huge_pages")),
+    Unit("csrc/bindings/rows.cpp"),
 ]
-BINDINGS = {False: Unit("csrc/bindings.cpp"), True: Unit("csrc/bindings.cpp", ("-DPPO_FAST_CUDA",), "cuda")}
-CUDA_SOURCES = ["csrc/cuda/gae.cu"]
+BINDINGS = {
+    False: Unit("csrc/bindings/module.cpp"),
+    True: Unit("csrc/bindings/module.cpp", ("-DPPO_FAST_CUDA",), "cuda"),
+}
+CUDA_SOURCES = ["csrc/gae/cuda.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 

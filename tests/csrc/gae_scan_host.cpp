@@ -1,7 +1,7 @@
 // The CUDA scan on the host: every thread of a block in turn, between the points where the kernel's threads
-// wait for each other (shuffles, barriers). Arithmetic, tiles, windows and carries are those of gae_scan.h,
+// wait for each other (shuffles, barriers). Arithmetic, tiles, windows and carries are those of gae/scan.h,
 // in float64.
-#include "../../csrc/gae_scan.h"
+#include "gae/scan.h"
 
 #include <vector>
 

@@ -77,7 +77,7 @@ def test_cuda_that_does_not_compile_is_left_out_loudly(tmp_path: Path) -> None:
     done, package = _build(tmp_path, CXX=compiler, CUDA_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "ppo_fast is built WITHOUT its cuda part" in done.stderr
-    assert "did not compile csrc/cuda/gae.cu" in done.stderr
+    assert "did not compile csrc/gae/cuda.cu" in done.stderr
     assert list(package.glob("_C.*.so"))
     report = json.loads((package / "_build.json").read_text())
     assert report["cpp"] is None
@@ -85,7 +85,7 @@ def test_cuda_that_does_not_compile_is_left_out_loudly(tmp_path: Path) -> None:
 
     done, _ = _build(tmp_path, CXX=compiler, CUDA_HOME=str(tmp_path), PPO_FAST_CUDA="1")
     assert done.returncode != 0
-    assert "did not compile csrc/cuda/gae.cu" in done.stderr
+    assert "did not compile csrc/gae/cuda.cu" in done.stderr
 
 
 def test_a_missing_toolkit_is_a_reason(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_cuda_kernels_use_no_stack_and_do_not_spill(setup_py: ModuleType, tmp_pa
             setup_py.find_cuda()
         return
     toolkit = setup_py.find_cuda()
-    command = [toolkit.nvcc, *setup_py.NVCC_FLAGS, *toolkit.gencode(), "-Xptxas=-v", "-c", "csrc/cuda/gae.cu"]
+    command = [toolkit.nvcc, *setup_py.NVCC_FLAGS, *toolkit.gencode(), "-Xptxas=-v", "-c", "csrc/gae/cuda.cu"]
     done = subprocess.run([*command, "-o", str(tmp_path / "gae.o")], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

@@ -1,4 +1,4 @@
-"""The arithmetic of the CUDA scan, driven on the host thread by thread: gae_scan_host.cpp around csrc/gae_scan.h."""
+"""The arithmetic of the CUDA scan, driven on the host thread by thread: gae_scan_host.cpp around csrc/gae/scan.h."""
 
 import ctypes
 import itertools
@@ -31,7 +31,20 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
     library = tmp_path_factory.mktemp("scan") / "scan.so"
     compiler = os.environ.get("CXX", "g++")
     source = str(HERE / "gae_scan_host.cpp")
-    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", str(library)], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            f"-I{HERE.parents[1] / 'csrc'}",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            source,
+            "-o",
+            str(library),
+        ],
+        check=True,
+    )
     function = ctypes.CDLL(str(library)).gae_scan_host
     function.restype = ctypes.c_int64
 

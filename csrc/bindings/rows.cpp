@@ -1,15 +1,13 @@
-#include "row_bindings.h"
+#include "bindings/rows.h"
 
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/dispatch.h"
 #include "cpu/huge_pages.h"
-#include "cpu/policy_loss.h"
-#include "cpu/token_stats.h"
-#include "cpu/value_loss.h"
+#include "cpu/rows/dispatch.h"
+#include "cpu/rows/ops.h"
 
 namespace py = pybind11;
 

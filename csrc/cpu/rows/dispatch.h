@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/rows/kernels.h"
 
 namespace ppo_fast::cpu {
 

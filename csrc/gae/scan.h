@@ -1,45 +1,15 @@
-// The recursion of generalized advantage estimation, and the same recursion as an associative scan.
+// Generalized advantage estimation as an associative scan.
 //
 // A step takes the state (advantage, value) of the step after it to its own. A run of steps is an affine map
 // of the state, and two maps compose to a map, so a sequence is scanned from its end by any number of
-// threads. Plain C++ on scalars: the CPU kernel, the CUDA kernel and the host tests of the latter compile
-// this file.
+// threads. Plain C++ on scalars: the CUDA kernel and its host tests compile this file.
 #pragma once
 
 #include <cstring>
 
-#include "gae.h"
+#include "gae/recursion.h"
 
 namespace ppo_fast::gae {
-
-template <class T>
-struct Discounts {
-  T gamma;
-  T gamma_lam;  // the product is taken in double and rounded once
-};
-
-template <class T>
-Discounts<T> discounts_of(const GaeArguments& args) {
-  return {static_cast<T>(args.gamma), static_cast<T>(args.gamma * args.lam)};
-}
-
-// What a step hands to the step before it.
-template <class T>
-struct State {
-  T advantage;
-  T next_value;
-};
-
-// One step of the recursion, without a branch. `done` cuts the state off; `pass` hands it on unchanged.
-// T is float or double. V and Flag are T and bool, or vectors of T and of integer masks of its width.
-template <class V, class Flag, class T>
-PPO_FAST_HOST_DEVICE State<V> advance(State<V> after, V reward, V value, Flag done, Flag pass, Discounts<T> discounts) {
-  const V next_value = done ? V{} : after.next_value;
-  const V next_advantage = done ? V{} : after.advantage;
-  const V delta = (reward + discounts.gamma * next_value) - value;
-  const V advantage = delta + discounts.gamma_lam * next_advantage;
-  return {pass ? after.advantage : advantage, pass ? after.next_value : value};
-}
 
 // A run of steps: advantage' = a * advantage + b * next_value + c;  next_value' = p * next_value + v.
 // Where every step passes its state on, p is 1 and v is 0; else p is 0 and v the first value of the run. Only

@@ -1,9 +1,9 @@
 // exp2, exp and log of a vector within 2 units in the last place, and exp(x) - 1 - x within 4.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd/vec.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
@@ -115,4 +115,4 @@ inline Vec exp_excess(Vec x, Vec exp_x) {
 }
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

@@ -1,9 +1,9 @@
 // The clipped squared error of values, and its gradient.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd/vec.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 // n <= kWidth tokens; lanes beyond them, and uncounted tokens, are all zeros.
@@ -57,4 +57,4 @@ ValueSums value_rows(const ValueLossArguments& args, int64_t first, int64_t last
 }
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

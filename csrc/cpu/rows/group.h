@@ -1,9 +1,9 @@
 // Up to kWidth counted rows that are worked on together: row i in lane i of every per-row quantity.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd/vec.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 // The type of reference logits that are not there.
@@ -72,17 +72,17 @@ struct Group {
   // One number per row, 0 in lanes without one; `absent` from an array that is not there.
   Vec load(const float* per_row, float absent = 0.0f) const {
     if (per_row == nullptr) return set(absent);
-    if (adjacent) return PPO_FAST_ISA::load(per_row + row[0]);
+    if (adjacent) return ISA_NAMESPACE::load(per_row + row[0]);
     float lanes[kWidth] = {};
     for (int i = 0; i < size; ++i) lanes[i] = per_row[row[i]];
-    return PPO_FAST_ISA::load(lanes);
+    return ISA_NAMESPACE::load(lanes);
   }
 
   void store(float* per_row, Vec x) const {
     if (per_row == nullptr) return;
-    if (adjacent) return PPO_FAST_ISA::store(per_row + row[0], x);
+    if (adjacent) return ISA_NAMESPACE::store(per_row + row[0], x);
     float lanes[kWidth];
-    PPO_FAST_ISA::store(lanes, x);
+    ISA_NAMESPACE::store(lanes, x);
     for (int i = 0; i < size; ++i) per_row[row[i]] = lanes[i];
   }
 
@@ -139,4 +139,4 @@ class Groups {
 };
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

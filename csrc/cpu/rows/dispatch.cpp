@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "cpu/rows/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>

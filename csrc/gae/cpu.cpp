@@ -2,11 +2,11 @@
 // transposed into scratch memory and the recursion runs on whole rows of it. Its latency is so shared by kLanes
 // sequences, and the strides of the inputs do not matter. Compiled with -ffp-contract=off: the results are
 // those of the plain recursion to the last bit.
-#include "gae.h"
+#include "gae/gae.h"
 
-#include "../gae_scan.h"
-#include "parallel.h"
-#include "tile.h"
+#include "cpu/parallel.h"
+#include "gae/cpu_tile.h"
+#include "gae/recursion.h"
 
 namespace ppo_fast::cpu {
 namespace {

@@ -1,9 +1,9 @@
 // The policy loss of a group of tokens from their statistics, and its gradient with respect to them.
 #pragma once
 
-#include "row_gradient.h"
+#include "cpu/rows/backward.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 constexpr float kMaxLogRatio = 20.0f;
@@ -122,4 +122,4 @@ struct PolicyLaneSums {
 };
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

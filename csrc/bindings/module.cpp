@@ -6,12 +6,8 @@
 #include <array>
 #include <cstdint>
 
-#include "cpu/gae.h"
-#include "gae.h"
-#include "row_bindings.h"
-#ifdef PPO_FAST_CUDA
-#include "cuda/gae.h"
-#endif
+#include "bindings/rows.h"
+#include "gae/gae.h"
 
 namespace py = pybind11;
 using namespace ppo_fast;

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../gae.h"
+#include "gae/arguments.h"
 
 namespace ppo_fast::cpu {
 

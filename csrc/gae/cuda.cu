@@ -1,6 +1,6 @@
 // Where there are many sequences, a warp scans one and a block of kWarps warps takes kWarps of them; its long
 // ones, and every one where there are few, are scanned by the whole block. Lengths are read on the device.
-#include "gae.h"
+#include "gae/gae.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../gae_scan.h"
+#include "gae/scan.h"
 
 namespace ppo_fast::cuda {
 namespace {

@@ -4,12 +4,12 @@
 //     dlogits[j] = (g * [j = target] + p[j] * (a + b * u[j] + c * w[j])) / temperature
 //     a = -g - gH * H - gK * KL        b = gK - gH        c = -gK
 //
-// which is exp(d / T) * (constant + slope * d + ref_slope * e) in the numbers d and e of row_sums.h.
+// which is exp(d / T) * (constant + slope * d + ref_slope * e) in the numbers d and e of forward.h.
 #pragma once
 
-#include "row_sums.h"
+#include "cpu/rows/forward.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 // What turns the logits of each row of a group into log-probabilities: u = (x - max) / temperature - log_sum.
@@ -216,4 +216,4 @@ void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const
 }
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

@@ -1,5 +1,5 @@
 // A vector of floats as wide as the instruction set of this translation unit, on GCC vector extensions: operators and
-// `condition ? a : b` work lane by lane. PPO_FAST_ISA names the unit's namespace; everything has internal linkage, so
+// `condition ? a : b` work lane by lane. ISA_NAMESPACE names the unit's namespace; everything has internal linkage, so
 // that the linker cannot mix code of different instruction sets.
 #pragma once
 
@@ -10,9 +10,9 @@
 #include <immintrin.h>
 #endif
 
-#include "rows.h"
+#include "cpu/rows/arguments.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 #if defined(__AVX512F__)
@@ -198,4 +198,4 @@ float combine_lanes(Vec x, Combine combine) {
 }
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

@@ -1,9 +1,9 @@
-// The row kernels, compiled once for each instruction set with PPO_FAST_ISA naming it.
-#include "kernels.h"
-#include "policy_terms.h"
-#include "value_terms.h"
+// The row kernels, compiled once for each instruction set with ISA_NAMESPACE naming it.
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/policy.h"
+#include "cpu/rows/value.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 template <class T>
@@ -201,4 +201,4 @@ void elementary(const char* f, const float* x, float* y, int64_t n) {
 
 const Kernels kernels = {token_stats, token_stats_backward, policy_loss, value_loss, elementary};
 
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE

@@ -2,7 +2,7 @@
 // library: an inline function of it, compiled for AVX-512, could be the one that the linker keeps for all.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows/arguments.h"
 
 namespace ppo_fast::cpu {
 

@@ -9,10 +9,10 @@
 // against the maximum so far; only a block that raises it costs a rescaling.
 #pragma once
 
-#include "elementary.h"
-#include "row_group.h"
+#include "cpu/rows/group.h"
+#include "cpu/simd/math.h"
 
-namespace ppo_fast::cpu::PPO_FAST_ISA {
+namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kNarrow = 256;
@@ -207,4 +207,4 @@ RowSums row_sums(const Rows& in, const Group& group) {
 }
 
 }  // namespace
-}  // namespace ppo_fast::cpu::PPO_FAST_ISA
+}  // namespace ppo_fast::cpu::ISA_NAMESPACE
