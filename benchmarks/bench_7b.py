@@ -106,7 +106,7 @@ def make_config(preset: str, scale: str, updates: int, changes: dict[str, str], 
     return load_config(preset=preset, flags={"updates": updates} | small | quiet | changes)
 
 
-class Meter(Stopwatch):
+class PhaseMemory(Stopwatch):
     """A stopwatch that keeps the peak of each phase's memory, in GiB."""
 
     peaks: list[dict[str, dict[str, float]]]  # by update, by phase; of the class: a run makes a meter an update
@@ -134,11 +134,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * GIB / total))
     changes = dict(arguments.set) | {"model.device": device.type}
-    Meter.peaks, policy = [], make_policy(arguments.model, arguments.scale, device)
+    PhaseMemory.peaks, policy = [], make_policy(arguments.model, arguments.scale, device)
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(arguments.preset, arguments.scale, arguments.updates, changes, directory)
         with (
-            mock.patch.object(ppo, "Stopwatch", Meter),
+            mock.patch.object(ppo, "Stopwatch", PhaseMemory),
             mock.patch.object(ppo, "save_models", lambda models, target: target),
         ):
             result = ppo.train_ppo(
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "epochs": config.optim.epochs,
         "length_mean": result.history[-1]["length/mean"],
         "first_update_s": sum(result.history[0][f"time/{phase}"] for phase in PHASES),
-        "phases": phases(result.history[-1], Meter.peaks[-1], plan),
+        "phases": phases(result.history[-1], PhaseMemory.peaks[-1], plan),
     }
 
 

@@ -1,7 +1,7 @@
 """The fused linear head against eager torch, torch.compile, the matrix products alone, and the peers that are there.
 
 Peers run where they can be imported: liger-kernel (chunked GRPO loss), cut-cross-entropy (its log-probabilities under
-the same loss) and TRL's selective_log_softmax (on materialised logits). None of them has an entropy bonus.
+the same loss) and TRL's selective_log_softmax (on materialized logits). None of them has an entropy bonus.
 """
 
 import contextlib

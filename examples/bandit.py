@@ -67,7 +67,7 @@ def best_reward(mu: Tensor) -> float:
 
 
 def closed_form(mu: Tensor, beta: float) -> Tensor:
-    """The maximiser of E[r] - beta * KL(pi || uniform): pi proportional to uniform * exp(mu / beta)."""
+    """The maximizer of E[r] - beta * KL(pi || uniform): pi proportional to uniform * exp(mu / beta)."""
     return torch.softmax(mu / beta, dim=-1)
 
 
@@ -140,14 +140,14 @@ def draw(calm: dict[str, History], stress: dict[str, History], best: float, path
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(MODES, ("#1f6f8b", "#d98324", "#8a8a8a"), strict=True))
+    colors = dict(zip(MODES, ("#1f6f8b", "#d98324", "#8a8a8a"), strict=True))
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, sharey="row", layout="constrained")
     for column, (title, runs) in enumerate((("lr 0.1, 4 epochs", calm), ("lr 0.5, 20 epochs", stress))):
         for mode, history in runs.items():
             updates = range(1, len(history.kl) + 1)
             share = [100 * reward / best for reward in history.reward]
-            axes[0, column].plot(updates, share, color=colours[mode], label=mode)
-            axes[1, column].plot(updates, history.kl, color=colours[mode], label=mode)
+            axes[0, column].plot(updates, share, color=colors[mode], label=mode)
+            axes[1, column].plot(updates, history.kl, color=colors[mode], label=mode)
         axes[0, column].set_title(title, loc="left")
         axes[1, column].set(yscale="log", ylim=(1e-4, 20), xlabel="update")
     axes[0, 0].set_ylabel("expected reward\n(% of the best)")
@@ -178,7 +178,7 @@ def main() -> None:
         print(f"{mode:8} {share:19.1f} {max(calm[mode].kl):8.3f} {max(stress[mode].kl):29.2f}")
     optimum = expected_reward(closed_form(mu, LEASHED.beta), mu)
     reached = train(mu, LEASHED, args.seed).reward[-1]
-    print(f"\nWith KL to the uniform policy (beta {LEASHED.beta}) the optimum is exp(mu / beta), normalised:")
+    print(f"\nWith KL to the uniform policy (beta {LEASHED.beta}) the optimum is exp(mu / beta), normalized:")
     print(f"expected reward {optimum:.4f}, reached {reached:.4f}")
     draw(calm, stress, best, args.out / "bandit.png")
     print(f"\nwrote {args.out / 'bandit.png'}")

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ppo_fast.integrations import patch_trl
 from ppo_fast.rlhf.models import tiny
 
-COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+COLORS = ["red", "green", "blue", "yellow", "black", "white"]
 
 
 def reward(completions: list[str], **_: object) -> list[float]:
@@ -20,9 +20,9 @@ def reward(completions: list[str], **_: object) -> list[float]:
     return [text.split().count("blue") / max(1, len(text.split())) for text in completions]
 
 
-tokenizer = tiny.make_tokenizer(COLOURS)
+tokenizer = tiny.make_tokenizer(COLORS)
 model = tiny.make_model(len(tokenizer), hidden=32, layers=1)
-prompts = datasets.Dataset.from_list([{"prompt": colour} for colour in COLOURS])
+prompts = datasets.Dataset.from_list([{"prompt": color} for color in COLORS])
 
 with tempfile.TemporaryDirectory() as folder, patch_trl() as report:
     args = GRPOConfig(

@@ -81,7 +81,7 @@ def _cell(state: str | None, reasons: dict[str, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report as a coloured table, or as JSON with ``--json``."""
+    """Print the report as a colored table, or as JSON with ``--json``."""
     parser = argparse.ArgumentParser(
         prog="ppo-fast doctor", description="Versions, devices, and which backend of which op runs here."
     )

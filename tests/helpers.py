@@ -33,12 +33,12 @@ def cases_under_test(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tu
 
 
 def each_backend(op: str) -> pytest.MarkDecorator:
-    """Parametrise ``backend`` over the tested backends of ``op``."""
+    """Parametrize ``backend`` over the tested backends of ``op``."""
     return pytest.mark.parametrize("backend", backends_under_test(op))
 
 
 def each_case(op: str, dtypes: Sequence[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
-    """Parametrise ``backend, dtype``."""
+    """Parametrize ``backend, dtype``."""
     cases = cases_under_test(op, dtypes)
     return pytest.mark.parametrize(("backend", "dtype"), cases, ids=[f"{b}-{str(d)[6:]}" for b, d in cases])
 

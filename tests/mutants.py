@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant(
         f"{TRITON}/value_loss.py", "clamped(v, old - clip, old + clip)", "old + clamped(v - old, -clip, clip)", VALUE
     ),
-    Mutant(f"{CPU}/value_terms.h", "out.old == out.old ? out.value : out.old", "out.value", MANNERS),
+    Mutant(f"{CPU}/rows/value.h", "out.old == out.old ? out.value : out.old", "out.value", MANNERS),
     # preference_loss, dpo_loss
     Mutant("ppo_fast/ops/preference.py", "gap - margin.detach()", "gap + margin.detach()", PREFERENCE),
     Mutant("ppo_fast/ops/preference.py", "margin.detach()", "margin", PREFERENCE),
@@ -127,9 +127,9 @@ MUTANTS = [
     Mutant(f"{TRITON}/policy_loss.py", "slope += penalty_coef * rise", "slope += 0.0", POLICY),
     Mutant(f"{TRITON}/gae.py", "tl.where(passes1, b2, 0.0)", "b2", GAE),
     # the C++ kernels
-    Mutant(f"{CPU}/row_sums.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
-    Mutant(f"{CPU}/row_sums.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
-    Mutant(f"{CPU}/row_gradient.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
+    Mutant(f"{CPU}/rows/forward.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
+    Mutant(f"{CPU}/rows/forward.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
+    Mutant(f"{CPU}/rows/backward.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
     Mutant(f"{RLHF}/training/adamw.py", "            weight.copy_(master)\n", "", OPTIM),
@@ -164,7 +164,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/data/packing.py", "- starts.repeat(lengths)", "", BATCHES),
     Mutant(
         f"{RLHF}/data/packing.py",
-        "rank[self.counted[rows, 1:].ravel()]",
+        "rank[self.loss_mask[rows, 1:].ravel()]",
         "rank[self.counted[rows, :-1].ravel()]",
         BATCHES,
     ),
@@ -175,7 +175,12 @@ MUTANTS = [
     ),
     Mutant(f"{RLHF}/data/packing.py", "offsets(lengths[lengths > 0])", "offsets(lengths)", BATCHES),
     Mutant(f"{RLHF}/data/packing.py", "first + 1 : last + 1", "first:last", BATCHES),
-    Mutant(f"{RLHF}/models/forward.py", "(states // width + 1) * (width - tail)", "(width - tail)", BATCHES),
+    Mutant(
+        f"{RLHF}/models/forward.py",
+        "(states // width + 1) * (width - logits_to_keep)",
+        "(width - logits_to_keep)",
+        BATCHES,
+    ),
     Mutant(f"{RLHF}/ppo/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),
     Mutant(f"{RLHF}/ppo/update.py", "(self.config.loss.vf_coef * error.loss)", "error.loss", UPDATE),
     Mutant(f"{RLHF}/ppo/update.py", "loss.loss + self.config.loss.vf_coef * error", "loss.loss + error", SHARED),

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from ppo_fast import cli
 from ppo_fast.rlhf.config.files import field_defaults
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.ppo.reward_hacking import SIGNS
+from ppo_fast.rlhf.ppo.reward_hacking import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -119,7 +119,7 @@ def test_the_knobs_are_fields_of_the_config_with_their_defaults() -> None:
 
 
 def test_the_page_on_debugging_names_every_sign_of_reward_hacking() -> None:
-    for sign in SIGNS:
+    for sign in RULES:
         (row,) = re.findall(rf"^\| `{sign.metric}` .*", DEBUGGING, re.MULTILINE)[-1:]
         assert sign.limit == 0 or f" {sign.limit:g} " in row
         for field in re.findall(r"\w+\.\w+", sign.remedy):

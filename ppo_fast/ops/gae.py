@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, padded and packed, as one reverse scan per sequence."""
+"""Generalized advantage estimation, padded and packed, as one reverse scan per sequence."""
 
 import torch
 from torch import Tensor

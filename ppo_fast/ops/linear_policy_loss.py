@@ -14,9 +14,9 @@ from ppo_fast.ops._core.chunked_head import (
     Sweep,
     Upstream,
     Wanted,
+    gather_rows,
     saved_rows,
     scaled,
-    take,
     unit_scale,
 )
 from ppo_fast.ops._core.config import PolicyLossConfig
@@ -68,7 +68,7 @@ def _by_tile(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.Pol
         values = sweep.row_stats(rows)
         stats.put(rows, values)
         chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
-        return _upstream(_terms(call.backend, values, None, chosen, weights=take(weights, rows))), values
+        return _upstream(_terms(call.backend, values, None, chosen, weights=gather_rows(weights, rows))), values
 
     gradients = sweep.gradients(upstream)
     return _terms(call.backend, stats, call.mask, terms), gradients, scale
@@ -90,7 +90,7 @@ def _fused(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.Polic
     call, rows = sweep.call, sweep.rows
     logits, ref_logits = sweep.load(0, len(rows))
     run = registry.implementation("policy_loss", call.backend)
-    given = logits, take(call.targets, rows), None, ref_logits, call.temperature
+    given = logits, gather_rows(call.targets, rows), None, ref_logits, call.temperature
     chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
     out = run(*given, *chosen, out=logits if any(sweep.wanted) else None)
     loss, metrics, *of_rows = out[:7]
@@ -125,7 +125,7 @@ def _method(sweep: Sweep, terms: Terms) -> Callable[..., tuple[reference.PolicyT
 def _at(terms: Terms, rows: Tensor) -> dict[str, Any]:
     """The per-token terms of some rows, by name."""
     per_token = zip(Terms._fields[:4], terms[:4], strict=True)
-    return {name: take(x, rows) for name, x in per_token if x is not None}
+    return {name: gather_rows(x, rows) for name, x in per_token if x is not None}
 
 
 def _upstream(terms: reference.PolicyTerms) -> Upstream:
@@ -262,7 +262,7 @@ def linear_policy_loss(
     Args:
         hidden: [..., T, D] or packed [N, D]; float32, bfloat16, float16 or float64: what the model's head takes.
         weight: [V, D], the head's weight, in the dtype of ``hidden``. Under autocast both are cast as
-            ``torch.nn.functional.linear`` would. Not a DTensor, not quantised. A frozen weight costs no product.
+            ``torch.nn.functional.linear`` would. Not a DTensor, not quantized. A frozen weight costs no product.
         targets: [..., T], int32 or int64: the tokens that were sampled.
         old_logprobs: [..., T] under the policy that sampled them; None means ``logprobs.detach()`` (r = 1).
         advantages: [..., T] or [..., 1].

@@ -130,7 +130,7 @@ def linear_token_stats(
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64: what the model's head takes.
         weight: [V, D], the head's weight, in the dtype of ``hidden``. Under autocast both are cast as
-            ``torch.nn.functional.linear`` would. Not a DTensor, not quantised.
+            ``torch.nn.functional.linear`` would. Not a DTensor, not quantized.
         targets: [...], int32 or int64.
         bias: [V], or None.
         softcap: in [1e-9, 1e9], the final-logit softcapping of Gemma 2; None: none.

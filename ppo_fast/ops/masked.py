@@ -62,9 +62,9 @@ def whiten(x: Tensor, mask: Tensor | None, *, shift_mean: bool = True) -> Tensor
     """
     x, count = _counted("whiten", x, mask)
     mean = x.sum() / count.clamp(min=1)
-    centred = x - mean if mask is None else torch.where(mask, x - mean, 0.0)
-    var = centred.square().sum() / (count - 1).clamp(min=1)
-    white = centred * torch.rsqrt(var + 1e-8)
+    centered = x - mean if mask is None else torch.where(mask, x - mean, 0.0)
+    var = centered.square().sum() / (count - 1).clamp(min=1)
+    white = centered * torch.rsqrt(var + 1e-8)
     if shift_mean:
         return white
     return white + mean if mask is None else torch.where(mask, white + mean, 0.0)

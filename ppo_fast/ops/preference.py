@@ -48,7 +48,7 @@ def dpo_loss(
     *,
     beta: float = 0.1,
 ) -> LossOutput:
-    """Direct preference optimisation, on log-probabilities summed over each response.
+    """Direct preference optimization, on log-probabilities summed over each response.
 
     ``mean(-logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))))``
 

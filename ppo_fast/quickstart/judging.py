@@ -61,7 +61,7 @@ class Examiner:
         models = dataclasses.replace(_load(path, self.seed), reference=self.reference.policy)
         generation = _answer(models, self.prompts, self.seed)
         rollout = score(models, generation, RolloutConfig(micro_batch_size=WIDTH))
-        responses = Responses.of(generation, models.tokenizer)
+        responses = Responses.from_generation(generation, models.tokenizer)
         rewards, (mean, std) = torch.tensor(self.reward(responses)), self.reward.saved_stats
         return Evaluation(
             prompts=self.prompts,
@@ -77,7 +77,8 @@ def write_preferences(out: Path, count: int, seed: int) -> None:
     models, rng = _load(out / "sft/final", seed), random.Random(seed + 1)
     prompts = language.sample_prompts(count, rng, without=files.read_prompts(out / "test.jsonl"))
     first, second = (
-        Responses.of(_answer(models, prompts, seed + draw), models.tokenizer).completions for draw in (1, 2)
+        Responses.from_generation(_answer(models, prompts, seed + draw), models.tokenizer).completions
+        for draw in (1, 2)
     )
     pairs = []
     for prompt, *answers in zip(prompts, first, second, strict=True):

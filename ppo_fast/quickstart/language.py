@@ -1,6 +1,6 @@
 """A small language of restaurant reviews, in which every sentence can be judged without a model.
 
-Templates generate the reviews and a regular expression made from the same templates recognises them, so
+Templates generate the reviews and a regular expression made from the same templates recognizes them, so
 "is this a sentence" has an exact answer. The words carry a tone. Plain Python without imports from the
 package: the quickstart copies this file into its output directory, where its runs call `gold` in their evaluations.
 """
@@ -112,7 +112,7 @@ def _any_of(texts: list[str]) -> str:
     return f"(?:{'|'.join(texts)})"
 
 
-def _recogniser() -> re.Pattern[str]:
+def _recognizer() -> re.Pattern[str]:
     """The expression of all reviews. It judges form, not sense: any clause may take words of either tone."""
     lexicon = {symbol: _any_of(text.split()) for symbol, text in NOUNS.items()}
     lexicon |= {symbol: _any_of(f"{WARM[symbol]} {COLD[symbol]}".split()) for symbol in WARM}
@@ -121,7 +121,7 @@ def _recogniser() -> re.Pattern[str]:
     return re.compile(_any_of(forms))
 
 
-_REVIEW = _recogniser()
+_REVIEW = _recognizer()
 
 
 def is_valid(text: str) -> bool:

@@ -16,7 +16,7 @@ from ppo_fast.rlhf.reports.plots import Panel
 
 SAMPLES = 6
 PANELS = (
-    Panel("objective/scores", "What PPO maximises: the reward model's score", "standard deviations"),
+    Panel("objective/scores", "What PPO maximizes: the reward model's score", "standard deviations"),
     Panel("eval/gold", "What we want: the gold score", "mean score of a review"),
     Panel("objective/kl", "KL to the fine-tuned model", "nats per review", floor=0.0),
     Panel("eval/valid", "Well-formed reviews", "% of reviews", scale=100.0, floor=0.0),
@@ -34,7 +34,7 @@ def sample_table(sides: Mapping[str, Evaluation]) -> Table:
     rows = {prompt: row for row, prompt in enumerate(first.prompts) if " " in prompt}
     for prompt, row in list(rows.items())[:SAMPLES]:
         cells = [(side.texts[row], language.score(side.texts[row])) for side in sides.values()]
-        table.add_row(*(cell for text, gold in cells for cell in (_coloured(prompt, text), Text(f"{gold:+.0f}"))))
+        table.add_row(*(cell for text, gold in cells for cell in (_colored(prompt, text), Text(f"{gold:+.0f}"))))
     return table
 
 
@@ -85,8 +85,8 @@ Next:
 """
 
 
-def _coloured(prompt: str, text: str) -> Text:
-    """The review with its prompt underlined, punctuation closed up and words of tone in colour."""
+def _colored(prompt: str, text: str) -> Text:
+    """The review with its prompt underlined, punctuation closed up and words of tone in color."""
     out = Text()
     for position, word in enumerate(text.split()):
         if position and word not in {".", ","}:

@@ -69,7 +69,7 @@ def divides(name: str, part: int, whole_name: str, whole: int) -> None:
 
 
 @contextlib.contextmanager
-def named(where: str) -> Iterator[None]:
+def error_prefix(where: str) -> Iterator[None]:
     """Put `where` in front of the message of a UserError."""
     try:
         yield

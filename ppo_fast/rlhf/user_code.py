@@ -33,7 +33,7 @@ def load_callable(spec: str | None, setting: str) -> Callable[..., Any]:
     return function
 
 
-def forget_modules() -> None:
+def clear_module_cache() -> None:
     """Load every file anew from here on: a run does not begin with what another left in its variables."""
     _module.cache_clear()
 
@@ -91,18 +91,18 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def listed(role: str, noun: str, answer: Any, count: int) -> list[Any]:
+def as_list(role: str, noun: str, answer: Any, count: int) -> list[Any]:
     """The answer as a list of `count` plain Python values; UserError when it is none."""
     try:
-        answer = list(plain(answer))
+        answer = list(to_python(answer))
     except TypeError as error:
         raise UserError(f"{role}: expected a list of {count} {noun}, got {answer!r}") from error
     if len(answer) != count:
         raise UserError(f"{role}: expected {count} {noun}, got {len(answer)}")
-    return [plain(value) for value in answer]
+    return [to_python(value) for value in answer]
 
 
-def plain(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """Numbers and lists of tensors and of NumPy arrays."""
     return value.tolist() if hasattr(value, "tolist") else value
 

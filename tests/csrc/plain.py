@@ -1,4 +1,4 @@
-"""The plain recursion of generalised advantage estimation: one sequence axis, a Python loop over time."""
+"""The plain recursion of generalized advantage estimation: one sequence axis, a Python loop over time."""
 
 import itertools
 from typing import Any

@@ -153,7 +153,7 @@ EXAMPLES: dict[str, Example] = {
 
 
 def each_example(*names: str) -> pytest.MarkDecorator:
-    """Parametrise ``name, backend`` over examples (default: all) and the tested backends of their ops."""
+    """Parametrize ``name, backend`` over examples (default: all) and the tested backends of their ops."""
     chosen = names or tuple(EXAMPLES)
     cases = [(n, b) for n in chosen for b in (backends_under_test(EXAMPLES[n].op) if EXAMPLES[n].op else ["plain"])]
     return pytest.mark.parametrize(("name", "backend"), cases, ids=["-".join(case) for case in cases])

@@ -48,7 +48,7 @@ def make_linear_case(layout: str, dtype: torch.dtype = torch.float32) -> LinearC
 
 
 def logits_of(head: tuple[Tensor, Tensor, Tensor], softcap: float | None) -> Tensor:
-    """The materialised logits."""
+    """The materialized logits."""
     x = torch.nn.functional.linear(*head)
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
@@ -82,10 +82,10 @@ def run(case: LinearCase, config: pf.PolicyLossConfig, backend: str, **more: Any
     return out, list(torch.autograd.grad(out.loss, leaves))
 
 
-def run_materialised(
+def run_materialized(
     loss_of: Any, case: LinearCase, config: pf.PolicyLossConfig, softcap: float | None, **more: Any
 ) -> tuple[Any, list[Tensor]]:
-    """(output, gradients) of a loss of the materialised logits; ``loss_of`` takes the inputs of ``policy_loss``."""
+    """(output, gradients) of a loss of the materialized logits; ``loss_of`` takes the inputs of ``policy_loss``."""
     leaves = [x.detach().requires_grad_() for x in case.head()]
     reference = references(case, config)
     if config.kl_estimator == "full":
@@ -130,7 +130,7 @@ def check(
     dtype = case.hidden.dtype
     options = {k: more.pop(k) for k in ("chunk_size",) if k in more}
     expected = truth(case, config, softcap, **more)
-    loss, eager_gradients = run_materialised(eager.policy_loss, case, config, softcap, **more)
+    loss, eager_gradients = run_materialized(eager.policy_loss, case, config, softcap, **more)
     out, gradients = run(hide_uncounted(case), config, backend, softcap=softcap, **more, **options)
     for name, ours, theirs, plain in zip(LEAVES, gradients, expected.gradients, eager_gradients, strict=True):
         assert ours.dtype == dtype

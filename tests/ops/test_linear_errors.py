@@ -28,13 +28,13 @@ def loss(**changes: Any) -> Callable[[], Any]:
     return lambda: pf.linear_policy_loss(**{**inputs, "mask": None, **changes})
 
 
-def quantised(package: str) -> Tensor:
+def quantized(package: str) -> Tensor:
     """A weight of a class of that package, which says it is float32."""
     kind = type("PackedWeight", (Tensor,), {"__module__": f"{package}.tensors"})
     return WEIGHT.as_subclass(kind)
 
 
-UNQUANTISED = f"to be an unquantised {FLOATS} tensor"
+UNQUANTISED = f"to be an unquantized {FLOATS} tensor"
 
 TABLE: list[tuple[Callable[[], Any], str]] = [
     # hidden states and head
@@ -43,19 +43,19 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (loss(bias=0.0), f"{LOSS}: expected bias to be a tensor, got float"),
     (
         stats(hidden=HIDDEN.int()),
-        f"{STATS}: expected hidden {UNQUANTISED}, got Tensor of torch.int32: pass it dequantised",
+        f"{STATS}: expected hidden {UNQUANTISED}, got Tensor of torch.int32: pass it dequantized",
     ),
     (
         loss(weight=WEIGHT.to(torch.float8_e4m3fn)),
-        f"{LOSS}: expected weight {UNQUANTISED}, got Tensor of torch.float8_e4m3fn: pass it dequantised",
+        f"{LOSS}: expected weight {UNQUANTISED}, got Tensor of torch.float8_e4m3fn: pass it dequantized",
     ),
     (
-        loss(weight=quantised("torchao")),
-        f"{LOSS}: expected weight {UNQUANTISED}, got PackedWeight of torch.float32: pass it dequantised",
+        loss(weight=quantized("torchao")),
+        f"{LOSS}: expected weight {UNQUANTISED}, got PackedWeight of torch.float32: pass it dequantized",
     ),
     (
-        loss(weight=quantised("bitsandbytes")),
-        f"{LOSS}: expected weight {UNQUANTISED}, got PackedWeight of torch.float32: pass it dequantised",
+        loss(weight=quantized("bitsandbytes")),
+        f"{LOSS}: expected weight {UNQUANTISED}, got PackedWeight of torch.float32: pass it dequantized",
     ),
     (
         stats(hidden=torch.tensor(0.0)),

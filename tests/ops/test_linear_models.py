@@ -72,7 +72,7 @@ CONFIG = pf.PolicyLossConfig(ent_coef=0.1, temperature=0.9)
 
 @pytest.mark.parametrize("name", MODELS)
 @each_backend("linear_policy_loss")
-def test_every_parameter_gets_the_gradient_of_the_materialised_path(name: str, backend: str) -> None:
+def test_every_parameter_gets_the_gradient_of_the_materialized_path(name: str, backend: str) -> None:
     model = MODELS[name]().eval()
     ids, *rows = batch()
     head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""linear_policy_loss against float64, against policy_loss on materialised logits, and what it owes for being linear."""
+"""linear_policy_loss against float64, against policy_loss on materialized logits, and what it owes for being linear."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from tests.ops.linear_cases import (
     references,
     row_inputs,
     run,
-    run_materialised,
+    run_materialized,
 )
 from tests.ops.policy_cases import OPTIONS, B, T, V, option_grid
 
@@ -58,7 +58,7 @@ def test_a_fraction_of_all_options(backend: str, layout: str) -> None:
 @each_backend("linear_policy_loss")
 @each_layout
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_equals_policy_loss_on_materialised_logits(backend: str, layout: str, softcap: float | None) -> None:
+def test_equals_policy_loss_on_materialized_logits(backend: str, layout: str, softcap: float | None) -> None:
     case = make_linear_case(layout)
 
     def loss_of(*inputs: Any, **options: Any) -> pf.LossOutput:
@@ -67,7 +67,7 @@ def test_equals_policy_loss_on_materialised_logits(backend: str, layout: str, so
     weights = torch.rand(case.rows.targets.shape) + 0.5
     for options in option_grid(FRACTION):
         config, more = pf.PolicyLossConfig(**options), {"importance_weights": weights, "denominator": 7}
-        expected, expected_gradients = run_materialised(loss_of, case, config, softcap, **more)
+        expected, expected_gradients = run_materialized(loss_of, case, config, softcap, **more)
         out, gradients = run(case, config, backend, softcap=softcap, chunk_size=5, **more)
         close((tuple(out), gradients), (tuple(expected), expected_gradients))
 

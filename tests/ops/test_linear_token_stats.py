@@ -52,7 +52,7 @@ def truth(case: LinearCase, softcap: float | None, upstream: Tensor) -> tuple[li
 
 
 def eager_stats(case: LinearCase, softcap: float | None, leaves: list[Tensor]) -> list[Tensor]:
-    """The statistics by hand on materialised logits in the dtype of the hidden states, uncounted rows 0."""
+    """The statistics by hand on materialized logits in the dtype of the hidden states, uncounted rows 0."""
     logits, ref_logits = logits_of(tuple(leaves), softcap), logits_of(case.head("ref_"), softcap)
     stats = eager.token_stats(logits, case.rows.targets, ref_logits, TEMPERATURE)
     return [x.masked_fill(~case.rows.mask, 0.0) for x in stats]

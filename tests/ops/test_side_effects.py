@@ -1,4 +1,4 @@
-"""What every op owes its caller: inputs untouched, repeatable bits, no uninitialised memory, no graph in metrics."""
+"""What every op owes its caller: inputs untouched, repeatable bits, no uninitialized memory, no graph in metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 @each_example()
-def test_uninitialised_memory_never_shows(name: str, backend: str) -> None:
+def test_uninitialized_memory_never_shows(name: str, backend: str) -> None:
     plain = run_with_gradient(name, backend, fresh_inputs(name))
     with poisoned_empty():
         assert torch.empty(3).isnan().all()

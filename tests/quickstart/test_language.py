@@ -1,4 +1,4 @@
-"""The language of the quickstart: what it generates it recognises, and the score is what its sentence says."""
+"""The language of the quickstart: what it generates it recognizes, and the score is what its sentence says."""
 
 import random
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppo_fast.rlhf.data.packing import Grid, Sequences
+from ppo_fast.rlhf.data.packing import ForwardInputs, TokenBatch
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.rollout import Generation, Rollout
@@ -52,19 +52,19 @@ def made_experience(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Ex
     return Experience(rollout.generation.grid, *(x[rollout.mask] for x in names))
 
 
-def everything(experience: Experience) -> tuple[Experience, np.ndarray]:
+def all_rows(experience: Experience) -> tuple[Experience, np.ndarray]:
     """An experience with all its rows, as `Learner.backward` takes them."""
     return experience, np.arange(len(experience.lengths))
 
 
-def forward_pass(ids: Tensor, attention_mask: Tensor, counted: Tensor | int, *, packed: bool = False) -> Sequences:
+def forward_pass(ids: Tensor, attention_mask: Tensor, counted: Tensor | int, *, packed: bool = False) -> ForwardInputs:
     """One pass over all rows; `counted` is a mask [B, T], or T for a mask that is True there."""
     if isinstance(counted, int):
         counted = attention_mask[:, -counted:]
-    return Grid.of(ids, attention_mask, counted).sequences(np.arange(len(ids)), packed=packed)
+    return TokenBatch.from_masks(ids, attention_mask, counted).sequences(np.arange(len(ids)), packed=packed)
 
 
-def pass_of(rollout: Rollout, *, packed: bool = False) -> Sequences:
+def forward_of(rollout: Rollout, *, packed: bool = False) -> ForwardInputs:
     """One pass over a whole rollout; its N counted tokens are in the order of x[rollout.mask]."""
     generation = rollout.generation
     return forward_pass(generation.input_ids, generation.attention_mask, generation.mask, packed=packed)

@@ -29,7 +29,7 @@ class Recorded(Stopwatch):
 
 
 def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer: Any, tokens: int) -> dict[str, int]:
-    """Largest sum of live bytes in each phase of the second of two updates, everything since the start included.
+    """Largest sum of live bytes in each phase of the second of two updates, all_rows since the start included.
 
     The prompts are ragged, the longest of that many tokens, and no response ends early.
     """

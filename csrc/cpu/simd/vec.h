@@ -155,7 +155,7 @@ struct Max {
   Vec operator()(Vec a, Vec b) const { return max(a, b); }
 };
 
-// Lane i: of a and its neighbour kDistance away where bit kDistance of i is 0, else of b and its neighbour.
+// Lane i: of a and its neighbor kDistance away where bit kDistance of i is 0, else of b and its neighbor.
 template <int kDistance, class Combine, int... kLane>
 Vec combine_pair(Vec a, Vec b, Combine combine, std::integer_sequence<int, kLane...>) {
   return combine(shuffle<((kLane & kDistance) != 0 ? kLane + kWidth : kLane)...>(a, b),

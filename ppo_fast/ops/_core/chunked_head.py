@@ -58,9 +58,9 @@ class RowStats(NamedTuple):
             if mine.numel():
                 mine.view(-1).index_copy_(0, rows, theirs.view(-1))
 
-    def take(self, rows: Tensor) -> "RowStats":
+    def gather_rows(self, rows: Tensor) -> "RowStats":
         """The values of some rows."""
-        return RowStats(*(take(x, rows) for x in self))
+        return RowStats(*(gather_rows(x, rows) for x in self))
 
 
 class Upstream(NamedTuple):
@@ -106,7 +106,7 @@ class Gradients(NamedTuple):
             self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
 
 
-def take(x: Tensor, rows: Tensor) -> Tensor:
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Some rows of a per-token tensor, as [1, n]; empty stays empty."""
     return x.reshape(-1)[rows][None] if x.numel() else x
 
@@ -226,7 +226,7 @@ class Sweep:
         """The statistics [1, n] of the tile that is loaded."""
         run = registry.implementation("token_stats", self.call.backend)
         logits, ref_logits = self._views(len(rows))
-        return RowStats(*run(logits, take(self.call.targets, rows), ref_logits, None, self.temperature, True))
+        return RowStats(*run(logits, gather_rows(self.call.targets, rows), ref_logits, None, self.temperature, True))
 
     def _views(self, count: int) -> tuple[Tensor, Tensor | None]:
         return self.logits[None, :count], None if self.ref_logits is None else self.ref_logits[None, :count]
@@ -256,7 +256,7 @@ class Sweep:
         if softcap is not None:
             # The slope d t / d x, before the gradient in t takes the place of t.
             by_rows(out, lambda t: (1.0 - t * t) / softcap, logits[0])
-        given = (*g, logits, take(self.call.targets, rows), ref_logits, None)
+        given = (*g, logits, gather_rows(self.call.targets, rows), ref_logits, None)
         saved = (stats.lse, stats.ref_lse, stats.entropy, stats.kl)
         run(*given, *saved, self.temperature, logits if softcap is not None else out[None])
         if softcap is not None:
@@ -307,6 +307,6 @@ def saved_rows(stats: RowStats, upstream: Upstream) -> Any:
     """For :meth:`Sweep.gradients`: upstream gradients and statistics of all rows that are known beforehand."""
 
     def of(rows: Tensor) -> tuple[Upstream, RowStats]:
-        return Upstream(*(None if x is None else take(x, rows) for x in upstream)), stats.take(rows)
+        return Upstream(*(None if x is None else gather_rows(x, rows) for x in upstream)), stats.gather_rows(rows)
 
     return of

@@ -39,7 +39,7 @@ class PolicyLossConfig:
         clip_low: in [0, 1]; the ratio is clipped below at ``1 - clip_low``; None leaves that side open.
         clip_high: the ratio is clipped above at ``1 + clip_high``; None leaves that side open.
         dual_clip: c > 1 bounds the objective from below by ``c * A`` where A < 0 (Ye et al. 2020, eq. 3); None: off.
-        ratio: "token" (PPO), or "sequence": the length-normalised ratio of GSPO (Zheng et al. 2025, eq. 7).
+        ratio: "token" (PPO), or "sequence": the length-normalized ratio of GSPO (Zheng et al. 2025, eq. 7).
         penalty_coef: weight of ``r - 1 - log r``, an unbiased estimate of KL(old || pi) (PPO-penalty).
         ent_coef: weight of the entropy bonus.
         kl_coef: weight of the KL to the reference.

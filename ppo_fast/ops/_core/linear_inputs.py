@@ -55,7 +55,7 @@ class _Head(NamedTuple):
 
 
 def _check_plain(op: str, name: str, value: object) -> None:
-    """A tensor that matrix products take as it is: neither sharded nor quantised."""
+    """A tensor that matrix products take as it is: neither sharded nor quantized."""
     sharded = f": pass {name}.full_tensor(grad_placements=[Partial()]), or call the op in the sharded module's forward"
     checks.tensor(op, name, value, "" if name.endswith("hidden") else sharded)
     assert isinstance(value, Tensor)
@@ -64,8 +64,8 @@ def _check_plain(op: str, name: str, value: object) -> None:
     package = "torch" if kind is torch.nn.Parameter else kind.__module__.split(".")[0]
     if value.dtype not in checks.FLOATS or package in ("torchao", "bitsandbytes"):
         raise ValueError(
-            f"{op}: expected {name} to be an unquantised float32, bfloat16, float16 or float64 tensor, "
-            f"got {kind.__name__} of {value.dtype}: pass it dequantised"
+            f"{op}: expected {name} to be an unquantized float32, bfloat16, float16 or float64 tensor, "
+            f"got {kind.__name__} of {value.dtype}: pass it dequantized"
         )
 
 

@@ -35,7 +35,7 @@ class WeightsConfig:
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
-    quantise: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits, by bitsandbytes; needs lora.rank
+    quantize: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits, by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and batches
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
@@ -45,13 +45,13 @@ class WeightsConfig:
     def __post_init__(self) -> None:
         check_choices("model", self)
         check(
-            not (self.lora.merge and self.quantise != "none"),
+            not (self.lora.merge and self.quantize != "none"),
             "model.lora.merge",
-            f"false with model.quantise {self.quantise!r}",
+            f"false with model.quantize {self.quantize!r}",
             True,
         )
         check(
-            self.quantise == "none" or self.lora.rank > 0, "model.quantise", "'none' without lora.rank", self.quantise
+            self.quantize == "none" or self.lora.rank > 0, "model.quantize", "'none' without lora.rank", self.quantize
         )
 
 
@@ -59,7 +59,7 @@ class WeightsConfig:
 class CausalConfig(WeightsConfig):
     """The language model that is trained."""
 
-    logits: Literal["linear", "materialised"] = "linear"  # by chunks from the hidden states; the model's own, at once
+    logits: Literal["linear", "materialized"] = "linear"  # by chunks from the hidden states; the model's own, at once
     batches: Literal["padded", "packed"] = "padded"  # of scoring and update; packed: one row without padding
 
 
@@ -134,14 +134,14 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The score of a response, before the KL term: sources, normalised, weighted, combined, clipped, less penalties."""
+    """The score of a response, before the KL term: sources, normalized, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function"
     models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
     std_coef: float = 1.0  # price of disagreement
-    normalise: Literal["saved", "running", "none"] = "saved"  # by a model's reward_stats.json; by all scores so far
+    normalize: Literal["saved", "running", "none"] = "saved"  # by a model's reward_stats.json; by all scores so far
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
@@ -202,7 +202,7 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Per token by generalised advantage estimation, or one for the whole response."""
+    """Per token by generalized advantage estimation, or one for the whole response."""
 
     kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
     gamma: float = 1.0  # discount
@@ -222,7 +222,7 @@ class LossConfig:
     clip_low: float | None = 0.2  # ratio lower bound 1 - clip_low; null: open
     clip_high: float | None = 0.2  # ratio upper bound 1 + clip_high; null: open
     dual_clip: float | None = None  # c > 1: bound c * A on the objective where A < 0
-    ratio: Literal["token", "sequence"] = "token"  # sequence: one length-normalised ratio per response
+    ratio: Literal["token", "sequence"] = "token"  # sequence: one length-normalized ratio per response
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"  # over a minibatch
     ent_coef: float = 0.0  # entropy bonus
     penalty_coef: float = 0.0  # PPO-penalty: coefficient of KL(old policy || policy)

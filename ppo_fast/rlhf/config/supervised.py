@@ -109,7 +109,7 @@ class RewardModelConfig(SupervisedConfig):
 
 @dataclass(frozen=True)
 class DPOConfig(SupervisedConfig):
-    """One run of direct preference optimisation on {"prompt", "chosen", "rejected"}."""
+    """One run of direct preference optimization on {"prompt", "chosen", "rejected"}."""
 
     beta: float = 0.1  # strength of the implied KL to the reference, which is model.path as it was
     model: CausalConfig = field(default_factory=CausalConfig)

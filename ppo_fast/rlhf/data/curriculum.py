@@ -9,7 +9,7 @@ from typing import Any
 from ppo_fast.rlhf.config.ppo import DataConfig
 from ppo_fast.rlhf.data.prompts import Prompts
 from ppo_fast.rlhf.errors import UserError, check
-from ppo_fast.rlhf.user_code import call, listed, load_callable
+from ppo_fast.rlhf.user_code import as_list, call, load_callable
 
 Arrange = Callable[[list[int]], list[int]]
 
@@ -28,12 +28,12 @@ def make_arrangement(data: Prompts, config: DataConfig) -> Arrange:
     def arrange(rows: list[int]) -> list[int]:
         if difficulty is not None:
             rows = sorted(rows, key=difficulty.__getitem__)
-        return rows if topics is None else dealt(rows, topics)
+        return rows if topics is None else round_robin(rows, topics)
 
     return arrange
 
 
-def dealt(rows: list[int], topics: list[Any]) -> list[int]:
+def round_robin(rows: list[int], topics: list[Any]) -> list[int]:
     """One row of each topic in turn, each topic in the order of `rows`; small topics start over."""
     groups: dict[Any, list[int]] = {}
     for row in rows:
@@ -46,7 +46,7 @@ def _difficulty(data: Prompts, order: str) -> list[float]:
     """[M] numbers, of a column or of "file.py:function", called with prompts and columns."""
     if ":" in order:
         answer = call("data.order function", load_callable(order, "data.order"), prompts=data.prompts, **data.columns)
-        values = listed("data.order function", "numbers", answer, len(data.prompts))
+        values = as_list("data.order function", "numbers", answer, len(data.prompts))
     else:
         values = _column(data, order, "data.order")
     for row, value in enumerate(values):

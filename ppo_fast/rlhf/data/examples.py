@@ -1,4 +1,4 @@
-"""Tokenised examples: a prompt with a completion, or with a chosen and a rejected one; right-padded batches of them.
+"""Tokenized examples: a prompt with a completion, or with a chosen and a rejected one; right-padded batches of them.
 
 The formats are TRL's: texts, or role/content messages through the tokenizer's chat template.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.supervised import ExamplesConfig
-from ppo_fast.rlhf.data.packing import Grid, put
-from ppo_fast.rlhf.data.rows import Row, distinct, read_rows, usable
+from ppo_fast.rlhf.data.packing import TokenBatch, to_device
+from ppo_fast.rlhf.data.rows import Row, deduplicate, drop_too_long, read_rows
 from ppo_fast.rlhf.data.templates import encode, encode_bare, is_messages, render, render_prompt
 from ppo_fast.rlhf.errors import UserError
 
@@ -29,7 +29,7 @@ class Example:
 
     ids: tuple[int, ...]  # of both, EOS included
     start: int  # of the completion, >= 1
-    joined: bool = True  # False: the text of both, tokenised at once, has no boundary there
+    joined: bool = True  # False: the text of both, tokenized at once, has no boundary there
 
     @property
     def parts(self) -> tuple[Example, ...]:
@@ -87,7 +87,7 @@ class Batch:
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] bool, True: a token of the prompt or the completion
     mask: Tensor  # [B, L] bool, True: a token of the completion
-    grid: Grid  # the same with masks on the host
+    grid: TokenBatch  # the same with masks on the host
 
 
 Kind = TypeVar("Kind", Example, Pair)
@@ -97,21 +97,21 @@ Make = Callable[[Row, Any, str], Kind]  # (row, tokenizer, where it came from)
 def load_examples(
     source: str | Path | Iterable[Any] | None, name: str, make: Make[Kind], tokenizer: Any, config: ExamplesConfig
 ) -> list[Kind]:
-    """Read `data.<name>` (see `read_rows`) and tokenise it by `make`.
+    """Read `data.<name>` (see `read_rows`) and tokenize it by `make`.
 
     Raises UserError naming file and line for a row of another format; warns about examples that are left out.
     """
     if source is None:
         raise UserError(f"data.{name}: expected a file of examples, got null")
     examples = [make(row, tokenizer, where) for where, row in read_rows(source, f"data.{name}")]
-    kept = usable(examples, "example", "data.max_tokens", config.max_tokens, lambda example: example.length)
+    kept = drop_too_long(examples, "example", "data.max_tokens", config.max_tokens, lambda example: example.length)
     if config.deduplicate:
-        kept = distinct(kept, "example", lambda example: example)
+        kept = deduplicate(kept, "example", lambda example: example)
     apart = sum(not example.joined for example in kept)
     if apart:
         warnings.warn(
             f"in {apart} of {len(kept)} examples a token spans the end of the prompt; there prompt and completion "
-            "were tokenised apart (completions usually begin with a space)",
+            "were tokenized apart (completions usually begin with a space)",
             stacklevel=2,
         )
     return kept
@@ -126,7 +126,7 @@ def completion_example(row: Row, tokenizer: Any, where: str, eos_ids: Collection
     if is_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant":
         row = {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     prompt, completion = _fields(row, where, "prompt", "completion")
-    return _tokenise(prompt, completion, tokenizer, where, row, eos_ids)
+    return _tokenize(prompt, completion, tokenizer, where, row, eos_ids)
 
 
 def preference_pair(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Pair:
@@ -141,8 +141,8 @@ def preference_pair(row: Row, tokenizer: Any, where: str, eos_ids: Collection[in
     if isinstance(margin, bool) or not isinstance(margin, int | float | None):
         raise UserError(f"{where}: expected a number as margin, got {margin!r}")
     return Pair(
-        _tokenise(prompt, chosen, tokenizer, where, row, eos_ids),
-        _tokenise(prompt, rejected, tokenizer, where, row, eos_ids),
+        _tokenize(prompt, chosen, tokenizer, where, row, eos_ids),
+        _tokenize(prompt, rejected, tokenizer, where, row, eos_ids),
         float(margin or 0.0),
     )
 
@@ -159,8 +159,8 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     ids = torch.tensor(rows, dtype=torch.int64, device=device)
     start, end = np.array([[e.start, e.length] for e in examples]).T[..., None]
     position = np.arange(width)
-    grid = Grid(ids, position < end, (position >= start) & (position < end))
-    return Batch(ids, put(grid.attention, device), put(grid.counted, device), grid)
+    grid = TokenBatch(ids, position < end, (position >= start) & (position < end))
+    return Batch(ids, to_device(grid.attention, device), to_device(grid.loss_mask, device), grid)
 
 
 class Batches:
@@ -213,7 +213,7 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
         yield items[start : start + size]
 
 
-def _tokenise(
+def _tokenize(
     prompt: Any, completion: Any, tokenizer: Any, where: str, columns: Row, eos_ids: Collection[int]
 ) -> Example:
     if isinstance(prompt, str):
@@ -234,7 +234,7 @@ def split_tokens(
 ) -> tuple[list[int], list[int], bool]:
     """Token ids of two texts, and whether those of the whole text, `encoded` at once, have a boundary there.
 
-    Where they have none the completion is tokenised by itself.
+    Where they have none the completion is tokenized by itself.
     """
     start, both = encoded(prompt, tokenizer), encoded(prompt + completion, tokenizer)
     joined = both[: len(start)] == start

@@ -17,67 +17,67 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Sequences:
+class ForwardInputs:
     """Arguments of one forward pass, and its N states that a counted token was drawn from, row by row."""
 
     inputs: dict[str, Tensor | None]  # ids and positions, padded [b, L] with a mask, or [1, S] without one
     states: Tensor  # [N] int64: places in the flattened batch
-    tail: int  # the last columns, that hold all of them
+    logits_to_keep: int  # the last columns, that hold all of them
     ends: Tensor | None = None  # [b + 1] int32: sequence i of a packed row is ends[i] to ends[i + 1]; None: padded
-    longest: int = 0  # sequence of a packed row
+    max_seqlen: int = 0  # sequence of a packed row
 
 
 @dataclass(frozen=True)
-class Grid:
+class TokenBatch:
     """Token ids of many sequences on the device with their masks on the host."""
 
     ids: Tensor  # [B, L] int64
     attention: Array  # [B, L] bool, True: a token of the sequence; without gaps
-    counted: Array  # [B, L] bool, True: a token the loss counts; not the first of its sequence
+    loss_mask: Array  # [B, L] bool, True: a token the loss counts; not the first of its sequence
 
     @classmethod
-    def of(cls, ids: Tensor, attention_mask: Tensor, counted: Tensor) -> Grid:
+    def from_masks(cls, ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> TokenBatch:
         """From masks [B, L] on the device, in one transfer; `counted` may be [B, T], of the last T columns."""
-        before = torch.zeros_like(attention_mask[:, counted.shape[1] :])
-        masks = torch.stack([attention_mask, torch.cat([before, counted], dim=1)]).cpu().numpy()
+        before = torch.zeros_like(attention_mask[:, loss_mask.shape[1] :])
+        masks = torch.stack([attention_mask, torch.cat([before, loss_mask], dim=1)]).cpu().numpy()
         return cls(ids, masks[0], masks[1])
 
     @property
     def lengths(self) -> Array:
         """[B] int64: counted tokens of each sequence."""
-        return self.counted.sum(axis=1)
+        return self.loss_mask.sum(axis=1)
 
-    def places(self, rows: Array) -> Tensor:
+    def flat_indices(self, rows: Array) -> Tensor:
         """[N] int64: the counted tokens of these rows in the flattened grid, row by row."""
-        row, column = self.counted[rows].nonzero()
-        return put(rows[row] * self.counted.shape[1] + column, self.ids.device)
+        row, column = self.loss_mask[rows].nonzero()
+        return to_device(rows[row] * self.loss_mask.shape[1] + column, self.ids.device)
 
-    def alike(self, rows: Array, size: int) -> Iterator[Array]:
+    def split_by_length(self, rows: Array, size: int) -> Iterator[Array]:
         """Micro-batches of `size` of these rows, those of like length together; in order where one holds them all."""
         if size < len(rows):
             rows = rows[self.attention[rows].sum(axis=1).argsort(kind="stable")]
         return (rows[start : start + size] for start in range(0, len(rows), size))
 
-    def sequences(self, rows: Array, *, packed: bool) -> Sequences:
+    def sequences(self, rows: Array, *, packed: bool) -> ForwardInputs:
         """The forward pass over these rows, packed one after the other or padded to the longest."""
         return self._packed(rows) if packed else self._padded(rows)
 
-    def _padded(self, rows: Array) -> Sequences:
+    def _padded(self, rows: Array) -> ForwardInputs:
         """Columns that are padding in all rows, and the last token of all, take no part."""
         used = self.attention[rows].any(axis=0).nonzero()[0]
         first, last = int(used[0]), int(used[-1])
         attention, device = self.attention[rows, first:last], self.ids.device
         positions = (attention.cumsum(axis=1) - 1).clip(min=0)
         inputs: dict[str, Tensor | None] = {
-            "input_ids": self.ids[put(rows, device), first:last],
-            "attention_mask": None if attention.all() else put(attention.astype(np.int64), device),
-            "position_ids": put(positions, device),
+            "input_ids": self.ids[to_device(rows, device), first:last],
+            "attention_mask": None if attention.all() else to_device(attention.astype(np.int64), device),
+            "position_ids": to_device(positions, device),
         }
-        counted = self.counted[rows, first + 1 : last + 1]
-        tail = counted.shape[1] - int(counted.any(axis=0).argmax())
-        return Sequences(inputs, put(counted.ravel().nonzero()[0], device), tail)
+        loss_mask = self.loss_mask[rows, first + 1 : last + 1]
+        logits_to_keep = loss_mask.shape[1] - int(loss_mask.any(axis=0).argmax())
+        return ForwardInputs(inputs, to_device(loss_mask.ravel().nonzero()[0], device), logits_to_keep)
 
-    def _packed(self, rows: Array) -> Sequences:
+    def _packed(self, rows: Array) -> ForwardInputs:
         """The last token of each sequence predicts nothing and is left out."""
         attention, device = self.attention[rows], self.ids.device
         kept = attention[:, :-1] & attention[:, 1:]
@@ -85,17 +85,17 @@ class Grid:
         lengths = kept.sum(axis=1)
         starts = lengths.cumsum() - lengths
         inputs: dict[str, Tensor | None] = {
-            "input_ids": self.ids.flatten()[put(rows[row] * attention.shape[1] + column, device)][None],
+            "input_ids": self.ids.flatten()[to_device(rows[row] * attention.shape[1] + column, device)][None],
             "attention_mask": None,
-            "position_ids": put(np.arange(len(row)) - starts.repeat(lengths), device)[None],
+            "position_ids": to_device(np.arange(len(row)) - starts.repeat(lengths), device)[None],
         }
         rank = kept.ravel().cumsum() - 1
-        states = put(rank[self.counted[rows, 1:].ravel()], device)
+        states = to_device(rank[self.loss_mask[rows, 1:].ravel()], device)
         ends = offsets(lengths[lengths > 0]).astype(np.int32)
-        return Sequences(inputs, states, len(row), put(ends, device), int(lengths.max()))
+        return ForwardInputs(inputs, states, len(row), to_device(ends, device), int(lengths.max()))
 
 
-def put(array: Array, device: torch.device) -> Tensor:
+def to_device(array: Array, device: torch.device) -> Tensor:
     """A host array on the device; the copy to a GPU is queued, not waited for."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
@@ -106,7 +106,7 @@ def offsets(lengths: Array) -> Array:
     return np.concatenate([[0], lengths.cumsum()])
 
 
-def spans(starts: Array, lengths: Array) -> Array:
+def ranges(starts: Array, lengths: Array) -> Array:
     """[start, start + length) of each, one after the other."""
     ends = offsets(lengths)
     return np.arange(ends[-1]) + (starts - ends[:-1]).repeat(lengths)

@@ -1,4 +1,4 @@
-"""Rows of JSONL, Parquet and saved datasets; prompts, tokenised once, shuffled every epoch, in left-padded batches."""
+"""Rows of JSONL, Parquet and saved datasets; prompts, tokenized once, shuffled every epoch, in left-padded batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import DataConfig
-from ppo_fast.rlhf.data.rows import RESERVED, Row, distinct, read_rows, usable
-from ppo_fast.rlhf.data.templates import is_messages, tokenise_prompt
+from ppo_fast.rlhf.data.rows import RESERVED, Row, deduplicate, drop_too_long, read_rows
+from ppo_fast.rlhf.data.templates import is_messages, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError
 
 
@@ -39,16 +39,18 @@ class PromptBatch:
 def load_prompts(
     source: str | Path | Iterable[Any], tokenizer: Any, config: DataConfig, setting: str = "data.prompts"
 ) -> Prompts:
-    """Read prompts from a file (see `read_rows`) or from memory (texts, or rows with a "prompt" key); tokenise them.
+    """Read prompts from a file (see `read_rows`) or from memory (texts, or rows with a "prompt" key); tokenize them.
 
     Raises UserError naming file and line for a row that is no prompt; warns about prompts that are left out.
     """
     rows = [(where, _prompt_row(row, where)) for where, row in read_rows(source, setting)]
     names = sorted({name for _, row in rows for name in row} - {"prompt"})
-    tokenised = [(row, tokenise_prompt(row["prompt"], tokenizer, where, row)) for where, row in rows]
-    kept = usable(tokenised, "prompt", "data.max_prompt_tokens", config.max_prompt_tokens, lambda item: len(item[1]))
+    tokenized = [(row, tokenize_prompt(row["prompt"], tokenizer, where, row)) for where, row in rows]
+    kept = drop_too_long(
+        tokenized, "prompt", "data.max_prompt_tokens", config.max_prompt_tokens, lambda item: len(item[1])
+    )
     if config.deduplicate:
-        kept = distinct(kept, "prompt", lambda item: tuple(item[1]))
+        kept = deduplicate(kept, "prompt", lambda item: tuple(item[1]))
     return Prompts(
         prompts=[row["prompt"] for row, _ in kept],
         token_ids=[ids for _, ids in kept],

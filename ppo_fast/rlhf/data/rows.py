@@ -42,7 +42,7 @@ def read_rows(source: str | Path | Iterable[Any], setting: str) -> Iterator[tupl
     return _checked_rows(_json_lines(path))
 
 
-def usable(items: list[Item], noun: str, field: str, limit: int, length: Callable[[Item], int]) -> list[Item]:
+def drop_too_long(items: list[Item], noun: str, field: str, limit: int, length: Callable[[Item], int]) -> list[Item]:
     """Those of at most `limit` tokens; warns about the others, UserError when none is left."""
     kept = [item for item in items if length(item) <= limit]
     dropped = len(items) - len(kept)
@@ -56,7 +56,7 @@ def usable(items: list[Item], noun: str, field: str, limit: int, length: Callabl
     return kept
 
 
-def distinct(items: list[Item], noun: str, key: Callable[[Item], Any]) -> list[Item]:
+def deduplicate(items: list[Item], noun: str, key: Callable[[Item], Any]) -> list[Item]:
     """The first of each key, in order; warns how many are dropped."""
     first: dict[Any, Item] = {}
     for item in items:

@@ -25,7 +25,7 @@ def as_text(prompt: Any) -> str:
     return "\n".join(f"{message['role']}: {_message_text(message)}" for message in prompt)
 
 
-def tokenise_prompt(prompt: str | list[Any], tokenizer: Any, where: str, columns: Row | None = None) -> list[int]:
+def tokenize_prompt(prompt: str | list[Any], tokenizer: Any, where: str, columns: Row | None = None) -> list[int]:
     """Token ids of a text, or of messages through the chat template up to where the answer begins or goes on."""
     if isinstance(prompt, str):
         ids = encode(prompt, tokenizer)

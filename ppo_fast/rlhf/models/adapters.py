@@ -25,7 +25,13 @@ from ppo_fast.rlhf.errors import UserError, check, require
 
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KEEPING = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin; by the others peft changes the base as well
+SAFE_LORA_INITS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # ways to begin; by the others peft changes the base as well
 # Fields of peft's LoraConfig that leave a layer's output at x W + scaling (x A) B, or say nothing about it. Every other
 # field must have peft's default: it changes what peft computes, or it is of a release that this one does not know.
 PLAIN_FIELDS = frozenset(
@@ -136,7 +142,7 @@ class Adapters:
     @torch.no_grad()
     def fill(self, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
         """Values by peft's names; UserError naming their `source` when they are of other layers."""
-        for layer in () if _quantised(self.network) else self._adapted(name).values():
+        for layer in () if _quantized(self.network) else self._adapted(name).values():
             base = layer.get_base_layer()
             linear = isinstance(base, nn.Linear | require("transformers.pytorch_utils").Conv1D)
             check(linear, source, "an adapter of linear layers", type(base).__name__)
@@ -217,7 +223,7 @@ class Adapters:
     def check_mergeable(self, source: str) -> None:
         """Raise UserError naming `source` where a sum of weights would change more than the adapter does."""
         check(
-            not _quantised(self.network), source, "an adapter on a base that is not quantized, to merge it", self.base
+            not _quantized(self.network), source, "an adapter on a base that is not quantized, to merge it", self.base
         )
         owners = Counter(id(weight) for layer in self.network.modules() for weight in layer.parameters(recurse=False))
         for name, layer in self._adapted(TRAINED).items():
@@ -253,7 +259,7 @@ def adapt(network: Any, config: LoraConfig, saved: SavedAdapter | None, generato
     """`network` with the adapter that was saved, or with a new one of B = 0; its own weights frozen."""
     if hasattr(network, "peft_config") and saved is None:
         raise UserError(f"model.lora.rank: expected 0 for a model that has adapters already, got {config.rank}")
-    if config.merge and _quantised(network):
+    if config.merge and _quantized(network):
         raise UserError("model.lora.merge: expected false for a base in 4 bits, got True")
     if saved is None:
         adapters = Adapters(network, _new_config(network, config))
@@ -345,7 +351,7 @@ def _check_plain(field: str, path: str, values: Mapping[str, Any], defaults: Map
     for name in sorted(values.keys() - PLAIN_FIELDS):
         value, default = values[name], defaults.get(name)
         if name == "init_lora_weights":
-            plain = value in KEEPING
+            plain = value in SAFE_LORA_INITS
         elif name == "modules_to_save":
             plain = not {*(value or ())} - {"score", "classifier"}
         else:
@@ -377,7 +383,7 @@ def _linear(field: str, path: str, tensors: Mapping[str, Tensor]) -> nn.Linear |
     return head
 
 
-def _quantised(network: Any) -> bool:
+def _quantized(network: Any) -> bool:
     return getattr(network, "quantization_method", None) is not None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast import ops
-from ppo_fast.rlhf.data.packing import Grid, Sequences
+from ppo_fast.rlhf.data.packing import ForwardInputs, TokenBatch
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.attention import packed_arguments
 
@@ -44,13 +44,13 @@ def backbone_of(model: Any) -> Any:
     return unwrapped(model).base_model
 
 
-def model_inputs(model: Any, sequences: Sequences) -> dict[str, Any]:
+def model_inputs(model: Any, sequences: ForwardInputs) -> dict[str, Any]:
     """Arguments of a forward pass."""
-    inputs = {"use_cache": False} | accepted(model, sequences.inputs)
-    return inputs if sequences.ends is None else inputs | packed_arguments(model, sequences.ends, sequences.longest)
+    inputs = {"use_cache": False} | filter_kwargs(model, sequences.inputs)
+    return inputs if sequences.ends is None else inputs | packed_arguments(model, sequences.ends, sequences.max_seqlen)
 
 
-def accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def filter_kwargs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a backbone or model, without positions where it takes none."""
     return {name: x for name, x in inputs.items() if name != "position_ids" or name in _parameters(model.__class__)}
 
@@ -61,13 +61,13 @@ def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def hidden_states(backbone: Any, sequences: Sequences) -> Tensor:
+def hidden_states(backbone: Any, sequences: ForwardInputs) -> Tensor:
     """The states [N, D] that the counted tokens were drawn from."""
     output = backbone(**model_inputs(backbone, sequences)).last_hidden_state
     return output.flatten(0, 1).index_select(0, sequences.states)
 
 
-def response_values(value: Any, sequences: Sequences) -> Tensor:
+def response_values(value: Any, sequences: ForwardInputs) -> Tensor:
     """Values [N] float32 of the states before each counted token, by a value model's backbone and head."""
     return head_values(value.head, hidden_states(value.backbone, sequences))
 
@@ -79,19 +79,19 @@ def head_values(head: nn.Linear, hidden: Tensor) -> Tensor:
     return nn.functional.linear(hidden.to(wide), head.weight.to(wide), bias).squeeze(-1)
 
 
-def response_logits(model: Any, sequences: Sequences) -> Tensor:
+def response_logits(model: Any, sequences: ForwardInputs) -> Tensor:
     """Logits [N, V] whose row n is the distribution that counted token n was drawn from; the model's own."""
     inputs, states = model_inputs(unwrapped(model), sequences), sequences.states
     if "logits_to_keep" not in _parameters(unwrapped(model).__class__):
         return model(**inputs).logits.flatten(0, 1).index_select(0, states)
     if sequences.ends is not None:
         return model(**inputs, logits_to_keep=states).logits[0]
-    width, tail = inputs["input_ids"].shape[1], sequences.tail
-    logits = model(**inputs, logits_to_keep=tail).logits
-    return logits.flatten(0, 1).index_select(0, states - (states // width + 1) * (width - tail))
+    width, logits_to_keep = inputs["input_ids"].shape[1], sequences.logits_to_keep
+    logits = model(**inputs, logits_to_keep=logits_to_keep).logits
+    return logits.flatten(0, 1).index_select(0, states - (states // width + 1) * (width - logits_to_keep))
 
 
-def response_hidden(model: Any, sequences: Sequences) -> HeadInputs:
+def response_hidden(model: Any, sequences: ForwardInputs) -> HeadInputs:
     """The hidden states that `response_logits` come from, and the head above them."""
     head, config = model.get_output_embeddings(), unwrapped(model).config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -99,7 +99,7 @@ def response_hidden(model: Any, sequences: Sequences) -> HeadInputs:
 
 
 def response_stats(
-    model: Any, sequences: Sequences, targets: Tensor, *, linear: bool, **options: Any
+    model: Any, sequences: ForwardInputs, targets: Tensor, *, linear: bool, **options: Any
 ) -> ops.TokenStats:
     """`token_stats` of the counted tokens `targets` [N]; `options` are those of the op."""
     if not linear:
@@ -112,7 +112,7 @@ def head_stats(x: HeadInputs, targets: Tensor, **options: Any) -> ops.TokenStats
     return ops.linear_token_stats(x.hidden, x.weight, targets, bias=x.bias, softcap=x.softcap, **options)
 
 
-def response_loss(policy: Any, sequences: Sequences, *, linear: bool, **terms: Any) -> ops.LossOutput:
+def response_loss(policy: Any, sequences: ForwardInputs, *, linear: bool, **terms: Any) -> ops.LossOutput:
     """`policy_loss` of the counted tokens; `terms` are the op's arguments by name, tensors [N]."""
     if linear:
         return head_loss(response_hidden(policy, sequences), **terms)
@@ -125,7 +125,7 @@ def head_loss(x: HeadInputs, **terms: Any) -> ops.LossOutput:
 
 
 @torch.no_grad()
-def reference_terms(reference: Any, sequences: Sequences, *, linear: bool) -> dict[str, Tensor | None]:
+def reference_terms(reference: Any, sequences: ForwardInputs, *, linear: bool) -> dict[str, Tensor | None]:
     """What `response_loss` needs beside its terms to charge the exact KL to the reference, kl_estimator "full"."""
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
@@ -168,12 +168,12 @@ def check_linear(model: Any) -> None:
         )
 
 
-def _short_batch(model: Any) -> tuple[Sequences, Tensor]:
+def _short_batch(model: Any) -> tuple[ForwardInputs, Tensor]:
     """Two rows of eight words from all over the vocabulary, one of them left-padded, and the last four of each."""
     count = len(model.get_input_embeddings().weight)
     ids = (torch.arange(16, dtype=torch.int64, device=model.device) * count // 16).view(2, 8)
     attention = np.arange(8) >= np.array([[0], [3]])
-    grid = Grid(ids, attention, np.tile(np.arange(8) >= 4, (2, 1)))
+    grid = TokenBatch(ids, attention, np.tile(np.arange(8) >= 4, (2, 1)))
     return grid.sequences(np.arange(2), packed=False), ids[:, 4:].flatten()
 
 
@@ -183,4 +183,4 @@ def _kind(head: Any) -> str:
 
 def _refuse(model: Any, found: str) -> NoReturn:
     name = type(unwrapped(model)).__name__
-    raise UserError(f"model.logits: expected {name} to have {found}; set it to 'materialised' for this model")
+    raise UserError(f"model.logits: expected {name} to have {found}; set it to 'materialized' for this model")

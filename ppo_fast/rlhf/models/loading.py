@@ -57,15 +57,15 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
         if saved is not None and saved.head is not None:
             raise UserError(f"model.path: expected a causal LM, got the adapter of a scalar model in {config.path!r}")
         path = config.path if saved is None else saved.base
-        options = {"dtype": getattr(torch, config.dtype)} | quantisation(config, device)
+        options = {"dtype": getattr(torch, config.dtype)} | quantization(config, device)
         architecture = (load_pretrained(transformers.AutoConfig, path, trust).architectures or [""])[0]
         if architecture.endswith("ForSequenceClassification"):  # its head is another
             raise UserError(f"model.path: expected a causal LM, got a {architecture} in {path!r}")
         model = load_network(transformers.AutoModelForCausalLM, path, trust, **options)
         _keep_differentiable(model)
-    elif config.quantise != "none":
-        raise UserError(f"model.quantise: expected 'none' for a model given as an object, got {config.quantise!r}")
-    model = disable_dropout(model if config.quantise != "none" else model.to(device))
+    elif config.quantize != "none":
+        raise UserError(f"model.quantize: expected 'none' for a model given as an object, got {config.quantize!r}")
+    model = disable_dropout(model if config.quantize != "none" else model.to(device))
     use_attention(model, config)
     _make_saveable(model)
     tokenizer = load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
@@ -87,12 +87,12 @@ def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Genera
     return dataclasses.replace(loaded, model=disable_dropout(model), adapters=adapters)
 
 
-def quantisation(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
-    """Options of `from_pretrained` that `config.quantise` means.
+def quantization(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` that `config.quantize` means.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314.
     """
-    if config.quantise == "none":
+    if config.quantize == "none":
         return {}
     require("bitsandbytes", "bitsandbytes")
     nf4 = require("transformers").BitsAndBytesConfig(

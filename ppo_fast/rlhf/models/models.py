@@ -121,7 +121,7 @@ def load_models(
     policy, tokenizer, adapters = loaded.model, loaded.tokenizer, loaded.adapters
     if config.layout != "shared" and config.value_path is None and reward.models:
         config = dataclasses.replace(config, value_path=_critics_start(config, reward.models[0], loaded))
-    value = make_value_model(config, loaded, generator, normalised=reward.normalise == "saved")
+    value = make_value_model(config, loaded, generator, normalized=reward.normalize == "saved")
     if adapters is None:
         frozen = copy.deepcopy(policy).requires_grad_(False)
     elif loaded.saved is not None or reference.update != "fixed":

@@ -57,7 +57,7 @@ def make_model(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Make a randomly initialised causal language model, in float32, in evaluation mode, on the CPU.
+    """Make a randomly initialized causal language model, in float32, in evaluation mode, on the CPU.
 
     Args:
         vocab_size: entries of the embedding and of the output layer.

@@ -23,7 +23,7 @@ from ppo_fast.rlhf.models.adapters import (
     same_base,
 )
 from ppo_fast.rlhf.models.attention import use_attention
-from ppo_fast.rlhf.models.forward import accepted, backbone_of, head_values
+from ppo_fast.rlhf.models.forward import backbone_of, filter_kwargs, head_values
 from ppo_fast.rlhf.models.loading import (
     Loaded,
     checkpoint_activations,
@@ -47,14 +47,14 @@ class ValueModel(nn.Module):
         self.head = head
 
     @classmethod
-    def of(cls, classifier: Any) -> ValueModel:
+    def from_classifier(cls, classifier: Any) -> ValueModel:
         """The scores of a model for sequence classification with one output, at every token."""
         return cls(classifier.base_model, classifier.score)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "position_ids": positions}
-        output = self.backbone(**accepted(self.backbone, inputs), use_cache=False)
+        output = self.backbone(**filter_kwargs(self.backbone, inputs), use_cache=False)
         return head_values(self.head, output.last_hidden_state)
 
 
@@ -66,13 +66,13 @@ def adapter_on(base: str, field: str, path: str) -> SavedAdapter | None:
 
 
 def make_value_model(
-    config: ModelConfig, loaded: Loaded, generator: torch.Generator, *, normalised: bool = True
+    config: ModelConfig, loaded: Loaded, generator: torch.Generator, *, normalized: bool = True
 ) -> ValueModel:
     """A backbone, as the layout has it, with the head at `value_path` if there is one, else with a new one.
 
     separate: a copy of the policy's backbone, or the model at `value_path`; adapters: the base with a new adapter or
     with that at `value_path`; shared: the policy's own trunk. A new head is N(0, 1/sqrt(D+1)) or zero; its bias is
-    zero. That of a reward model gives its scores, `normalised` as PPO's reward has them: (score - mean) / std by the
+    zero. That of a reward model gives its scores, `normalized` as PPO's reward has them: (score - mean) / std by the
     `reward_stats.json` beside it. The head is float32.
 
     Raises UserError for a `value_path` that is no such model or knows fewer tokens than the policy.
@@ -87,7 +87,7 @@ def make_value_model(
     if scores is None:
         head = _new_head(config, backbone.config.hidden_size, generator)
     else:
-        head = _head_like(scores, read_stats(str(config.value_path)) if normalised else (0.0, 1.0))
+        head = _head_like(scores, read_stats(str(config.value_path)) if normalized else (0.0, 1.0))
     return ValueModel(backbone, head.to(generator.device).requires_grad_(True))
 
 

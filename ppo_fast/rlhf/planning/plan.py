@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.planning.rehearsal import Rehearsal
+from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.shapes import Shapes, read_shapes
 from ppo_fast.rlhf.planning.tracing import Account
 
@@ -87,7 +87,7 @@ def make_plan(
     """
     shapes = shapes or read_shapes(config)
     longest = prompt_tokens or longest_prompt(config, shapes)
-    timeline = Rehearsal(config, shapes, device, longest).run()
+    timeline = DryRun(config, shapes, device, longest).run()
     overhead = _overhead if device == "cuda" else lambda account: account
     phases = {name: overhead(account) for name, account in timeline.peaks().items()}
     return Plan({name: _ordered(account) for name, account in phases.items()}, timeline.aside, limit)
@@ -112,21 +112,21 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
     more time, then what rounds them, then what trains less.
     """
     changes, replan = list[Change](), functools.partial(make_plan, limit=plan.limit, **given)
-    for knob in (*_KNOBS, *_KNOBS):  # again, as the peak may have moved to another phase
+    for knob in (*_SETTINGS, *_SETTINGS):  # again, as the peak may have moved to another phase
         if plan.fits:
             break
         values = knob.values(config) if plan.fullest in knob.phases else ()
         if not values:
             continue
-        tried = [_turned(config, knob.name, value) for value in values]
-        index, found = _mildest(tried, replan, knob.phases)
+        tried = [_with_setting(config, knob.name, value) for value in values]
+        index, found = _first_that_fits(tried, replan, knob.phases)
         if found.peak < plan.peak:
             config, plan = tried[index], found
             changes.append(Change(knob.name, values[index], plan))
     return changes
 
 
-def _mildest(
+def _first_that_fits(
     configs: Sequence[PPOConfig], replan: Callable[[PPOConfig], Plan], phases: Sequence[str]
 ) -> tuple[int, Plan]:
     """The first in which these phases fit, or the last, with its plan; each needs less than the one before it."""
@@ -142,7 +142,7 @@ def _mildest(
     return high, plan
 
 
-class Knob(NamedTuple):
+class Setting(NamedTuple):
     """A setting, and the values it may be turned to: the mildest first, none where it is turned already."""
 
     name: str
@@ -182,23 +182,23 @@ def _parked(config: PPOConfig) -> list[bool]:
 
 def _four_bits(config: PPOConfig) -> list[str]:
     base = config.model.layout == "adapters" and not config.model.lora.merge
-    return ["nf4"] if base and config.model.quantise == "none" else []
+    return ["nf4"] if base and config.model.quantize == "none" else []
 
 
-_KNOBS = (
-    Knob("model.logits", lambda config: ["linear"] if config.model.logits == "materialised" else []),
-    Knob("optim.micro_batch_size", _update_sizes, ("update",)),
-    Knob("rollout.micro_batch_size", _rollout_sizes, ("rollout", "scoring", "reward")),
-    Knob("model.checkpointing", lambda config: [] if config.model.checkpointing else [True], ("update",)),
-    Knob("model.park", _parked),
-    Knob("optim.states", _eight_bits),
-    Knob("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
-    Knob("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),
-    Knob("model.quantise", _four_bits),
+_SETTINGS = (
+    Setting("model.logits", lambda config: ["linear"] if config.model.logits == "materialized" else []),
+    Setting("optim.micro_batch_size", _update_sizes, ("update",)),
+    Setting("rollout.micro_batch_size", _rollout_sizes, ("rollout", "scoring", "reward")),
+    Setting("model.checkpointing", lambda config: [] if config.model.checkpointing else [True], ("update",)),
+    Setting("model.park", _parked),
+    Setting("optim.states", _eight_bits),
+    Setting("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
+    Setting("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),
+    Setting("model.quantize", _four_bits),
 )
 
 
-def _turned(config: PPOConfig, name: str, value: Any) -> PPOConfig:
+def _with_setting(config: PPOConfig, name: str, value: Any) -> PPOConfig:
     group, _, field = name.partition(".")
     fields = {field: value}
     if value == "adapters":  # which say no more where the critic begins, and need a rank

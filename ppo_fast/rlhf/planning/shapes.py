@@ -32,7 +32,7 @@ from ppo_fast.rlhf.models.loading import checkpoint_activations, disable_dropout
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.offload import Parked
 from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, ValueModel
-from ppo_fast.rlhf.planning.standins import attention, quantise
+from ppo_fast.rlhf.planning.fakes import attention, quantize
 
 Make = Callable[[str, "Shape"], Any]  # a model of that class
 Name = Callable[[str | None, Iterable[Tensor]], None]  # says what tensors count as; None: they are in host memory
@@ -56,7 +56,7 @@ class Shapes:
     rewards: tuple[Shape, ...] = ()
 
 
-class Scoring(NamedTuple):
+class RewardNetwork(NamedTuple):
     """A reward model, and the block that it is itself in, on the device."""
 
     network: ValueModel
@@ -64,11 +64,11 @@ class Scoring(NamedTuple):
     adapter: bool = False  # on the policy's base
 
 
-class Resident(NamedTuple):
+class LoadedModels(NamedTuple):
     """The networks of a run."""
 
     models: Models
-    rewards: tuple[Scoring, ...]
+    rewards: tuple[RewardNetwork, ...]
 
 
 def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
@@ -87,8 +87,8 @@ def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
     if start is not None:
         return Shapes(own, _read("model.value_path", _value_directory(start), config), rewards)
     # As far as configs tell, the critic starts from the first reward model where that has the policy's vocabulary.
-    alike = bool(rewards) and rewards[0].config.vocab_size == own.config.vocab_size
-    return Shapes(own, rewards[0] if alike else None, rewards)
+    split_by_length = bool(rewards) and rewards[0].config.vocab_size == own.config.vocab_size
+    return Shapes(own, rewards[0] if split_by_length else None, rewards)
 
 
 def _value_directory(path: str) -> str:
@@ -108,7 +108,7 @@ def _read(field: str, path: str | None, config: PPOConfig, base: str | None = No
     return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
 
 
-def make_resident(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> Resident:
+def load_models_without_data(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> LoadedModels:
     """The networks in their layout, of tensors without data: to be called under a FakeTensorMode."""
     make = functools.partial(_make, config=config.model, attention=attention(config.model, device))
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
@@ -117,27 +117,27 @@ def make_resident(config: PPOConfig, shapes: Shapes, device: str, name: Name) ->
     adapters = models.adapters
     if adapters is not None:
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
-        _materialise([*own, *models.value.head.parameters()], "adapters", name)
+        _materialize([*own, *models.value.head.parameters()], "adapters", name)
     parked = None
     if config.model.park and adapters is None:
         parked = _park(models.reference, name)
     for network in (models.policy, models.reference, models.value):
-        _materialise(_tensors(network), "weights", name)
+        _materialize(_tensors(network), "weights", name)
     apart = [_park(reward.network, name) if config.model.park and not reward.adapter else None for reward in rewards]
     for reward in rewards:
-        _materialise(_tensors(reward.network), "weights", name)
+        _materialize(_tensors(reward.network), "weights", name)
     presences = [
         reward if park is None else reward._replace(present=park.present)
         for reward, park in zip(rewards, apart, strict=True)
     ]
-    return Resident(dataclasses.replace(models, parked=parked), tuple(presences))
+    return LoadedModels(dataclasses.replace(models, parked=parked), tuple(presences))
 
 
 def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
     model, adapters = config.model, None
     policy = make("AutoModelForCausalLM", shapes.policy)
-    if model.quantise != "none":
-        quantise(policy)
+    if model.quantize != "none":
+        quantize(policy)
     if model.lora.rank:
         moving = shapes.policy.adapter is not None or config.reference.update != "fixed"
         adapters = _make_adapters(policy, model, moving=moving)
@@ -169,15 +169,15 @@ def _make_adapters(policy: Any, config: ModelConfig, *, moving: bool) -> Adapter
     return adapters
 
 
-def _make_scoring(shape: Shape, models: Models, make: Make) -> Scoring:
+def _make_scoring(shape: Shape, models: Models, make: Make) -> RewardNetwork:
     """A reward model, on a base of its own or on the policy's."""
     adapters = models.adapters
     if adapters is not None and shape.shared:
         name = f"reward-{len(adapters.trained)}"
         adapters.add(name, shape.adapter, trained=False)
-        return Scoring(models.value, functools.partial(adapters.active, name), adapter=True)
+        return RewardNetwork(models.value, functools.partial(adapters.active, name), adapter=True)
     model = make("AutoModelForSequenceClassification", shape).requires_grad_(False)
-    return Scoring(ValueModel(model.base_model, model.score), contextlib.nullcontext)
+    return RewardNetwork(ValueModel(model.base_model, model.score), contextlib.nullcontext)
 
 
 def _make(kind: str, shape: Shape, *, config: ModelConfig, attention: str | None) -> Any:
@@ -191,7 +191,7 @@ def _tensors(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
 
 
-def _materialise(tensors: Iterable[Tensor], item: str | None, name: Name) -> None:
+def _materialize(tensors: Iterable[Tensor], item: str | None, name: Name) -> None:
     """Give tensors on "meta" a storage that is counted as `item`; they stay the objects they are."""
     for tensor in tensors:
         if tensor.device.type == "meta":
@@ -204,7 +204,7 @@ def _materialise(tensors: Iterable[Tensor], item: str | None, name: Name) -> Non
 
 
 def _park(network: nn.Module, name: Name) -> Parked:
-    _materialise(_tensors(network), None, name)
+    _materialize(_tensors(network), None, name)
     return _NamedParked(network, name)
 
 

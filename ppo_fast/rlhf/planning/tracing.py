@@ -36,9 +36,9 @@ class Timeline(TorchDispatchMode):
     `inside(operation, arguments)` says, in bytes.
     """
 
-    def __init__(self, inside: Callable[[Any, Any], Account]) -> None:
+    def __init__(self, op_workspace: Callable[[Any, Any], Account]) -> None:
         super().__init__()
-        self.inside = inside
+        self.inside = op_workspace
         self.now, self.blocks, self.phases = 0, list[Block](), list[tuple[str, int, int]]()
         self._block_of = WeakIdKeyDictionary()
 
@@ -63,10 +63,10 @@ class Timeline(TorchDispatchMode):
             block = Block(storage.nbytes(), "activations", self.now)
             self._block_of[storage] = block
             self.blocks.append(block)
-            weakref.finalize(storage, self._bury, block).atexit = False
+            weakref.finalize(storage, self._on_free, block).atexit = False
         return self._block_of[storage]
 
-    def _bury(self, block: Block) -> None:
+    def _on_free(self, block: Block) -> None:
         block.died = self.now
 
     def name(self, item: str | None, tensors: Iterable[Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import AdvantageConfig
-from ppo_fast.rlhf.data.packing import Array, Grid, offsets, put, spans
+from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, ranges, to_device
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
 
@@ -17,7 +17,7 @@ from ppo_fast.rlhf.ppo.rollout import Rollout
 class Experience:
     """The N counted tokens of B responses, packed: no padding, and no mask."""
 
-    grid: Grid  # prompts and responses
+    grid: TokenBatch  # prompts and responses
     tokens: Tensor  # [N] int64
     logprobs: Tensor  # [N] float32: old
     ref_logprobs: Tensor  # [N] float32
@@ -30,15 +30,15 @@ class Experience:
         """[B] int64, on the host."""
         return self.grid.lengths
 
-    def of(self, rows: Array) -> dict[str, Tensor]:
+    def select(self, rows: Array) -> dict[str, Tensor]:
         """The tensors [n] of these responses, by name."""
-        chosen = put(spans(offsets(self.lengths)[rows], self.lengths[rows]), self.tokens.device)
+        chosen = to_device(ranges(offsets(self.lengths)[rows], self.lengths[rows]), self.tokens.device)
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {name: value.index_select(0, chosen) for name, value in tensors.items()}
 
 
 def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig) -> Experience:
-    """Generalised advantage estimation with value 0 after the last counted token, then whitening.
+    """Generalized advantage estimation with value 0 after the last counted token, then whitening.
 
     Per sequence, every token has the advantage of the first, A = return - value at the last prompt token, and the
     value model regresses on the Monte Carlo returns.
@@ -47,8 +47,8 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
     """
     grid, whole = rollout.generation.grid, config.kind == "sequence"
     device, lengths = grid.ids.device, grid.lengths
-    response = grid.counted[:, -rollout.mask.shape[1] :].ravel().nonzero()[0]
-    chosen, starts = put(response, device), offsets(lengths)
+    response = grid.loss_mask[:, -rollout.mask.shape[1] :].ravel().nonzero()[0]
+    chosen, starts = to_device(response, device), offsets(lengths)
 
     def pack(x: Tensor) -> Tensor:
         return x.flatten().index_select(0, chosen)
@@ -56,10 +56,10 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
     values = pack(rollout.values)
     lam = 1.0 if whole else config.lam
     advantages, returns = ops.gae_packed(
-        pack(rewards.rewards), values, put(starts, device), gamma=config.gamma, lam=lam
+        pack(rewards.rewards), values, to_device(starts, device), gamma=config.gamma, lam=lam
     )
     if whole:
-        advantages = advantages.index_select(0, put(starts[:-1].repeat(lengths), device))
+        advantages = advantages.index_select(0, to_device(starts[:-1].repeat(lengths), device))
     if config.whiten:
         advantages = ops.whiten(advantages, None)
     tokens = rollout.generation.responses.flatten().index_select(0, chosen)

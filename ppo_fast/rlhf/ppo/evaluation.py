@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.data.packing import put
+from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.models import Models
@@ -49,7 +49,7 @@ class Evaluation:
     def begin(self) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""
         if not self.start:
-            answers = Responses.of(self._answers(self.data), self.models.tokenizer)
+            answers = Responses.from_generation(self._answers(self.data), self.models.tokenizer)
             self.start, self.start_ended = answers.completion_ids, answers.ended
 
     def run(self, best: Path) -> tuple[dict[str, float], str | None]:
@@ -75,7 +75,7 @@ class Evaluation:
         generation = self._answers(self.data)
         width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
         rollout = score(self.models, generation, self._rollout(width))
-        responses, mask = Responses.of(generation, self.models.tokenizer), generation.mask
+        responses, mask = Responses.from_generation(generation, self.models.tokenizer), generation.mask
         scores = self.scorer(responses, mask, learn=False).totals
         start, start_scores = self._at_the_start(responses)
         wins = torch.sign(scores - start_scores).mean() / 2 + 0.5
@@ -102,7 +102,7 @@ class Evaluation:
     def _at_the_start(self, now: Responses) -> tuple[Responses, torch.Tensor]:
         """The answers at the start and their scores [B]; anew each time, since running statistics move."""
         lengths = np.array([len(ids) for ids in self.start])
-        mask = put(np.arange(lengths.max()) < lengths[:, None], self.models.device)
+        mask = to_device(np.arange(lengths.max()) < lengths[:, None], self.models.device)
         texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
         start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
         return start, self.scorer(start, mask, learn=False).totals
@@ -125,7 +125,7 @@ class Evaluation:
         if data.dropped:
             limit = self.config.data.max_prompt_tokens
             raise UserError(f"evaluator: expected prompts of at most {limit} tokens, got {data.dropped} longer ones")
-        return Responses.of(self._answers(data), self.models.tokenizer).completions
+        return Responses.from_generation(self._answers(data), self.models.tokenizer).completions
 
     def _answers(self, data: Prompts) -> Generation:
         rows = list(range(len(data.token_ids)))

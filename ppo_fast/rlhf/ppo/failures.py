@@ -32,7 +32,7 @@ def save_failure(
     for part in (generation, *others):
         values = {field.name: getattr(part, field.name) for field in fields(part)}
         tensors = {name: x[rows] for name, x in values.items() if isinstance(x, Tensor) and x.shape[:1] == (size,)}
-        tensors = part.of(np.array(rows)) if isinstance(part, Experience) else tensors
+        tensors = part.select(np.array(rows)) if isinstance(part, Experience) else tensors
         chosen |= {f"{type(part).__name__.lower()}.{name}": x for name, x in tensors.items()}
     ids = [generation.responses[row][generation.mask[row]].tolist() for row in rows]
     record = {

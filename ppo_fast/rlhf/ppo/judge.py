@@ -1,4 +1,4 @@
-"""A language model as the judge: it criticises a response by principles or a rubric, then gives it a score."""
+"""A language model as the judge: it criticizes a response by principles or a rubric, then gives it a score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ppo_fast.rlhf.data.templates import as_text, tokenise_prompt
+from ppo_fast.rlhf.data.templates import as_text, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.models.loading import all_eos_ids, disable_dropout, load_network, load_pretrained
 from ppo_fast.rlhf.training.runtime import find_device
@@ -123,7 +123,7 @@ class LocalModel:
     def _answer(self, instructions: list[str]) -> list[str]:
         templated = self.tokenizer.chat_template is not None
         prompts = [[{"role": "user", "content": text}] if templated else text for text in instructions]
-        ids = [tokenise_prompt(prompt, self.tokenizer, "Judge") for prompt in prompts]
+        ids = [tokenize_prompt(prompt, self.tokenizer, "Judge") for prompt in prompts]
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         output = self.model.generate(
             input_ids=inputs["input_ids"].to(self.model.device),

@@ -121,10 +121,10 @@ def _repetition(completion_ids: list[list[int]]) -> dict[str, float]:
     """Share of n-grams seen before in the same response, and of distinct n-grams in the whole batch."""
     per_response = [Counter(_ngrams(ids)) for ids in completion_ids]
     total = sum(map(sum, (counts.values() for counts in per_response))) or 1
-    distinct = len(set().union(*per_response))
+    deduplicate = len(set().union(*per_response))
     return {
         "hacking/repetition": 1 - sum(map(len, per_response)) / total,
-        "hacking/distinct_n": distinct / total,
+        "hacking/distinct_n": deduplicate / total,
     }
 
 

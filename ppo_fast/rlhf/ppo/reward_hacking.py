@@ -9,7 +9,7 @@ WINDOW = 5  # updates that a value is the mean of: the first ones are the start,
 
 
 @dataclass(frozen=True)
-class Sign:
+class Rule:
     """Now above `limit` and above `factor` x start; below both for a metric that falls when something is wrong."""
 
     metric: str
@@ -19,17 +19,17 @@ class Sign:
     remedy: str
     falls: bool = False
 
-    def shows(self, start: float, now: float) -> bool:
+    def triggers(self, start: float, now: float) -> bool:
         worse = -1 if self.falls else 1
         return worse * now > worse * self.limit and worse * now > worse * self.factor * start
 
 
 # KL: beyond about 10 nats the gold score of small reward models falls (Gao et al. 2023, arXiv:2210.10760, figure 1).
 # The other limits are rules of thumb: what the metric does in a run that goes well stays clear of them.
-SIGNS = (
-    Sign("objective/kl", 10.0, 1.5, "the policy is far from the reference", "raise kl.coef or set kl.adaptive"),
-    Sign("hacking/repetition", 0.3, 1.5, "responses repeat themselves", "let the reward punish repetition"),
-    Sign(
+RULES = (
+    Rule("objective/kl", 10.0, 1.5, "the policy is far from the reference", "raise kl.coef or set kl.adaptive"),
+    Rule("hacking/repetition", 0.3, 1.5, "responses repeat themselves", "let the reward punish repetition"),
+    Rule(
         "hacking/distinct_n",
         0.3,
         0.5,
@@ -37,8 +37,8 @@ SIGNS = (
         "raise kl.coef or loss.ent_coef, or lower optim.lr",
         falls=True,
     ),
-    Sign("hacking/length_reward_corr", 0.7, 1.2, "the score follows the length", "set reward.length_penalty"),
-    Sign(
+    Rule("hacking/length_reward_corr", 0.7, 1.2, "the score follows the length", "set reward.length_penalty"),
+    Rule(
         "hacking/ensemble_std",
         0.0,
         2.0,
@@ -48,25 +48,25 @@ SIGNS = (
 )
 
 
-class Monitors:
+class RewardHackingMonitor:
     """Watches the metrics of every update; each sign is told once."""
 
     def __init__(self) -> None:
-        self.start: dict[str, list[float]] = {sign.metric: [] for sign in SIGNS}
-        self.recent: dict[str, list[float]] = {sign.metric: [] for sign in SIGNS}
+        self.start: dict[str, list[float]] = {sign.metric: [] for sign in RULES}
+        self.recent: dict[str, list[float]] = {sign.metric: [] for sign in RULES}
         self.told: list[str] = []
 
-    def watch(self, metrics: dict[str, float]) -> list[str]:
+    def update(self, metrics: dict[str, float]) -> list[str]:
         """Warnings, if any, after the metrics of one update; none within the first 2 x WINDOW updates."""
         warnings = []
-        for sign in SIGNS:
+        for sign in RULES:
             if sign.metric not in metrics or sign.metric in self.told:
                 continue
             start, recent = self.start[sign.metric], self.recent[sign.metric]
             (start if len(start) < WINDOW else recent).append(metrics[sign.metric])
             del recent[:-WINDOW]
             before, now = sum(start) / WINDOW, sum(recent) / WINDOW
-            if len(recent) == WINDOW and sign.shows(before, now):
+            if len(recent) == WINDOW and sign.triggers(before, now):
                 self.told.append(sign.metric)
                 warnings.append(
                     f"sign of reward hacking: {sign.meaning} ({sign.metric} {now:.3g}, at the start {before:.3g}); "

@@ -24,7 +24,7 @@ from ppo_fast.rlhf.models.offload import Parked
 from ppo_fast.rlhf.models.reward import load_reward_model, read_stats
 from ppo_fast.rlhf.models.value import ValueModel, adapter_on, sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation
-from ppo_fast.rlhf.user_code import call, listed, load_callable, plain
+from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
 
 REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
 RewardFunction = Callable[..., Sequence[Any]]
@@ -43,7 +43,7 @@ class Responses:
     columns: dict[str, list[Any]]  # the other keys of the prompts' rows
 
     @classmethod
-    def of(cls, generation: Generation, tokenizer: Any) -> Responses:
+    def from_generation(cls, generation: Generation, tokenizer: Any) -> Responses:
         prompts = generation.prompts
         ids = _counted(generation.responses, generation.mask)
         return cls(
@@ -75,7 +75,7 @@ class FunctionSource:
 
     def __call__(self, responses: Responses) -> list[Score]:
         answer = call("reward function", self.function, **responses.arguments())
-        scores = listed("reward function", "scores", answer, len(responses.completions))
+        scores = as_list("reward function", "scores", answer, len(responses.completions))
         pairs = zip(scores, responses.completion_ids, strict=True)
         return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
 
@@ -83,7 +83,7 @@ class FunctionSource:
 class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
-    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the text, tokenised as the
+    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the text, tokenized as the
     completions that it was trained on, by its own tokenizer and chat template. A response that ended, if by a stop
     string, has an EOS as its last token; one that was cut off has none, and no end of turn.
     """
@@ -172,10 +172,12 @@ class ModelSource:
 
 
 Source = FunctionSource | ModelSource
-Scoring = tuple[ValueModel, Callable[[], AbstractContextManager[Any]]]  # a network, and where it is that of the scores
+RewardNetwork = tuple[
+    ValueModel, Callable[[], AbstractContextManager[Any]]
+]  # a network, and where it is that of the scores
 
 
-def _adapter_scorer(path: str, adapters: Adapters | None) -> Scoring | None:
+def _adapter_scorer(path: str, adapters: Adapters | None) -> RewardNetwork | None:
     """The policy's base with the adapter at `path`, if that is one on this base."""
     saved = None if adapters is None else adapter_on(adapters.base, "reward.models", path)
     if adapters is None or saved is None or saved.head is None:
@@ -186,7 +188,7 @@ def _adapter_scorer(path: str, adapters: Adapters | None) -> Scoring | None:
     return ValueModel(backbone_of(adapters.network), head), functools.partial(adapters.active, name)
 
 
-def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> Scoring:
+def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> RewardNetwork:
     """The model at `path`, which may wait in host memory; an adapter on a base of its own."""
     loaded = load_reward_model("reward.models", path, getattr(torch, config.dtype), config.trust_remote_code)
     if loaded is None:
@@ -194,7 +196,7 @@ def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> Scori
     model, saved = loaded
     if saved is not None:
         put_on(model, saved)
-    network = ValueModel.of(disable_dropout(model).requires_grad_(False))
+    network = ValueModel.from_classifier(disable_dropout(model).requires_grad_(False))
     if config.park:
         return network, Parked(network, device).present
     return network.to(device), contextlib.nullcontext
@@ -234,7 +236,7 @@ def _checked(score: Any, ids: list[int], sample: int) -> Score:
 
 
 def _number(value: Any, sample: int) -> float:
-    value = plain(value)
+    value = to_python(value)
     try:
         finite = math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max
     except (TypeError, OverflowError):

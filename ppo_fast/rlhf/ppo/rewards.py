@@ -15,11 +15,11 @@ from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.ppo.reward_sources import Responses, Score
 from ppo_fast.rlhf.ppo.rollout import Rollout, select
-from ppo_fast.rlhf.user_code import call, listed
+from ppo_fast.rlhf.user_code import as_list, call
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoredBatch:
     """What the sources and the filter make of responses."""
 
     rows: Tensor  # [B, T] float32: on the tokens that earned them; clipped, less penalties; 0 where masked
@@ -87,7 +87,7 @@ def warn_about_whitening(kl: KLConfig, whiten: bool) -> None:
 
 
 class Scorer:
-    """Every source of reward in one: each normalised, weighted, then combined.
+    """Every source of reward in one: each normalized, weighted, then combined.
 
     With weights w, sources s and their sum W = sum_s w_s: sum = sum_s w_s r_s; mean = sum / W; min = the w_s r_s that
     is lowest in total; mean-std = mean - std_coef * sqrt(sum_s w_s (r_s - mean)^2 / W), of the totals.
@@ -106,7 +106,7 @@ class Scorer:
         self.weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         self.running = [RunningStats() for _ in sources]
 
-    def __call__(self, responses: Responses, mask: Tensor, *, learn: bool = True) -> Scores:
+    def __call__(self, responses: Responses, mask: Tensor, *, learn: bool = True) -> ScoredBatch:
         """Score responses whose counted tokens are the True of mask [B, T]; `learn`: take them into the statistics."""
         last, config = _is_last(mask), self.config
         rows, spread = self._combined([self._rows(n, responses, mask, learn) for n in range(len(self.sources))], last)
@@ -119,10 +119,10 @@ class Scorer:
         verdicts = self._verdicts(responses)
         no = [verdict is False for verdict in verdicts]
         rejected = torch.tensor(no, dtype=torch.bool, device=mask.device)[:, None]
-        return Scores(torch.where(rejected, last.to(rows.dtype) * config.rejected_score, rows), verdicts, spread)
+        return ScoredBatch(torch.where(rejected, last.to(rows.dtype) * config.rejected_score, rows), verdicts, spread)
 
     def _combined(self, sources: list[Tensor], last: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [B, T] of all sources in one, and the deviation [B] between them."""
+        """ScoredBatch [B, T] of all sources in one, and the deviation [B] between them."""
         rows, weights = torch.stack(sources), self.weights.to(last.device)
         weighted = rows * weights[:, None, None]
         if self.config.combine == "sum":
@@ -141,20 +141,20 @@ class Scorer:
         if self.filter is None:
             return [True] * len(responses.completions)
         answer = call("filter", self.filter, **responses.arguments())
-        verdicts = listed("filter", "verdicts", answer, len(responses.completions))
+        verdicts = as_list("filter", "verdicts", answer, len(responses.completions))
         for sample, verdict in enumerate(verdicts):
             known = isinstance(verdict, bool) or verdict == "mask"
             check(known, "filter", f"True, False or 'mask' for sample {sample}", verdict)
         return verdicts
 
     def _rows(self, number: int, responses: Responses, mask: Tensor, learn: bool) -> Tensor:
-        """Scores [B, T] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
+        """ScoredBatch [B, T] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
         source, running = self.sources[number], self.running[number]
         rows = _spread(source(responses), mask)
-        if self.config.normalise == "running" and learn:
+        if self.config.normalize == "running" and learn:
             running.update(rows.sum(dim=-1))
         stats = {"running": running.stats(), "saved": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
-        mean, std = stats[self.config.normalise]
+        mean, std = stats[self.config.normalize]
         return torch.where(mask, rows / std, 0.0) - _is_last(mask).to(rows.dtype) * (mean / std)
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class RunningStats:
 
 def compute_rewards(rollout: Rollout, tokenizer: Any, scorer: Scorer, kl: KLCoefficient) -> Rewards:
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
-    mask, responses = rollout.mask, Responses.of(rollout.generation, tokenizer)
+    mask, responses = rollout.mask, Responses.from_generation(rollout.generation, tokenizer)
     scores = scorer(responses, mask)
     k1 = torch.where(mask, ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, kl.config.reward_estimator), 0.0)
     rewards = scores.rows

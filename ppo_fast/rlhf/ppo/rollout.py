@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import RolloutConfig
-from ppo_fast.rlhf.data.packing import Grid, Sequences
+from ppo_fast.rlhf.data.packing import ForwardInputs, TokenBatch
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.models.forward import (
@@ -40,9 +40,9 @@ class Generation:
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> TokenBatch:
         """Ids and masks as forward passes are made from; waits for the device once."""
-        return Grid.of(self.input_ids, self.attention_mask, self.mask)
+        return TokenBatch.from_masks(self.input_ids, self.attention_mask, self.mask)
 
     @property
     def responses(self) -> Tensor:
@@ -137,8 +137,8 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
 class Pass(NamedTuple):
     """One forward pass of scoring."""
 
-    places: Tensor  # [n] int64: its counted tokens in the flattened grid
-    sequences: Sequences
+    flat_indices: Tensor  # [n] int64: its counted tokens in the flattened grid
+    sequences: ForwardInputs
 
 
 @torch.no_grad()
@@ -146,14 +146,14 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
     """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
     grid, targets = generation.grid, generation.input_ids.flatten()
     passes = [
-        Pass(grid.places(rows), grid.sequences(rows, packed=models.packed))
-        for rows in grid.alike(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
+        Pass(grid.flat_indices(rows), grid.sequences(rows, packed=models.packed))
+        for rows in grid.split_by_length(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
     ]
 
     def spread(parts: list[Tensor]) -> Tensor:
         """[B, T]: values of the counted tokens of all passes, each in its place."""
         empty = torch.zeros(grid.ids.numel(), dtype=torch.float32, device=grid.ids.device)
-        filled = empty.index_copy(0, torch.cat([part.places for part in passes]), torch.cat(parts).float())
+        filled = empty.index_copy(0, torch.cat([part.flat_indices for part in passes]), torch.cat(parts).float())
         return filled.view(grid.ids.shape)[:, -generation.mask.shape[1] :]
 
     def stats(role: Role, values: list[Tensor] | None = None) -> list[ops.TokenStats]:
@@ -178,7 +178,7 @@ def _stats(
     models: Models, model: Any, part: Pass, targets: Tensor, temperature: float, values: list[Tensor] | None
 ) -> ops.TokenStats:
     """Statistics of one pass; the values of a head on the same trunk are appended to `values`."""
-    chosen = targets.index_select(0, part.places)
+    chosen = targets.index_select(0, part.flat_indices)
     if values is None:
         return response_stats(model, part.sequences, chosen, linear=models.linear, temperature=temperature)
     x = response_hidden(model, part.sequences)

@@ -25,7 +25,7 @@ from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.metrics import collect
 from ppo_fast.rlhf.ppo.reference import Reference
-from ppo_fast.rlhf.ppo.reward_hacking import Monitors
+from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
 from ppo_fast.rlhf.ppo.reward_sources import RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
 from ppo_fast.rlhf.ppo.rollout import Generation, generate, score, warn_about_filters
@@ -34,12 +34,12 @@ from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_m
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import BEST, FINAL
-from ppo_fast.rlhf.training.loop import Loop
-from ppo_fast.rlhf.training.resume import failed_writes_told, file_digests, inputs, load_start, prompt_inputs
+from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.resume import file_digests, inputs, load_start, prompt_inputs, report_write_errors
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import check_state
-from ppo_fast.rlhf.user_code import UserState, forget_modules, load_callable
+from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PPOResult:
 
 
 @dataclass
-class Run(Loop):
+class PPORun(TrainingLoop):
     """The moving parts of a run and one turn of its loop."""
 
     config: PPOConfig
@@ -70,7 +70,7 @@ class Run(Loop):
         self.sampler = PromptSampler(count, self.generator, shuffle=settings.shuffle, arrange=arrange)
         self.learner = Learner(self.models, self.config)
         self.reference = Reference(self.models, self.config.reference)
-        self.monitors = Monitors()
+        self.monitors = RewardHackingMonitor()
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
         self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
@@ -116,7 +116,7 @@ class Run(Loop):
                 self.reference.update(update)
             metrics = collect(rollout, rewards, experience, stats, config, clock.seconds)
             metrics |= {"nan/skipped_batches": float(self.skipped)}
-            notes = [stats.note, *self.monitors.watch(metrics)]
+            notes = [stats.note, *self.monitors.update(metrics)]
             if self.evaluation is not None and self.evaluation.due(update):
                 measured, note = self.evaluation.run(log.directory / BEST)
                 metrics, notes = metrics | measured, [*notes, note]
@@ -190,7 +190,7 @@ def train_ppo(
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
         warn_about_whitening(config.kl, config.advantage.whiten)
-        forget_modules()
+        clear_module_cache()
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
@@ -203,10 +203,10 @@ def train_ppo(
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         announce(config, models.policy, max(map(len, data.token_ids)), log.console)
-        run = Run(config, models, data, scorer, evaluation, generator)
+        run = PPORun(config, models, data, scorer, evaluation, generator)
         if start is not None:
             run.restore(start)
-        with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
+        with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
             save_config(config, log.directory / "config.yaml")
             run.loop(log, stop)
             final = save_models(models, log.directory / FINAL)

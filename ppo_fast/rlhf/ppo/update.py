@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.data.packing import Array, Sequences, offsets, put
+from ppo_fast.rlhf.data.packing import Array, ForwardInputs, offsets, to_device
 from ppo_fast.rlhf.errors import NotFiniteError
 from ppo_fast.rlhf.models.forward import (
     head_loss,
@@ -24,7 +24,7 @@ from ppo_fast.rlhf.models.forward import (
 )
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience
-from ppo_fast.rlhf.training.optim import Network, PenaltyCoefficient, schedule
+from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
 
 Metrics = dict[str, Tensor]
 
@@ -33,7 +33,7 @@ Metrics = dict[str, Tensor]
 class MicroBatch:
     """One forward and backward pass, of n counted tokens."""
 
-    sequences: Sequences
+    sequences: ForwardInputs
     cu_seqlens: Tensor  # [b + 1] int64: where each response begins among the n tokens
     tokens: Tensor  # [n] int64
     logprobs: Tensor  # [n] float32: old
@@ -43,10 +43,10 @@ class MicroBatch:
     returns: Tensor  # [n] float32
 
     @classmethod
-    def of(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
+    def from_experience(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
         """These responses, without what is padding in all of them."""
-        cu_seqlens = put(offsets(experience.lengths[rows]), experience.tokens.device)
-        return cls(experience.grid.sequences(rows, packed=packed), cu_seqlens, **experience.of(rows))
+        cu_seqlens = to_device(offsets(experience.lengths[rows]), experience.tokens.device)
+        return cls(experience.grid.sequences(rows, packed=packed), cu_seqlens, **experience.select(rows))
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Learner:
 
     def __init__(self, models: Models, config: PPOConfig) -> None:
         self.models, self.config = models, config
-        self.policy = Network(models.trained("policy"), config.optim.lr, config.optim)
-        self.value = Network(models.trained("value"), config.optim.value_lr, config.optim)
+        self.policy = ClippedOptimizer(models.trained("policy"), config.optim.lr, config.optim)
+        self.value = ClippedOptimizer(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
         self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 
@@ -136,14 +136,14 @@ class Learner:
         )
 
     def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
-        """Accumulate the gradients of a minibatch of these rows, micro-batch by micro-batch, under one normaliser."""
+        """Accumulate the gradients of a minibatch of these rows, micro-batch by micro-batch, under one normalizer."""
         lengths = experience.lengths[rows]
         tokens = int(lengths.sum())
         count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
         run = self._joint_backward if self.models.shared else self._separate_backward
         found: list[tuple[Metrics, Metrics]] = []
-        for part in experience.grid.alike(rows, self.config.optim.micro_batch_size or len(rows)):
-            micro = MicroBatch.of(experience, part, packed=self.models.packed)
+        for part in experience.grid.split_by_length(rows, self.config.optim.micro_batch_size or len(rows)):
+            micro = MicroBatch.from_experience(experience, part, packed=self.models.packed)
             found.append(run(micro, self._policy_terms(micro, kl_coef, count), tokens))
         policy, value = zip(*found, strict=True)
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)

@@ -20,7 +20,7 @@ History = Sequence[Mapping[str, float]]  # one mapping of metric names to number
 
 INK, GRID = "#33393f", "#e6e8ea"
 PICTURES = (".png", ".svg", ".pdf")
-COLOURS = ("#1f6f8b", "#d98324", "#7b5ea7", "#5b8c5a", "#a3514b", "#6b7580")
+COLORS = ("#1f6f8b", "#d98324", "#7b5ea7", "#5b8c5a", "#a3514b", "#6b7580")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Centred mean over ``span`` values (an odd number), over fewer towards both ends."""
+    """Centered mean over ``span`` values (an odd number), over fewer towards both ends."""
     half = span // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
@@ -142,8 +142,8 @@ def draw_curves(
         figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
         figure.text(0.08, 1 - 0.64 / height, printable(subtitle), fontsize=10, color="#6b7580")
         for axis, panel in zip(axes, panels, strict=False):
-            for (name, history), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
-                _draw_run(axis, panel, history, colour, name)
+            for (name, history), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
+                _draw_run(axis, panel, history, color, name)
             _finish(axis, panel)
         if len(runs) > 1:
             axes[0].legend(frameon=False, fontsize=9)
@@ -186,24 +186,24 @@ def _style() -> dict[str, Any]:
     }
 
 
-def _draw_run(axis: Any, panel: Panel, history: History, colour: str, name: str) -> None:
+def _draw_run(axis: Any, panel: Panel, history: History, color: str, name: str) -> None:
     """Every value thin and a running mean thick; what not every update has, as points on a line."""
     rows = [(next((row[c] for c in COUNTERS if c in row), i), row) for i, row in enumerate(history, start=1)]
     drawn = [(update, panel.scale * row[panel.metric]) for update, row in rows if panel.metric in row]
     updates, values = zip(*drawn, strict=True)
     if len(values) == len(history):
-        axis.plot(updates, values, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(updates, values, color=color, linewidth=0.8, alpha=0.35)
         values, marker = tuple(smooth(values, 5)), None
     else:
         marker = "o"
-    axis.plot(updates, values, color=colour, linewidth=2.0, label=printable(name), marker=marker, markersize=4)
+    axis.plot(updates, values, color=color, linewidth=2.0, label=printable(name), marker=marker, markersize=4)
     axis.annotate(
         f"{values[-1]:.2g}",
         (updates[-1], values[-1]),
         xytext=(5, 0),
         textcoords="offset points",
         va="center",
-        color=colour,
+        color=color,
         fontweight="bold",
         annotation_clip=False,
     )

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: preference pairs without a reward model or rollouts."""
+"""Direct preference optimization: preference pairs without a reward model or rollouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import DPOConfig
 from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
-from ppo_fast.rlhf.data.packing import put
+from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
 from ppo_fast.rlhf.supervised.train import (
@@ -25,7 +25,7 @@ from ppo_fast.rlhf.supervised.train import (
     completion_logprobs,
     fit,
     load_data,
-    prepared,
+    setup_run,
 )
 
 
@@ -49,7 +49,7 @@ class DPO(Objective[Pair]):
     def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sums [B] over the completions of the chosen and of the rejected, [2B] one after the other."""
         logprobs = completion_logprobs(model, batch, linear=self.linear, packed=self.packed)
-        lengths = put(batch.grid.lengths, logprobs.device)
+        lengths = to_device(batch.grid.lengths, logprobs.device)
         chosen, rejected = torch.segment_reduce(logprobs, "sum", lengths=lengths, unsafe=True).chunk(2)
         return chosen, rejected
 
@@ -85,7 +85,7 @@ def train_dpo(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
-    with prepared(config, resume) as start:
+    with setup_run(config, resume) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

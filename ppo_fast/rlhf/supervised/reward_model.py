@@ -29,7 +29,7 @@ from ppo_fast.rlhf.models.loading import (
 )
 from ppo_fast.rlhf.models.reward import STATS, add_score_head, load_reward_model
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
-from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, prepared
+from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
@@ -44,7 +44,7 @@ class RewardModel(Objective[Pair]):
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
         batch = self.batch(pairs)
-        network = ValueModel.of(self.model)
+        network = ValueModel.from_classifier(self.model)
         chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
         return chosen, rejected
 
@@ -124,7 +124,7 @@ def train_reward_model(
 
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
-    with prepared(config, resume) as start:
+    with setup_run(config, resume) as start:
         loaded = _load(config, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
@@ -139,8 +139,8 @@ def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tok
         loaded = load_causal(config.model, generator.device, model, tokenizer)
         loaded = dataclasses.replace(loaded, model=add_score_head(loaded.model, loaded.tokenizer, generator))
     else:
-        if config.model.quantise != "none":
-            raise UserError(f"model.quantise: expected 'none' with init, got {config.model.quantise!r}")
+        if config.model.quantize != "none":
+            raise UserError(f"model.quantize: expected 'none' with init, got {config.model.quantize!r}")
         trust = config.model.trust_remote_code
         found = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
         if found is None:

@@ -19,7 +19,7 @@ from ppo_fast.rlhf.supervised.train import (
     completion_logprobs,
     fit,
     load_data,
-    prepared,
+    setup_run,
 )
 
 
@@ -67,7 +67,7 @@ def train_sft(
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
-    with prepared(config, resume) as start:
+    with setup_run(config, resume) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

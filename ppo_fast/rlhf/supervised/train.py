@@ -29,9 +29,9 @@ from ppo_fast.rlhf.training.failures import save_batch
 from ppo_fast.rlhf.training.finite import check_metrics, require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
-from ppo_fast.rlhf.training.loop import Loop
-from ppo_fast.rlhf.training.optim import Network, schedule
-from ppo_fast.rlhf.training.resume import failed_writes_told, inputs, load_start
+from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
+from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
 from ppo_fast.rlhf.training.runtime import find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 
@@ -40,7 +40,7 @@ Source = str | Path | Iterable[Any]
 
 @dataclass(frozen=True)
 class Objective(ABC, Generic[Kind]):
-    """What a stage minimises."""
+    """What a stage minimizes."""
 
     stage: ClassVar[str]  # its name
     model: Any  # the module that is trained, saved by `save_pretrained`
@@ -94,7 +94,7 @@ class Start:
 
 
 @dataclass
-class Run(Loop, Generic[Kind]):
+class SupervisedRun(TrainingLoop, Generic[Kind]):
     """The moving parts of a run and one turn of its loop."""
 
     config: SupervisedConfig
@@ -109,7 +109,7 @@ class Run(Loop, Generic[Kind]):
         lengths = [example.length for example in self.data.train]
         self.batches = Batches(lengths, optim.batch_size, self.generator, bucket=self.config.data.bucket)
         self.total = optim.epochs * len(self.batches)
-        self.network = Network(self.objective.model.parameters(), optim.lr, optim)
+        self.network = ClippedOptimizer(self.objective.model.parameters(), optim.lr, optim)
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
 
@@ -175,7 +175,7 @@ class Run(Loop, Generic[Kind]):
 
 
 @contextlib.contextmanager
-def prepared(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
+def setup_run(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
     with hold_directory(config.log.dir), threads(config.threads):
         if resume in (False, None):
@@ -213,11 +213,11 @@ def fit(
     """The loop: optimizer steps over the epochs, evaluations, checkpoints."""
     _check_fit(objective.model, data)
     warn_about_precision(objective.model, config.optim)
-    run, checkpoint = Run(config, objective, data, tokenizer, start.generator), start.checkpoint
+    run, checkpoint = SupervisedRun(config, objective, data, tokenizer, start.generator), start.checkpoint
     if checkpoint is not None:
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
-    with failed_writes_told(log.directory), log, StopSignals(log.unit) as stop:
+    with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         extra = objective.extra_files(data.held_out)
@@ -249,7 +249,7 @@ def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True, packed
     With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
     """
     grid, rows = batch.grid, np.arange(len(batch.grid.ids))
-    targets = grid.ids.flatten().index_select(0, grid.places(rows))
+    targets = grid.ids.flatten().index_select(0, grid.flat_indices(rows))
     return response_stats(model, grid.sequences(rows, packed=packed), targets, linear=linear).logprobs
 
 

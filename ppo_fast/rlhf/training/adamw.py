@@ -78,7 +78,7 @@ def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tenso
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with block-wise moments of 8 bits, computed in float32; bfloat16 weights are rounded stochastically.
 
-    A bfloat16 weight moves to one of its two neighbours with the probability that makes it right in the mean, so that
+    A bfloat16 weight moves to one of its two neighbors with the probability that makes it right in the mean, so that
     steps too small for it are not lost. The noise is the optimizer's own and saved with it. Where `found_inf` is 1,
     weights, moments and their count stay as they are; the noise moves on.
 

@@ -173,12 +173,12 @@ def _value_file(models: Models) -> str:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors; what shares storage with another, such as tied weights, is copied."""
-    plain, seen = {}, set()
+    to_python, seen = {}, set()
     for name, value in tensors.items():
         storage = value.untyped_storage().data_ptr()
-        plain[name] = (value.clone() if storage in seen else value).contiguous()
+        to_python[name] = (value.clone() if storage in seen else value).contiguous()
         seen.add(storage)
-    require("safetensors.torch").save_file(plain, path)
+    require("safetensors.torch").save_file(to_python, path)
 
 
 def save_model(

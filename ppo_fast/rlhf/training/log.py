@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
-REPLACED = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
+RUN_ARTIFACTS = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
 def require_free(log: RunLogConfig) -> None:
     """UserError for a directory that holds what the run would replace, with `overwrite` off."""
-    held = [name for name in REPLACED if (Path(log.dir) / name).exists()]
+    held = [name for name in RUN_ARTIFACTS if (Path(log.dir) / name).exists()]
     if held and not log.overwrite:
         raise UserError(f"log.dir: {log.dir!r} already holds {held[0]!r}; choose another or set log.overwrite")
 
@@ -127,7 +127,7 @@ class StageLog:
         except OSError as error:
             raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
         try:
-            for path in (self.directory / name for name in REPLACED):
+            for path in (self.directory / name for name in RUN_ARTIFACTS):
                 if path.is_symlink():
                     warnings.warn(
                         f"log.dir: {str(path)!r} is no longer a link to {os.readlink(path)!r}, which stays as it is",

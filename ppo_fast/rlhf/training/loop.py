@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ppo_fast.rlhf.errors import NotFiniteError, UserError, named
+from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, set_newer_aside
 from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
@@ -20,7 +20,7 @@ from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
 from ppo_fast.rlhf.training.state import restore_rng, rng_state
 
 
-class Loop(ABC):
+class TrainingLoop(ABC):
     """A run that goes on where a checkpoint was written, to the same bits as if it had never stopped."""
 
     config: Any  # with on_nan and log
@@ -56,7 +56,7 @@ class Loop(ABC):
             settle_all(log.directory / name)
         save_every = self.config.log.save_every
         while self.done < self.total:
-            with named(f"{log.unit} {self.done + 1}"):
+            with error_prefix(f"{log.unit} {self.done + 1}"):
                 self.step(self.done + 1, log)
             self.done += 1
             if save_every and (self.done % save_every == 0 or self.done == self.total):

@@ -14,7 +14,7 @@ from ppo_fast.rlhf.integrity import check_tensors
 from ppo_fast.rlhf.training.adamw import AdamW8bit, MasterAdamW
 
 
-class Network:
+class ClippedOptimizer:
     """The trained parameters of a network with their own AdamW and their own gradient-norm clip."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:

@@ -18,7 +18,7 @@ from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoint
 from ppo_fast.rlhf.training.log import CHECKPOINTS
 from ppo_fast.rlhf.training.state import fingerprint
-from ppo_fast.rlhf.user_code import plain
+from ppo_fast.rlhf.user_code import to_python
 
 
 def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None:
@@ -82,7 +82,7 @@ def _digest(rows: Iterable[Any]) -> str:
 
 def _written(value: Any) -> str:
     """`value` as text, the same in every process: whole arrays, sets in order, no addresses of objects."""
-    value = plain(value)
+    value = to_python(value)
     if isinstance(value, Mapping):
         return _written(list(value.items()))
     if isinstance(value, set | frozenset):
@@ -106,7 +106,7 @@ def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Non
 
 
 @contextlib.contextmanager
-def failed_writes_told(directory: Path) -> Iterator[None]:
+def report_write_errors(directory: Path) -> Iterator[None]:
     """UserError for a full disk and the like: what failed, and what is safe."""
     try:
         yield

@@ -229,7 +229,7 @@ print("done")
 """
 
 
-def test_masked_rows_rows_of_zero_gradient_and_neighbouring_memory_are_not_read() -> None:
+def test_masked_rows_rows_of_zero_gradient_and_neighboring_memory_are_not_read() -> None:
     run = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
     assert run.stdout == "done\n", run.stderr
 

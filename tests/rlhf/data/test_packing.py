@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.rlhf.data.packing import Grid, offsets, spans
+from ppo_fast.rlhf.data.packing import TokenBatch, offsets, ranges
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import hidden_states, model_inputs, response_logits, response_values
 from ppo_fast.rlhf.models.value import ValueModel
 from ppo_fast.rlhf.ppo.rollout import score
 from ppo_fast.rlhf.ppo.update import Learner
-from tests.rlhf.factories import everything, forward_pass, made_experience
+from tests.rlhf.factories import all_rows, forward_pass, made_experience
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 
@@ -30,7 +30,7 @@ def ragged():
 
 def test_offsets_and_spans():
     assert offsets(np.array([2, 0, 3])).tolist() == [0, 2, 2, 5]
-    assert spans(np.array([4, 9, 0]), np.array([2, 0, 3])).tolist() == [4, 5, 0, 1, 2]
+    assert ranges(np.array([4, 9, 0]), np.array([2, 0, 3])).tolist() == [4, 5, 0, 1, 2]
 
 
 def test_a_packed_row_holds_every_token_but_the_last_of_each_sequence():
@@ -41,8 +41,8 @@ def test_a_packed_row_holds_every_token_but_the_last_of_each_sequence():
     assert torch.equal(packed.inputs["position_ids"], torch.cat([torch.arange(len(row)) for row in rows])[None])
     assert packed.inputs["attention_mask"] is None
     assert packed.ends.diff().tolist() == [len(row) for row in rows]
-    assert packed.longest == max(map(len, rows))
-    assert packed.tail == packed.inputs["input_ids"].numel()
+    assert packed.max_seqlen == max(map(len, rows))
+    assert packed.logits_to_keep == packed.inputs["input_ids"].numel()
 
 
 @pytest.mark.parametrize("lone", [0, 1, 2, 3])
@@ -118,7 +118,7 @@ def setup(make_models, make_config, make_rollout):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("logits", ["linear", "materialised"])
+@pytest.mark.parametrize("logits", ["linear", "materialized"])
 def test_packed_equals_padded_in_scores_losses_and_gradients(setup, arch, logits):
     found = []
     for batches in ("padded", "packed"):
@@ -131,7 +131,7 @@ def test_packed_equals_padded_in_scores_losses_and_gradients(setup, arch, logits
         )
         assert learner.models.packed is (batches == "packed")
         scored = score(learner.models, rollout.generation, learner.config.rollout)
-        metrics = learner.backward(*everything(experience), 0.1)
+        metrics = learner.backward(*all_rows(experience), 0.1)
         networks = (learner.models.policy, learner.models.value)
         gradients = [p.grad for network in networks for p in network.parameters()]
         found.append((scored, metrics, gradients))
@@ -149,7 +149,7 @@ ON_A_CPU_ALONE = {"_checks.target_values", "_checks.cu_seqlens_values", "policy_
 
 
 @pytest.mark.parametrize("batches", ["padded", "packed"])
-@pytest.mark.parametrize("logits", ["linear", "materialised"])
+@pytest.mark.parametrize("logits", ["linear", "materialized"])
 def test_no_step_of_the_update_waits_for_the_device(setup, monkeypatch, batches, logits):
     learner, _, experience = setup(
         model={"batches": batches, "logits": logits},
@@ -181,11 +181,11 @@ def test_no_step_of_the_update_waits_for_the_device(setup, monkeypatch, batches,
 
 def test_a_grid_is_read_from_the_device_once():
     ids, attention, mask = ragged()
-    grid = Grid.of(ids, attention, mask)
+    grid = TokenBatch.from_masks(ids, attention, mask)
     assert (grid.attention == attention.numpy()).all()
-    assert (grid.counted[:, 5:] == mask.numpy()).all()
-    assert not grid.counted[:, :5].any()
+    assert (grid.loss_mask[:, 5:] == mask.numpy()).all()
+    assert not grid.loss_mask[:, :5].any()
     assert grid.lengths.tolist() == [6, 1, 4, 2]
-    assert torch.equal(ids.flatten()[grid.places(np.arange(4))], ids[:, 5:][mask])
-    assert torch.equal(ids.flatten()[grid.places(np.array([2, 0]))], torch.cat([ids[2, 5:9], ids[0, 5:]]))
+    assert torch.equal(ids.flatten()[grid.flat_indices(np.arange(4))], ids[:, 5:][mask])
+    assert torch.equal(ids.flatten()[grid.flat_indices(np.array([2, 0]))], torch.cat([ids[2, 5:9], ids[0, 5:]]))
     assert {field.name for field in dataclasses.fields(grid)} == {"ids", "attention", "counted"}

@@ -1,4 +1,4 @@
-"""Prompts: reading, tokenising, shuffling, padding."""
+"""Prompts: reading, tokenizing, shuffling, padding."""
 
 import json
 from pathlib import Path

@@ -30,7 +30,7 @@ from ppo_fast.rlhf.models.adapters import (
 )
 from ppo_fast.rlhf.models.loading import checkpoint_activations
 from ppo_fast.rlhf.planning.shapes import read_shapes
-from ppo_fast.rlhf.supervised.train import Run
+from ppo_fast.rlhf.supervised.train import SupervisedRun
 from ppo_fast.rlhf.training.checkpoint import save_models, write_model
 from ppo_fast.rlhf.training.state import fingerprint
 from tests.helpers import raises_exactly
@@ -529,17 +529,17 @@ def test_rule_16_a_resumed_run_ends_with_the_same_bits(tmp_path, base, stage, mo
     options = {"optim": {"epochs": 2}, "log": {"save_every": 3}}
     start = str(run_stage("sft", tmp_path / "sft", base).model) if stage == "dpo" else base
     whole = run_stage(stage, tmp_path / "whole", start, **options)
-    step = Run.step
+    step = SupervisedRun.step
 
     def stopping(self, number, log):
         if number == 5:
             raise Stop
         step(self, number, log)
 
-    monkeypatch.setattr(Run, "step", stopping)
+    monkeypatch.setattr(SupervisedRun, "step", stopping)
     with pytest.raises(Stop):
         run_stage(stage, tmp_path / "run", start, **options)
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(SupervisedRun, "step", step)
     saved = tmp_path / "run/checkpoints/step-000003"
     assert not (saved / "model.safetensors").exists()
     resumed = run_stage(stage, tmp_path / "run", start, resume=True, **options)
@@ -567,7 +567,7 @@ def wide(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_in_4_bits(wide, dtype):
     dequantize_4bit = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
-    models = models_in("adapters", wide, quantise="nf4", dtype=dtype)
+    models = models_in("adapters", wide, quantize="nf4", dtype=dtype)
     layer = models.policy.model.layers[0].self_attn.q_proj.base_layer
     assert type(layer).__name__ == "Linear4bit"
     assert layer.weight.dtype == torch.uint8
@@ -589,33 +589,33 @@ def test_a_base_in_4_bits(wide, dtype):
         network(IDS).logits.float().square().sum().backward()
     for ours, theirs in zip(models.trained("policy"), plain.parameters("default"), strict=True):
         assert (ours.grad - theirs.grad).norm() <= (1e-4 if dtype == "float32" else 0.05) * theirs.grad.norm()
-    assert fingerprint(models.policy) == fingerprint(models_in("adapters", wide, quantise="nf4", dtype=dtype).policy)
+    assert fingerprint(models.policy) == fingerprint(models_in("adapters", wide, quantize="nf4", dtype=dtype).policy)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_a_base_in_4_bits(tmp_path, wide, stage):
-    result = run_stage(stage, tmp_path / "run", wide, quantise="nf4", optim={"epochs": 2})
+    result = run_stage(stage, tmp_path / "run", wide, quantize="nf4", optim={"epochs": 2})
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
     assert (result.model / ADAPTER_FILE).exists()
 
 
 def test_4_bits_that_cannot_be_had(tmp_path, monkeypatch, base):
-    message = "model.quantise: expected 'none' for a model given as an object, got 'nf4'"
+    message = "model.quantize: expected 'none' for a model given as an object, got 'nf4'"
     with raises_exactly(message, UserError):
-        models_in("adapters", quantise="nf4")
-    with raises_exactly("model.quantise: expected 'none' with init, got 'nf4'", UserError):
-        run_stage("reward", tmp_path / "rm", None, init=base, quantise="nf4")
-    values = {"model": {"layout": "adapters", "quantise": "nf4", "lora": {"rank": 4, "merge": True}}}
-    refused = "config: model.lora.merge: expected false with model.quantise 'nf4', got True"
+        models_in("adapters", quantize="nf4")
+    with raises_exactly("model.quantize: expected 'none' with init, got 'nf4'", UserError):
+        run_stage("reward", tmp_path / "rm", None, init=base, quantize="nf4")
+    values = {"model": {"layout": "adapters", "quantize": "nf4", "lora": {"rank": 4, "merge": True}}}
+    refused = "config: model.lora.merge: expected false with model.quantize 'nf4', got True"
     with raises_exactly(refused, UserError):
         config_from_dict(values)
-    quantised = make_model()
-    quantised.quantization_method = "bitsandbytes"
+    quantized = make_model()
+    quantized.quantization_method = "bitsandbytes"
     with raises_exactly("model.lora.merge: expected false for a base in 4 bits, got True", UserError):
-        adapted(quantised, merge=True)
+        adapted(quantized, merge=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install bitsandbytes$"):
-        models_in("adapters", base, quantise="nf4")
+        models_in("adapters", base, quantize="nf4")
 
 
 def test_a_head_of_two_outputs_is_refused(tmp_path, base):

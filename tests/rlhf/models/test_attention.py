@@ -290,7 +290,7 @@ def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded():
         use_attention(model, CausalConfig(batches="packed", attention="sdpa"))
 
 
-@pytest.mark.parametrize("logits", ["linear", "materialised"])
+@pytest.mark.parametrize("logits", ["linear", "materialized"])
 def test_a_run_by_the_ends_is_the_run_by_the_mask(make_config, tokenizer, on_a_cpu, monkeypatch, tmp_path, logits):
     calls, weights = list[int](), list[Any]()
     monkeypatch.setattr(attention, "_varlen", lambda *x, real=attention._varlen, **y: calls.append(1) or real(*x, **y))

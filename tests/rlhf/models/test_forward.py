@@ -16,7 +16,7 @@ from ppo_fast.rlhf.models.forward import check_linear, reference_terms, response
 from ppo_fast.rlhf.ppo.rollout import score
 from ppo_fast.rlhf.ppo.update import Learner
 from tests.rlhf.conftest import PROMPTS
-from tests.rlhf.factories import everything, forward_pass, made_experience
+from tests.rlhf.factories import all_rows, forward_pass, made_experience
 
 V, D = 64, 32
 WIDTHS = {
@@ -165,7 +165,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_makes_its_logits_another_way_is_refused_by_name(name):
     model, kind, found = REFUSED[name]
-    end = r"; set it to 'materialised' for this model$"
+    end = r"; set it to 'materialized' for this model$"
     with pytest.raises(UserError, match=rf"^model\.logits: expected {kind} to have {found}{end}"):
         check_linear(model())
 
@@ -215,7 +215,7 @@ def run(make_config, tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["tied GPT-2", "Gemma 2, softcapped"])
 def test_both_ways_give_the_same_run(run, name, values):
     ours, theirs = (
-        run(LINEAR[name](0), path, updates=3, loss={"ent_coef": 0.01}, **values) for path in ("linear", "materialised")
+        run(LINEAR[name](0), path, updates=3, loss={"ent_coef": 0.01}, **values) for path in ("linear", "materialized")
     )
     clock = ("time/", "tokens_per_second", "memory/")
     for mine, other in zip(ours.history, theirs.history, strict=True):
@@ -238,7 +238,7 @@ def test_a_refused_model_trains_with_its_own_logits(run, tmp_path):
     with pytest.raises(UserError, match=r"^model\.logits: expected GraniteForCausalLM to have"):
         run(make("Granite", logits_scaling=8.0), "linear")
     assert not (tmp_path / "linear").exists()
-    result = run(make("Granite", logits_scaling=8.0), "materialised")
+    result = run(make("Granite", logits_scaling=8.0), "materialized")
     assert result.history[1]["objective/kl"] != 0
     assert max(metrics["rollout/logprob_diff_max"] for metrics in result.history) <= 2e-5
 
@@ -258,8 +258,8 @@ class LargestOverWords(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("path", "exists"), [("linear", False), ("materialised", True)])
-def test_the_logits_of_a_batch_exist_in_the_materialised_path_alone(
+@pytest.mark.parametrize(("path", "exists"), [("linear", False), ("materialized", True)])
+def test_the_logits_of_a_batch_exist_in_the_materialized_path_alone(
     make_models, make_config, make_rollout, monkeypatch, tokenizer, path, exists
 ):
     monkeypatch.setattr(chunked_head, "_CPU_CHUNK", 8)
@@ -276,7 +276,7 @@ def test_the_logits_of_a_batch_exist_in_the_materialised_path_alone(
     experience = made_experience(rollout, rollout.logprobs, rollout.values)
     for work in (
         lambda: score(models, rollout.generation, config.rollout),
-        lambda: Learner(models, config).backward(*everything(experience), 0.1),
+        lambda: Learner(models, config).backward(*all_rows(experience), 0.1),
     ):
         with LargestOverWords(V) as largest:
             work()

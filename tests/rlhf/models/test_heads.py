@@ -87,12 +87,12 @@ def test_a_critic_begins_with_the_scores_of_the_reward_model(reward_model, tmp_p
     make_tokenizer().save_pretrained(tmp_path / "rm")
     models = models_in("separate", save_base(tmp_path / "base"), reward={"models": [str(tmp_path / "rm")]}, **BF16)
     with torch.no_grad():
-        scores = ValueModel.of(reward_model)(IDS, MASK)
+        scores = ValueModel.from_classifier(reward_model)(IDS, MASK)
     assert torch.equal(outputs(models, "value"), scores)
 
 
 def test_values_of_packed_rows(reward_model):
-    value, ids = ValueModel.of(reward_model), sequences_of(1)
+    value, ids = ValueModel.from_classifier(reward_model), sequences_of(1)
     with torch.no_grad():
         values = response_values(value, forward_pass(ids, torch.ones_like(ids, dtype=torch.bool), 3, packed=True))
     check(values, truth(reward_model.base_model, reward_model.score, ids)[0, 1:-1])

@@ -8,7 +8,7 @@ import torch
 from ppo_fast.rlhf.models.value import ValueModel
 from ppo_fast.rlhf.ppo.rollout import score
 from ppo_fast.rlhf.ppo.update import Learner
-from tests.rlhf.factories import everything, made_experience
+from tests.rlhf.factories import all_rows, made_experience
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_one_backward_pass_has_the_gradient_of_the_sum(setup):
         for parameter in parameters:
             parameter.grad = None
         learner = Learner(dataclasses.replace(models, shared=shared), config)
-        metrics = learner.backward(*everything(experience), 0.0)
+        metrics = learner.backward(*all_rows(experience), 0.0)
         found.append((metrics, [parameter.grad.clone() for parameter in parameters], len(count)))
     (metrics, gradients, ours), (other_metrics, other_gradients, both) = found
     assert (ours, both) == (2, 6)

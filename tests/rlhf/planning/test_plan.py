@@ -17,9 +17,9 @@ from ppo_fast.rlhf.config.files import config_from_dict, load_config
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.planning.command import announce, parse_size, told
+from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import Shape, Shapes, read_shapes
-from ppo_fast.rlhf.planning.standins import FourBits
 from ppo_fast.rlhf.planning.tracing import Timeline
 from ppo_fast.rlhf.ppo import train as ppo
 from tests.helpers import raises_exactly
@@ -59,7 +59,7 @@ LORA = {"layout": "adapters", "lora": {"rank": 8}}
 MICRO = {"optim": {"micro_batch_size": 4}, "rollout": {"micro_batch_size": 8}}
 MEASURED = {
     "separate": ({}, {}),
-    "materialised": ({}, {"model": {"logits": "materialised"}}),
+    "materialized": ({}, {"model": {"logits": "materialized"}}),
     "micro-batches": ({}, MICRO),
     "checkpointing": ({}, {"model": {"checkpointing": True}}),
     "packed": ({}, {"model": {"batches": "packed"}}),
@@ -146,10 +146,10 @@ def test_checkpointing_parking_adapters_and_4_bits_each_need_less(tmp_path):
     adapters = tiny_plan(tmp_path, model=LORA)
     assert adapters.peak < plain.peak
     assert adapters.phases["update"]["adapters"] > 0
-    quantised = tiny_plan(tmp_path, model=LORA | {"quantise": "nf4"})
+    quantized = tiny_plan(tmp_path, model=LORA | {"quantize": "nf4"})
     linear = sum(layer.weight.numel() for layer in linear_layers(tiny_policy()))
     held = linear // 2 + linear // 64 + linear // 64 // 64
-    saved = adapters.phases["update"]["weights"] - quantised.phases["update"]["weights"]
+    saved = adapters.phases["update"]["weights"] - quantized.phases["update"]["weights"]
     assert saved == pytest.approx(4 * linear - held, rel=1e-3)
 
 
@@ -237,8 +237,8 @@ def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
     plan = make_plan(load_config(preset=preset, flags={"model.path": qwen}), "cuda")
     assert f" {plan.peak / GIB:.1f} GiB" in row
     if "nf4" in row:
-        small = make_plan(load_config(preset=preset, flags={"model.path": qwen, "model.quantise": "nf4"}), "cuda")
-        assert f"{small.peak / GIB:.1f} with `--model.quantise nf4`" in row
+        small = make_plan(load_config(preset=preset, flags={"model.path": qwen, "model.quantize": "nf4"}), "cuda")
+        assert f"{small.peak / GIB:.1f} with `--model.quantize nf4`" in row
 
 
 def test_what_to_change_is_told_until_it_fits(tmp_path):
@@ -252,7 +252,7 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     changes = advise(config, dataclasses.replace(plan, limit=1), **given)
     names = [each.name for each in changes]
     assert names[0] == "optim.micro_batch_size"
-    assert {"model.park", "model.dtype", "model.layout", "model.quantise"} <= {*names}
+    assert {"model.park", "model.dtype", "model.layout", "model.quantize"} <= {*names}
     peaks = [plan.peak, *(each.plan.peak for each in changes)]
     assert peaks == sorted(peaks, reverse=True)
     assert not changes[-1].plan.fits
@@ -264,7 +264,7 @@ def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     changes = advise(config, make_plan(config, limit=1, **given), **given)
     assert changes
-    assert "model.quantise" not in [each.name for each in changes]
+    assert "model.quantize" not in [each.name for each in changes]
 
 
 def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):

@@ -39,11 +39,11 @@ def test_rule_08_the_value_after_the_last_counted_token_is_0(gamma, lam):
 def test_rule_08_returns_are_advantages_before_whitening_plus_old_values():
     rollout = made_rollout(LENGTHS)
     rewards = rewards_for(rollout)
-    plain = make_experience(rollout, rewards, AdvantageConfig(whiten=False))
+    to_python = make_experience(rollout, rewards, AdvantageConfig(whiten=False))
     whitened = make_experience(rollout, rewards, AdvantageConfig(whiten=True))
-    torch.testing.assert_close(plain.returns, plain.advantages + rollout.values[rollout.mask])
-    assert torch.equal(whitened.returns, plain.returns)
-    assert not torch.equal(whitened.advantages, plain.advantages)
+    torch.testing.assert_close(to_python.returns, to_python.advantages + rollout.values[rollout.mask])
+    assert torch.equal(whitened.returns, to_python.returns)
+    assert not torch.equal(whitened.advantages, to_python.advantages)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])

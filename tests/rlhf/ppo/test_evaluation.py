@@ -100,7 +100,7 @@ def test_a_better_model_wins(make_evaluation, tmp_path):
 
 
 def test_running_statistics_are_read_and_not_changed(make_evaluation, tmp_path):
-    evaluation = make_evaluation(reward={"normalise": "running"})
+    evaluation = make_evaluation(reward={"normalize": "running"})
     evaluation.scorer.running[0].update(torch.tensor([0.0, 2.0]))
     metrics, _ = evaluation.run(tmp_path / "best")
     assert metrics["eval/scores"] == pytest.approx(sum(even(evaluation.start)) / 3 - 1)

@@ -244,12 +244,12 @@ def test_tensorboard_holds_every_metric(logged):
 def test_weights_and_biases_gets_every_metric(logged, monkeypatch):
     calls = []
 
-    class Run:
+    class PPORun:
         log, finish = (lambda self, *a, **k: calls.append((a, k))), (lambda self: calls.append("finish"))
 
     with raises_exactly("this command needs wandb, which is not installed: pip install wandb", UserError):
         logged(wandb="project")[0].__enter__()
-    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or Run())
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or PPORun())
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log, _ = logged(wandb="project")
     metrics = collected()

@@ -10,7 +10,7 @@ from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.ppo.reward_sources import FunctionSource, Responses
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, without_masked
-from ppo_fast.rlhf.user_code import call, forget_modules, load_callable
+from ppo_fast.rlhf.user_code import call, clear_module_cache, load_callable
 from tests.helpers import raises_exactly
 from tests.rlhf.factories import EOS, made_rollout
 
@@ -171,7 +171,7 @@ def test_a_function_that_exits_or_fails_while_it_generates_is_one_sentence(funct
 
 
 def emptying(prompts, completions, completion_ids, topic):
-    """Scores, after taking everything out of the arguments, at any depth."""
+    """ScoredBatch, after taking all_rows out of the arguments, at any depth."""
     count = len(completions)
     topic[0]["name"].clear()
     for ids in completion_ids:
@@ -290,24 +290,24 @@ def test_weights_must_fit_the_sources(rewarded):
         rewarded(made_rollout([2]), [scores(1.0), scores(1.0)], reward={"weights": (1.0,)})
 
 
-def test_scores_are_normalised_by_the_statistics_of_their_source(tokenizer):
+def test_scores_are_normalized_by_the_statistics_of_their_source(tokenizer):
     def fixed(responses):
         return [7.0, [1.0, 2.0, 4.0]]
 
     fixed.saved_stats = (3.0, 2.0)
     rollout = made_rollout([2, 3])
-    responses = Responses.of(rollout.generation, tokenizer)
+    responses = Responses.from_generation(rollout.generation, tokenizer)
     saved = Scorer([fixed], RewardConfig(**NO_EXTRAS))(responses, rollout.mask)
     assert saved.rows.tolist() == [[0.0, 2.0, 0.0], [0.5, 1.0, 0.5]]
-    raw = Scorer([fixed], RewardConfig(normalise="none", **NO_EXTRAS))(responses, rollout.mask)
+    raw = Scorer([fixed], RewardConfig(normalize="none", **NO_EXTRAS))(responses, rollout.mask)
     assert raw.totals.tolist() == [7.0, 7.0]
 
 
 def test_running_statistics_are_those_of_all_scores_so_far(tokenizer):
     answers = iter([[1.0, 3.0], [5.0, 11.0], [4.0, 6.0]])
-    scorer = Scorer([lambda responses: next(answers)], RewardConfig(normalise="running", **NO_EXTRAS))
+    scorer = Scorer([lambda responses: next(answers)], RewardConfig(normalize="running", **NO_EXTRAS))
     rollout = made_rollout([2, 3])
-    responses = Responses.of(rollout.generation, tokenizer)
+    responses = Responses.from_generation(rollout.generation, tokenizer)
     assert scorer(responses, rollout.mask).totals.tolist() == pytest.approx([-1.0, 1.0])
     mean, std = 5.0, (56 / 4) ** 0.5  # of 1, 3, 5, 11
     expected = [0.0, (11 - mean) / std]
@@ -320,10 +320,10 @@ def test_running_statistics_are_those_of_all_scores_so_far(tokenizer):
     assert scorer.running[0].count == resumed.running[0].count == 4
 
 
-def test_equal_scores_are_centred_alone(tokenizer):
-    scorer = Scorer([lambda responses: [4.0, 4.0]], RewardConfig(normalise="running", **NO_EXTRAS))
+def test_equal_scores_are_centered_alone(tokenizer):
+    scorer = Scorer([lambda responses: [4.0, 4.0]], RewardConfig(normalize="running", **NO_EXTRAS))
     rollout = made_rollout([2, 3])
-    assert scorer(Responses.of(rollout.generation, tokenizer), rollout.mask).totals.tolist() == [0, 0]
+    assert scorer(Responses.from_generation(rollout.generation, tokenizer), rollout.mask).totals.tolist() == [0, 0]
 
 
 def test_length_is_charged_per_token_after_the_clip(rewarded):
@@ -385,5 +385,5 @@ def test_functions_of_one_file_share_its_variables_until_the_next_run(tmp_path):
     path.write_text("seen = []\ndef a(**_):\n    seen.append(1)\n    return seen\ndef b(**_):\n    return seen\n")
     first, other = (load_callable(f"{path}:{name}", "reward.function") for name in "ab")
     assert first() is other()
-    forget_modules()
+    clear_module_cache()
     assert load_callable(f"{path}:b", "reward.function")() == []

@@ -16,7 +16,7 @@ from ppo_fast.rlhf.models.forward import response_logits
 from ppo_fast.rlhf.models.models import load_models
 from ppo_fast.rlhf.ppo.rollout import Sampler, first_eos, generate, score, warn_about_filters
 from tests.helpers import raises_exactly
-from tests.rlhf.factories import pass_of
+from tests.rlhf.factories import forward_of
 
 PAD, EOS = 0, 2
 
@@ -213,12 +213,12 @@ def test_rule_05_scoring_is_the_same_in_micro_batches(make_models, make_config, 
 
 def test_sampling_ignores_what_a_model_directory_says_about_generation(make_models, make_config, make_rollout):
     config = make_config(rollout={"max_new_tokens": 8})
-    plain, biased = make_models(config), make_models(config)
+    to_python, biased = make_models(config), make_models(config)
     own = biased.policy.generation_config
     own.repetition_penalty, own.min_new_tokens, own.suppress_tokens = 5.0, 8, list(range(10, 60))
     own.temperature, own.top_k, own.do_sample, own.num_beams, own.forced_eos_token_id = 0.1, 3, True, 2, 7
     assert torch.equal(
-        make_rollout(biased, config).generation.input_ids, make_rollout(plain, config).generation.input_ids
+        make_rollout(biased, config).generation.input_ids, make_rollout(to_python, config).generation.input_ids
     )
     assert biased.policy.generation_config is own
 
@@ -248,7 +248,7 @@ def test_rule_12_entropy_is_that_of_the_full_tempered_distribution(make_models, 
     models = make_models(config)
     rollout = make_rollout(models, config)
     with torch.no_grad():
-        logits = response_logits(models.policy, pass_of(rollout))
+        logits = response_logits(models.policy, forward_of(rollout))
     truth = torch.distributions.Categorical(logits=logits / 0.5).entropy()
     torch.testing.assert_close(rollout.entropy[rollout.mask], truth)
     assert (rollout.entropy >= 0).all()

@@ -99,7 +99,7 @@ def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
 @pytest.mark.parametrize(
     ("values", "width"), [({"optim": {"minibatch_size": 4}}, 4), ({"optim": {"micro_batch_size": 2}}, 2)]
 )
-@pytest.mark.parametrize(("path", "name"), [("linear", "response_hidden"), ("materialised", "response_logits")])
+@pytest.mark.parametrize(("path", "name"), [("linear", "response_hidden"), ("materialized", "response_logits")])
 def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, values, width, path, name):
     policy, seen, made = tiny.make_model(64, hidden=32, layers=1, heads=2), [], getattr(forward, name)
 

@@ -1,4 +1,4 @@
-"""The update: ratio 1 at the start, one normaliser per step, clips, schedules and early stops."""
+"""The update: ratio 1 at the start, one normalizer per step, clips, schedules and early stops."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import score
 from ppo_fast.rlhf.ppo.update import Learner, MicroBatch, combine
-from ppo_fast.rlhf.training.optim import Network, PenaltyCoefficient, schedule
-from tests.rlhf.factories import everything, made_experience, pass_of
+from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
+from tests.rlhf.factories import all_rows, forward_of, made_experience
 
 CPU = torch.device("cpu")
 DROPOUT = {
@@ -63,7 +63,7 @@ def gradients(module):
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen2"])
 def test_rule_04_the_ratio_is_1_bitwise_when_scoring_and_update_run_the_same_batch(setup, arch):
     learner, rollout, experience = setup(arch, DROPOUT[arch], rollout={"temperature": 0.7})
-    policy, _ = learner.backward(*everything(experience), 0.0)
+    policy, _ = learner.backward(*all_rows(experience), 0.0)
     assert policy["ratio_max"] == policy["ratio_mean"] == 1
     assert policy["approx_kl"] == policy["clipfrac"] == 0
     assert policy["tokens"] == rollout.mask.sum()
@@ -79,24 +79,24 @@ def test_rule_04_the_ratio_is_1_to_rounding_in_a_shuffled_minibatch(setup):
 def test_micro_batches_are_of_like_length_and_without_common_padding(setup):
     _, _, experience = setup(rollout={"max_new_tokens": 12})
     grid, rows = experience.grid, np.array([7, 2, 5, 0, 1, 3])
-    parts = list(grid.alike(rows, 2))
+    parts = list(grid.split_by_length(rows, 2))
     sizes = grid.attention.sum(axis=1)
     assert [sizes[row] for part in parts for row in part] == sorted(sizes[rows])
     tokens = 0
     for part in parts:
-        micro = MicroBatch.of(experience, part, packed=False)
-        inputs, counted = micro.sequences.inputs, experience.lengths[part]
+        micro = MicroBatch.from_experience(experience, part, packed=False)
+        inputs, loss_mask = micro.sequences.inputs, experience.lengths[part]
         mask = inputs["attention_mask"]
         assert mask is None or mask.any(dim=0).all()
         assert inputs["input_ids"].shape[0] == len(part)
         # Each counted token follows the state it is drawn from.
-        for row, start, length in zip(part, micro.cu_seqlens.tolist(), counted, strict=False):
-            response = grid.ids[row][torch.from_numpy(grid.counted[row])]
+        for row, start, length in zip(part, micro.cu_seqlens.tolist(), loss_mask, strict=False):
+            response = grid.ids[row][torch.from_numpy(grid.loss_mask[row])]
             assert torch.equal(micro.tokens[start : start + length], response)
-        assert {getattr(micro, name).shape for name in ("logprobs", "advantages", "returns")} == {(counted.sum(),)}
+        assert {getattr(micro, name).shape for name in ("logprobs", "advantages", "returns")} == {(loss_mask.sum(),)}
         tokens += inputs["input_ids"].numel()
     assert tokens < experience.grid.ids[rows].numel()
-    (alone,) = grid.alike(rows, len(rows))
+    (alone,) = grid.split_by_length(rows, len(rows))
     assert (alone == rows).all()
 
 
@@ -114,7 +114,7 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
         # The policy has moved since the rollout, so that ratios differ from 1 and some are clipped.
         with torch.no_grad():
             learner.models.policy.get_output_embeddings().weight.mul_(8)
-        metrics = learner.backward(*everything(experience), 0.1)
+        metrics = learner.backward(*all_rows(experience), 0.1)
         assert metrics[0]["clipfrac"] > 0.05
         results.append((gradients(learner.models.policy) | gradients(learner.models.value), metrics))
     (whole, whole_metrics), *others = results
@@ -126,9 +126,9 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
-def test_rule_11_the_normaliser_is_the_count_of_the_aggregation(setup, aggregation):
+def test_rule_11_the_normalizer_is_the_count_of_the_aggregation(setup, aggregation):
     learner, rollout, experience = setup(loss={"aggregation": aggregation}, optim={"micro_batch_size": 2})
-    logits = response_logits(learner.models.policy, pass_of(rollout))
+    logits = response_logits(learner.models.policy, forward_of(rollout))
     advantages = torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, experience.advantages)
     whole = ops.policy_loss(
         torch.zeros(*rollout.mask.shape, 64).masked_scatter(rollout.mask[..., None], logits),
@@ -138,7 +138,7 @@ def test_rule_11_the_normaliser_is_the_count_of_the_aggregation(setup, aggregati
         rollout.mask,
         config=PolicyLossConfig(aggregation=aggregation),
     )
-    policy, value = learner.backward(*everything(experience), 0.0)
+    policy, value = learner.backward(*all_rows(experience), 0.0)
     torch.testing.assert_close(policy["loss"], whole.loss.detach())
     error = 0.5 * (experience.values - experience.returns).square().mean()
     torch.testing.assert_close(value["value_loss"], error)
@@ -147,10 +147,10 @@ def test_rule_11_the_normaliser_is_the_count_of_the_aggregation(setup, aggregati
 def test_rule_12_the_entropy_bonus_has_the_gradient_of_the_full_entropy(setup):
     learner, rollout, experience = setup(loss={"ent_coef": 0.5})
     flat = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
-    policy, _ = learner.backward(*everything(flat), 0.0)
+    policy, _ = learner.backward(*all_rows(flat), 0.0)
     ours = gradients(learner.models.policy)
     learner.models.policy.zero_grad()
-    logits = response_logits(learner.models.policy, pass_of(rollout))
+    logits = response_logits(learner.models.policy, forward_of(rollout))
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     (-0.5 * entropy).backward()
     for name, grad in gradients(learner.models.policy).items():
@@ -166,11 +166,11 @@ def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
         for parameter in learner.models.policy.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     flat = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
-    policy, _ = learner.backward(*everything(flat), 0.3)
+    policy, _ = learner.backward(*all_rows(flat), 0.3)
     ours = gradients(learner.models.policy)
     learner.models.policy.zero_grad()
-    logprobs = response_logits(learner.models.policy, pass_of(rollout)).log_softmax(-1)
-    reference = response_logits(learner.models.reference, pass_of(rollout)).log_softmax(-1).detach()
+    logprobs = response_logits(learner.models.policy, forward_of(rollout)).log_softmax(-1)
+    reference = response_logits(learner.models.reference, forward_of(rollout)).log_softmax(-1).detach()
     rise = (logprobs - reference).gather(-1, experience.tokens[:, None])[:, 0]
     exact = (logprobs.exp() * (logprobs - reference)).sum(-1)
     kl = {"k2": 0.5 * rise**2, "k3": (-rise).expm1() + rise, "full": exact}[estimator]
@@ -191,10 +191,10 @@ def test_whitening_multiplies_the_coefficient_of_kl_in_the_loss_by_the_deviation
         make_experience(rollout, random_rewards(rollout), AdvantageConfig(whiten=whiten)) for whiten in (True, False)
     ]
     spread = made[1].advantages.std()
-    centred = dataclasses.replace(made[1], advantages=made[1].advantages - made[1].advantages.mean())
+    centered = dataclasses.replace(made[1], advantages=made[1].advantages - made[1].advantages.mean())
     found = []
-    for part, coef in ((made[0], 0.3), (centred, 0.3 * spread)):
-        learner.backward(*everything(part), coef)
+    for part, coef in ((made[0], 0.3), (centered, 0.3 * spread)):
+        learner.backward(*all_rows(part), coef)
         found.append(gradients(learner.models.policy))
         learner.models.policy.zero_grad()
     assert abs(spread - 1) > 0.1
@@ -208,7 +208,7 @@ def test_rule_07_the_loss_pays_for_kl_only_where_it_is_placed_there(setup, place
     with torch.no_grad():
         learner.models.policy.get_output_embeddings().weight.mul_(2)
     flat = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
-    policy, _ = learner.backward(*everything(flat), 0.3)
+    policy, _ = learner.backward(*all_rows(flat), 0.3)
     assert bool(policy["loss"] > 0) is charged
 
 
@@ -216,7 +216,7 @@ def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make
     weight = torch.nn.Parameter(torch.zeros(2))
     module = torch.nn.Module()
     module.weight = weight
-    network = Network(module.parameters(), 0.1, make_config(optim={"max_grad_norm": 1.0}).optim)
+    network = ClippedOptimizer(module.parameters(), 0.1, make_config(optim={"max_grad_norm": 1.0}).optim)
     weight.grad = torch.tensor([3.0, 4.0])
     assert network.clip() == 5
     network.step(1.0, failed=torch.tensor(False))
@@ -278,9 +278,9 @@ def test_a_step_raises_the_probability_of_good_tokens_and_the_value_follows_retu
     learner, rollout, experience = setup(optim={"lr": 1e-3, "value_lr": 1e-2, "epochs": 6}, loss={"value_clip": None})
     learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = response_logits(learner.models.policy, pass_of(rollout))
+        logits = response_logits(learner.models.policy, forward_of(rollout))
         new = torch.distributions.Categorical(logits=logits).log_prob(experience.tokens)
-        values = response_values(learner.models.value, pass_of(rollout))
+        values = response_values(learner.models.value, forward_of(rollout))
     assert (experience.advantages * (new - experience.logprobs)).mean() > 0.01
     error, before = ((v - experience.returns).square().mean() for v in (values, experience.values))
     assert error < 0.8 * before
@@ -297,7 +297,7 @@ def test_only_the_trained_networks_change(setup):
     assert not all(torch.equal(*pair) for pair in zip(value, models.value.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("path", ["linear", "materialised"])
+@pytest.mark.parametrize("path", ["linear", "materialized"])
 def test_scoring_and_update_run_the_ops_of_their_path_on_the_backend_of_this_machine(setup, monkeypatch, path):
     called, ran, lookup = set(), set(), registry.implementation
 
@@ -328,8 +328,8 @@ def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
             seen.append((logits.detach(), logits.detach().clone())) or op(logits, *rest, **named)
         ),
     )
-    learner, _, experience = setup(model={"logits": "materialised"})
-    learner.backward(*everything(experience), 0.0)
+    learner, _, experience = setup(model={"logits": "materialized"})
+    learner.backward(*all_rows(experience), 0.0)
     ((logits, before),) = seen
     assert not torch.equal(logits, before)
 
@@ -338,7 +338,7 @@ def test_vf_coef_scales_the_value_gradient(setup):
     grads = []
     for vf_coef in (0.5, 1.0):
         learner, _, experience = setup(loss={"vf_coef": vf_coef})
-        learner.backward(*everything(experience), 0.0)
+        learner.backward(*all_rows(experience), 0.0)
         grads.append(learner.models.value.head.weight.grad)
     torch.testing.assert_close(2 * grads[0], grads[1])
 
@@ -348,7 +348,7 @@ def test_values_are_clipped_around_the_old_ones(setup, clip, clips):
     learner, _, experience = setup(loss={"value_clip": clip})
     with torch.no_grad():
         learner.models.value.head.bias.add_(1)
-    _, value = learner.backward(*everything(experience), 0.0)
+    _, value = learner.backward(*all_rows(experience), 0.0)
     assert bool(value["clipfrac"] > 0.1) is clips
 
 

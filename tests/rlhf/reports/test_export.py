@@ -90,7 +90,7 @@ def test_a_runs_samples_are_exported_and_train_a_reward_model_that_scores(make_c
         "log.tensorboard": "False",
     }
     config = load_config(kind=RewardModelConfig, flags=flags)
-    with pytest.warns(UserWarning, match="prompt and completion were tokenised apart"):  # here that is right
+    with pytest.warns(UserWarning, match="prompt and completion were tokenized apart"):  # here that is right
         reward = train_reward_model(
             config, model=tiny.make_model(64, hidden=32, layers=1, heads=2), tokenizer=tokenizer
         )

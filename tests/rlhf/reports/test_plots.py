@@ -88,7 +88,7 @@ def test_names_and_titles_are_plain_text(tmp_path: Path) -> None:
     assert all(f">{name}<" in text for name in ("$x^$", "a\\x1b[31m", "$m_$", "$u^$", "$t^$", "$s^$"))
 
 
-def test_smooth_is_a_centred_mean_cut_at_the_ends() -> None:
+def test_smooth_is_a_centered_mean_cut_at_the_ends() -> None:
     assert plots.smooth([1, 2, 6, 4, 5], 3) == [1.5, 3, 4, 5, 4.5]
     assert plots.smooth([7], 5) == [7]
 

@@ -1,4 +1,4 @@
-"""The report of a run: everything on one page that needs no other file, and a comparison that is blind."""
+"""The report of a run: all_rows on one page that needs no other file, and a comparison that is blind."""
 
 import json
 import re

@@ -17,9 +17,9 @@ from ppo_fast.rlhf.data.examples import collate
 from ppo_fast.rlhf.supervised.dpo import DPO
 from ppo_fast.rlhf.supervised.reward_model import RewardModel
 from ppo_fast.rlhf.supervised.sft import SFT
-from ppo_fast.rlhf.supervised.train import Run, completion_logprobs
+from ppo_fast.rlhf.supervised.train import SupervisedRun, completion_logprobs
 from ppo_fast.rlhf.training import checkpoint
-from ppo_fast.rlhf.training.optim import Network
+from ppo_fast.rlhf.training.optim import ClippedOptimizer
 from ppo_fast.rlhf.training.signals import Interrupted
 from tests.helpers import raises_exactly
 from tests.rlhf.models.test_forward import make
@@ -52,7 +52,7 @@ def before_step(monkeypatch):
     """before_step(number, action): what happens in that step of the next runs, before its optimizer step."""
 
     def go(number, action):
-        clip = Network.clip
+        clip = ClippedOptimizer.clip
 
         def acting(self):
             calls.append(1)
@@ -61,7 +61,7 @@ def before_step(monkeypatch):
             return clip(self)
 
         calls = []
-        monkeypatch.setattr(Network, "clip", acting)
+        monkeypatch.setattr(ClippedOptimizer, "clip", acting)
 
     return go
 
@@ -201,14 +201,14 @@ def test_a_bad_loss_is_told_by_its_name(run, monkeypatch, stage):
 
 @each_stage
 def test_skip_leaves_the_step_out_and_counts_it(run, before_step, monkeypatch, stage):
-    seen, train = [], Run._train
+    seen, train = [], SupervisedRun._train
 
     def watched(self, number, examples):
         moments = [t.clone() for s in self.network.optimizer.state.values() for t in s.values()]
         seen.append((weights_of(self.objective.model), moments))
         return train(self, number, examples)
 
-    monkeypatch.setattr(Run, "_train", watched)
+    monkeypatch.setattr(SupervisedRun, "_train", watched)
     before_step(2, poison)
     result = run(stage, on_nan="skip", log={"save_every": 2})
     (_, _), (weights, moments), (after, moments_after), *_ = seen
@@ -298,10 +298,10 @@ def test_the_command_resumes_with_the_config_of_the_checkpoint(tmp_path, monkeyp
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_model_that_scales_its_logits_is_refused_by_name_or_trained_through_them(run, tmp_path, stage):
-    with pytest.raises(UserError, match=r"^model\.logits: expected CohereForCausalLM to have .*'materialised'"):
+    with pytest.raises(UserError, match=r"^model\.logits: expected CohereForCausalLM to have .*'materialized'"):
         run(stage, policy=make("Cohere"))
     assert not (tmp_path / stage).exists()
-    run(stage, policy=make("Cohere"), model={"logits": "materialised"})
+    run(stage, policy=make("Cohere"), model={"logits": "materialized"})
 
 
 def test_a_reward_model_has_no_logits_to_refuse(run):
@@ -318,14 +318,14 @@ def test_an_architecture_without_a_reward_model_is_refused(run):
         run("reward", policy=make("Cohere"))
 
 
-def test_materialised_logits_are_the_models_own():
+def test_materialized_logits_are_the_models_own():
     model, batch = make("Cohere"), collate(ragged(), 0, torch.device("cpu"))
     logits = model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, :-1]
     expected = logits.log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0][batch.mask[:, 1:]]
     torch.testing.assert_close(completion_logprobs(model, batch, linear=False), expected)
 
 
-@pytest.mark.parametrize("other", [{"logits": "materialised"}, {"batches": "packed"}])
+@pytest.mark.parametrize("other", [{"logits": "materialized"}, {"batches": "packed"}])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_all_ways_to_the_log_probabilities_train_alike(run, tmp_path, stage, other):
     first, second = (run(stage, model=way, log={"dir": str(tmp_path / str(len(way)))}) for way in ({}, other))

@@ -61,7 +61,7 @@ def test_the_saved_reward_model_scores_the_eos_in_a_batch(run_stage, tokenizer):
     batch = collate(ragged(), tokenizer.pad_token_id, torch.device("cpu"))
     theirs = saved(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.squeeze(-1)
     torch.testing.assert_close(
-        sequence_scores(ValueModel.of(result.trained), batch.input_ids, batch.attention_mask), theirs
+        sequence_scores(ValueModel.from_classifier(result.trained), batch.input_ids, batch.attention_mask), theirs
     )
 
 
@@ -71,7 +71,7 @@ def test_a_padding_token_that_is_eos_does_not_hide_it(run_stage):
     result = run_stage("reward", tokenizer=tokenizer)
     saved = AutoModelForSequenceClassification.from_pretrained(result.model)
     batch = collate(ragged(), EOS, torch.device("cpu"))
-    scores = sequence_scores(ValueModel.of(result.trained), batch.input_ids, batch.attention_mask)
+    scores = sequence_scores(ValueModel.from_classifier(result.trained), batch.input_ids, batch.attention_mask)
     for example, score in zip(ragged(), scores, strict=True):
         torch.testing.assert_close(saved(torch.tensor([example.ids])).logits[0, 0], score)
     with pytest.raises(ValueError, match="padding token"):
@@ -104,10 +104,10 @@ def test_an_earlier_one_runs_its_own_code_only_when_trusted(run_stage, tmp_path,
     assert set(seen) == {trust}
 
 
-@pytest.mark.parametrize("normalise", ["saved", "none"])
+@pytest.mark.parametrize("normalize", ["saved", "none"])
 @pytest.mark.parametrize("named", [False, True])
 def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_reward(
-    run_stage, make_config, tokenizer, normalise, named
+    run_stage, make_config, tokenizer, normalize, named
 ):
     reward_model = run_stage("reward")
     path = str(reward_model.model)
@@ -115,7 +115,7 @@ def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_re
         make_config(
             updates=1,
             model={"value_path": path} if named else {},
-            reward={"models": [path], "normalise": normalise},
+            reward={"models": [path], "normalize": normalize},
             optim={"value_lr": 1e-9},
         ),
         prompts=["w1 w2", "w3"],
@@ -125,8 +125,8 @@ def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_re
     batch = collate(ragged(), 0, torch.device("cpu"))
     values = result.models.value(batch.input_ids, batch.attention_mask)
     last = torch.tensor([[example.length - 1] for example in ragged()])
-    scores = sequence_scores(ValueModel.of(reward_model.trained), batch.input_ids, batch.attention_mask)
-    if normalise == "saved":
+    scores = sequence_scores(ValueModel.from_classifier(reward_model.trained), batch.input_ids, batch.attention_mask)
+    if normalize == "saved":
         stats = json.loads((reward_model.model / "reward_stats.json").read_text())
         scores = (scores - stats["mean"]) / stats["std"]
     torch.testing.assert_close(values.gather(1, last).squeeze(1), scores, rtol=0, atol=1e-5)

@@ -87,9 +87,9 @@ def test_padding_on_either_side_is_invisible(arch):
     torch.testing.assert_close(*logprobs)
     left = [torch.nn.functional.pad(x, (5, 0)) for x in (alone.input_ids, alone.attention_mask)]
     scores = [
-        sequence_scores(ValueModel.of(reward_model), alone.input_ids, alone.attention_mask),
-        sequence_scores(ValueModel.of(reward_model), padded.input_ids, padded.attention_mask)[:1],
-        sequence_scores(ValueModel.of(reward_model), *left),
+        sequence_scores(ValueModel.from_classifier(reward_model), alone.input_ids, alone.attention_mask),
+        sequence_scores(ValueModel.from_classifier(reward_model), padded.input_ids, padded.attention_mask)[:1],
+        sequence_scores(ValueModel.from_classifier(reward_model), *left),
     ]
     torch.testing.assert_close(scores[0], scores[1])
     torch.testing.assert_close(scores[0], scores[2])
@@ -159,9 +159,9 @@ def test_held_out_examples_are_never_trained_on():
     config, generator = SFTConfig(), torch.Generator().manual_seed(0)
     data = load_data(config, completion_example, make_tokenizer(), generator, rows(40), None)
     assert (len(data.train), len(data.held_out)) == (36, 4)
-    everything = [completion_example(row, make_tokenizer(), "") for row in rows(40)]
-    assert sorted([*data.train, *data.held_out], key=str) == sorted(everything, key=str)
-    assert data.held_out != everything[:4]  # drawn
+    all_rows = [completion_example(row, make_tokenizer(), "") for row in rows(40)]
+    assert sorted([*data.train, *data.held_out], key=str) == sorted(all_rows, key=str)
+    assert data.held_out != all_rows[:4]  # drawn
 
 
 def test_dpo_starts_at_log_2_and_raises_the_margin(run_stage):
@@ -270,7 +270,7 @@ def test_the_default_config_names_no_model(stage):
         (RewardModelConfig, {"threads": 0}, "threads: expected a number > 0, got 0"),
         (
             RewardModelConfig,
-            {"model": {"logits": "materialised"}},  # it has none
+            {"model": {"logits": "materialized"}},  # it has none
             "unknown key 'model.logits', the nearest is 'model.lora.targets'",
         ),
         (SFTConfig, {"seed": -1}, "seed: expected a number >= 0, got -1"),

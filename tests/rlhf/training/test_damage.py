@@ -19,7 +19,7 @@ from ppo_fast.rlhf.models.value import VALUE_DIRECTORY, VALUE_FILE
 from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.reward_sources import load_sources
 from ppo_fast.rlhf.ppo.rewards import Scorer
-from ppo_fast.rlhf.ppo.train import Run
+from ppo_fast.rlhf.ppo.train import PPORun
 from ppo_fast.rlhf.training.checkpoint import (
     STATE,
     STATE_TENSORS,
@@ -66,7 +66,7 @@ def ended(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     models = load_models(config.model, generator, policy=make_model(), tokenizer=make_tokenizer())
     data = load_prompts(PROMPTS, models.tokenizer, config.data)
-    run = Run(config, models, data, Scorer(load_sources(config, models, reward), config.reward), None, generator)
+    run = PPORun(config, models, data, Scorer(load_sources(config, models, reward), config.reward), None, generator)
     with RunLog(config) as log, StopSignals("update") as stop:
         run.loop(log, stop)
     newest = directory / "checkpoints" / NEWEST
@@ -119,11 +119,11 @@ def test_every_damage_to_every_file_is_one_sentence_and_touches_nothing(whole):
     restore(whole)
 
 
-def places(value, depth, path=()):
+def flat_indices(value, depth, path=()):
     """The paths of all keys of nested dicts down to a depth."""
     for key, item in value.items() if depth and isinstance(value, dict) else ():
         yield (*path, key)
-        yield from places(item, depth - 1, (*path, key))
+        yield from flat_indices(item, depth - 1, (*path, key))
 
 
 def changed(value, path, change):
@@ -148,7 +148,7 @@ def remove(holder, key):
 def test_every_key_of_the_state_that_is_changed_is_noticed(whole, change):
     path = whole.newest / STATE
     content = json.loads(path.read_text())
-    every = [*places(content, 3)]
+    every = [*flat_indices(content, 3)]
     assert len(every) > 40
     for place in every:
         path.write_text(json.dumps(changed(content, place, change)))
@@ -159,11 +159,11 @@ def test_every_key_of_the_state_that_is_changed_is_noticed(whole, change):
 @pytest.mark.parametrize("change", [wrong_type, remove])
 def test_a_state_of_other_keys_or_types_is_one_sentence(whole, change, monkeypatch):
     """Sealed as by another version: its digests are right."""
-    monkeypatch.setattr(Run, "_load", lambda self, directory: None)  # the weights are as they were
+    monkeypatch.setattr(PPORun, "_load", lambda self, directory: None)  # the weights are as they were
     path, told = whole.newest / STATE, {}
     state, _ = read_sealed(path)
     before = {path: content for path, content in bytes_below(whole.directory).items() if path.name != STATE}
-    for place in places(state | {"config": "config"}, 3):
+    for place in flat_indices(state | {"config": "config"}, 3):
         write_sealed(changed(state, place, change), path)
         try:
             if place[0] in ("config", "log"):  # a config takes 0.1 s to check

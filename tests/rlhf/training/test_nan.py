@@ -12,7 +12,7 @@ from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.ppo import train as ppo
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.training.optim import Network
+from ppo_fast.rlhf.training.optim import ClippedOptimizer
 from tests.rlhf.conftest import PROMPTS
 
 
@@ -128,7 +128,7 @@ def test_skip_leaves_the_step_out_and_counts_it(run, poison):
 
 def test_a_skipped_step_leaves_the_moments_and_their_count_alone(make_config):
     module = torch.nn.Linear(2, 1)
-    network = Network(module.parameters(), 0.1, make_config().optim)
+    network = ClippedOptimizer(module.parameters(), 0.1, make_config().optim)
 
     def step(gradient, failed):
         for p in network.parameters:

@@ -12,7 +12,7 @@ from ppo_fast.rlhf.config.ppo import AdamWConfig
 from ppo_fast.rlhf.training import adamw
 from ppo_fast.rlhf.training.adamw import BLOCK, SMALLEST, AdamW8bit, code_book, decode, encode, new_moments, rounded
 from ppo_fast.rlhf.training.checkpoint import load_checkpoint, save_checkpoint
-from ppo_fast.rlhf.training.optim import Network
+from ppo_fast.rlhf.training.optim import ClippedOptimizer
 from ppo_fast.rlhf.training.runtime import warn_about_precision
 from tests.helpers import no_host_sync
 from tests.rlhf.supervised_factories import make_model
@@ -28,7 +28,7 @@ def make_network(states, *, dtype=torch.bfloat16, lr=1e-3, shape=(32, 256), **op
     weights = [torch.randn(shape) * 0.02, torch.randn(7), torch.randn(1, 300)]
     kinds = (dtype, dtype, torch.float32)
     parameters = [torch.nn.Parameter(w.to(kind)) for w, kind in zip(weights, kinds, strict=True)]
-    return Network(parameters, lr, AdamWConfig(**STATES[states], **options))
+    return ClippedOptimizer(parameters, lr, AdamWConfig(**STATES[states], **options))
 
 
 def give_gradients(network, seed, scale=1e-2):
@@ -85,7 +85,7 @@ def test_small_steps_are_lost_in_bfloat16_and_kept_by_masters_and_stochastic_rou
 
 def test_masters_are_adamw_in_float32_rounded():
     ours = make_network("masters")
-    exact = Network([torch.nn.Parameter(w.float()) for w in weights_of(ours)], ours.lr, AdamWConfig())
+    exact = ClippedOptimizer([torch.nn.Parameter(w.float()) for w in weights_of(ours)], ours.lr, AdamWConfig())
     for seed in range(5):
         give_gradients(ours, seed)
         for mine, theirs in zip(ours.parameters, exact.parameters, strict=True):
@@ -99,11 +99,11 @@ def test_masters_are_adamw_in_float32_rounded():
 def test_weights_in_float32_have_no_second_copy():
     network = make_network("masters", dtype=torch.float32)
     assert network.optimizer.masters == []
-    plain = make_network("full", dtype=torch.float32)
+    to_python = make_network("full", dtype=torch.float32)
     for seed in range(3):
         step(network, seed)
-        step(plain, seed)
-    assert same(weights_of(network), weights_of(plain))
+        step(to_python, seed)
+    assert same(weights_of(network), weights_of(to_python))
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}])
@@ -177,7 +177,7 @@ def test_moments_take_a_byte_each():
     assert sum(m.nbytes for m in moments.values()) == 2 * (64 * 256 + 4 * 64)
 
 
-def test_stochastic_rounding_is_right_in_the_mean_and_gives_the_neighbours():
+def test_stochastic_rounding_is_right_in_the_mean_and_gives_the_neighbors():
     values = torch.tensor([1.0, 1.001, -1.001, 3e-5, -2.0078125, 0.0]).repeat(100_000, 1)
     noise = torch.empty(values.numel(), dtype=torch.int16)
     noise.random_(-(2**15), 2**15, generator=torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def test_a_failed_step_changes_nothing(states):
 @each_states
 def test_on_a_gpu_the_numbers_are_those_of_the_cpu_and_the_host_does_not_wait(states):
     here, there = (make_network(states, dtype=torch.float32) for _ in range(2))
-    there = Network([torch.nn.Parameter(w.cuda()) for w in weights_of(there)], there.lr, here.config)
+    there = ClippedOptimizer([torch.nn.Parameter(w.cuda()) for w in weights_of(there)], there.lr, here.config)
     for seed in range(3):
         for network in (here, there):
             give_gradients(here, seed)

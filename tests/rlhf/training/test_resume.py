@@ -20,7 +20,7 @@ from ppo_fast import cli
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.data.prompts import Prompts
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.ppo.reward_hacking import Sign
+from ppo_fast.rlhf.ppo.reward_hacking import Rule
 from ppo_fast.rlhf.training.resume import inputs, prompt_inputs
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
 from tests.helpers import raises_exactly
@@ -122,7 +122,7 @@ def test_rule_16_holds_for_everything_that_may_change_beside_the_weights(run, tm
         "prompts": [{"prompt": prompt, "level": number % 2} for number, prompt in enumerate(MANY)],
         "eval_prompts": ["w20", "w21 w22"],
         "data": {"order": "level", "balance": "level"},
-        "reward": {"normalise": "running", "filter": f"{tmp_path / 'own.py'}:some"},
+        "reward": {"normalize": "running", "filter": f"{tmp_path / 'own.py'}:some"},
         "advantage": {"kind": "sequence"},
         "reference": {"update": "ema", "every": 1, "decay": 0.5},
         "evaluation": {"every": 3},
@@ -211,12 +211,12 @@ def test_the_state_of_a_reward_function_is_saved(run, tmp_path):
         def load_state_dict(self, state):
             self.calls = state["calls"]
 
-    plain = {"missing_eos_penalty": 0.0}
-    run(Counting(), updates=2, reward=plain)
-    resumed = run(Counting(), updates=4, reward=plain, resume=True)
+    to_python = {"missing_eos_penalty": 0.0}
+    run(Counting(), updates=2, reward=to_python)
+    resumed = run(Counting(), updates=4, reward=to_python, resume=True)
     assert [m["objective/scores"] for m in resumed.history] == [1, 2, 3, 4]
     with pytest.raises(UserError, match=r"^resume: expected a run of \[.*'reward', 'sampler'.*\], got \["):
-        run(updates=4, reward=plain, resume=True)
+        run(updates=4, reward=to_python, resume=True)
 
 
 class Kept:
@@ -321,8 +321,8 @@ def test_a_changed_file_of_the_users_is_a_warning(run, tmp_path):
 
 
 def test_a_resumed_run_goes_on_watching_and_warns_once(run, monkeypatch):
-    always = Sign("length/mean", limit=0.0, factor=0.0, meaning="long", remedy="stop")
-    monkeypatch.setattr("ppo_fast.rlhf.ppo.reward_hacking.SIGNS", (always,))
+    always = Rule("length/mean", limit=0.0, factor=0.0, meaning="long", remedy="stop")
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.reward_hacking.RULES", (always,))
     monkeypatch.setattr("ppo_fast.rlhf.ppo.reward_hacking.WINDOW", 1)  # the first update is the start, the second tells
 
     def notes():

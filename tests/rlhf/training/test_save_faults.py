@@ -14,7 +14,7 @@ import transformers.modeling_utils
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.files import write_whole
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.ppo.train import Run
+from ppo_fast.rlhf.ppo.train import PPORun
 from ppo_fast.rlhf.training.checkpoint import latest, load_checkpoint
 from tests.helpers import raises_exactly
 from tests.rlhf.conftest import PROMPTS
@@ -80,7 +80,7 @@ def run(make_config, tokenizer):
 
 
 def test_rule_16_the_last_good_checkpoint_outlives_a_fault_at_every_call(run, tmp_path, monkeypatch):
-    save, checkpoints, good = Run.save, tmp_path / "run" / "checkpoints", tmp_path / "good"
+    save, checkpoints, good = PPORun.save, tmp_path / "run" / "checkpoints", tmp_path / "good"
     faults, tried = Faults(monkeypatch), []
 
     def save_with_faults(self, log):
@@ -110,7 +110,7 @@ def test_rule_16_the_last_good_checkpoint_outlives_a_fault_at_every_call(run, tm
         assert after == bytes_below(checkpoints / "update-000004")
         return None
 
-    monkeypatch.setattr(Run, "save", save_with_faults)
+    monkeypatch.setattr(PPORun, "save", save_with_faults)
     run()
     for name in ("open", "fsync", "mkdir", "rename", "write_text", "save_file", "safe_save_file"):
         assert ("update-000002", name) in tried
@@ -129,7 +129,7 @@ def test_rule_16_the_last_good_checkpoint_outlives_a_fault_at_every_call(run, tm
 def test_rule_16_after_a_fault_the_run_resumes_to_the_same_bits(run, tmp_path, monkeypatch, error, at, told):
     expected = left_by(run())
     shutil.rmtree(tmp_path / "run")
-    save = Run.save
+    save = PPORun.save
 
     def save_with_fault(self, log):
         if self.done == 4:
@@ -137,7 +137,7 @@ def test_rule_16_after_a_fault_the_run_resumes_to_the_same_bits(run, tmp_path, m
         return save(self, log)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", save_with_fault)
+        patch.setattr(PPORun, "save", save_with_fault)
         with pytest.raises(told):
             run()
     monkeypatch.undo()

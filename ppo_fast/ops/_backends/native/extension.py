@@ -32,7 +32,7 @@ def _cuda_obstacle() -> str | None:
         return f"the extension is built without CUDA: {_build_report().get('cuda') or 'unknown reason'}"
     if torch.version.cuda is None:
         return "this build of torch has no CUDA"
-    # Asks NVML, where the driver has it: initialising CUDA at import would break processes that fork afterwards.
+    # Asks NVML, where the driver has it: initializing CUDA at import would break processes that fork afterwards.
     return None if torch.cuda.device_count() else "no CUDA device is visible"
 
 

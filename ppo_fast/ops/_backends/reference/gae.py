@@ -1,4 +1,4 @@
-"""Generalised advantage estimation as the plain recursion."""
+"""Generalized advantage estimation as the plain recursion."""
 
 import torch
 from torch import Tensor

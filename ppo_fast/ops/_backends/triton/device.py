@@ -62,8 +62,8 @@ def row_offset(row, T, stride_b, stride_t, ALIGNED: tl.constexpr):
 def tile(base, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr):
     """base + 0..BLOCK-1 (columns or pointers), laid out so that one thread holds a lane: the axis of length GROUP.
 
-    Aligned rows: [BLOCK / GROUP, GROUP], GROUP neighbours are one 16-byte access. Else [GROUP, BLOCK / GROUP]: single
-    elements, neighbouring threads on neighbouring words. Added in two steps the second of which is a constant within
+    Aligned rows: [BLOCK / GROUP, GROUP], GROUP neighbors are one 16-byte access. Else [GROUP, BLOCK / GROUP]: single
+    elements, neighboring threads on neighboring words. Added in two steps the second of which is a constant within
     a thread: an immediate of the load, not a 64-bit address for every word.
     """
     LANES: tl.constexpr = BLOCK // GROUP

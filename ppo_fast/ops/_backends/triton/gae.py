@@ -1,4 +1,4 @@
-"""Generalised advantage estimation as a reverse associative scan, for CUDA machines without the extension.
+"""Generalized advantage estimation as a reverse associative scan, for CUDA machines without the extension.
 
 A step maps what the step after it hands back, (advantage, next value), to its own:
 advantage' = a * advantage + b * next_value + c;  next_value' = next_value where the step passes, else its value.

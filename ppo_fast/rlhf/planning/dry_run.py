@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_leaves
 from ppo_fast.ops._core.chunked_head import Buffers, Wanted
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.data.packing import Grid
+from ppo_fast.rlhf.data.packing import TokenBatch
 from ppo_fast.rlhf.errors import require
-from ppo_fast.rlhf.models.forward import accepted, unwrapped
-from ppo_fast.rlhf.planning.shapes import Shapes, make_resident
+from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
+from ppo_fast.rlhf.planning.shapes import Shapes, load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Account, Timeline
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
 from ppo_fast.rlhf.ppo.rollout import Sampler, score
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.training.optim import Network
+from ppo_fast.rlhf.training.optim import ClippedOptimizer
 
 _OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
@@ -38,18 +38,18 @@ _IN_PLACE = {
 }
 
 
-class Rehearsal:
+class DryRun:
     """The phases of one step, as a run on a device of that type would take them; all responses as long as allowed."""
 
     def __init__(self, config: PPOConfig, shapes: Shapes, device: str, prompt_tokens: int) -> None:
         self.config, self.shapes, self.device = config, shapes, device
         self.prompt, self.response = prompt_tokens, config.rollout.max_new_tokens
-        self.timeline = Timeline(lambda func, args: inside(func, args, device))
+        self.timeline = Timeline(lambda func, args: op_workspace(func, args, device))
 
     def run(self) -> Timeline:
         """The timeline of a step whose optimizers have taken one before."""
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
-            self.resident = make_resident(self.config, self.shapes, self.device, self.timeline.name)
+            self.resident = load_models_without_data(self.config, self.shapes, self.device, self.timeline.name)
             self.models = self.resident.models
             self.learner = Learner(self.models, self.config)
             self._make_states()
@@ -113,7 +113,7 @@ class Rehearsal:
             kept = tree_leaves([network.optimizer.state_dict(), [*network.optimizer.state.values()]])
             self.timeline.name("optimizer states", [x for x in kept if isinstance(x, Tensor)])
 
-    def _step(self, network: Network) -> None:
+    def _step(self, network: ClippedOptimizer) -> None:
         # Moments of 8 bits are there from the start, and their steps a matter of small pieces, thousands of them.
         if self.config.optim.states != "8bit":
             network.step(1.0)
@@ -123,14 +123,14 @@ class Rehearsal:
         if parameter.grad is not None:
             self.timeline.name("gradients", [parameter.grad])
 
-    def _make_grid(self, rows: int) -> Grid:
+    def _make_grid(self, rows: int) -> TokenBatch:
         """Prompts and responses at their longest; one prompt is a token shorter, so that there is padding."""
         width = self.prompt + self.response
         attention = np.ones((rows, width), dtype=bool)
         attention[0, : self.prompt > 1] = False
         counted = np.zeros((rows, width), dtype=bool)
         counted[:, self.prompt :] = True
-        return Grid(_zeros(rows, width, dtype=torch.long), attention, counted)
+        return TokenBatch(_zeros(rows, width, dtype=torch.long), attention, counted)
 
     def _make_experience(self, rows: int) -> Experience:
         grid, count = self._make_grid(rows), rows * self.response
@@ -155,7 +155,7 @@ class Rehearsal:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        logits = policy(**accepted(unwrapped(policy), given)).logits
+        logits = policy(**filter_kwargs(unwrapped(policy), given)).logits
         self._name_cache(cache)
         latest = logits[:, -1].to(torch.float32, copy=True)
         scores = Sampler(self.config.rollout, None)(ids, latest)  # type: ignore[arg-type]  # no number is drawn
@@ -181,7 +181,7 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def inside(func: Any, args: Any, device: str) -> Account:
+def op_workspace(func: Any, args: Any, device: str) -> Account:
     """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits.
 
     Negative where the op of a run writes to an argument, and only that of tensors without data makes another.

@@ -69,7 +69,7 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def quantise(network: Any) -> None:
+def quantize(network: Any) -> None:
     """Put what takes the memory of a layer of 4 bits in the place of every linear layer but the head."""
     for parent in [*network.modules()]:
         for name, layer in [*parent.named_children()]:
