@@ -7,9 +7,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 USAGE = """\
 usage: ppo-fast COMMAND [options]
@@ -27,37 +25,8 @@ usage: ppo-fast COMMAND [options]
 
   ppo-fast COMMAND --help lists the options of a command.
 """
-# Short names of the flags that nearly every run sets.
-SHORT = {
-    "--model": "--model.path",
-    "--data": "--data.train",
-    "--prompts": "--data.prompts",
-    "--reward": "--reward.function",
-    "--out": "--log.dir",
-    "--merge": "--model.lora.merge",
-}
-
-
-class Stage(NamedTuple):
-    """A command that trains: names in `ppo_fast.rlhf`, and its help."""
-
-    run: str  # function of a config; its result names the model
-    config: str
-    about: str
-    short: str = "--model, --merge, --data, --out"  # flags
-
-
-STAGES = {
-    "sft": Stage("train_sft", "SFTConfig", "Fine-tune a causal language model on completions."),
-    "reward": Stage("train_reward_model", "RewardModelConfig", "Train a reward model on preference pairs."),
-    "train": Stage(
-        "train_ppo",
-        "PPOConfig",
-        "Train a causal language model by PPO.",
-        "--model, --merge, --prompts, --reward FILE.py:FUNCTION, --out",
-    ),
-    "dpo": Stage("train_dpo", "DPOConfig", "Train a causal language model on preference pairs by DPO."),
-}
+# Functions of `ppo_fast.rlhf` that take a config; their results name the model.
+STAGES = {"sft": "train_sft", "reward": "train_reward_model", "train": "train_ppo", "dpo": "train_dpo"}
 TOOLS = {
     "plan": "ppo_fast.rlhf.planning.command",
     "export": "ppo_fast.rlhf.reports.export",
@@ -66,14 +35,6 @@ TOOLS = {
     "report": "ppo_fast.rlhf.reports.report",
     "doctor": "ppo_fast.doctor",
 }
-TRAIN_HELP = """\
-{about}
-
-Values come from {preset}--config FILE (YAML or TOML, the same names, nested), then the flags below.
-Short flags: {short}.
-
---resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
-and flags may then change only the length of the run and `log.*`."""
 OPTIONAL = {
     "datasets",
     "matplotlib",
@@ -130,95 +91,17 @@ def _run(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def train(command: str, argv: Sequence[str]) -> None:
+def train(command: str, argv: list[str]) -> None:
     """`ppo-fast sft | reward | train | dpo`: preset, then file, then flags, into one config; then the run."""
     from ppo_fast import rlhf
+    from ppo_fast.rlhf.arguments import parse_run
+    from ppo_fast.rlhf.planning.command import announce
 
     config, resume = parse_run(command, argv)
-    result = getattr(rlhf, STAGES[command].run)(config, **({"resume": resume} if resume else {}))
+    if command == "train":
+        announce(config)
+    result = getattr(rlhf, STAGES[command])(config, resume=resume)
     print(f"model: {result.model}")
-
-
-def parse(command: str, argv: Sequence[str]) -> Any:
-    """The config that the arguments of a training command mean."""
-    return parse_run(command, argv)[0]
-
-
-def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
-    """The config and `resume` that the arguments of a training command mean."""
-    from ppo_fast import rlhf
-    from ppo_fast.rlhf.config.files import preset_names, read_values
-    from ppo_fast.rlhf.errors import UserError, require
-
-    stage = STAGES[command]
-    kind = getattr(rlhf, stage.config)
-    if {"-h", "--help"} & set(argv):
-        preset = f"--preset NAME ({', '.join(preset_names())}), then " * (kind is rlhf.PPOConfig)
-        about = TRAIN_HELP.format(about=stage.about, preset=preset, short=stage.short)
-        require("tyro").cli(kind, args=["--help"], prog=f"ppo-fast {command}", description=about)
-    flags = _read_flags(argv, kind)
-    path, preset_name = (flags.pop(name, None) for name in ("config", "preset"))
-    resume = flags.pop("resume", False)
-    if resume is False:
-        return rlhf.load_config(path, preset=preset_name, flags=flags, kind=kind), False
-    if not resume:
-        raise UserError("--resume: expected no value or the name of a checkpoint, got an empty one")
-    return resumed_config(read_values(path, preset=preset_name, flags=flags), kind, resume), resume
-
-
-def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str) -> Any:
-    """The config that the checkpoint to resume was saved with, under what the file and the flags say."""
-    from ppo_fast.rlhf.config.files import config_from_dict, field_defaults, merge
-    from ppo_fast.rlhf.training.checkpoint import load_checkpoint
-    from ppo_fast.rlhf.training.log import CHECKPOINTS
-
-    log = given.get("log")
-    directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
-    name = resume if isinstance(resume, str) else None
-    saved = load_checkpoint(Path(str(directory)) / CHECKPOINTS, name, tensors=False).state["config"]
-    return config_from_dict(merge(saved, given), source="resume", kind=kind)
-
-
-def _read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
-    """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form.
-
-    "null" is None, and an empty list where a list is due.
-    """
-    from ppo_fast.rlhf.errors import UserError
-
-    given: dict[str, list[str]] = {}
-    for argument in argv:
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            given[flag] = [value] if equals else []
-        elif given:
-            given[flag].append(argument)
-        else:
-            raise UserError(f"expected an option, got {argument!r}")
-    return dict(_read_flag(flag, values, kind) for flag, values in given.items())
-
-
-def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]:
-    from ppo_fast.rlhf.config.files import field_defaults, nearest_name
-    from ppo_fast.rlhf.config.ppo import PPOConfig
-    from ppo_fast.rlhf.errors import UserError
-
-    fields = field_defaults(kind) | {"config": None, "resume": False} | ({"preset": None} if kind is PPOConfig else {})
-    name = SHORT.get(flag, flag)[2:].replace("-", "_")
-    group, dot, last = name.rpartition(".")
-    switch = group + dot + last.removeprefix("no_")
-    if name not in fields and isinstance(fields.get(switch), bool) and not values:
-        return switch, False
-    if name not in fields:
-        raise UserError(f"no option {flag!r}, the nearest is '--{nearest_name(name, kind).replace('_', '-')}'")
-    if not values and not isinstance(fields[name], bool):
-        raise UserError(f"{flag}: expected a value, got none")
-    if len(values) > 1 and not isinstance(fields[name], tuple):
-        raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
-    texts = [value for value in values if value not in ("None", "null")]
-    if isinstance(fields[name], tuple):
-        return name, texts
-    return name, True if not values else texts[0] if texts else None
 
 
 def tool(module: str, argv: list[str]) -> None:

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from ppo_fast import __version__, cli
+from ppo_fast.rlhf import arguments
 from ppo_fast.rlhf.config.files import load_config
 from ppo_fast.rlhf.models import tiny
 
@@ -73,7 +74,7 @@ def test_the_other_stages_run_from_a_file_and_flags(files, capsys, command):
 
 
 def test_flags_over_file_over_preset_over_defaults(files):
-    config = cli.parse("train", ["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
+    config = arguments.parse("train", ["--preset", "tiny-cpu", "--config", "run.yaml", "--optim.epochs", "7"])
     assert config.optim.epochs == 7
     assert config.optim.lr == 1e-3
     assert config.optim.value_lr == 1e-3
@@ -82,7 +83,7 @@ def test_flags_over_file_over_preset_over_defaults(files):
 
 
 def test_short_flags():
-    config = cli.parse("train", ["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
+    config = arguments.parse("train", ["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
     assert (config.model.path, config.data.prompts, config.reward.function, config.log.dir) == (
         "m",
         "p.jsonl",
@@ -162,13 +163,13 @@ def test_mistakes_are_one_line_and_status_2(files, capsys, arguments, message):
 def test_flags_say_every_kind_of_value():
     flags = "--log.no-console --log.overwrite --log.tensorboard False --threads None --optim.betas 0.5 0.75"
     more = ["--loss.clip-high=null", "--updates", "7", "--optim.weight_decay=1e-2"]
-    config = cli.parse("train", [*flags.split(), *more])
+    config = arguments.parse("train", [*flags.split(), *more])
     assert (config.log.console, config.log.overwrite, config.log.tensorboard) == (False, True, False)
     assert (config.threads, config.optim.betas, config.loss.clip_high) == (None, (0.5, 0.75), None)
     assert (config.updates, config.optim.weight_decay) == (7, 0.01)
-    assert cli.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
-    assert cli.parse("train", ["--reward.models", "a", "b"]).reward.models == ("a", "b")
-    assert cli.parse("train", ["--reward.models", "null"]).reward.models == ()
+    assert arguments.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
+    assert arguments.parse("train", ["--reward.models", "a", "b"]).reward.models == ("a", "b")
+    assert arguments.parse("train", ["--reward.models", "null"]).reward.models == ()
 
 
 def test_an_error_inside_the_run_is_one_line_without_a_traceback(files):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.planning.plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
-from ppo_fast.rlhf.planning.shapes import read_shapes
+from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
 
 GPU = "--gpu"
 HELP = """\
@@ -31,8 +31,6 @@ _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 def main(argv: Sequence[str]) -> None:
     """Print the plan of the run that these arguments of `ppo-fast train` begin."""
-    from ppo_fast.cli import parse
-
     if {"-h", "--help"} & {*argv}:
         print(HELP)
         return
@@ -44,20 +42,19 @@ def main(argv: Sequence[str]) -> None:
     print_plan(plan, advise(config, plan, device=device, shapes=shapes), Console())
 
 
-def announce(config: PPOConfig, policy: Any, prompt_tokens: int, console: Console) -> None:
-    """Print the plan of a run that is about to begin, unless its model is tiny; never a reason not to begin.
-
-    Args:
-        policy: the model that is trained, on its device.
-        prompt_tokens: of the longest prompt.
-    """
-    if console.quiet or sum(weight.nbytes for weight in policy.parameters()) < TINY:
+def announce(config: PPOConfig, console: Console | None = None) -> None:
+    """Print the plan of a run that is about to begin, unless its model is tiny; never a reason not to begin."""
+    console = console or Console(quiet=not config.log.console)
+    if console.quiet or config.model.path is None:
         return
     try:
-        device, shapes = policy.device, read_shapes(config, policy.config)
-        limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        plan = make_plan(config, device.type, limit=limit, shapes=shapes, prompt_tokens=prompt_tokens)
-        print_plan(plan, (), console)
+        shapes = read_shapes(config)
+        if count_weights(shapes.policy, config.model) < TINY:
+            return
+        device, limit = find_limit(config)
+        print_plan(make_plan(config, device, limit=limit, shapes=shapes), (), console)
+    except UserError:
+        return  # the run itself stops at it
     except Exception as error:  # of a kind of model that cannot be made without data
         reason = printable(" ".join(str(error).split())[:200])
         console.print(f"no plan of the memory: {type(error).__name__}: {reason}", highlight=False, markup=False)

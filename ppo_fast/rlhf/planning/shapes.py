@@ -108,6 +108,13 @@ def _read(field: str, path: str | None, config: PPOConfig, base: str | None = No
     return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
 
 
+def count_weights(shape: Shape, config: ModelConfig) -> int:
+    """Bytes of the weights of a causal LM, without its adapter."""
+    with torch.device("meta"):
+        model = _make("AutoModelForCausalLM", shape, config=config, attention=None)
+    return sum(weight.nbytes for weight in model.parameters())
+
+
 def load_models_without_data(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> LoadedModels:
     """The networks in their layout, of tensors without data: to be called under a FakeTensorMode."""
     make = functools.partial(_make, config=config.model, attention=attention(config.model, device))

@@ -18,7 +18,6 @@ from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
-from ppo_fast.rlhf.planning.command import announce
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
@@ -202,7 +201,6 @@ def train_ppo(
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
-        announce(config, models.policy, max(map(len, data.token_ids)), log.console)
         run = PPORun(config, models, data, scorer, evaluation, generator)
         if start is not None:
             run.restore(start)

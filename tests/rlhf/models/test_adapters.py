@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ppo_fast import cli
-from ppo_fast.rlhf import UserError
+from ppo_fast.rlhf import UserError, arguments
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.config.ppo import LoraConfig
 from ppo_fast.rlhf.models import tiny
@@ -553,7 +552,7 @@ def test_rule_16_a_resumed_run_ends_with_the_same_bits(tmp_path, base, stage, mo
 
 
 def test_the_command_line_merges(tmp_path, base):
-    config = cli.parse("sft", ["--model", base, "--data", "d", "--model.lora.rank", "4", "--merge"])
+    config = arguments.parse("sft", ["--model", base, "--data", "d", "--model.lora.rank", "4", "--merge"])
     assert config.model.lora == LoraConfig(rank=4, merge=True)
 
 

@@ -12,16 +12,14 @@ from rich.console import Console
 
 from benchmarks import bench_7b
 from ppo_fast import cli
-from ppo_fast.rlhf import train_ppo
 from ppo_fast.rlhf.config.files import config_from_dict, load_config
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.planning.command import announce, parse_size, told
 from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
-from ppo_fast.rlhf.planning.shapes import Shape, Shapes, read_shapes
+from ppo_fast.rlhf.planning.shapes import Shape, Shapes, count_weights, read_shapes
 from ppo_fast.rlhf.planning.tracing import Timeline
-from ppo_fast.rlhf.ppo import train as ppo
 from tests.helpers import raises_exactly
 from tests.rlhf.memory_profile import measured_peaks
 
@@ -378,36 +376,59 @@ def test_help(capsys):
     assert "--gpu SIZE" in capsys.readouterr().out
 
 
-def test_a_plan_is_announced_on_the_console_alone(tmp_path, monkeypatch):
-    policy, config = tiny_policy(), make_config(tmp_path)
-    seen, quiet = (Console(record=True, width=100, file=io.StringIO(), quiet=quiet) for quiet in (False, True))
-    announce(config, policy, PROMPT, seen)
+@pytest.fixture
+def saved(tmp_path):
+    """A run of a model directory that holds only a config."""
+    tiny_policy().config.save_pretrained(str(tmp_path / "model"))
+    return make_config(tmp_path / "run", model={"path": str(tmp_path / "model")})
+
+
+def recording_console(**options):
+    return Console(record=True, width=100, file=io.StringIO(), **options)
+
+
+def test_a_plan_is_announced_on_the_console_alone(saved, monkeypatch):
+    seen, quiet = recording_console(), recording_console(quiet=True)
+    announce(saved, seen)
     assert seen.export_text() == ""  # it is tiny
     monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
-    announce(config, policy, PROMPT, seen)
+    announce(saved, seen)
     assert "memory by phase" in seen.export_text()
-    announce(config, policy, PROMPT, quiet)
+    announce(saved, quiet)
     assert quiet.export_text() == ""
 
 
-def test_a_run_announces_its_plan_by_its_longest_prompt(tmp_path, tokenizer, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ppo, "announce", lambda *arguments: seen.append(arguments[2]))
-    prompts = ["w1", "w1 w2 w3"] * 8
-    reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
-    train_ppo(make_config(tmp_path), reward_fn=reward, prompts=prompts, policy=tiny_policy(), tokenizer=tokenizer)
-    assert seen == [3]
+def test_the_train_command_announces_the_plan_of_its_config(command, monkeypatch, capsys):
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
+    assert cli.main(["train", *command[1:]]) == 2  # there are no weights
+    assert "memory by phase, MiB" in capsys.readouterr().out
+    assert cli.main(["train", *command[1:], "--log.no-console"]) == 2
+    assert capsys.readouterr().out == ""
 
 
-def test_a_plan_that_fails_stops_no_run(tmp_path, monkeypatch):
+def test_what_the_run_itself_refuses_is_left_to_it(saved, tmp_path):
+    seen = recording_console()
+    for path in (None, str(tmp_path / "none")):
+        announce(dataclasses.replace(saved, model=dataclasses.replace(saved.model, path=path)), seen)
+    assert seen.export_text() == ""
+
+
+def test_a_plan_that_fails_stops_no_run(saved, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("odd\nmodel")
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.command.make_plan", fail)
     monkeypatch.setattr("ppo_fast.rlhf.planning.command.TINY", 0)
-    seen = Console(record=True, width=100, file=io.StringIO())
-    announce(make_config(tmp_path), tiny_policy(), PROMPT, seen)
+    seen = recording_console()
+    announce(saved, seen)
     assert seen.export_text() == "no plan of the memory: RuntimeError: odd model\n"
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden": 64, "layers": 1}])
+def test_weights_are_counted_from_the_config(shape):
+    policy = tiny_policy(**shape)
+    counted = count_weights(Shape(policy.config), make_config("run").model)
+    assert counted == sum(weight.nbytes for weight in policy.parameters())
 
 
 def test_a_timeline_knows_what_lives_when():
