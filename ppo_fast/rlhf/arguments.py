@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from ppo_fast.rlhf.config.files import (
     config_from_dict,
     field_defaults,
+    leaves,
     load_config,
     merge,
     nearest_name,
@@ -23,14 +25,14 @@ from ppo_fast.rlhf.training.log import CHECKPOINTS
 
 # Short names of the flags that nearly every run sets.
 SHORT = {
-    "--model": "--model.path",
-    "--data": "--data.train",
-    "--prompts": "--data.prompts",
-    "--reward": "--reward.function",
-    "--out": "--log.dir",
-    "--merge": "--model.lora.merge",
+    "model.path": "--model",
+    "data.train": "--data",
+    "data.prompts": "--prompts",
+    "reward.function": "--reward",
+    "log.dir": "--out",
+    "model.lora.merge": "--merge",
 }
-RESUME = "--resume"
+CONFIG, PRESET, RESUME = "config", "preset", "resume"  # flags that are no fields of a config
 
 
 class Stage(NamedTuple):
@@ -57,8 +59,8 @@ TRAIN_HELP = """\
 Values come from {preset}--config FILE (YAML or TOML, the same names, nested), then the flags below.
 Short flags: {short}.
 
---resume continues the newest checkpoint in --out; config and flags may then change the length of the run and `log.*`
-alone."""
+--resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
+and flags may then change only the length of the run and `log.*`."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
@@ -66,18 +68,20 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     return parse_run(command, argv)[0]
 
 
-def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool]:
-    """The config, and whether it continues a run."""
+def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
+    """The config, and whether it continues a run: True, or the name of the checkpoint."""
     stage = STAGES[command]
-    if {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & {*argv}:
         preset = f"--preset NAME ({', '.join(preset_names())}), then " * (stage.config is PPOConfig)
         about = TRAIN_HELP.format(about=stage.about, preset=preset, short=stage.short)
         require("tyro").cli(stage.config, args=["--help"], prog=f"ppo-fast {command}", description=about)
-    flags = _read_flags([argument for argument in argv if argument != RESUME], stage.config)
-    path, preset_name = (flags.pop(name, None) for name in ("config", "preset"))
-    if RESUME not in argv:
+    flags = read_flags(argv, stage.config)
+    path, preset_name, resume = flags.pop(CONFIG, None), flags.pop(PRESET, None), flags.pop(RESUME, False)
+    if resume is False:
         return load_config(path, preset=preset_name, flags=flags, kind=stage.config), False
-    return resumed_config(read_values(path, preset=preset_name, flags=flags), stage.config), True
+    if not resume:
+        raise UserError("--resume: expected no value or the name of a checkpoint, got an empty one")
+    return resumed_config(read_values(path, preset=preset_name, flags=flags), stage.config), resume
 
 
 def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
@@ -88,37 +92,63 @@ def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
     return config_from_dict(merge(saved, given), source="resume", kind=kind)
 
 
-def _read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
+def read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
     """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form.
 
-    "null" is None, and an empty list where a list is due.
+    "null" is None, and an empty list where a list is due. Types and ranges are not checked here: flags join the values
+    of preset and file, and the config is built once, of all of them.
     """
-    given: dict[str, list[str]] = {}
-    for argument in argv:
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            given[flag] = [value] if equals else []
-        elif given:
-            given[flag].append(argument)
+    fields = field_defaults(kind) | {CONFIG: None, RESUME: False} | ({PRESET: None} if kind is PPOConfig else {})
+    switched_off = {_negated(name): name for name, default in fields.items() if isinstance(default, bool)}
+    texts, unknown = require("tyro").cli(
+        _texts([*fields, *switched_off]), args=[*argv], add_help=False, return_unknown_args=True
+    )
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("--"):
+            raise UserError(f"expected an option, got {name!r}")
+        raise UserError(f"no option {name!r}, the nearest is {_flag(nearest_name(name[2:].replace('-', '_'), kind))!r}")
+    given = {}
+    for name, values in leaves(texts):
+        if name not in switched_off:
+            given[name] = _value(name, values, fields[name])
+        elif values:
+            raise UserError(f"{_flag(name)}: expected no value, got {' '.join(values)!r}")
         else:
-            raise UserError(f"expected an option, got {argument!r}")
-    return dict(_read_flag(flag, values, kind) for flag, values in given.items())
+            given[switched_off[name]] = False
+    return given
 
 
-def _read_flag(flag: str, values: list[str], kind: type[Any]) -> tuple[str, Any]:
-    fields = field_defaults(kind) | {"config": None} | ({"preset": None} if kind is PPOConfig else {})
-    name = SHORT.get(flag, flag)[2:].replace("-", "_")
-    group, dot, last = name.rpartition(".")
-    switch = group + dot + last.removeprefix("no_")
-    if name not in fields and isinstance(fields.get(switch), bool) and not values:
-        return switch, False
-    if name not in fields:
-        raise UserError(f"no option {flag!r}, the nearest is '--{nearest_name(name, kind).replace('_', '-')}'")
-    if not values and not isinstance(fields[name], bool):
-        raise UserError(f"{flag}: expected a value, got none")
-    if len(values) > 1 and not isinstance(fields[name], tuple):
-        raise UserError(f"{flag}: expected one value, got {' '.join(values)!r}")
+def _texts(names: Iterable[str]) -> Any:
+    """A type of flags with these dotted names: tyro gives any number of texts for each, and leaves absent ones out."""
+    conf, tree = require("tyro").conf, dict[str, Any]()
+    for name in names:
+        *groups, last = name.split(".")
+        branch = functools.reduce(lambda level, group: level.setdefault(group, {}), groups, tree)
+        branch[last] = Annotated[list[str], conf.arg(aliases=[SHORT[name]] if name in SHORT else [])]
+    return _typed(tree)
+
+
+def _typed(tree: Mapping[str, Any]) -> Any:
+    fields = {name: _typed(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    return TypedDict("Flags", fields, total=False)  # type: ignore[misc]  # fields that are known when it runs
+
+
+def _value(name: str, values: list[str], default: Any) -> Any:
     texts = [value for value in values if value not in ("None", "null")]
-    if isinstance(fields[name], tuple):
-        return name, texts
-    return name, True if not values else texts[0] if texts else None
+    if isinstance(default, tuple) and values:
+        return texts
+    if not values and not isinstance(default, bool):
+        raise UserError(f"{_flag(name)}: expected a value, got none")
+    if len(values) > 1:
+        raise UserError(f"{_flag(name)}: expected one value, got {' '.join(values)!r}")
+    return True if not values else texts[0] if texts else None
+
+
+def _negated(name: str) -> str:
+    group, dot, last = name.rpartition(".")
+    return f"{group}{dot}no_{last}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

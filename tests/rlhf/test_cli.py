@@ -6,15 +6,18 @@ import logging
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from transformers import AutoModelForCausalLM
 
-from ppo_fast import __version__, cli
+from ppo_fast import __version__, cli, rlhf
 from ppo_fast.rlhf import arguments
 from ppo_fast.rlhf.config.files import load_config
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
+from tests.helpers import raises_exactly
 
 
 @pytest.fixture
@@ -113,6 +116,10 @@ def test_short_flags():
         (["train", "run.yaml"], "expected an option, got 'run.yaml'"),
         (["train", "--config"], "--config: expected a value, got none"),
         (["train", "--updates"], "--updates: expected a value, got none"),
+        (["train", "--resume="], "--resume: expected no value or the name of a checkpoint, got an empty one"),
+        (["train", "--log.no-console", "3"], "--log.no-console: expected no value, got '3'"),
+        (["train", "--updates", "5", "-x"], "expected an option, got '-x'"),
+        (["train", "--reward.models"], "--reward.models: expected a value, got none"),
         (["train", "--log.no-dir"], "no option '--log.no-dir', the nearest is '--log.dir'"),
         (["train", "--optim.lrr=3"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
         (
@@ -170,6 +177,34 @@ def test_flags_say_every_kind_of_value():
     assert arguments.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
     assert arguments.parse("train", ["--reward.models", "a", "b"]).reward.models == ("a", "b")
     assert arguments.parse("train", ["--reward.models", "null"]).reward.models == ()
+
+
+def test_a_value_may_look_like_a_flag():
+    config = arguments.parse("train", ["--model=--odd", "--kl.coef", "1e-3", "--reward.rejected-score", "-.5"])
+    assert (config.model.path, config.kl.coef, config.reward.rejected_score) == ("--odd", 1e-3, -0.5)
+
+
+def test_file_and_flags_are_checked_together(files):
+    (files / "run.yaml").write_text("model: {layout: adapters}")
+    with raises_exactly(
+        "run.yaml: model.lora.rank: expected a rank > 0 with model.layout 'adapters', got 0", UserError
+    ):
+        arguments.parse("train", ["--config", "run.yaml"])
+    config = arguments.parse("train", ["--config", "run.yaml", "--model.lora.rank", "8"])
+    assert (config.model.layout, config.model.lora.rank) == ("adapters", 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "resume"), [([], False), (["--resume"], True), (["--resume", "update-000003"], "update-000003")]
+)
+def test_the_run_gets_what_to_resume(monkeypatch, flags, resume):
+    saved = SimpleNamespace(state={"config": {"seed": 3}})
+    monkeypatch.setattr(arguments, "load_latest", lambda *_, **__: saved)
+    calls = []
+    run = lambda config, **options: calls.append((config, options)) or SimpleNamespace(model="m")  # noqa: E731
+    monkeypatch.setattr(rlhf, "train_sft", run)
+    assert cli.main(["sft", "--seed", "5", *flags]) == 0
+    assert calls == [(rlhf.SFTConfig(seed=5), {"resume": resume})]
 
 
 def test_an_error_inside_the_run_is_one_line_without_a_traceback(files):

@@ -65,7 +65,7 @@ def config_from_dict(
 ) -> Config:
     """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
     known = field_defaults(kind)
-    for name, _ in _leaves(values):
+    for name, _ in leaves(values):
         if name not in known and not any(k.startswith(name + ".") for k in known):
             raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name, kind)!r}")
     pydantic = require("pydantic")
@@ -127,21 +127,21 @@ def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any
 
     Fields that `free` names, by themselves or by their group, may differ.
     """
-    pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
+    pairs = zip(leaves(dataclasses.asdict(a)), leaves(dataclasses.asdict(b)), strict=True)
     told = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
     return next((found for found in told if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None)
 
 
 def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:
     """Dotted names of the fields of a config with their defaults."""
-    return dict(_leaves(dataclasses.asdict(kind())))
+    return dict(leaves(dataclasses.asdict(kind())))
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names of what nested mappings hold."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
