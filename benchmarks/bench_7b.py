@@ -101,7 +101,7 @@ def share_of_even_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> l
 
 def make_config(preset: str, scale: str, updates: int, changes: dict[str, str], directory: str) -> PPOConfig:
     """The preset with the changes asked for, and for a log that takes no time."""
-    quiet = {"log.dir": directory, "log.console": "false", "log.tensorboard": "false", "log.samples_every": "0"}
+    quiet = {"output_dir": directory, "log.console": "false", "log.tensorboard": "false", "log.samples_every": "0"}
     small = TINY_RUN if scale == "tiny" else {}
     return load_config(preset=preset, flags={"updates": updates} | small | quiet | changes)
 

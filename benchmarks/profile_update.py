@@ -72,7 +72,7 @@ def make_config(size: str, changes: dict[str, str], directory: str) -> PPOConfig
             "optim.value_lr": 1e-3,
             "optim.epochs": 1,
             "optim.minibatch_size": shape["batch"] // 4,
-            "log.dir": directory,
+            "output_dir": directory,
             "log.console": False,
             "log.tensorboard": False,
         }

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 USAGE = """\
 usage: ppo-fast COMMAND [options]

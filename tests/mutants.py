@@ -231,7 +231,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/files.py", "        _follow_umask(scratch)\n", "", CHECKPOINT),
     Mutant(f"{RLHF}/files.py", "    target = target.resolve()\n    target.parent", "    target.parent", CHECKPOINT),
     Mutant(f"{RLHF}/user_code.py", "_copied(value) for name", "value for name", "tests/rlhf/ppo/test_rewards.py"),
-    Mutant(f"{RLHF}/supervised/train.py", 'resume, "optim.epochs", "log")', 'resume, "log")', RESUMED),
+    Mutant(f"{RLHF}/supervised/train.py", 'resume, "optim.epochs")', 'resume, "log")', RESUMED),
     # damage
     Mutant(f"{RLHF}/training/log.py", "            os.fsync(file.fileno())\n", "            pass\n", DAMAGE),
     Mutant(f"{RLHF}/training/log.py", "    file.flush()\n", "", DAMAGE),
@@ -261,7 +261,7 @@ MUTANTS = [
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
     ),
-    Mutant(f"{RLHF}/training/loop.py", "keep_last=self.config.log.keep_last", "keep_last=0", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "keep_last=self.config.checkpoint.keep", "keep_last=0", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "            self.skipped += 1\n", "", RESUMED),
     Mutant(
         f"{RLHF}/config/files.py",

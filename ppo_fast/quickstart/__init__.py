@@ -83,7 +83,7 @@ def run(options: Options) -> Result:
     console.print("\n[bold]3  PPO[/] against the reward model, with the KL penalty")
     train_ppo(load_config(out / "ppo.yaml"))
     console.print("\n[bold]4  The same without the penalty[/]")
-    train_ppo(load_config(out / "ppo.yaml", flags={"kl.coef": 0.0, "log.dir": str(out / "no-kl")}))
+    train_ppo(load_config(out / "ppo.yaml", flags={"kl.coef": 0.0, "output_dir": str(out / "no-kl")}))
     histories = {name: plots.read_metrics(out / run) for name, run in (("with KL", "ppo"), ("without KL", "no-kl"))}
     examiner = Examiner(out, options.seed)
     sft, with_kl, without_kl = (examiner.evaluate(out / name / "final") for name in ("sft", "ppo", "no-kl"))

@@ -80,8 +80,8 @@ Done in {seconds:.0f} s. Written to {out}:
 Next:
   ppo-fast report {free}      one page: curves, samples, the warnings of reward hacking
   ppo-fast plot {ppo} {free} --metrics objective/entropy hacking/repetition
-  ppo-fast train --config {config} --kl.coef 0.5 --log.dir {other}
-  ppo-fast train --config {config} --reward.models null --reward {gold}:reward --log.dir {other}
+  ppo-fast train --config {config} --kl.coef 0.5 --output-dir {other}
+  ppo-fast train --config {config} --reward.models null --reward {gold}:reward --output-dir {other}
 """
 
 

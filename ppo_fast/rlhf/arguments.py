@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from ppo_fast.rlhf.config.files import (
+    check_names,
     config_from_dict,
     field_defaults,
-    leaves,
     load_config,
     merge,
     nearest_name,
@@ -18,9 +17,10 @@ from ppo_fast.rlhf.config.files import (
     read_values,
 )
 from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.renamed import old_keys
 from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
 from ppo_fast.rlhf.errors import UserError, require
-from ppo_fast.rlhf.training.checkpoint import load_latest
+from ppo_fast.rlhf.training.checkpoint import load_checkpoint
 from ppo_fast.rlhf.training.log import CHECKPOINTS
 
 # Short names of the flags that nearly every run sets.
@@ -29,7 +29,7 @@ SHORT = {
     "data.train": "--data",
     "data.prompts": "--prompts",
     "reward.function": "--reward",
-    "log.dir": "--out",
+    "output_dir": "--out",
     "model.lora.merge": "--merge",
 }
 CONFIG, PRESET, RESUME = "config", "preset", "resume"  # flags that are no fields of a config
@@ -60,7 +60,7 @@ Values come from {preset}--config FILE (YAML or TOML, the same names, nested), t
 Short flags: {short}.
 
 --resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
-and flags may then change only the length of the run and `log.*`."""
+and flags may then change only the length of the run, `checkpoint.*` and `log.*`."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
@@ -81,14 +81,15 @@ def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
         return load_config(path, preset=preset_name, flags=flags, kind=stage.config), False
     if not resume:
         raise UserError("--resume: expected no value or the name of a checkpoint, got an empty one")
-    return resumed_config(read_values(path, preset=preset_name, flags=flags), stage.config), resume
+    return resumed_config(read_values(path, preset=preset_name, flags=flags), stage.config, resume), resume
 
 
-def resumed_config(given: Mapping[str, Any], kind: type[Any]) -> Any:
-    """The config that the newest checkpoint was saved with, under what the file and the flags say."""
-    log = given.get("log")
-    directory = log["dir"] if isinstance(log, dict) and log.get("dir") else field_defaults(kind)["log.dir"]
-    saved = load_latest(Path(str(directory)) / CHECKPOINTS, tensors=False).state["config"]
+def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str = True) -> Any:
+    """The config that the checkpoint to resume was saved with, under what the file and the flags say."""
+    check_names(given, "resume", kind)  # before one of them says where the checkpoint is
+    directory = given.get("output_dir") or field_defaults(kind)["output_dir"]
+    name = resume if isinstance(resume, str) else None
+    saved = load_checkpoint(Path(str(directory)) / CHECKPOINTS, name, tensors=False).state["config"]
     return config_from_dict(merge(saved, given), source="resume", kind=kind)
 
 
@@ -98,18 +99,16 @@ def read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
     "null" is None, and an empty list where a list is due. Types and ranges are not checked here: flags join the values
     of preset and file, and the config is built once, of all of them.
     """
-    fields = field_defaults(kind) | {CONFIG: None, RESUME: False} | ({PRESET: None} if kind is PPOConfig else {})
+    fields = dict.fromkeys(old_keys(), True) | field_defaults(kind) | {CONFIG: None, RESUME: False}
+    fields |= {PRESET: None} if kind is PPOConfig else {}
     switched_off = {_negated(name): name for name, default in fields.items() if isinstance(default, bool)}
     texts, unknown = require("tyro").cli(
         _texts([*fields, *switched_off]), args=[*argv], add_help=False, return_unknown_args=True
     )
     if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("--"):
-            raise UserError(f"expected an option, got {name!r}")
-        raise UserError(f"no option {name!r}, the nearest is {_flag(nearest_name(name[2:].replace('-', '_'), kind))!r}")
+        raise _no_option(unknown[0].partition("=")[0], kind)
     given = {}
-    for name, values in leaves(texts):
+    for name, values in texts.items():
         if name not in switched_off:
             given[name] = _value(name, values, fields[name])
         elif values:
@@ -121,17 +120,9 @@ def read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
 
 def _texts(names: Iterable[str]) -> Any:
     """A type of flags with these dotted names: tyro gives any number of texts for each, and leaves absent ones out."""
-    conf, tree = require("tyro").conf, dict[str, Any]()
-    for name in names:
-        *groups, last = name.split(".")
-        branch = functools.reduce(lambda level, group: level.setdefault(group, {}), groups, tree)
-        branch[last] = Annotated[list[str], conf.arg(aliases=[SHORT[name]] if name in SHORT else [])]
-    return _typed(tree)
-
-
-def _typed(tree: Mapping[str, Any]) -> Any:
-    fields = {name: _typed(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    return TypedDict("Flags", fields, total=False)  # type: ignore[misc]  # fields that are known when it runs
+    arg = require("tyro").conf.arg
+    kinds = {name: Annotated[list[str], arg(aliases=[SHORT[name]] if name in SHORT else [])] for name in names}
+    return TypedDict("Flags", kinds, total=False)  # type: ignore[operator]  # names known only when it runs
 
 
 def _value(name: str, values: list[str], default: Any) -> Any:
@@ -143,6 +134,14 @@ def _value(name: str, values: list[str], default: Any) -> Any:
     if len(values) > 1:
         raise UserError(f"{_flag(name)}: expected one value, got {' '.join(values)!r}")
     return True if not values else texts[0] if texts else None
+
+
+def _no_option(flag: str, kind: type[Any]) -> UserError:
+    if not flag.startswith("--"):
+        return UserError(f"expected an option, got {flag!r}")
+    long = {short: name for name, short in SHORT.items()}  # of other commands too
+    nearest = nearest_name(long.get(flag, flag[2:].replace("-", "_")), kind)
+    return UserError(f"no option {flag!r}, the nearest is {_flag(nearest)!r}")
 
 
 def _negated(name: str) -> str:

@@ -40,12 +40,12 @@ def make_policy(seed: int) -> Any:
 
 def config(directory: Path, seed: int, updates: int = 20, **changes: Any) -> PPOConfig:
     """The task's run, quiet, with other values for the fields of the groups in `changes`."""
-    log = {"dir": str(directory), "tensorboard": False, "console": False}
+    log = {"tensorboard": False, "console": False}
     merged = {
         name: values | changes.get(name, {}) if isinstance(values, dict) else values
         for name, values in SETTINGS.items()
     }
-    return config_from_dict({**merged, "updates": updates, "seed": seed, "log": log})
+    return config_from_dict({**merged, "updates": updates, "seed": seed, "output_dir": str(directory), "log": log})
 
 
 def train(settings: PPOConfig, reward: Any = share_of_good_tokens, policy: Any = None) -> PPOResult:

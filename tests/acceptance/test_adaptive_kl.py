@@ -24,7 +24,8 @@ def _settings(directory: Path, seed: int, coef: float) -> dict[str, Any]:
         "loss": {"value_clip": None},
         "kl": {"coef": coef, "adaptive": True, "target": TARGET, "horizon": 300},
         "optim": {"lr": 6e-3, "value_lr": 2e-3, "epochs": 3, "minibatch_size": 32, "final_lr_frac": 0.3},
-        "log": {"dir": str(directory), "tensorboard": False, "console": False},
+        "output_dir": str(directory),
+        "log": {"tensorboard": False, "console": False},
     }
 
 

@@ -10,7 +10,7 @@ from tests.acceptance import good_token
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"model": {"layout": "shared"}},
-    "parked": {"model": {"park": True}},
+    "offloaded": {"model": {"offload": True}},
     "adapters": {
         "model": {"layout": "adapters", "lora": {"rank": 16, "alpha": 32}},
         "optim": {"lr": 1e-2, "value_lr": 1e-2},

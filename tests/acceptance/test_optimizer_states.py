@@ -9,7 +9,7 @@ from tests.acceptance import good_token
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("states", [{"masters": True}, {"states": "8bit"}], ids=["masters", "8bit"])
+@pytest.mark.parametrize("states", [{"master_weights": True}, {"name": "adamw_8bit"}], ids=["masters", "8bit"])
 def test_bfloat16_weights_learn_the_task(states, tmp_path):
     result = train_ppo(
         good_token.config(tmp_path / "run", 0, optim=states),

@@ -34,7 +34,8 @@ def make_config(tmp_path: Any) -> Callable[..., PPOConfig]:
             "threads": 1,
             "rollout": {"batch_size": 8, "max_new_tokens": 6},
             "optim": {"lr": 1e-3, "value_lr": 1e-3, "minibatch_size": 4, "epochs": 2},
-            "log": {"dir": str(tmp_path / "run"), "tensorboard": False, "console": False},
+            "output_dir": str(tmp_path / "run"),
+            "log": {"tensorboard": False, "console": False},
         }
         for name, value in values.items():
             base[name] = base.get(name, {}) | value if isinstance(value, Mapping) else value
@@ -93,7 +94,8 @@ def run_stage(tmp_path: Any, tokenizer: Any) -> Callable[..., Any]:
         base = {
             "threads": 1,
             "optim": {"lr": 1e-3, "batch_size": 8},
-            "log": {"dir": str(tmp_path / stage), "tensorboard": False, "console": False},
+            "output_dir": str(tmp_path / stage),
+            "log": {"tensorboard": False, "console": False},
         }
         merged = base | {
             name: base.get(name, {}) | value if isinstance(value, dict) else value for name, value in values.items()

@@ -10,7 +10,7 @@ from tests.rlhf.supervised_factories import STAGES, make_model, make_tokenizer, 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 LAYOUTS = {
     "separate": {},
-    "parked": {"park": True},
+    "offloaded": {"offload": True},
     "shared": {"layout": "shared"},
     "adapters": {"layout": "adapters", **LORA},
 }
@@ -34,14 +34,16 @@ def models_in(layout, path=None, *, seed=0, reward=None, reference=None, **model
     return load_models(config.model, generator, **given, reward=config.reward, reference=config.reference)
 
 
-def run_stage(stage, directory, path, *, resume=False, optim=None, log=None, init=None, **model):
+def run_stage(stage, directory, path, *, resume=False, optim=None, checkpoint=None, init=None, **model):
     """A quiet run of SFT, reward model or DPO with adapters on what is at `path`."""
     train, kind, _ = STAGES[stage]
     values = {
         "threads": 1,
         "model": {"path": path, **LORA, **model},
         "optim": {"lr": 1e-2, "batch_size": 8, **(optim or {})},
-        "log": {"dir": str(directory), "tensorboard": False, "console": False, **(log or {})},
+        "output_dir": str(directory),
+        "checkpoint": checkpoint or {},
+        "log": {"tensorboard": False, "console": False},
     }
     return train(config_from_dict(values | ({"init": init} if init else {}), kind=kind), train=rows(40), resume=resume)
 

@@ -87,7 +87,7 @@ def test_flags_over_file_over_preset_over_defaults(files):
 
 def test_short_flags():
     config = arguments.parse("train", ["--model", "m", "--prompts=p.jsonl", "--reward", "a/b.py:f", "--out", "o"])
-    assert (config.model.path, config.data.prompts, config.reward.function, config.log.dir) == (
+    assert (config.model.path, config.data.prompts, config.reward.function, config.output_dir) == (
         "m",
         "p.jsonl",
         "a/b.py:f",
@@ -110,7 +110,7 @@ def test_short_flags():
         (["dpo", "--beta", "-1"], "flags: beta: expected a number > 0, got -1.0"),
         (["train", "--config", "none.yaml"], "config: no such file 'none.yaml'"),
         (
-            ["train", "--config", "run.yaml", "--log.dir", "o", "--reward", "r.py:g"],
+            ["train", "--config", "run.yaml", "--output-dir", "o", "--reward", "r.py:g"],
             "reward.function: no function 'g' in 'r.py'",
         ),
         (["train", "run.yaml"], "expected an option, got 'run.yaml'"),
@@ -120,7 +120,7 @@ def test_short_flags():
         (["train", "--log.no-console", "3"], "--log.no-console: expected no value, got '3'"),
         (["train", "--updates", "5", "-x"], "expected an option, got '-x'"),
         (["train", "--reward.models"], "--reward.models: expected a value, got none"),
-        (["train", "--log.no-dir"], "no option '--log.no-dir', the nearest is '--log.dir'"),
+        (["train", "--no-output-dir"], "no option '--no-output-dir', the nearest is '--output-dir'"),
         (["train", "--optim.lrr=3"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
         (
             ["train", "--max-gradnorm", "1"],
@@ -168,10 +168,10 @@ def test_mistakes_are_one_line_and_status_2(files, capsys, arguments, message):
 
 
 def test_flags_say_every_kind_of_value():
-    flags = "--log.no-console --log.overwrite --log.tensorboard False --threads None --optim.betas 0.5 0.75"
+    flags = "--log.no-console --overwrite --log.tensorboard False --threads None --optim.betas 0.5 0.75"
     more = ["--loss.clip-high=null", "--updates", "7", "--optim.weight_decay=1e-2"]
     config = arguments.parse("train", [*flags.split(), *more])
-    assert (config.log.console, config.log.overwrite, config.log.tensorboard) == (False, True, False)
+    assert (config.log.console, config.overwrite, config.log.tensorboard) == (False, True, False)
     assert (config.threads, config.optim.betas, config.loss.clip_high) == (None, (0.5, 0.75), None)
     assert (config.updates, config.optim.weight_decay) == (7, 0.01)
     assert arguments.parse("train", ["--reward.models", "a"]).reward.models == ("a",)
@@ -186,9 +186,8 @@ def test_a_value_may_look_like_a_flag():
 
 def test_file_and_flags_are_checked_together(files):
     (files / "run.yaml").write_text("model: {layout: adapters}")
-    with raises_exactly(
-        "run.yaml: model.lora.rank: expected a rank > 0 with model.layout 'adapters', got 0", UserError
-    ):
+    message = "run.yaml: model.lora.rank: expected a rank > 0 with model.layout 'adapters', got 0"
+    with raises_exactly(message, UserError):
         arguments.parse("train", ["--config", "run.yaml"])
     config = arguments.parse("train", ["--config", "run.yaml", "--model.lora.rank", "8"])
     assert (config.model.layout, config.model.lora.rank) == ("adapters", 8)
@@ -199,7 +198,7 @@ def test_file_and_flags_are_checked_together(files):
 )
 def test_the_run_gets_what_to_resume(monkeypatch, flags, resume):
     saved = SimpleNamespace(state={"config": {"seed": 3}})
-    monkeypatch.setattr(arguments, "load_latest", lambda *_, **__: saved)
+    monkeypatch.setattr(arguments, "load_checkpoint", lambda *_, **__: saved)
     calls = []
     run = lambda config, **options: calls.append((config, options)) or SimpleNamespace(model="m")  # noqa: E731
     monkeypatch.setattr(rlhf, "train_sft", run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.renamed import what_became_of
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.files import write_whole
 
@@ -64,15 +65,24 @@ def config_from_dict(
     kind: type[Config] = PPOConfig,  # type: ignore[assignment]
 ) -> Config:
     """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
-    known = field_defaults(kind)
-    for name, _ in leaves(values):
-        if name not in known and not any(k.startswith(name + ".") for k in known):
-            raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name, kind)!r}")
+    check_names(values, source, kind)
     pydantic = require("pydantic")
+    defaults: Any = kind()
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        # Over all defaults: a group that is given in part keeps those that its config has for it.
+        return pydantic.TypeAdapter(kind).validate_python(merge(dataclasses.asdict(defaults), values))
     except pydantic.ValidationError as error:
         raise UserError(f"{source}: {_first_problem(error.errors()[0])}") from error
+
+
+def check_names(values: Mapping[str, Any], source: str, kind: type[Any]) -> None:
+    """UserError for a key that the config has not, or has under another name."""
+    known = field_defaults(kind)
+    for name, value in _leaves(values):
+        if (change := what_became_of(name, value)) is not None:
+            raise UserError(f"{source}: {change}")
+        if name not in known and not any(k.startswith(name + ".") for k in known):
+            raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name, kind)!r}")
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -127,21 +137,21 @@ def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any
 
     Fields that `free` names, by themselves or by their group, may differ.
     """
-    pairs = zip(leaves(dataclasses.asdict(a)), leaves(dataclasses.asdict(b)), strict=True)
+    pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
     told = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
     return next((found for found in told if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None)
 
 
 def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:
     """Dotted names of the fields of a config with their defaults."""
-    return dict(leaves(dataclasses.asdict(kind())))
+    return dict(_leaves(dataclasses.asdict(kind())))
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names of what nested mappings hold."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -35,32 +35,26 @@ class WeightsConfig:
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
-    quantize: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits, by bitsandbytes; needs lora.rank
+    load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
-    attention: str | None = None  # transformers' attn_implementation; null: by device and batches
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    attention: str | None = None  # transformers' attn_implementation; null: by device and packing
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
 
     def __post_init__(self) -> None:
         check_choices("model", self)
-        check(
-            not (self.lora.merge and self.quantize != "none"),
-            "model.lora.merge",
-            f"false with model.quantize {self.quantize!r}",
-            True,
-        )
-        check(
-            self.quantize == "none" or self.lora.rank > 0, "model.quantize", "'none' without lora.rank", self.quantize
-        )
+        merged, in_4bit = self.lora.merge, self.load_in_4bit
+        check(not (merged and in_4bit), "model.lora.merge", "false with model.load_in_4bit", merged)
+        check(not in_4bit or self.lora.rank > 0, "model.load_in_4bit", "false without lora.rank", in_4bit)
 
 
 @dataclass(frozen=True)
 class CausalConfig(WeightsConfig):
     """The language model that is trained."""
 
-    logits: Literal["linear", "materialized"] = "linear"  # by chunks from the hidden states; the model's own, at once
-    batches: Literal["padded", "packed"] = "padded"  # of scoring and update; packed: one row without padding
+    fused_head: bool = True  # chunks of logits from the hidden states; false: all logits at once, by the model itself
+    packing: bool = False  # scoring and update take a micro-batch as one row without padding
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class ModelConfig(CausalConfig):
     """The policy and the value model. The reference is the policy as it was at the start."""
 
     layout: Literal["separate", "shared", "adapters"] = "separate"  # value model apart; a head on the policy; one base
-    park: bool = False  # reference and reward models wait in host memory while they are not used
+    offload: bool = False  # reference and reward models wait in host memory while they are not used
     value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
 
@@ -78,10 +72,10 @@ class ModelConfig(CausalConfig):
         check(rank > 0 or not adapted, "model.lora.rank", "a rank > 0 with model.layout 'adapters'", rank)
         check(rank == 0 or adapted, "model.layout", "'adapters' with model.lora.rank", self.layout)
         check(
-            self.layout != "shared" or self.logits == "linear",
-            "model.logits",
-            "'linear' with layout 'shared'",
-            self.logits,
+            self.layout != "shared" or self.fused_head,
+            "model.fused_head",
+            "true with model.layout 'shared'",
+            self.fused_head,
         )
         check(
             self.value_path is None or self.layout != "shared",
@@ -141,7 +135,7 @@ class RewardConfig:
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
     std_coef: float = 1.0  # price of disagreement
-    normalize: Literal["saved", "running", "none"] = "saved"  # by a model's reward_stats.json; by all scores so far
+    normalize: Literal["dataset", "running", "none"] = "dataset"  # by a model's reward_stats.json; by all scores so far
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
@@ -162,11 +156,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class KLConfig:
-    """KL(policy || reference): a per-token reward, a loss term, or both."""
+    """KL(policy || reference): a per-token reward, a loss term, or both. The reward takes k1: others would bias it."""
 
     coef: float = 0.05  # start value when adaptive
     placement: Literal["reward", "loss", "both"] = "reward"  # in the loss whitening scales it by std(advantages)
-    reward_estimator: str = "k1"  # k1 alone is right in the reward
     loss_estimator: str = "k2"  # k2, full (exact, by the reference logits), or k3 for parity with GRPO
     adaptive: bool = False  # steer coef towards the target
     target: float = 6.0  # nats per sequence
@@ -175,12 +168,6 @@ class KLConfig:
     def __post_init__(self) -> None:
         check_choices("kl", self)
         not_negative("kl.coef", self.coef)
-        check(
-            self.reward_estimator == "k1",
-            "kl.reward_estimator",
-            "'k1' (other estimators bias the objective when used as a reward)",
-            self.reward_estimator,
-        )
         check(
             self.loss_estimator in ("k2", "k3", "full"),
             "kl.loss_estimator",
@@ -255,8 +242,8 @@ class LossConfig:
 class AdamWConfig:
     """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
-    states: Literal["full", "8bit"] = "full"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
-    masters: bool = False  # float32 copies of bfloat16 weights take the steps, which the weights are rounded from
+    name: Literal["adamw", "adamw_8bit"] = "adamw"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
+    master_weights: bool = False  # keep float32 copies of bfloat16 weights, which take the steps
     lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
@@ -268,7 +255,10 @@ class AdamWConfig:
     def __post_init__(self) -> None:
         check_choices("optim", self)
         check(
-            not self.masters or self.states == "full", "optim.masters", "false with optim.states '8bit'", self.masters
+            not self.master_weights or self.name == "adamw",
+            "optim.master_weights",
+            "false with optim.name 'adamw_8bit'",
+            self.master_weights,
         )
         for name in ("lr", "eps", "max_grad_norm"):
             positive(f"optim.{name}", getattr(self, name))
@@ -301,15 +291,11 @@ class OptimConfig(AdamWConfig):
 
 @dataclass(frozen=True)
 class RunLogConfig:
-    """What a run leaves behind."""
+    """What a run shows and records."""
 
-    dir: str = "runs"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
-    overwrite: bool = False  # write over an earlier run in dir
     tensorboard: bool = True  # event files
     console: bool = True  # progress bar, a line per update, tables of samples
     print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
-    save_every: int = 0  # updates between checkpoints, which a run resumes from; 0: only when a signal stops it
-    keep_last: int = 2  # checkpoints kept; 0: all
     wandb: str | None = None  # project of Weights & Biases that gets the metrics as well; needs the package wandb
 
     def __post_init__(self) -> None:
@@ -319,10 +305,21 @@ class RunLogConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig(RunLogConfig):
-    """What a PPO run leaves behind."""
+class CheckpointConfig:
+    """Checkpoints, which a run resumes from."""
 
-    dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    every: int = 0  # updates (other stages: optimizer steps) between checkpoints; 0: only when a signal stops the run
+    keep: int = 2  # checkpoints kept; 0: all
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            not_negative(f"checkpoint.{name}", value)
+
+
+@dataclass(frozen=True)
+class LogConfig(RunLogConfig):
+    """What a PPO run shows and records."""
+
     samples_every: int = 10  # updates between tables of samples; 0: never
     samples: int = 4  # rows of the table
     all_samples: bool = False  # samples.jsonl takes every response of every update, for `ppo-fast export`
@@ -361,9 +358,12 @@ class EvaluationConfig:
 class RunConfig:
     """What all stages have in common."""
 
+    output_dir: str = "runs"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
+    overwrite: bool = False  # write over an earlier run in output_dir
     seed: int = 0  # of every random number of the run
     threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
     on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         check(self.on_nan in ("stop", "skip"), "on_nan", "one of 'stop', 'skip'", self.on_nan)
@@ -376,6 +376,7 @@ class RunConfig:
 class PPOConfig(RunConfig):
     """One PPO run."""
 
+    output_dir: str = "runs/ppo"  # config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, final/
     updates: int = 100  # rollout batches
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

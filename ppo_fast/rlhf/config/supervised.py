@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig
@@ -28,7 +29,7 @@ class ExamplesConfig:
 class SupervisedOptimConfig(AdamWConfig):
     """AdamW over epochs x batches x micro-batches."""
 
-    lr: float = 1e-5  # peak; 1e-5 full fine-tuning, 1e-3 for tiny models
+    lr: float = 1e-5  # peak; full fine-tuning: 1e-5, by DPO 1e-6; tiny models: a hundred times that
     epochs: int = 1  # passes over the training examples
     batch_size: int = 16  # examples (pairs) per optimizer step
     micro_batch_size: int | None = None  # per forward pass, same numbers to rounding; divides batch_size; null: all
@@ -47,38 +48,10 @@ class SupervisedOptimConfig(AdamWConfig):
 
 
 @dataclass(frozen=True)
-class DPOOptimConfig(SupervisedOptimConfig):
-    """The same with the smaller steps that DPO wants."""
-
-    lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 1e-4 for tiny models
-
-
-@dataclass(frozen=True)
 class SupervisedLogConfig(RunLogConfig):
-    """What a run leaves behind; its updates are optimizer steps."""
+    """What a run shows and records; its updates are optimizer steps."""
 
     eval_every: int = 0  # optimizer steps between evaluations on held-out examples; 0: after every epoch
-
-
-@dataclass(frozen=True)
-class SFTLogConfig(SupervisedLogConfig):
-    """What a run of supervised fine-tuning leaves behind."""
-
-    dir: str = "runs/sft"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
-
-
-@dataclass(frozen=True)
-class RewardLogConfig(SupervisedLogConfig):
-    """What the training of a reward model leaves behind."""
-
-    dir: str = "runs/reward"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
-
-
-@dataclass(frozen=True)
-class DPOLogConfig(SupervisedLogConfig):
-    """What a run of DPO leaves behind."""
-
-    dir: str = "runs/dpo"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
 
 
 @dataclass(frozen=True)
@@ -95,26 +68,26 @@ class SupervisedConfig(RunConfig):
 class SFTConfig(SupervisedConfig):
     """One run of supervised fine-tuning on {"prompt", "completion"} or {"messages"}."""
 
+    output_dir: str = "runs/sft"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     model: CausalConfig = field(default_factory=CausalConfig)
-    log: SFTLogConfig = field(default_factory=SFTLogConfig)
 
 
 @dataclass(frozen=True)
 class RewardModelConfig(SupervisedConfig):
     """The training of one reward model on {"prompt", "chosen", "rejected"[, "margin"]}."""
 
+    output_dir: str = "runs/reward"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     init: str | None = None  # reward model to continue from; null: model.path with a new head
-    log: RewardLogConfig = field(default_factory=RewardLogConfig)
 
 
 @dataclass(frozen=True)
 class DPOConfig(SupervisedConfig):
     """One run of direct preference optimization on {"prompt", "chosen", "rejected"}."""
 
+    output_dir: str = "runs/dpo"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     beta: float = 0.1  # strength of the implied KL to the reference, which is model.path as it was
     model: CausalConfig = field(default_factory=CausalConfig)
-    optim: DPOOptimConfig = field(default_factory=DPOOptimConfig)
-    log: DPOLogConfig = field(default_factory=DPOLogConfig)
+    optim: SupervisedOptimConfig = field(default_factory=functools.partial(SupervisedOptimConfig, lr=1e-6))
 
     def __post_init__(self) -> None:
         super().__post_init__()

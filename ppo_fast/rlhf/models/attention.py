@@ -36,7 +36,7 @@ def attention_implementation(
     Args:
         dtype: of a model that is there already; None: that of `config`.
     """
-    packed = getattr(config, "batches", "padded") == "packed"
+    packed = getattr(config, "packing", False)
     half = (dtype or getattr(torch, config.dtype)) in VARLEN_DTYPES
     if config.attention is not None or not (packed and half and device.type == "cuda"):
         return config.attention
@@ -60,7 +60,7 @@ def use_attention(model: Any, config: WeightsConfig) -> None:
         except (ImportError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model.attention: {type(model).__name__} cannot have {name!r}: {reason}") from error
-    if getattr(config, "batches", "padded") == "packed":
+    if getattr(config, "packing", False):
         if name is None and model.device.type == "cpu" and _use_by_sequence(model):
             return
         check_packed(model.base_model)
@@ -202,4 +202,4 @@ def _by_sequence(
 
 
 def _refused(module: Any, why: str) -> UserError:
-    return UserError(f"model.batches: expected 'padded' for {type(module).__name__}, {why}, got 'packed'")
+    return UserError(f"model.packing: expected false for {type(module).__name__}, {why}, got True")

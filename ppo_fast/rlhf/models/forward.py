@@ -130,7 +130,7 @@ def reference_terms(reference: Any, sequences: ForwardInputs, *, linear: bool) -
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
     x = response_hidden(reference, sequences)
-    # Detached: a parked reference's parameters are in host memory again by the time of the loss.
+    # Detached: an offloaded reference's parameters are in host memory again by the time of the loss.
     bias = None if x.bias is None else x.bias.detach()
     return {"ref_hidden": x.hidden, "ref_weight": x.weight.detach(), "ref_bias": bias}
 
@@ -183,4 +183,4 @@ def _kind(head: Any) -> str:
 
 def _refuse(model: Any, found: str) -> NoReturn:
     name = type(unwrapped(model)).__name__
-    raise UserError(f"model.logits: expected {name} to have {found}; set it to 'materialized' for this model")
+    raise UserError(f"model.fused_head: expected {name} to have {found}; set it to false for this model")

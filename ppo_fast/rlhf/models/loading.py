@@ -38,7 +38,7 @@ def load_policy(config: CausalConfig, generator: torch.Generator, model: Any, to
     Raises UserError for a model whose log-probabilities cannot be had as `config.logits` wants them.
     """
     loaded = with_adapters(load_causal(config, generator.device, model, tokenizer), config, generator)
-    if config.logits == "linear":
+    if config.fused_head:
         check_linear(loaded.model)
     return loaded
 
@@ -63,9 +63,9 @@ def load_causal(config: WeightsConfig, device: torch.device, model: Any, tokeniz
             raise UserError(f"model.path: expected a causal LM, got a {architecture} in {path!r}")
         model = load_network(transformers.AutoModelForCausalLM, path, trust, **options)
         _keep_differentiable(model)
-    elif config.quantize != "none":
-        raise UserError(f"model.quantize: expected 'none' for a model given as an object, got {config.quantize!r}")
-    model = disable_dropout(model if config.quantize != "none" else model.to(device))
+    elif config.load_in_4bit:
+        raise UserError("model.load_in_4bit: expected false for a model given as an object, got True")
+    model = disable_dropout(model if config.load_in_4bit else model.to(device))
     use_attention(model, config)
     _make_saveable(model)
     tokenizer = load_tokenizer(config.path, trust) if tokenizer is None else checked_tokenizer(tokenizer)
@@ -82,17 +82,17 @@ def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Genera
         adapters = adapt(model, config.lora, saved, generator)
     elif saved is not None:
         add_to_weights(model, saved)
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         checkpoint_activations(model)
     return dataclasses.replace(loaded, model=disable_dropout(model), adapters=adapters)
 
 
 def quantization(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
-    """Options of `from_pretrained` that `config.quantize` means.
+    """Options of `from_pretrained` that `config.load_in_4bit` means.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314.
     """
-    if config.quantize == "none":
+    if not config.load_in_4bit:
         return {}
     require("bitsandbytes", "bitsandbytes")
     nf4 = require("transformers").BitsAndBytesConfig(
@@ -114,7 +114,8 @@ def _keep_differentiable(model: Any) -> None:
 def checkpoint_activations(network: Any) -> None:
     """Have the layers of a network recompute their activations in backward passes, within `recomputing` alone."""
     if not network.supports_gradient_checkpointing:
-        raise UserError(f"model.checkpointing: expected false for {type(network).__name__}, which has none, got True")
+        name = type(network).__name__
+        raise UserError(f"model.gradient_checkpointing: expected false for {name}, which has none, got True")
     network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -32,7 +32,7 @@ from ppo_fast.rlhf.models.loading import (
     padding_id,
     recomputing,
 )
-from ppo_fast.rlhf.models.offload import Parked
+from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.value import ValueModel, adapter_on, make_value_model
 
 Role = Literal["policy", "reference", "value"]
@@ -52,7 +52,7 @@ class Models:
     packed: bool = False  # scoring and update take sequences packed into one row; False: padded
     shared: bool = False  # the value model is a head on the policy's trunk
     adapters: Adapters | None = None  # on one base, one for each role
-    parked: Parked | None = None  # the reference, which waits in host memory
+    offloaded: Offloaded | None = None  # the reference, which waits in host memory
     merge: bool = False  # a saved model is the base with the adapters added to it
 
     @property
@@ -74,13 +74,13 @@ class Models:
         with contextlib.ExitStack() as stack:
             if self.adapters is not None:
                 stack.enter_context(self.adapters.active(self._adapter(role)))
-            if role == "reference" and self.parked is not None:
-                stack.enter_context(self.parked.present())
+            if role == "reference" and self.offloaded is not None:
+                stack.enter_context(self.offloaded.present())
             yield getattr(self, role)
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Where backward passes recompute activations, if `model.checkpointing` asks for it: around the update."""
+        """Recompute activations in backward passes inside the block, if `model.gradient_checkpointing` is set."""
         with recomputing(self.policy, self.value):
             yield
 
@@ -121,7 +121,7 @@ def load_models(
     policy, tokenizer, adapters = loaded.model, loaded.tokenizer, loaded.adapters
     if config.layout != "shared" and config.value_path is None and reward.models:
         config = dataclasses.replace(config, value_path=_critics_start(config, reward.models[0], loaded))
-    value = make_value_model(config, loaded, generator, normalized=reward.normalize == "saved")
+    value = make_value_model(config, loaded, generator, normalized=reward.normalize == "dataset")
     if adapters is None:
         frozen = copy.deepcopy(policy).requires_grad_(False)
     elif loaded.saved is not None or reference.update != "fixed":
@@ -133,11 +133,11 @@ def load_models(
         tokenizer=tokenizer,
         pad_id=padding_id(tokenizer),
         eos_ids=loaded.eos_ids,
-        linear=config.logits == "linear",
-        packed=config.batches == "packed",
+        linear=config.fused_head,
+        packed=config.packing,
         shared=config.layout == "shared",
         adapters=adapters,
-        parked=Parked(frozen, generator.device) if config.park and adapters is None else None,
+        offloaded=Offloaded(frozen, generator.device) if config.offload and adapters is None else None,
         merge=config.lora.merge,
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Parked:
+class Offloaded:
     """A frozen network whose weights are on the device within `present()` alone.
 
     The copy in host memory is the master: what is changed outside of the block is there the next time, and what is

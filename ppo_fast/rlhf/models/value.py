@@ -116,7 +116,7 @@ def _own_backbone(config: ModelConfig, policy: Any) -> tuple[Any, nn.Linear | No
     if known < needed:
         raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
     use_attention(backbone.to(policy.device), config)
-    if config.checkpointing:
+    if config.gradient_checkpointing:
         checkpoint_activations(backbone)
     return backbone, scores
 

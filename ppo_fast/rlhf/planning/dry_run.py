@@ -115,7 +115,7 @@ class DryRun:
 
     def _step(self, network: ClippedOptimizer) -> None:
         # Moments of 8 bits are there from the start, and their steps a matter of small pieces, thousands of them.
-        if self.config.optim.states != "8bit":
+        if self.config.optim.name != "adamw_8bit":
             network.step(1.0)
         network.optimizer.zero_grad()
 

@@ -171,30 +171,34 @@ def _rollout_sizes(config: PPOConfig) -> list[int]:
 
 
 def _eight_bits(config: PPOConfig) -> list[str]:
-    full = config.optim.states == "full" and not config.optim.masters
-    return ["8bit"] if full and config.model.layout != "adapters" else []
+    full = config.optim.name == "adamw" and not config.optim.master_weights
+    return ["adamw_8bit"] if full and config.model.layout != "adapters" else []
 
 
-def _parked(config: PPOConfig) -> list[bool]:
+def _recomputing(config: PPOConfig) -> list[bool]:
+    return [] if config.model.gradient_checkpointing else [True]
+
+
+def _offload(config: PPOConfig) -> list[bool]:
     idle = config.model.layout != "adapters" or bool(config.reward.models)
-    return [True] if idle and not config.model.park else []
+    return [True] if idle and not config.model.offload else []
 
 
-def _four_bits(config: PPOConfig) -> list[str]:
+def _four_bits(config: PPOConfig) -> list[bool]:
     base = config.model.layout == "adapters" and not config.model.lora.merge
-    return ["nf4"] if base and config.model.quantize == "none" else []
+    return [True] if base and not config.model.load_in_4bit else []
 
 
 _SETTINGS = (
-    Setting("model.logits", lambda config: ["linear"] if config.model.logits == "materialized" else []),
+    Setting("model.fused_head", lambda config: [] if config.model.fused_head else [True]),
     Setting("optim.micro_batch_size", _update_sizes, ("update",)),
     Setting("rollout.micro_batch_size", _rollout_sizes, ("rollout", "scoring", "reward")),
-    Setting("model.checkpointing", lambda config: [] if config.model.checkpointing else [True], ("update",)),
-    Setting("model.park", _parked),
-    Setting("optim.states", _eight_bits),
+    Setting("model.gradient_checkpointing", _recomputing, ("update",)),
+    Setting("model.offload", _offload),
+    Setting("optim.name", _eight_bits),
     Setting("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
     Setting("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),
-    Setting("model.quantize", _four_bits),
+    Setting("model.load_in_4bit", _four_bits),
 )
 
 

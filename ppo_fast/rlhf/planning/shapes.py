@@ -30,7 +30,7 @@ from ppo_fast.rlhf.models.adapters import (
 from ppo_fast.rlhf.models.forward import backbone_of
 from ppo_fast.rlhf.models.loading import checkpoint_activations, disable_dropout, load_pretrained
 from ppo_fast.rlhf.models.models import Models
-from ppo_fast.rlhf.models.offload import Parked
+from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, ValueModel
 from ppo_fast.rlhf.planning.fakes import attention, quantize
 
@@ -125,32 +125,34 @@ def load_models_without_data(config: PPOConfig, shapes: Shapes, device: str, nam
     if adapters is not None:
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
         _materialize([*own, *models.value.head.parameters()], "adapters", name)
-    parked = None
-    if config.model.park and adapters is None:
-        parked = _park(models.reference, name)
+    offloaded = None
+    if config.model.offload and adapters is None:
+        offloaded = _offload(models.reference, name)
     for network in (models.policy, models.reference, models.value):
         _materialize(_tensors(network), "weights", name)
-    apart = [_park(reward.network, name) if config.model.park and not reward.adapter else None for reward in rewards]
+    apart = [
+        _offload(reward.network, name) if config.model.offload and not reward.adapter else None for reward in rewards
+    ]
     for reward in rewards:
         _materialize(_tensors(reward.network), "weights", name)
     presences = [
-        reward if park is None else reward._replace(present=park.present)
-        for reward, park in zip(rewards, apart, strict=True)
+        reward if offload is None else reward._replace(present=offload.present)
+        for reward, offload in zip(rewards, apart, strict=True)
     ]
-    return LoadedModels(dataclasses.replace(models, parked=parked), tuple(presences))
+    return LoadedModels(dataclasses.replace(models, offloaded=offloaded), tuple(presences))
 
 
 def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
     model, adapters = config.model, None
     policy = make("AutoModelForCausalLM", shapes.policy)
-    if model.quantize != "none":
+    if model.load_in_4bit:
         quantize(policy)
     if model.lora.rank:
         moving = shapes.policy.adapter is not None or config.reference.update != "fixed"
         adapters = _make_adapters(policy, model, moving=moving)
     together = adapters is not None or model.layout == "shared"
     backbone = backbone_of(policy) if together else make("AutoModel", shapes.value or shapes.policy)
-    if model.checkpointing:
+    if model.gradient_checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(backbone)
     return Models(
@@ -160,8 +162,8 @@ def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
         tokenizer=None,
         pad_id=0,
         eos_ids=(0,),
-        linear=model.logits == "linear",
-        packed=model.batches == "packed",
+        linear=model.fused_head,
+        packed=model.packing,
         shared=model.layout == "shared",
         adapters=adapters,
     )
@@ -210,12 +212,12 @@ def _materialize(tensors: Iterable[Tensor], item: str | None, name: Name) -> Non
             name(item, [tensor])
 
 
-def _park(network: nn.Module, name: Name) -> Parked:
+def _offload(network: nn.Module, name: Name) -> Offloaded:
     _materialize(_tensors(network), None, name)
-    return _NamedParked(network, name)
+    return _NamedOffloaded(network, name)
 
 
-class _NamedParked(Parked):
+class _NamedOffloaded(Offloaded):
     """Its copies on the device count as weights."""
 
     def __init__(self, network: nn.Module, name: Name) -> None:

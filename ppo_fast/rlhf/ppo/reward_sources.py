@@ -20,7 +20,7 @@ from ppo_fast.rlhf.models.adapters import Adapters, put_on
 from ppo_fast.rlhf.models.forward import backbone_of
 from ppo_fast.rlhf.models.loading import disable_dropout, load_tokenizer, saved_eos_ids
 from ppo_fast.rlhf.models.models import Models
-from ppo_fast.rlhf.models.offload import Parked
+from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.reward import load_reward_model, read_stats
 from ppo_fast.rlhf.models.value import ValueModel, adapter_on, sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation
@@ -197,8 +197,8 @@ def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> Rewar
     if saved is not None:
         put_on(model, saved)
     network = ValueModel.from_classifier(disable_dropout(model).requires_grad_(False))
-    if config.park:
-        return network, Parked(network, device).present
+    if config.offload:
+        return network, Offloaded(network, device).present
     return network.to(device), contextlib.nullcontext
 
 

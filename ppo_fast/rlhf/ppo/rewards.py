@@ -153,7 +153,7 @@ class Scorer:
         rows = _spread(source(responses), mask)
         if self.config.normalize == "running" and learn:
             running.update(rows.sum(dim=-1))
-        stats = {"running": running.stats(), "saved": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
+        stats = {"running": running.stats(), "dataset": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
         mean, std = stats[self.config.normalize]
         return torch.where(mask, rows / std, 0.0) - _is_last(mask).to(rows.dtype) * (mean / std)
 
@@ -198,7 +198,7 @@ def compute_rewards(rollout: Rollout, tokenizer: Any, scorer: Scorer, kl: KLCoef
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
     mask, responses = rollout.mask, Responses.from_generation(rollout.generation, tokenizer)
     scores = scorer(responses, mask)
-    k1 = torch.where(mask, ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, kl.config.reward_estimator), 0.0)
+    k1 = torch.where(mask, ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1"), 0.0)
     rewards = scores.rows
     if kl.config.in_reward and (isinstance(kl.coef, Tensor) or kl.coef != 0):
         rewards = rewards - kl.coef * k1

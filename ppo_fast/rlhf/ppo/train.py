@@ -172,10 +172,10 @@ def train_ppo(
         policy: a causal LM, trained in place.
         tokenizer: the one the policy was made with.
         eval_prompts: held-out prompts, in the forms of `prompts`.
-        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped. The
-            inputs are those the run was begun with; of the config, `updates` and `log` may differ. Another number of
-            updates stretches the learning-rate schedule. A name such as "update-000003" continues that checkpoint;
-            newer ones are renamed, and removed when the next one is complete.
+        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped. The
+            inputs are those the run was begun with; of the config, `updates`, `output_dir`, `overwrite`, `checkpoint`
+            and `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
+            "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
 
     Raises:
         UserError: an input that cannot be used, a failing reward function, a NaN, a full disk; one sentence, which
@@ -184,8 +184,8 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
-    with hold_directory(config.log.dir), threads(config.threads):
-        start = load_start(config, resume, "updates", "log")
+    with hold_directory(config.output_dir), threads(config.threads):
+        start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
         warn_about_whitening(config.kl, config.advantage.whiten)

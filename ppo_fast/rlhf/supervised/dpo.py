@@ -75,7 +75,7 @@ def train_dpo(
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the one the model was made with.
-        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
             :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
     Raises:
@@ -90,7 +90,7 @@ def train_dpo(
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
-        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        ways = {"linear": config.model.fused_head, "packed": config.model.packing}
         objective = DPO(*common, _reference(loaded), config.beta, **ways, adapters=loaded.adapters)
         return fit(config, objective, data, loaded.tokenizer, start)
 

@@ -114,7 +114,7 @@ def train_reward_model(
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
         tokenizer: the one the model was made with.
-        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
             :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
     Raises:
@@ -139,8 +139,8 @@ def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tok
         loaded = load_causal(config.model, generator.device, model, tokenizer)
         loaded = dataclasses.replace(loaded, model=add_score_head(loaded.model, loaded.tokenizer, generator))
     else:
-        if config.model.quantize != "none":
-            raise UserError(f"model.quantize: expected 'none' with init, got {config.model.quantize!r}")
+        if config.model.load_in_4bit:
+            raise UserError("model.load_in_4bit: expected false with init, got True")
         trust = config.model.trust_remote_code
         found = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
         if found is None:

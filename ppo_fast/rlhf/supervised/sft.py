@@ -57,7 +57,7 @@ def train_sft(
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the one the model was made with.
-        resume: continue the newest checkpoint in `config.log.dir`, to the same bits as if it had never stopped; see
+        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
             :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
     Raises:
@@ -71,7 +71,7 @@ def train_sft(
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
-        ways = {"linear": config.model.logits == "linear", "packed": config.model.batches == "packed"}
+        ways = {"linear": config.model.fused_head, "packed": config.model.packing}
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         objective = SFT(*common, **ways, adapters=loaded.adapters)
         return fit(config, objective, data, loaded.tokenizer, start)

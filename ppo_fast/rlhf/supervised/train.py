@@ -177,10 +177,10 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 @contextlib.contextmanager
 def setup_run(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
-    with hold_directory(config.log.dir), threads(config.threads):
+    with hold_directory(config.output_dir), threads(config.threads):
         if resume in (False, None):
-            require_free(config.log)
-        checkpoint = load_start(config, resume, "optim.epochs", "log")
+            require_free(config)
+        checkpoint = load_start(config, resume, "optim.epochs")
         yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
 
 

@@ -33,12 +33,12 @@ def hold_directory(path: str | Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"log.dir: cannot make {str(directory)!r}: {error.strerror}") from error
+        raise UserError(f"output_dir: cannot make {str(directory)!r}: {error.strerror}") from error
     lock = directory / LOCK
     try:
         descriptor = _locked(lock)
     except OSError as error:
-        raise UserError(f"log.dir: cannot write in {str(directory)!r}: {error.strerror}") from error
+        raise UserError(f"output_dir: cannot write in {str(directory)!r}: {error.strerror}") from error
     _held.add(descriptor)
     try:
         yield
@@ -69,7 +69,9 @@ def _locked(lock: Path) -> int:
             os.close(descriptor)
             if not isinstance(error, BlockingIOError):
                 raise
-            raise UserError(f"log.dir: {directory!r} is in use by {holder}; end that run or choose another") from error
+            raise UserError(
+                f"output_dir: {directory!r} is in use by {holder}; end that run or choose another"
+            ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(lock.stat(), os.fstat(descriptor)):
                 os.truncate(descriptor, 0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_fast.rlhf.config.ppo import RunLogConfig
+from ppo_fast.rlhf.config.ppo import RunConfig
 from ppo_fast.rlhf.data.rows import parse_line
 from ppo_fast.rlhf.data.templates import is_messages
 from ppo_fast.rlhf.errors import UserError, check, printable, require
@@ -28,11 +28,11 @@ TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "f
 RUN_ARTIFACTS = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
-def require_free(log: RunLogConfig) -> None:
+def require_free(config: RunConfig) -> None:
     """UserError for a directory that holds what the run would replace, with `overwrite` off."""
-    held = [name for name in RUN_ARTIFACTS if (Path(log.dir) / name).exists()]
-    if held and not log.overwrite:
-        raise UserError(f"log.dir: {log.dir!r} already holds {held[0]!r}; choose another or set log.overwrite")
+    held = [name for name in RUN_ARTIFACTS if (Path(config.output_dir) / name).exists()]
+    if held and not config.overwrite:
+        raise UserError(f"output_dir: {config.output_dir!r} already holds {held[0]!r}; choose another or set overwrite")
 
 
 class StageLog:
@@ -57,9 +57,9 @@ class StageLog:
     ) -> None:
         self.config, log = config, config.log
         if resume is None:
-            require_free(log)
+            require_free(config)
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
-        self.directory = Path(log.dir)
+        self.directory = Path(config.output_dir)
         self.history: list[dict[str, float]] = []
         self.console = console or Console(quiet=not log.console)
 
@@ -125,17 +125,17 @@ class StageLog:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"log.dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
+            raise UserError(f"output_dir: cannot make {str(self.directory)!r}: {error.strerror}") from error
         try:
             for path in (self.directory / name for name in RUN_ARTIFACTS):
                 if path.is_symlink():
                     warnings.warn(
-                        f"log.dir: {str(path)!r} is no longer a link to {os.readlink(path)!r}, which stays as it is",
+                        f"output_dir: {str(path)!r} is no longer a link to {os.readlink(path)!r}, which stays as it is",
                         stacklevel=2,
                     )
                 remove(path)
         except OSError as error:
-            raise UserError(f"log.dir: cannot empty {str(self.directory)!r}: {error.strerror}") from error
+            raise UserError(f"output_dir: cannot empty {str(self.directory)!r}: {error.strerror}") from error
 
     def _cut_back(self, position: Mapping[str, int]) -> None:
         """Drop what was written after the checkpoint, and read the history before it."""
@@ -157,7 +157,8 @@ class StageLog:
         if self.log.wandb is None:
             return None
         init = require("wandb", "wandb").init
-        run = init(project=self.log.wandb, name=self.log.dir, dir=self.log.dir, config=dataclasses.asdict(self.config))
+        where = self.config.output_dir
+        run = init(project=self.log.wandb, name=where, dir=where, config=dataclasses.asdict(self.config))
         resources.callback(run.finish)
         return run
 

@@ -23,7 +23,7 @@ from ppo_fast.rlhf.training.state import restore_rng, rng_state
 class TrainingLoop(ABC):
     """A run that goes on where a checkpoint was written, to the same bits as if it had never stopped."""
 
-    config: Any  # with on_nan and log
+    config: Any  # a RunConfig
     generator: torch.Generator  # every random number of the run
     inputs: dict[str, Any]  # of `resume.inputs`: what a resumed run must find as it was
     code: Mapping[str, str] = MappingProxyType({})  # of `resume.file_digests`: the user's functions
@@ -54,12 +54,12 @@ class TrainingLoop(ABC):
             settle(log.directory / name)
         for name in (CHECKPOINTS, FAILED):
             settle_all(log.directory / name)
-        save_every = self.config.log.save_every
+        every = self.config.checkpoint.every
         while self.done < self.total:
             with error_prefix(f"{log.unit} {self.done + 1}"):
                 self.step(self.done + 1, log)
             self.done += 1
-            if save_every and (self.done % save_every == 0 or self.done == self.total):
+            if every and (self.done % every == 0 or self.done == self.total):
                 self.save(log)
             if stop.number is not None:
                 raise Interrupted(stop.number, f"{log.unit} {self.done}", self.save(log))
@@ -78,7 +78,7 @@ class TrainingLoop(ABC):
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
             "rng": rng_state(self.generator),
         }
-        return save_checkpoint(target, self._write, state, keep_last=self.config.log.keep_last)
+        return save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
 
     def restore(self, start: Checkpoint) -> None:
         """Go back to a checkpoint, and set newer ones aside.

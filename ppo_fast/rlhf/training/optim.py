@@ -72,9 +72,9 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfi
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    if config.states == "8bit":
+    if config.name == "adamw_8bit":
         return AdamW8bit(parameters, **options)
-    if config.masters:
+    if config.master_weights:
         return MasterAdamW(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)
 

@@ -20,20 +20,22 @@ from ppo_fast.rlhf.training.log import CHECKPOINTS
 from ppo_fast.rlhf.training.state import fingerprint
 from ppo_fast.rlhf.user_code import to_python
 
+FREE = ("output_dir", "overwrite", "checkpoint", "log")  # fields and groups that a resumed run may change
+
 
 def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None:
     """The checkpoint that a run goes on from: none for False, the newest for True, else the one of that name.
 
-    UserError when `config` means another run: when it differs in other fields, or groups of fields, than the `free`;
+    UserError when `config` means another run: when it differs in fields or groups other than `FREE` and `free`;
     or when the files of the run hold less than at the checkpoint.
     """
     if resume in (False, None):  # an empty name is a mistake, not a new run
         return None
-    start = load_checkpoint(Path(config.log.dir) / CHECKPOINTS, resume if isinstance(resume, str) else None)
+    start = load_checkpoint(Path(config.output_dir) / CHECKPOINTS, resume if isinstance(resume, str) else None)
     with restoring(start.directory):
         saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
-        _check_sizes(Path(config.log.dir), start.state["log"])
-    difference = first_difference(saved, config, free)
+        _check_sizes(Path(config.output_dir), start.state["log"])
+    difference = first_difference(saved, config, (*FREE, *free))
     if difference is not None:
         name, before, now = difference
         raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")

@@ -54,10 +54,11 @@ def find_device(name: str, setting: str = "model.device") -> torch.device:
 
 def warn_about_precision(model: Any, config: AdamWConfig) -> None:
     """Warn once when bfloat16 weights are to take steps that they may round away."""
-    kept = config.masters or config.states == "8bit"
+    kept = config.master_weights or config.name == "adamw_8bit"
     if not kept and any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
         warnings.warn(
             f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.lr:g}; "
-            "set optim.masters to true, optim.states to '8bit' or model.dtype to float32 unless the run learns",
+            "set optim.master_weights to true, optim.name to 'adamw_8bit' or model.dtype to float32 unless the run "
+            "learns",
             stacklevel=3,
         )

@@ -124,7 +124,7 @@ def test_packed_equals_padded_in_scores_losses_and_gradients(setup, arch, logits
     for batches in ("padded", "packed"):
         learner, rollout, experience = setup(
             arch,
-            model={"batches": batches, "logits": logits},
+            model={"packing": batches == "packed", "fused_head": logits == "linear"},
             loss={"aggregation": "seq-mean-token-mean", "ratio": "sequence", "ent_coef": 0.1},
             kl={"placement": "both", "loss_estimator": "full"},
             optim={"micro_batch_size": 4, "minibatch_size": 8},
@@ -152,7 +152,7 @@ ON_A_CPU_ALONE = {"_checks.target_values", "_checks.cu_seqlens_values", "policy_
 @pytest.mark.parametrize("logits", ["linear", "materialized"])
 def test_no_step_of_the_update_waits_for_the_device(setup, monkeypatch, batches, logits):
     learner, _, experience = setup(
-        model={"batches": batches, "logits": logits},
+        model={"packing": batches == "packed", "fused_head": logits == "linear"},
         kl={"placement": "both", "adaptive": True},
         loss={"penalty_coef": 0.1, "penalty_target": 0.01},
         optim={"micro_batch_size": 2, "minibatch_size": 4, "epochs": 2},

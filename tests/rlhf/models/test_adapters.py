@@ -359,7 +359,7 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path, base):
 def test_a_model_that_cannot_recompute_is_told():
     network = make_model()
     network.supports_gradient_checkpointing = False
-    message = "model.checkpointing: expected false for LlamaForCausalLM, which has none, got True"
+    message = "model.gradient_checkpointing: expected false for LlamaForCausalLM, which has none, got True"
     with raises_exactly(message, UserError):
         checkpoint_activations(network)
 
@@ -525,7 +525,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_rule_16_a_resumed_run_ends_with_the_same_bits(tmp_path, base, stage, monkeypatch):
-    options = {"optim": {"epochs": 2}, "log": {"save_every": 3}}
+    options = {"optim": {"epochs": 2}, "checkpoint": {"every": 3}}
     start = str(run_stage("sft", tmp_path / "sft", base).model) if stage == "dpo" else base
     whole = run_stage(stage, tmp_path / "whole", start, **options)
     step = SupervisedRun.step
@@ -566,7 +566,7 @@ def wide(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_in_4_bits(wide, dtype):
     dequantize_4bit = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
-    models = models_in("adapters", wide, quantize="nf4", dtype=dtype)
+    models = models_in("adapters", wide, load_in_4bit=True, dtype=dtype)
     layer = models.policy.model.layers[0].self_attn.q_proj.base_layer
     assert type(layer).__name__ == "Linear4bit"
     assert layer.weight.dtype == torch.uint8
@@ -588,24 +588,24 @@ def test_a_base_in_4_bits(wide, dtype):
         network(IDS).logits.float().square().sum().backward()
     for ours, theirs in zip(models.trained("policy"), plain.parameters("default"), strict=True):
         assert (ours.grad - theirs.grad).norm() <= (1e-4 if dtype == "float32" else 0.05) * theirs.grad.norm()
-    assert fingerprint(models.policy) == fingerprint(models_in("adapters", wide, quantize="nf4", dtype=dtype).policy)
+    assert fingerprint(models.policy) == fingerprint(models_in("adapters", wide, load_in_4bit=True, dtype=dtype).policy)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_a_base_in_4_bits(tmp_path, wide, stage):
-    result = run_stage(stage, tmp_path / "run", wide, quantize="nf4", optim={"epochs": 2})
+    result = run_stage(stage, tmp_path / "run", wide, load_in_4bit=True, optim={"epochs": 2})
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
     assert (result.model / ADAPTER_FILE).exists()
 
 
 def test_4_bits_that_cannot_be_had(tmp_path, monkeypatch, base):
-    message = "model.quantize: expected 'none' for a model given as an object, got 'nf4'"
+    message = "model.load_in_4bit: expected false for a model given as an object, got True"
     with raises_exactly(message, UserError):
-        models_in("adapters", quantize="nf4")
-    with raises_exactly("model.quantize: expected 'none' with init, got 'nf4'", UserError):
-        run_stage("reward", tmp_path / "rm", None, init=base, quantize="nf4")
-    values = {"model": {"layout": "adapters", "quantize": "nf4", "lora": {"rank": 4, "merge": True}}}
-    refused = "config: model.lora.merge: expected false with model.quantize 'nf4', got True"
+        models_in("adapters", load_in_4bit=True)
+    with raises_exactly("model.load_in_4bit: expected false with init, got True", UserError):
+        run_stage("reward", tmp_path / "rm", None, init=base, load_in_4bit=True)
+    values = {"model": {"layout": "adapters", "load_in_4bit": True, "lora": {"rank": 4, "merge": True}}}
+    refused = "config: model.lora.merge: expected false with model.load_in_4bit, got True"
     with raises_exactly(refused, UserError):
         config_from_dict(values)
     quantized = make_model()
@@ -614,7 +614,7 @@ def test_4_bits_that_cannot_be_had(tmp_path, monkeypatch, base):
         adapted(quantized, merge=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install bitsandbytes$"):
-        models_in("adapters", base, quantize="nf4")
+        models_in("adapters", base, load_in_4bit=True)
 
 
 def test_a_head_of_two_outputs_is_refused(tmp_path, base):

@@ -197,13 +197,13 @@ def test_the_name_of_ours_is_not_saved(tmp_path):
 @pytest.mark.parametrize(
     ("config", "device", "dtype", "expected"),
     [
-        (ModelConfig(batches="packed", dtype="bfloat16"), "cuda", None, VARLEN),
-        (ModelConfig(batches="packed", dtype="bfloat16"), "cpu", None, None),
-        (ModelConfig(batches="packed"), "cuda", None, None),
-        (ModelConfig(batches="packed"), "cuda", torch.bfloat16, VARLEN),
+        (ModelConfig(packing=True, dtype="bfloat16"), "cuda", None, VARLEN),
+        (ModelConfig(packing=True, dtype="bfloat16"), "cpu", None, None),
+        (ModelConfig(packing=True), "cuda", None, None),
+        (ModelConfig(packing=True), "cuda", torch.bfloat16, VARLEN),
         (CausalConfig(dtype="bfloat16"), "cuda", None, None),
         (WeightsConfig(dtype="bfloat16"), "cuda", None, None),
-        (CausalConfig(batches="packed", dtype="bfloat16", attention="eager"), "cuda", None, "eager"),
+        (CausalConfig(packing=True, dtype="bfloat16", attention="eager"), "cuda", None, "eager"),
     ],
 )
 def test_the_attention_follows_from_batches_dtype_and_device(config, device, dtype, expected, monkeypatch):
@@ -213,11 +213,11 @@ def test_the_attention_follows_from_batches_dtype_and_device(config, device, dty
 
 def test_flash_attn_is_taken_for_packed_rows_where_it_is_installed(monkeypatch):
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
-    config, cuda = CausalConfig(batches="packed", dtype="bfloat16"), torch.device("cuda")
+    config, cuda = CausalConfig(packing=True, dtype="bfloat16"), torch.device("cuda")
     assert attention_implementation(config, cuda) == "flash_attention_2"
     assert attention_implementation(config, torch.device("cpu")) is None
     assert attention_implementation(CausalConfig(dtype="bfloat16"), cuda) is None
-    named = CausalConfig(batches="packed", dtype="bfloat16", attention="sdpa")
+    named = CausalConfig(packing=True, dtype="bfloat16", attention="sdpa")
     assert attention_implementation(named, cuda) == "sdpa"
 
 
@@ -242,27 +242,27 @@ def test_models_that_can_be_packed_pass_the_check(shape):
     ],
 )
 def test_models_that_cannot_are_refused(config, name, why):
-    with raises_exactly(f"model.batches: expected 'padded' for {name}, {why}, got 'packed'"):
+    with raises_exactly(f"model.packing: expected false for {name}, {why}, got True"):
         check_packed(made(config).base_model)
 
 
 def test_an_attention_with_a_softcap_is_refused(on_a_cpu):
     model = made(transformers.Gemma2Config(**GROUPED, head_dim=8))
-    message = "model.batches: expected 'padded' for Gemma2Attention, which has a softcap, got 'packed'"
+    message = "model.packing: expected false for Gemma2Attention, which has a softcap, got True"
     with raises_exactly(message):
         check_packed(with_varlen(model).base_model)
 
 
 def test_layers_that_keep_the_ends_to_themselves_are_refused():
     heads, empty = torch.randn(1, 2, 4, 8), torch.empty(1, 1, 0, 0)
-    message = "model.batches: expected 'padded' for Linear, which does not hand the ends of sequences on, got 'packed'"
+    message = "model.packing: expected false for Linear, which does not hand the ends of sequences on, got True"
     with raises_exactly(message):
         varlen_attention(torch.nn.Linear(1, 1), heads, heads, heads, empty)
 
 
 def test_a_model_gets_the_attention_asked_for():
     for model in (tiny.make_model(64, hidden=32), tiny.make_model(64, hidden=32).base_model):
-        use_attention(model, CausalConfig(batches="packed"))
+        use_attention(model, CausalConfig(packing=True))
         assert model.config._attn_implementation == VARLEN
         use_attention(model, WeightsConfig(attention="eager"))
         assert model.base_model.config._attn_implementation == "eager"
@@ -283,11 +283,9 @@ def test_an_attention_that_nobody_has_is_named():
 def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded():
     model = made(transformers.OPTConfig(**GROUPED, ffn_dim=64, word_embed_proj_dim=32))
     use_attention(model, CausalConfig())
-    message = (
-        "model.batches: expected 'padded' for OPTModel, whose sequences in one row do not stay apart, got 'packed'"
-    )
+    message = "model.packing: expected false for OPTModel, whose sequences in one row do not stay apart, got True"
     with raises_exactly(message, UserError):
-        use_attention(model, CausalConfig(batches="packed", attention="sdpa"))
+        use_attention(model, CausalConfig(packing=True, attention="sdpa"))
 
 
 @pytest.mark.parametrize("logits", ["linear", "materialized"])
@@ -297,11 +295,11 @@ def test_a_run_by_the_ends_is_the_run_by_the_mask(make_config, tokenizer, on_a_c
     for kind in ("sdpa", VARLEN):
         result = train_ppo(
             make_config(
-                model={"batches": "packed", "logits": logits, "attention": kind},
+                model={"packing": True, "fused_head": logits == "linear", "attention": kind},
                 optim={"micro_batch_size": 2},
                 kl={"placement": "loss", "loss_estimator": "full"},
                 advantage={"whiten": False},
-                log={"dir": str(tmp_path / kind)},
+                output_dir=str(tmp_path / kind),
             ),
             reward_fn=lambda completion_ids, **_: [sum(token % 2 for token in ids) for ids in completion_ids],
             prompts=["w1", "w2 w3 w4", "w5"],

@@ -92,7 +92,7 @@ def test_a_completion_may_end_with_any_eos(stage, examples_of, several):
 
 def test_a_reward_model_keeps_its_eos_when_it_is_trained_further(examples_of, several):
     _, result = examples_of("reward", ROWS, policy=several)
-    values = {"init": str(result.model), "log": {"overwrite": True, "dir": f"{result.directory}-more"}}
+    values = {"init": str(result.model), "overwrite": True, "output_dir": f"{result.directory}-more"}
     (example,), more = examples_of("reward", ROWS, **values)
     assert example.chosen.ids == (5, 6, UNK)
     assert json.loads((more.model / GENERATION).read_text())["eos_token_id"] == [EOS, BOS, UNK]

@@ -165,8 +165,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_makes_its_logits_another_way_is_refused_by_name(name):
     model, kind, found = REFUSED[name]
-    end = r"; set it to 'materialized' for this model$"
-    with pytest.raises(UserError, match=rf"^model\.logits: expected {kind} to have {found}{end}"):
+    end = r"; set it to false for this model$"
+    with pytest.raises(UserError, match=rf"^model\.fused_head: expected {kind} to have {found}{end}"):
         check_linear(model())
 
 
@@ -200,10 +200,10 @@ def reward(completion_ids, **_):
 
 @pytest.fixture
 def run(make_config, tokenizer, tmp_path):
-    """run(policy, path, **config) -> PPOResult with `model.logits` = path."""
+    """run(policy, path, **config) -> PPOResult whose `model.fused_head` is that of the path."""
 
     def go(policy, path, **values):
-        config = make_config(model={"logits": path}, log={"dir": str(tmp_path / path)}, **values)
+        config = make_config(model={"fused_head": path == "linear"}, output_dir=str(tmp_path / path), **values)
         return train_ppo(config, reward_fn=reward, prompts=PROMPTS, policy=policy, tokenizer=tokenizer)
 
     return go
@@ -235,7 +235,7 @@ def test_both_ways_give_the_same_run(run, name, values):
 
 
 def test_a_refused_model_trains_with_its_own_logits(run, tmp_path):
-    with pytest.raises(UserError, match=r"^model\.logits: expected GraniteForCausalLM to have"):
+    with pytest.raises(UserError, match=r"^model\.fused_head: expected GraniteForCausalLM to have"):
         run(make("Granite", logits_scaling=8.0), "linear")
     assert not (tmp_path / "linear").exists()
     result = run(make("Granite", logits_scaling=8.0), "materialized")
@@ -264,7 +264,7 @@ def test_the_logits_of_a_batch_exist_in_the_materialized_path_alone(
 ):
     monkeypatch.setattr(chunked_head, "_CPU_CHUNK", 8)
     config = make_config(
-        model={"logits": path},
+        model={"fused_head": path == "linear"},
         rollout={"max_new_tokens": 12},
         kl={"placement": "loss", "loss_estimator": "full"},
         optim={"minibatch_size": 8},

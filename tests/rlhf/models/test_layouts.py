@@ -1,4 +1,4 @@
-"""separate, shared, adapters, parked: the same rules and the same task in every layout."""
+"""separate, shared, adapters, offloaded: the same rules and the same task in every layout."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.config.ppo import ReferenceConfig
 from ppo_fast.rlhf.models.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from ppo_fast.rlhf.models.forward import _short_batch, reference_terms
-from ppo_fast.rlhf.models.offload import Parked
+from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.reward import STATS
 from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.reference import Reference
@@ -167,8 +167,8 @@ def test_the_critic_starts_anew_where_the_reward_model_is_on_another_base(tmp_pa
         models_in("adapters", base, value_path=other)
 
 
-def sources_of(models, *paths, park=False):
-    config = config_from_dict({"reward": {"models": paths}, "model": {"park": park}})
+def sources_of(models, *paths, offload=False):
+    config = config_from_dict({"reward": {"models": paths}, "model": {"offload": offload}})
     return load_sources(config, models)
 
 
@@ -207,7 +207,7 @@ def test_rule_04_a_reward_adapter_trained_with_dropout_scores_without(base, rewa
 @each_layout
 def test_reward_adapters_on_another_base_bring_it_along(tmp_path, base, layout):
     other = str(run_stage("reward", tmp_path / "other", save_base(tmp_path / "base2", seed=3)).model)
-    (source,) = sources_of(models_in(layout, base), other, park=layout == "parked")
+    (source,) = sources_of(models_in(layout, base), other, offload=layout == "offloaded")
     own = peft.AutoPeftModelForSequenceClassification.from_pretrained(other, num_labels=1).eval()
     ids = torch.tensor([[5, 20, 2]])
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_a_policy_that_begins_with_an_adapter_has_a_frozen_copy_as_reference(tmp
         assert torch.equal(value.backbone(IDS).last_hidden_state, plain(IDS).last_hidden_state)
 
 
-@pytest.mark.parametrize("layout", ["separate", "parked", "shared", "adapters"])
+@pytest.mark.parametrize("layout", ["separate", "offloaded", "shared", "adapters"])
 @pytest.mark.parametrize("update", ["replace", "ema"])
 def test_a_reference_moves_in_every_layout(layout, update):
     config = ReferenceConfig(update=update, every=1, decay=0.5)
@@ -254,39 +254,39 @@ def storages(network):
     return [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
 
 
-def test_a_parked_network_is_on_the_device_within_the_block_alone():
+def test_a_offloaded_network_is_on_the_device_within_the_block_alone():
     network = make_model()
     before, host = every_bit(network), storages(network)
     with torch.no_grad():
         expected = network(IDS).logits
-    parked = Parked(network, torch.device("cpu"))
+    offloaded = Offloaded(network, torch.device("cpu"))
     assert storages(network) == host
-    with parked.present() as there, parked.present():
+    with offloaded.present() as there, offloaded.present():
         inside = storages(network)
         assert not {*inside} & {*host}
         with torch.no_grad():
             assert torch.equal(there(IDS).logits, expected)
             there.lm_head.weight.add_(1.0)  # of the copy
-        with pytest.raises(RuntimeError, match="inside"), parked.present():
+        with pytest.raises(RuntimeError, match="inside"), offloaded.present():
             raise RuntimeError("inside")
         assert storages(network) == inside
     assert storages(network) == host
-    with pytest.raises(RuntimeError, match="inside"), parked.present():
+    with pytest.raises(RuntimeError, match="inside"), offloaded.present():
         raise RuntimeError("inside")
     assert storages(network) == host
     assert all(torch.equal(before[name], parameter) for name, parameter in network.named_parameters())
 
 
-def test_tied_weights_are_parked_once():
+def test_tied_weights_are_offloaded_once():
     network = make_model(tie_word_embeddings=True)
-    parked = Parked(network, torch.device("cpu"))
-    with parked.present():
+    offloaded = Offloaded(network, torch.device("cpu"))
+    with offloaded.present():
         assert network.lm_head.weight.data_ptr() == network.get_input_embeddings().weight.data_ptr()
 
 
 def test_a_network_that_does_not_fit_stays_in_host_memory(monkeypatch):
     network, calls = make_model(), []
-    parked, host, move = Parked(network, torch.device("cpu")), storages(network), torch.Tensor.to
+    offloaded, host, move = Offloaded(network, torch.device("cpu")), storages(network), torch.Tensor.to
 
     def full(self, *args, **options):
         calls.append(1)
@@ -295,31 +295,31 @@ def test_a_network_that_does_not_fit_stays_in_host_memory(monkeypatch):
         return move(self, *args, **options)
 
     monkeypatch.setattr(torch.Tensor, "to", full)
-    with pytest.raises(torch.OutOfMemoryError), parked.present():
+    with pytest.raises(torch.OutOfMemoryError), offloaded.present():
         pass
     assert storages(network) == host
-    with parked.present():
+    with offloaded.present():
         assert not {*storages(network)} & {*host}
 
 
-def test_reference_and_reward_models_are_parked_and_no_others(tmp_path, base, reward_model):
-    models = models_in("parked", base)
+def test_reference_and_reward_models_are_offloaded_and_no_others(tmp_path, base, reward_model):
+    models = models_in("offloaded", base)
     host = storages(models.reference)
     with models.using("policy"), models.using("value"):
         assert storages(models.reference) == host
     with models.using("reference") as reference:
         assert not {*storages(reference)} & {*host}
-    (source,), (plain,) = sources_of(models, reward_model, park=True), sources_of(models, reward_model)
+    (source,), (plain,) = sources_of(models, reward_model, offload=True), sources_of(models, reward_model)
     assert source(RESPONSES) == plain(RESPONSES)
     with source.present():
         inside = storages(source.model)
     assert not {*inside} & {*storages(source.model)}
-    assert models_in("adapters", base, park=True).parked is None
+    assert models_in("adapters", base, offload=True).offloaded is None
 
 
-def test_the_exact_kl_keeps_the_weight_of_a_parked_reference(base):
+def test_the_exact_kl_keeps_the_weight_of_a_offloaded_reference(base):
     """The loss comes after the block."""
-    models = models_in("parked", base)
+    models = models_in("offloaded", base)
     sequences, _ = _short_batch(models.policy)
     with models.using("reference") as reference:
         terms = reference_terms(reference, sequences, linear=True)
@@ -346,7 +346,7 @@ def gradients(models):
 def test_recomputed_activations_give_the_same_gradients(layout):
     found = {}
     for checkpointing in (False, True):
-        models = models_in(layout, checkpointing=checkpointing)
+        models = models_in(layout, gradient_checkpointing=checkpointing)
         shift([*models.trained("policy"), *models.trained("value")])
         modes = [module.training for module in models.policy.modules()]
         found[checkpointing] = gradients(models)
@@ -363,7 +363,7 @@ def test_recomputed_activations_give_the_same_gradients(layout):
 
 def test_generation_uses_its_cache_with_checkpointing(make_config, make_rollout):
     config, widths = make_config(), []
-    models = models_in("separate", checkpointing=True)
+    models = models_in("separate", gradient_checkpointing=True)
     models.policy.get_input_embeddings().register_forward_pre_hook(lambda _, ids: widths.append(ids[0].shape[1]))
     with models.recomputing():
         pass
@@ -372,7 +372,7 @@ def test_generation_uses_its_cache_with_checkpointing(make_config, make_rollout)
 
 
 def test_stages_recompute_in_training_alone(tmp_path, base):
-    results = [run_stage("sft", tmp_path / f"{flag}", base, checkpointing=flag) for flag in (False, True)]
+    results = [run_stage("sft", tmp_path / f"{flag}", base, gradient_checkpointing=flag) for flag in (False, True)]
     losses = [[record["train/loss"] for record in result.history] for result in results]
     assert losses[0] == losses[1]
     assert not any(module.training for module in results[1].trained.modules())
@@ -389,7 +389,7 @@ def test_what_is_written_is_read_again(tmp_path, layout):
     for role in ROLES:
         assert torch.equal(outputs(other, role), outputs(models, role))
     assert (tmp_path / "saved" / HEAD_FILE).exists() == (layout == "shared")
-    assert (tmp_path / "saved" / VALUE_FILE).exists() == (layout in ("separate", "parked"))
+    assert (tmp_path / "saved" / VALUE_FILE).exists() == (layout in ("separate", "offloaded"))
     assert (tmp_path / "saved" / "model.safetensors").exists() == (layout != "adapters")
 
 
@@ -439,10 +439,11 @@ def run(make_config, base):
 
     def go(layout, directory, *, resume=False, seed=0, path=base, **values):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        log = {"dir": str(directory), "save_every": 2, "samples_every": 1} | values.pop("log", {})
+        log = {"samples_every": 1} | values.pop("log", {})
         model = {"path": path, **LAYOUTS[layout], **values.pop("model", {})}
         constant = {"warmup_frac": 0.0, "final_lr_frac": 1.0}
-        config = make_config(log=log, model=model, optim=constant, **values)
+        saved = {"output_dir": str(directory), "checkpoint": {"every": 2}, "log": log}
+        config = make_config(model=model, optim=constant, **saved, **values)
         return train_ppo(config, reward_fn=reward, prompts=[f"w{i} w{i + 1}" for i in range(11)], resume=resume)
 
     return go
@@ -459,13 +460,13 @@ def left_by(directory):
 CASES = {
     **{layout: (layout, {}) for layout in LAYOUTS},
     "moving": ("adapters", {"reference": {"update": "ema", "every": 1, "decay": 0.5}}),
-    "moving, parked": ("parked", {"reference": {"update": "replace", "every": 1}}),
-    "recomputing": ("adapters", {"model": {"checkpointing": True}}),
+    "moving, offloaded": ("offloaded", {"reference": {"update": "replace", "every": 1}}),
+    "recomputing": ("adapters", {"model": {"gradient_checkpointing": True}}),
     "merged": ("adapters", {"model": {"lora": LORA["lora"] | {"merge": True}}}),
     "packed, exact KL": (
         "adapters",
         {
-            "model": {"batches": "packed"},
+            "model": {"packing": True},
             "kl": {"placement": "loss", "loss_estimator": "full"},
             "advantage": {"whiten": False},
         },

@@ -237,7 +237,7 @@ def test_tokenizer_and_model_are_told_the_same_trust(make_config, tokenizer, tmp
 @pytest.mark.parametrize("logits", ["linear", "materialized"])
 def test_scoring_and_update_leave_the_last_token_out(make_models, make_config, make_rollout, logits):
     """Nothing was drawn from its state."""
-    config, widths = make_config(model={"logits": logits}), []
+    config, widths = make_config(model={"fused_head": logits == "linear"}), []
     models = make_models(config)
     rollout = make_rollout(models, config)
     for network in (models.policy, models.reference, models.value.backbone):

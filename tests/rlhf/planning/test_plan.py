@@ -40,7 +40,8 @@ def make_config(directory, **values):
         "rollout": {"batch_size": 16, "max_new_tokens": 32},
         "optim": {"minibatch_size": 16, "epochs": 1},
         "reward": {"missing_eos_penalty": 0},
-        "log": {"dir": str(directory), "tensorboard": False, "console": False},
+        "output_dir": str(directory),
+        "log": {"tensorboard": False, "console": False},
     }
     for name, value in values.items():
         base[name] = base.get(name, {}) | value if isinstance(value, Mapping) else value
@@ -57,10 +58,10 @@ LORA = {"layout": "adapters", "lora": {"rank": 8}}
 MICRO = {"optim": {"micro_batch_size": 4}, "rollout": {"micro_batch_size": 8}}
 MEASURED = {
     "separate": ({}, {}),
-    "materialized": ({}, {"model": {"logits": "materialized"}}),
+    "materialized": ({}, {"model": {"fused_head": False}}),
     "micro-batches": ({}, MICRO),
-    "checkpointing": ({}, {"model": {"checkpointing": True}}),
-    "packed": ({}, {"model": {"batches": "packed"}}),
+    "checkpointing": ({}, {"model": {"gradient_checkpointing": True}}),
+    "packed": ({}, {"model": {"packing": True}}),
     "static cache": ({}, {"rollout": {"static_cache": True}}),
     "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
     "gpt2": ({"arch": "gpt2"}, {}),
@@ -68,7 +69,7 @@ MEASURED = {
     "shared": ({}, {"model": {"layout": "shared"}}),
     "adapters": ({}, {"model": LORA} | MICRO),
     "moving reference": ({}, {"model": LORA, "reference": {"update": "ema", "every": 1}}),
-    "parked": ({}, {"model": {"park": True}} | MICRO),
+    "offloaded": ({}, {"model": {"offload": True}} | MICRO),
 }
 
 
@@ -99,14 +100,14 @@ def test_reward_models_are_in_the_plan_and_measured(tmp_path, tokenizer):
     directory = str(tmp_path / "reward")
     save_reward_model(directory, tokenizer)
     values = {"reward": {"models": [directory], "missing_eos_penalty": 0}}
-    for park in (False, True):
-        config = make_config(tmp_path / f"run{park}", **values, model={"park": park})
+    for offload in (False, True):
+        config = make_config(tmp_path / f"run{offload}", **values, model={"offload": offload})
         shapes = read_shapes(config, tiny_policy().config)
         plan = make_plan(config, "cpu", shapes=shapes, prompt_tokens=PROMPT)
         measured = measured_peaks(config, tiny_policy, tokenizer, PROMPT)
         for phase in ("rollout", "reward", "update"):
             planned = sum(plan.phases[phase].values()) + plan.host
-            assert planned == pytest.approx(measured[phase], rel=0.1), (phase, park)
+            assert planned == pytest.approx(measured[phase], rel=0.1), (phase, offload)
 
 
 def save_reward_model(directory, tokenizer):
@@ -132,19 +133,19 @@ def test_items_are_exact_where_they_can_be(tmp_path):
     assert update["logits chunk"] == 4 * 32 * 4096 * 4
 
 
-def test_checkpointing_parking_adapters_and_4_bits_each_need_less(tmp_path):
+def test_checkpointing_offloading_adapters_and_4_bits_each_need_less(tmp_path):
     plain = tiny_plan(tmp_path)
-    recomputing = tiny_plan(tmp_path, model={"checkpointing": True})
+    recomputing = tiny_plan(tmp_path, model={"gradient_checkpointing": True})
     assert recomputing.phases["update"]["activations"] < 0.7 * plain.phases["update"]["activations"]
-    parked = tiny_plan(tmp_path, model={"park": True})
+    offloaded = tiny_plan(tmp_path, model={"offload": True})
     reference = 4 * sum(parameter.numel() for parameter in tiny_policy().parameters())
-    assert parked.host == pytest.approx(reference, rel=0.01)
-    assert plain.phases["update"]["weights"] - parked.phases["update"]["weights"] == parked.host
-    assert parked.phases["scoring"]["weights"] == plain.phases["scoring"]["weights"]
+    assert offloaded.host == pytest.approx(reference, rel=0.01)
+    assert plain.phases["update"]["weights"] - offloaded.phases["update"]["weights"] == offloaded.host
+    assert offloaded.phases["scoring"]["weights"] == plain.phases["scoring"]["weights"]
     adapters = tiny_plan(tmp_path, model=LORA)
     assert adapters.peak < plain.peak
     assert adapters.phases["update"]["adapters"] > 0
-    quantized = tiny_plan(tmp_path, model=LORA | {"quantize": "nf4"})
+    quantized = tiny_plan(tmp_path, model=LORA | {"load_in_4bit": True})
     linear = sum(layer.weight.numel() for layer in linear_layers(tiny_policy()))
     held = linear // 2 + linear // 64 + linear // 64 // 64
     saved = adapters.phases["update"]["weights"] - quantized.phases["update"]["weights"]
@@ -190,7 +191,7 @@ def test_attention_of_a_packed_row_on_a_gpu_makes_no_mask_and_repeats_no_heads(t
     given = {"shapes": Shapes(Shape(policy.config)), "prompt_tokens": PROMPT}
     by_ends, by_mask = (
         make_plan(
-            make_config(tmp_path, model={"batches": "packed", "dtype": "bfloat16", "attention": kind}), "cuda", **given
+            make_config(tmp_path, model={"packing": True, "dtype": "bfloat16", "attention": kind}), "cuda", **given
         )
         for kind in (None, "sdpa")
     )
@@ -216,7 +217,7 @@ def qwen(tmp_path):
 
 
 def test_a_7b_is_planned_from_its_config_alone(qwen, tmp_path):
-    model = {"path": qwen, "dtype": "bfloat16", "checkpointing": True}
+    model = {"path": qwen, "dtype": "bfloat16", "gradient_checkpointing": True}
     values = {"optim": {"minibatch_size": 4}, "rollout": {"batch_size": 4, "max_new_tokens": 505}}
     lora = LORA | {"lora": {"rank": 64}}
     full = make_plan(make_config(tmp_path, model=model | {"layout": "shared"}, **values), "cuda", prompt_tokens=8)
@@ -234,9 +235,9 @@ def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
     row = next(line for line in README.read_text().splitlines() if line.startswith(f"| `{preset}` |"))
     plan = make_plan(load_config(preset=preset, flags={"model.path": qwen}), "cuda")
     assert f" {plan.peak / GIB:.1f} GiB" in row
-    if "nf4" in row:
-        small = make_plan(load_config(preset=preset, flags={"model.path": qwen, "model.quantize": "nf4"}), "cuda")
-        assert f"{small.peak / GIB:.1f} with `--model.quantize nf4`" in row
+    if "4bit" in row:
+        small = make_plan(load_config(preset=preset, flags={"model.path": qwen, "model.load_in_4bit": "true"}), "cuda")
+        assert f"{small.peak / GIB:.1f} with `--model.load-in-4bit`" in row
 
 
 def test_what_to_change_is_told_until_it_fits(tmp_path):
@@ -250,7 +251,7 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     changes = advise(config, dataclasses.replace(plan, limit=1), **given)
     names = [each.name for each in changes]
     assert names[0] == "optim.micro_batch_size"
-    assert {"model.park", "model.dtype", "model.layout", "model.quantize"} <= {*names}
+    assert {"model.offload", "model.dtype", "model.layout", "model.load_in_4bit"} <= {*names}
     peaks = [plan.peak, *(each.plan.peak for each in changes)]
     assert peaks == sorted(peaks, reverse=True)
     assert not changes[-1].plan.fits
@@ -262,7 +263,7 @@ def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     changes = advise(config, make_plan(config, limit=1, **given), **given)
     assert changes
-    assert "model.quantize" not in [each.name for each in changes]
+    assert "model.load_in_4bit" not in [each.name for each in changes]
 
 
 def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
@@ -270,7 +271,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
 
     def fake(config, device, *, limit=None):
         sizes = config.rollout.micro_batch_size or 16, config.optim.micro_batch_size or 16
-        fixed = 0 if config.model.checkpointing else 10
+        fixed = 0 if config.model.gradient_checkpointing else 10
         phases = {"rollout": {"KV cache": sizes[0] * GIB}, "update": {"activations": (sizes[1] + fixed) * GIB}}
         return Plan(phases, 0, limit)
 
@@ -280,7 +281,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
     assert [(each.name, each.value) for each in changes] == [
         ("optim.micro_batch_size", 1),
         ("rollout.micro_batch_size", 8),
-        ("model.checkpointing", True),
+        ("model.gradient_checkpointing", True),
     ]
     assert changes[-1].plan.fits
 

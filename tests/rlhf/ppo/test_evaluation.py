@@ -161,9 +161,8 @@ def test_the_metric_of_the_best_must_be_measured(make_evaluation, tmp_path):
 
 def test_a_run_evaluates_in_time_and_leaves_its_random_numbers_alone(run, tmp_path):
     settings = {"every": 2, "best": "eval/scores"}
-    logs = [{"dir": str(tmp_path / name)} for name in "ab"]
-    with_it = run(updates=3, evaluation=settings, log=logs[0])
-    without = run(updates=3, eval_prompts=None, log=logs[1])
+    with_it = run(updates=3, evaluation=settings, output_dir=str(tmp_path / "a"))
+    without = run(updates=3, eval_prompts=None, output_dir=str(tmp_path / "b"))
     assert ["eval/scores" in metrics for metrics in with_it.history] == [False, True, True]
     for ours, theirs in zip(with_it.history, without.history, strict=True):
         assert ours["objective/kl"] == theirs["objective/kl"]
@@ -189,7 +188,7 @@ def test_held_out_prompts_must_fit_the_model(run):
 
 
 def test_a_resumed_run_must_have_the_same_held_out_prompts(run):
-    settings = {"evaluation": {"every": 2}, "log": {"save_every": 1}}
+    settings = {"evaluation": {"every": 2}, "checkpoint": {"every": 1}}
     run(updates=1, **settings)
     with pytest.raises(UserError, match=r"^resume: expected the held-out prompts that the run was begun with, got"):
         run(updates=2, eval_prompts=["w20"], resume=True, **settings)
@@ -201,8 +200,8 @@ def test_held_out_prompts_come_from_a_file(run, tmp_path):
     result = run(updates=1, eval_prompts=None, evaluation={"every": 1, "prompts": str(path)})
     assert "eval/win_rate" in result.history[0]
     with pytest.warns(UserWarning, match=r"^evaluation\.every is 0: the held-out prompts are not used$"):
-        run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, log={"overwrite": True})
+        run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, overwrite=True)
     with pytest.raises(UserError, match=r"^evaluation\.prompts: expected a file of prompts, got null$"):
-        run(updates=1, eval_prompts=None, evaluation={"every": 1}, log={"overwrite": True})
+        run(updates=1, eval_prompts=None, evaluation={"every": 1}, overwrite=True)
     with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl'$"):
-        run(updates=1, eval_prompts="none.jsonl", evaluation={"every": 1}, log={"overwrite": True})
+        run(updates=1, eval_prompts="none.jsonl", evaluation={"every": 1}, overwrite=True)

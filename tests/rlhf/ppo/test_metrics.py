@@ -153,11 +153,12 @@ def test_a_value_that_is_not_finite_is_named():
 
 @pytest.fixture
 def logged(make_config):
-    """logged(**log): a RunLog in tmp_path that prints into a string, and that string."""
+    """logged(overwrite=False, **log): a RunLog in tmp_path that prints into a string, and that string."""
 
-    def make(**log):
+    def make(overwrite=False, **log):
         screen = io.StringIO()
-        return RunLog(make_config(log={"console": True, **log}), Console(file=screen, width=200)), screen
+        config = make_config(overwrite=overwrite, log={"console": True, **log})
+        return RunLog(config, Console(file=screen, width=200)), screen
 
     return make
 
@@ -275,7 +276,7 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
         log.write(1, collected())
     (log.directory / "final").mkdir()
     with pytest.raises(
-        UserError, match=r"log\.dir: '.*run' already holds 'metrics\.jsonl'; choose another or set log\.overwrite"
+        UserError, match=r"output_dir: '.*run' already holds 'metrics\.jsonl'; choose another or set overwrite"
     ):
         logged()
     assert (log.directory / "metrics.jsonl").read_text()
@@ -287,7 +288,7 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
 @pytest.mark.parametrize("name", ["final", "checkpoints", "tensorboard", "samples.jsonl"])
 def test_what_others_left_in_the_directory_is_never_removed_unasked(logged, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"log\.dir: '.*run' already holds '{name}'"):
+    with pytest.raises(UserError, match=rf"output_dir: '.*run' already holds '{name}'"):
         logged()
     assert (tmp_path / "run" / name).exists()
 

@@ -155,7 +155,7 @@ def test_a_run_with_an_ensemble_and_a_function(make_reward_model, make_config, t
     models = [make_reward_model("a", seed=1), make_reward_model("b", seed=2)]
 
     def train(function=None, **reward):
-        values = {"updates": 1, "kl": {"coef": 0.0}, "log": {"overwrite": True}}
+        values = {"updates": 1, "kl": {"coef": 0.0}, "overwrite": True}
         config = make_config(reward={"missing_eos_penalty": 0.0, **reward}, **values)
         policy = tiny.make_model(64, hidden=16, layers=1, heads=2)
         return train_ppo(config, reward_fn=function, prompts=PROMPTS, policy=policy, tokenizer=tokenizer).history[0]

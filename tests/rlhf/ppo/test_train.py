@@ -38,7 +38,7 @@ def without_clock(history):
 
 def test_a_run_repeats_to_the_bit(run, tmp_path):
     first, again, other = (
-        run(updates=3, seed=seed, log={"dir": str(tmp_path / str(i))}) for i, seed in enumerate((0, 0, 1))
+        run(updates=3, seed=seed, output_dir=str(tmp_path / str(i))) for i, seed in enumerate((0, 0, 1))
     )
     assert without_clock(first.history) == without_clock(again.history)
     assert without_clock(first.history) != without_clock(other.history)
@@ -54,13 +54,13 @@ def test_the_kl_is_to_the_reference_of_the_latest_replacement(run):
 def test_a_run_begins_without_the_variables_of_another(run, tmp_path):
     path = tmp_path / "own.py"
     path.write_text("calls = []\ndef f(prompts, **_):\n    calls.append(1)\n    return [len(calls)] * len(prompts)\n")
-    settings = {"reward": {"function": f"{path}:f", "missing_eos_penalty": 0.0}, "log": {"overwrite": True}}
+    settings = {"reward": {"function": f"{path}:f", "missing_eos_penalty": 0.0}, "overwrite": True}
     for _ in range(2):
         assert [metrics["objective/scores"] for metrics in run(None, **settings).history] == [1, 2]
 
 
 def test_what_a_run_leaves(run, make_config):
-    result = run(updates=2, log={"save_every": 1, "samples_every": 1, "tensorboard": True})
+    result = run(updates=2, checkpoint={"every": 1}, log={"samples_every": 1, "tensorboard": True})
     assert sorted(path.name for path in result.directory.iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -71,7 +71,7 @@ def test_what_a_run_leaves(run, make_config):
         "tensorboard",
     ]
     assert load_config(result.directory / "config.yaml") == make_config(
-        updates=2, log={"save_every": 1, "samples_every": 1, "tensorboard": True}
+        updates=2, checkpoint={"every": 1}, log={"samples_every": 1, "tensorboard": True}
     )
     saved = [
         AutoModelForCausalLM.from_pretrained(path) for path in sorted((result.directory / "checkpoints").iterdir())
@@ -109,7 +109,7 @@ def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, value
 
     monkeypatch.setattr("ppo_fast.rlhf.models.loading.check_linear", lambda model: None)
     monkeypatch.setattr(forward, name, spy)
-    run(policy=policy, updates=1, model={"logits": path}, **values)
+    run(policy=policy, updates=1, model={"fused_head": path == "linear"}, **values)
     assert set(seen) == {width}
 
 
@@ -147,7 +147,7 @@ def test_the_update_is_given_the_coefficient_and_its_own_number(run, monkeypatch
     assert seen == [(0.25, 0), (0.25, 1), (0.25, 2)]
     del seen[:]
     # KL is 0 in the first update; it steers the coefficient of the second.
-    run(kl=kl | {"adaptive": True, "horizon": 100}, advantage=unwhitened, log={"overwrite": True})
+    run(kl=kl | {"adaptive": True, "horizon": 100}, advantage=unwhitened, overwrite=True)
     assert [float(coef) for coef, _ in seen] == pytest.approx([0.25, 0.25 * (1 - 0.2 * 8 / 100)])
 
 
@@ -175,7 +175,7 @@ def test_masked_responses_are_counted_and_not_trained_on(run, tmp_path, monkeypa
     (experience,) = seen
     assert len(experience.lengths) == 7
     assert experience.advantages.mean().abs() < 1e-6  # whitened over what is left
-    assert run(updates=1, log={"overwrite": True}).history[0]["filter/masked"] == 0
+    assert run(updates=1, overwrite=True).history[0]["filter/masked"] == 0
 
 
 def test_the_prompts_come_in_the_order_of_the_curriculum(run):
@@ -214,7 +214,7 @@ def test_a_sign_of_hacking_is_on_record_once(run):
 
 def test_a_reference_that_follows_keeps_the_kl_low(run):
     fixed = run(updates=4, kl={"coef": 0.0})
-    follows = run(updates=4, kl={"coef": 0.0}, reference={"update": "replace", "every": 1}, log={"overwrite": True})
+    follows = run(updates=4, kl={"coef": 0.0}, reference={"update": "replace", "every": 1}, overwrite=True)
     assert fixed.history[3]["objective/kl"] != 0
     assert [metrics["objective/kl"] for metrics in follows.history] == [0.0] * 4
 
@@ -232,10 +232,10 @@ def test_a_failing_reward_function_leaves_what_was_saved(run, make_config):
         return [0.0] * len(completions) if len(calls) < 3 else [float("nan")] * len(completions)
 
     with pytest.raises(UserError) as error:
-        run(fails_later, updates=5, log={"save_every": 1})
+        run(fails_later, updates=5, checkpoint={"every": 1})
     told = "update 3: reward function: expected a finite score for sample 0, got nan; the batch and the weights"
     assert str(error.value).startswith(told)
-    directory = make_config().log.dir
+    directory = make_config().output_dir
     for update in (1, 2):
         AutoModelForCausalLM.from_pretrained(f"{directory}/checkpoints/update-{update:06d}")
     with open(f"{directory}/metrics.jsonl") as file:

@@ -307,7 +307,7 @@ def test_scoring_and_update_run_the_ops_of_their_path_on_the_backend_of_this_mac
     for name in ("token_stats", "policy_loss", "linear_token_stats", "linear_policy_loss"):
         monkeypatch.setattr(ops, name, spied(name, getattr(ops, name)))
     monkeypatch.setattr(registry, "implementation", lambda *names: ran.add(names) or lookup(*names))
-    learner, rollout, _ = setup(model={"logits": path})
+    learner, rollout, _ = setup(model={"fused_head": path == "linear"})
     called.clear()  # the comparison at the start
     score(learner.models, rollout.generation, learner.config.rollout)
     make_experience(rollout, made_rewards(rollout), learner.config.advantage)
@@ -328,7 +328,7 @@ def test_the_gradient_takes_the_storage_of_the_logits(setup, monkeypatch):
             seen.append((logits.detach(), logits.detach().clone())) or op(logits, *rest, **named)
         ),
     )
-    learner, _, experience = setup(model={"logits": "materialized"})
+    learner, _, experience = setup(model={"fused_head": False})
     learner.backward(*all_rows(experience), 0.0)
     ((logits, before),) = seen
     assert not torch.equal(logits, before)

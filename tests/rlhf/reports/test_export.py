@@ -85,7 +85,7 @@ def test_a_runs_samples_are_exported_and_train_a_reward_model_that_scores(make_c
         "data.train": str(tmp_path / "pairs.jsonl"),
         "data.held_out_frac": "0.5",
         "optim.batch_size": "2",
-        "log.dir": str(tmp_path / "reward"),
+        "output_dir": str(tmp_path / "reward"),
         "log.console": "False",
         "log.tensorboard": "False",
     }

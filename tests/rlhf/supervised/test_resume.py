@@ -28,7 +28,7 @@ from tests.rlhf.supervised_factories import STAGES, make_model, make_tokenizer, 
 OBJECTIVES = {"sft": SFT, "reward": RewardModel, "dpo": DPO}
 each_stage = pytest.mark.parametrize("stage", STAGES)
 TWO_EPOCHS = {"epochs": 2}  # of 5 steps: 36 examples in batches of 8
-LOG = {"save_every": 3, "eval_every": 2}
+SAVED = {"checkpoint": {"every": 3}, "log": {"eval_every": 2}}
 
 
 def left_by(directory):
@@ -90,8 +90,7 @@ def whole(run, tmp_path):
     """whole(stage) -> what the run leaves that never stops."""
 
     def go(stage, **values):
-        log = LOG | {"dir": str(tmp_path / "whole")}
-        return left_by(run(stage, optim=TWO_EPOCHS, log=log, **values).directory)
+        return left_by(run(stage, optim=TWO_EPOCHS, output_dir=str(tmp_path / "whole"), **SAVED, **values).directory)
 
     return go
 
@@ -103,11 +102,11 @@ def test_rule_16_a_resumed_run_ends_with_the_same_bits(run, whole, before_step, 
     assert [record["step"] for record in expected[0] if "eval/loss" in record] == [2, 4, 6, 8, 10]
     before_step(stopped_in, stop)
     with pytest.raises(Stop):
-        run(stage, optim=TWO_EPOCHS, log=LOG)
+        run(stage, optim=TWO_EPOCHS, **SAVED)
     checkpoints = tmp_path / stage / "checkpoints"
     assert max(os.listdir(checkpoints)) == f"step-{(stopped_in - 1) // 3 * 3:06d}"
     assert len((tmp_path / stage / "metrics.jsonl").read_text().splitlines()) == stopped_in - 1
-    resumed = run(stage, optim=TWO_EPOCHS, log=LOG, resume=True)
+    resumed = run(stage, optim=TWO_EPOCHS, **SAVED, resume=True)
     assert left_by(resumed.directory) == expected
     assert [metrics["epoch"] for metrics in resumed.history] == [n / 5 for n in range(1, 11)]
     assert sorted(os.listdir(checkpoints)) == ["step-000009", "step-000010"]
@@ -118,8 +117,8 @@ def test_rule_16_a_resumed_run_ends_with_the_same_bits(run, whole, before_step, 
 @each_stage
 def test_an_older_checkpoint_is_resumed_to_the_same_bits(run, whole, tmp_path, stage):
     expected = whole(stage)
-    run(stage, optim=TWO_EPOCHS, log=LOG | {"keep_last": 0})
-    resumed = run(stage, optim=TWO_EPOCHS, log=LOG | {"keep_last": 0}, resume="step-000006")
+    run(stage, optim=TWO_EPOCHS, **SAVED | {"checkpoint": {"every": 3, "keep": 0}})
+    resumed = run(stage, optim=TWO_EPOCHS, **SAVED | {"checkpoint": {"every": 3, "keep": 0}}, resume="step-000006")
     assert left_by(resumed.directory) == expected
     assert sorted(os.listdir(tmp_path / stage / "checkpoints")) == [f"step-{n:06d}" for n in (3, 6, 9, 10)]
 
@@ -127,10 +126,11 @@ def test_an_older_checkpoint_is_resumed_to_the_same_bits(run, whole, tmp_path, s
 @each_stage
 def test_more_epochs_continue_a_run_that_ended(run, whole, stage):
     constant = {"warmup_frac": 0.0, "final_lr_frac": 1.0}  # so that the number of epochs sets no rate
-    whole_run = run(stage, optim=TWO_EPOCHS | constant, log=LOG)
+    whole_run = run(stage, optim=TWO_EPOCHS | constant, **SAVED)
     expected = left_by(whole_run.directory)
-    run(stage, optim={"epochs": 1} | constant, log=LOG | {"overwrite": True, "eval_every": 2})
-    resumed = run(stage, optim=TWO_EPOCHS | constant, log=LOG | {"keep_last": 1}, resume=True)
+    run(stage, optim={"epochs": 1} | constant, **SAVED, overwrite=True)
+    saved = SAVED | {"checkpoint": {"every": 3, "keep": 1}}
+    resumed = run(stage, optim=TWO_EPOCHS | constant, **saved, resume=True)
     metrics, files = left_by(resumed.directory)
     assert metrics[:4] + metrics[5:] == expected[0][:4] + expected[0][5:]
     assert metrics[4].keys() > expected[0][4].keys()  # the shorter run evaluated after its last step
@@ -151,7 +151,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     saved = str(tmp_path / stage / "checkpoints" / "step-000004")
     assert str(stopped.value) == f"{number.name}: stopped after step 4; saved {saved!r}, --resume continues there"
     assert "ppo-fast: stopping after this step, then saving" in capfd.readouterr().err
-    assert left_by(run(stage, optim=TWO_EPOCHS, log=LOG, resume=True).directory) == expected
+    assert left_by(run(stage, optim=TWO_EPOCHS, **SAVED, resume=True).directory) == expected
 
 
 @each_stage
@@ -210,7 +210,7 @@ def test_skip_leaves_the_step_out_and_counts_it(run, before_step, monkeypatch, s
 
     monkeypatch.setattr(SupervisedRun, "_train", watched)
     before_step(2, poison)
-    result = run(stage, on_nan="skip", log={"save_every": 2})
+    result = run(stage, on_nan="skip", checkpoint={"every": 2})
     (_, _), (weights, moments), (after, moments_after), *_ = seen
     assert torch.equal(weights, after)
     assert moments
@@ -243,9 +243,9 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(run, whole, tmp_path, mon
     monkeypatch.setattr(checkpoint, "save_tensors", fails_once)
     told = f"cannot write in {str(tmp_path / stage)!r}: {full}; step-000003 is complete and resume continues there"
     with raises_exactly(told, UserError):
-        run(stage, optim=TWO_EPOCHS, log=LOG)
+        run(stage, optim=TWO_EPOCHS, **SAVED)
     assert os.listdir(tmp_path / stage / "checkpoints") == ["step-000003"]
-    assert left_by(run(stage, optim=TWO_EPOCHS, log=LOG, resume=True).directory) == expected
+    assert left_by(run(stage, optim=TWO_EPOCHS, **SAVED, resume=True).directory) == expected
 
 
 @each_stage
@@ -260,9 +260,9 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(run, whole, tmp_path, mon
     ],
 )
 def test_another_run_is_not_resumed(run, tmp_path, stage, values, message):
-    run(stage, optim=TWO_EPOCHS, log=LOG)
+    run(stage, optim=TWO_EPOCHS, **SAVED)
     before = {path: path.read_bytes() for path in (tmp_path / stage).rglob("*") if path.is_file()}
-    given = {"optim": TWO_EPOCHS, "log": LOG} | values
+    given = {"optim": TWO_EPOCHS, **SAVED} | values
     given["optim"] = TWO_EPOCHS | given["optim"]
     with pytest.raises(UserError, match=f"^resume: {message}$"):
         run(stage, resume=True, **given)
@@ -271,7 +271,7 @@ def test_another_run_is_not_resumed(run, tmp_path, stage, values, message):
 
 def test_other_held_out_examples_are_told(run, tmp_path):
     path = tmp_path / "held_out.jsonl"
-    given = {"data": {"held_out": str(path)}, "log": LOG}
+    given = {"data": {"held_out": str(path)}, **SAVED}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(3, seed=9)))
     run("sft", **given)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(3, seed=8)))
@@ -285,9 +285,9 @@ def test_the_command_resumes_with_the_config_of_the_checkpoint(tmp_path, monkeyp
     make_model().save_pretrained("model")
     make_tokenizer().save_pretrained("model")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(20)))
-    quiet = ["--threads", "1", "--log.no-console", "--log.no-tensorboard", "--log.save-every", "2"]
+    quiet = ["--threads", "1", "--log.no-console", "--log.no-tensorboard", "--checkpoint.every", "2"]
     assert cli.main([stage, "--model", "model", "--data", "rows.jsonl", "--out", "run", "--seed", "5", *quiet]) == 0
-    assert cli.main([stage, "--resume", "--out", "run", "--optim.epochs", "2", "--log.keep-last", "1"]) == 0
+    assert cli.main([stage, "--resume", "--out", "run", "--optim.epochs", "2", "--checkpoint.keep", "1"]) == 0
     assert os.listdir("run/checkpoints") == ["step-000004"]
     assert "seed: 5" in Path("run/config.yaml").read_text()
     assert capsys.readouterr().out.splitlines()[-1] == "model: run/final"
@@ -298,16 +298,16 @@ def test_the_command_resumes_with_the_config_of_the_checkpoint(tmp_path, monkeyp
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_model_that_scales_its_logits_is_refused_by_name_or_trained_through_them(run, tmp_path, stage):
-    with pytest.raises(UserError, match=r"^model\.logits: expected CohereForCausalLM to have .*'materialized'"):
+    with pytest.raises(UserError, match=r"^model\.fused_head: expected CohereForCausalLM to have .*false"):
         run(stage, policy=make("Cohere"))
     assert not (tmp_path / stage).exists()
-    run(stage, policy=make("Cohere"), model={"logits": "materialized"})
+    run(stage, policy=make("Cohere"), model={"fused_head": False})
 
 
 def test_a_reward_model_has_no_logits_to_refuse(run):
     policy = make_model()
     policy.get_output_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
-    with pytest.raises(UserError, match=r"^model\.logits: expected LlamaForCausalLM to have"):
+    with pytest.raises(UserError, match=r"^model\.fused_head: expected LlamaForCausalLM to have"):
         run("sft", policy=policy)
     run("reward", policy=policy)
 
@@ -325,23 +325,23 @@ def test_materialized_logits_are_the_models_own():
     torch.testing.assert_close(completion_logprobs(model, batch, linear=False), expected)
 
 
-@pytest.mark.parametrize("other", [{"logits": "materialized"}, {"batches": "packed"}])
+@pytest.mark.parametrize("other", [{"fused_head": False}, {"packing": True}])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_all_ways_to_the_log_probabilities_train_alike(run, tmp_path, stage, other):
-    first, second = (run(stage, model=way, log={"dir": str(tmp_path / str(len(way)))}) for way in ({}, other))
+    first, second = (run(stage, model=way, output_dir=str(tmp_path / str(len(way)))) for way in ({}, other))
     for a, b in zip(first.history, second.history, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
 
 
 def test_what_a_kill_left_goes_at_the_next_start(run_stage, tmp_path):
-    run_stage("sft", log={"save_every": 5})
+    run_stage("sft", checkpoint={"every": 5})
     directory = tmp_path / "sft"
     held = sorted(path for path in directory.rglob("*") if path.is_dir())
     for name in (".final.new", "checkpoints/.step-000005.removed", "checkpoints/.step-000006.new"):
         (directory / name).mkdir()
     (directory / ".profile.old").touch()  # not ours
     (directory / "final").rename(directory / ".final.old")  # between the two steps of an exchange
-    result = run_stage("sft", log={"save_every": 5}, resume=True)
+    result = run_stage("sft", checkpoint={"every": 5}, resume=True)
     assert sorted(path for path in directory.rglob("*") if path.is_dir()) == held
     assert (result.model / "model.safetensors").is_file()
     assert (directory / ".profile.old").is_file()
@@ -350,14 +350,16 @@ def test_what_a_kill_left_goes_at_the_next_start(run_stage, tmp_path):
 def test_an_overwritten_run_leaves_what_links_name_as_it_is(run_stage, tmp_path):
     directory, disk = tmp_path / "sft", tmp_path / "disk"
     names = ["checkpoints", "final", "metrics.jsonl"]
-    run_stage("sft", log={"save_every": 2})
+    run_stage("sft", checkpoint={"every": 2})
     disk.mkdir()
     for name in names:
         (directory / name).rename(disk / name)
         (directory / name).symlink_to(disk / name)
     before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
-    with pytest.warns(UserWarning, match=r"^log\.dir: '.*' is no longer a link to '.*', which stays as it is$") as told:
-        run_stage("sft", rows(16, seed=1), log={"save_every": 1, "overwrite": True})
+    with pytest.warns(
+        UserWarning, match=r"^output_dir: '.*' is no longer a link to '.*', which stays as it is$"
+    ) as told:
+        run_stage("sft", rows(16, seed=1), checkpoint={"every": 1}, overwrite=True)
     assert len(told) == len(names)
     assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
     assert not any((directory / name).is_symlink() for name in names)

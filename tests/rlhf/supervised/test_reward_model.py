@@ -80,8 +80,8 @@ def test_a_padding_token_that_is_eos_does_not_hide_it(run_stage):
 
 def test_a_reward_model_continues_from_an_earlier_one(run_stage, tmp_path):
     first = run_stage("reward")
-    log = {"dir": str(tmp_path / "second")}
-    second = run_stage("reward", rows(40, seed=1), init=str(first.model), log=log, optim={"lr": 1e-9})
+    second = str(tmp_path / "second")
+    second = run_stage("reward", rows(40, seed=1), init=str(first.model), output_dir=second, optim={"lr": 1e-9})
     for ours, theirs in zip(second.trained.parameters(), first.trained.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
     assert (second.model / "reward_stats.json").is_file()
@@ -99,12 +99,12 @@ def test_an_earlier_one_runs_its_own_code_only_when_trusted(run_stage, tmp_path,
             return real(path, **options)
 
         monkeypatch.setattr(loader, "from_pretrained", spy)
-    log, model = {"dir": str(tmp_path / "second")}, {"trust_remote_code": trust}
-    run_stage("reward", init=str(first.model), log=log, model=model)
+    model = {"trust_remote_code": trust}
+    run_stage("reward", init=str(first.model), output_dir=str(tmp_path / "second"), model=model)
     assert set(seen) == {trust}
 
 
-@pytest.mark.parametrize("normalize", ["saved", "none"])
+@pytest.mark.parametrize("normalize", ["dataset", "none"])
 @pytest.mark.parametrize("named", [False, True])
 def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_reward(
     run_stage, make_config, tokenizer, normalize, named
@@ -126,7 +126,7 @@ def test_rule_14_the_critic_starts_from_the_reward_model_in_the_scores_of_the_re
     values = result.models.value(batch.input_ids, batch.attention_mask)
     last = torch.tensor([[example.length - 1] for example in ragged()])
     scores = sequence_scores(ValueModel.from_classifier(reward_model.trained), batch.input_ids, batch.attention_mask)
-    if normalize == "saved":
+    if normalize == "dataset":
         stats = json.loads((reward_model.model / "reward_stats.json").read_text())
         scores = (scores - stats["mean"]) / stats["std"]
     torch.testing.assert_close(values.gather(1, last).squeeze(1), scores, rtol=0, atol=1e-5)

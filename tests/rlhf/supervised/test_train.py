@@ -68,7 +68,7 @@ def test_one_batch_equals_its_micro_batches(run_stage, stage, tmp_path):
     weights = []
     for size in (8, 4, 1):
         optim = {"micro_batch_size": size, "epochs": 2}
-        result = run_stage(stage, rows(24), optim=optim, log={"dir": str(tmp_path / f"{stage}-{size}")})
+        result = run_stage(stage, rows(24), optim=optim, output_dir=str(tmp_path / f"{stage}-{size}"))
         weights.append((torch.nn.utils.parameters_to_vector(result.trained.parameters()), result.history))
     whole, history = weights[0]
     for parts, other in weights[1:]:
@@ -98,7 +98,7 @@ def test_padding_on_either_side_is_invisible(arch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_repeats_to_the_bit(run_stage, stage, tmp_path):
     first, again, other = (
-        run_stage(stage, seed=seed, log={"dir": str(tmp_path / f"{stage}{i}")}) for i, seed in enumerate((0, 0, 1))
+        run_stage(stage, seed=seed, output_dir=str(tmp_path / f"{stage}{i}")) for i, seed in enumerate((0, 0, 1))
     )
 
     def numbers(result):
@@ -112,8 +112,8 @@ def test_a_run_repeats_to_the_bit(run_stage, stage, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_run_leaves(run_stage, stage):
-    log = {"save_every": 2, "eval_every": 2, "tensorboard": True}
-    result = run_stage(stage, log=log, optim={"epochs": 1})
+    log = {"eval_every": 2, "tensorboard": True}
+    result = run_stage(stage, checkpoint={"every": 2}, log=log, optim={"epochs": 1})
     _, kind, loader = STAGES[stage]
     names = ["checkpoints", "config.yaml", "final", "metrics.jsonl", "tensorboard"]
     assert sorted(path.name for path in result.directory.iterdir()) == names
@@ -127,7 +127,7 @@ def test_what_a_run_leaves(run_stage, stage):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert [record["step"] for record in records if "eval/loss" in record] == [2, 4, 5]
     assert records[-1]["lr"] == pytest.approx(1e-3 * (1 - 0.9 * 3 / 4))
-    with pytest.raises(UserError, match=r"already holds 'metrics\.jsonl'; choose another or set log\.overwrite"):
+    with pytest.raises(UserError, match=r"already holds 'metrics\.jsonl'; choose another or set overwrite"):
         run_stage(stage)
 
 
@@ -149,9 +149,7 @@ def test_held_out_examples_may_have_their_own_file(run_stage, tmp_path):
     assert len(result.history) == 2  # all 16 rows
     loss = SFT(result.trained, 0, 2).evaluate(examples)["loss"]
     assert result.history[-1]["eval/loss"] == pytest.approx(loss, rel=1e-6)
-    without = run_stage(
-        "sft", rows(16), data={"held_out_frac": 0}, log={"overwrite": True, "dir": str(tmp_path / "sft")}
-    )
+    without = run_stage("sft", rows(16), data={"held_out_frac": 0}, overwrite=True, output_dir=str(tmp_path / "sft"))
     assert "eval/loss" not in without.history[-1]
 
 
@@ -202,7 +200,7 @@ def test_dpo_compares_with_the_frozen_reference():
 @pytest.mark.parametrize(
     ("stage", "values", "message"),
     [
-        ("sft", {"log": {"dir": "taken"}}, r"log\.dir: 'taken' already holds 'final'; choose another"),
+        ("sft", {"output_dir": "taken"}, r"output_dir: 'taken' already holds 'final'; choose another"),
         ("sft", {"policy": make_model(max_positions=4)}, r"data\.max_tokens: expected at most 4, the model's context"),
         ("dpo", {"policy": tiny.make_model(20, hidden=32, heads=2)}, r"tokenizer: expected ids below 20, .* got 63"),
         ("sft", {"data": {"held_out_frac": 0.99}}, r"data\.held_out_frac: expected a share that leaves examples to"),
@@ -270,8 +268,8 @@ def test_the_default_config_names_no_model(stage):
         (RewardModelConfig, {"threads": 0}, "threads: expected a number > 0, got 0"),
         (
             RewardModelConfig,
-            {"model": {"logits": "materialized"}},  # it has none
-            "unknown key 'model.logits', the nearest is 'model.lora.targets'",
+            {"model": {"fused_head": False}},  # it has none
+            "unknown key 'model.fused_head', the nearest is 'model.lora.targets'",
         ),
         (SFTConfig, {"seed": -1}, "seed: expected a number >= 0, got -1"),
         (SFTConfig, {"model": {"dtype": "int8"}}, "model.dtype: Input should be 'float32' or 'bfloat16', got 'int8'"),
@@ -285,7 +283,7 @@ def test_configs_are_checked(kind, values, message):
 
 def test_defaults_by_stage():
     assert [kind().optim.lr for kind in (SFTConfig, RewardModelConfig, DPOConfig)] == [1e-5, 1e-5, 1e-6]
-    assert [kind().log.dir for kind in (SFTConfig, RewardModelConfig, DPOConfig)] == [
+    assert [kind().output_dir for kind in (SFTConfig, RewardModelConfig, DPOConfig)] == [
         "runs/sft",
         "runs/reward",
         "runs/dpo",

@@ -60,7 +60,9 @@ def ended(tmp_path_factory):
             "optim": {"minibatch_size": 4, "epochs": 1},
             "kl": {"adaptive": True},
             "reference": {"update": "ema", "every": 1, "decay": 0.5},
-            "log": {"dir": str(directory), "tensorboard": False, "console": False, "save_every": 1},
+            "output_dir": str(directory),
+            "checkpoint": {"every": 1},
+            "log": {"tensorboard": False, "console": False},
         }
     )
     generator = torch.Generator().manual_seed(0)

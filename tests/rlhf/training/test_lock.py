@@ -30,9 +30,8 @@ with hold_directory(sys.argv[1]):
 
 
 def used_by(directory, pid):
-    return (
-        f"log.dir: {str(directory)!r} is in use by process {pid} on {platform.node()}; end that run or choose another"
-    )
+    holder = f"process {pid} on {platform.node()}"
+    return f"output_dir: {str(directory)!r} is in use by {holder}; end that run or choose another"
 
 
 def contents(directory):
@@ -103,10 +102,10 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, number)
 def test_a_directory_that_cannot_be_made_or_written_to_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "run"
-    with raises_exactly(f"log.dir: cannot make {str(below)!r}: Not a directory", UserError), hold_directory(below):
+    with raises_exactly(f"output_dir: cannot make {str(below)!r}: Not a directory", UserError), hold_directory(below):
         pass
     (tmp_path / ".lock").mkdir()
-    told = f"log.dir: cannot write in {str(tmp_path)!r}: Is a directory"
+    told = f"output_dir: cannot write in {str(tmp_path)!r}: Is a directory"
     with raises_exactly(told, UserError), hold_directory(tmp_path):
         pass
 

@@ -167,7 +167,7 @@ def test_a_bad_reward_is_told_with_its_batch_or_skipped(run, tmp_path, bad):
     record = json.loads((tmp_path / "run" / "failed" / "update-000002" / "batch.json").read_text())
     assert record["rows"] == list(range(8))
     calls.clear()
-    result = run(sometimes, updates=3, on_nan="skip", log={"overwrite": True})
+    result = run(sometimes, updates=3, on_nan="skip", overwrite=True)
     assert [metrics["nan/skipped_batches"] for metrics in result.history] == [0, 1]
     assert not (tmp_path / "run" / "failed").exists()
 

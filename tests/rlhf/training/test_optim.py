@@ -17,7 +17,7 @@ from ppo_fast.rlhf.training.runtime import warn_about_precision
 from tests.helpers import no_host_sync
 from tests.rlhf.supervised_factories import make_model
 
-STATES = {"full": {}, "masters": {"masters": True}, "8bit": {"states": "8bit"}}
+STATES = {"full": {}, "masters": {"master_weights": True}, "8bit": {"name": "adamw_8bit"}}
 FLAT = {"final_lr_frac": 1.0}  # a learning rate that does not depend on the number of updates
 each_states = pytest.mark.parametrize("states", STATES)
 
@@ -287,7 +287,7 @@ def test_the_norm_is_that_of_all_dtypes_together_in_float32():
     assert clipped.item() == pytest.approx(1.0, rel=4e-3)
 
 
-@pytest.mark.parametrize("options", [{"masters": True}, {"states": "8bit"}])
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"name": "adamw_8bit"}])
 def test_no_warning_where_small_steps_are_kept(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -302,7 +302,8 @@ def test_only_trained_weights_are_warned_of():
         warn_about_precision(model, AdamWConfig())
     message = (
         r"^a bfloat16 weight w keeps no step below \|w\| / 512, and AdamW's are about optim\.lr = 1e-06; "
-        r"set optim\.masters to true, optim\.states to '8bit' or model\.dtype to float32 unless the run learns$"
+        r"set optim\.master_weights to true, optim\.name to 'adamw_8bit' or model\.dtype to float32 unless "
+        r"the run learns$"
     )
     with pytest.warns(UserWarning, match=message):
         warn_about_precision(make_model().bfloat16(), AdamWConfig())
@@ -325,8 +326,9 @@ def bfloat16_model():
 @each_states
 def test_a_ppo_run_resumes_to_the_same_bits(states, make_config, tokenizer, tmp_path):
     def go(name, updates, *, resume=False):
-        log = {"dir": str(tmp_path / name), "save_every": 1}
-        config = make_config(updates=updates, optim={"lr": 1e-4, "warmup_frac": 0.0, **FLAT, **STATES[states]}, log=log)
+        optim = {"lr": 1e-4, "warmup_frac": 0.0, **FLAT, **STATES[states]}
+        saved = {"output_dir": str(tmp_path / name), "checkpoint": {"every": 1}}
+        config = make_config(updates=updates, optim=optim, **saved)
         train_ppo(
             config,
             reward_fn=lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids],
@@ -347,8 +349,8 @@ def test_a_ppo_run_resumes_to_the_same_bits(states, make_config, tokenizer, tmp_
 def test_an_sft_run_resumes_to_the_same_bits(states, run_stage, tmp_path):
     def go(name, epochs, *, resume=False):
         optim = {"epochs": epochs, "lr": 1e-4, "warmup_frac": 0.0, **FLAT, **STATES[states]}
-        log = {"dir": str(tmp_path / name), "save_every": 5}
-        run_stage("sft", policy=bfloat16_model(), optim=optim, log=log, resume=resume)
+        saved = {"output_dir": str(tmp_path / name), "checkpoint": {"every": 5}}
+        run_stage("sft", policy=bfloat16_model(), optim=optim, resume=resume, **saved)
         return left_by(tmp_path / name)
 
     whole = go("whole", 2)

@@ -31,7 +31,8 @@ EVERYTHING = {  # every part of a run that has a state of its own
     "kl": {"adaptive": True, "coef": 0.1, "target": 1.0, "horizon": 50, "placement": "both"},
     "advantage": {"whiten": False},
     "loss": {"penalty_coef": 0.1, "penalty_target": 0.01},
-    "log": {"save_every": 2, "samples_every": 1, "keep_last": 2},
+    "checkpoint": {"every": 2, "keep": 2},
+    "log": {"samples_every": 1},
 }
 
 
@@ -98,7 +99,7 @@ def stops_in(update, then=Stop):
 @pytest.mark.parametrize("resumed_at", [2, 4])
 def test_rule_16_a_resumed_run_ends_with_the_same_bits(run, tmp_path, resumed_at):
     seed_globals()
-    whole = run(updates=6, log={"dir": str(tmp_path / "whole")})
+    whole = run(updates=6, output_dir=str(tmp_path / "whole"))
     seed_globals()
     with pytest.raises(Stop):
         run(stops_in(resumed_at + 2), updates=6)
@@ -128,7 +129,7 @@ def test_rule_16_holds_for_everything_that_may_change_beside_the_weights(run, tm
         "evaluation": {"every": 3},
     }
     seed_globals()
-    whole = run(log={"dir": str(tmp_path / "whole")}, **options)
+    whole = run(output_dir=str(tmp_path / "whole"), **options)
     seed_globals()
     with pytest.raises(Stop):  # scored once a training update, twice an evaluation
         run(stops_in(8), **options)
@@ -143,11 +144,11 @@ def test_rule_16_holds_for_everything_that_may_change_beside_the_weights(run, tm
 def test_a_longer_run_is_a_resumed_shorter_one(run, tmp_path):
     constant = {"optim": {"warmup_frac": 0.0, "final_lr_frac": 1.0}}  # so that the number of updates sets no rate
     seed_globals()
-    whole = run(updates=6, log={"dir": str(tmp_path / "whole")}, **constant)
+    whole = run(updates=6, output_dir=str(tmp_path / "whole"), **constant)
     seed_globals()
     run(updates=3, **constant)
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["update-000002", "update-000003"]
-    resumed = run(updates=6, resume=True, log={"save_every": 1, "keep_last": 0}, **constant)
+    resumed = run(updates=6, resume=True, checkpoint={"every": 1, "keep": 0}, **constant)
     assert left_by(resumed.directory) == left_by(whole.directory)
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"update-{n:06d}" for n in (2, 3, 4, 5, 6)]
     again = run(updates=6, resume=True, **constant)  # nothing left to do
@@ -155,9 +156,9 @@ def test_a_longer_run_is_a_resumed_shorter_one(run, tmp_path):
 
 
 def test_an_older_checkpoint_is_resumed_to_the_same_bits_when_the_newest_is_damaged(run, tmp_path):
-    checkpoints, options = tmp_path / "run" / "checkpoints", {"updates": 3, "log": {"save_every": 1}}
+    checkpoints, options = tmp_path / "run" / "checkpoints", {"updates": 3, "checkpoint": {"every": 1}}
     seed_globals()
-    whole = run(updates=3, log={"save_every": 1, "dir": str(tmp_path / "whole")})
+    whole = run(updates=3, checkpoint={"every": 1}, output_dir=str(tmp_path / "whole"))
     seed_globals()
     with pytest.raises(Stop):
         run(stops_in(3), **options)
@@ -308,7 +309,7 @@ def test_a_changed_file_of_the_users_is_a_warning(run, tmp_path):
     text = "def f(completions, **_):\n    return [0.0] * len(completions)\n"
     path.write_text(text)
     other.write_text("def keep(completions, **_):\n    return [True] * len(completions)\n")
-    options = {"reward": {"function": f"{path}:f", "filter": f"{other}:keep"}, "log": {"save_every": 1}}
+    options = {"reward": {"function": f"{path}:f", "filter": f"{other}:keep"}, "checkpoint": {"every": 1}}
     run(None, updates=1, **options)
     run(None, updates=2, resume=True, **options)  # nothing to warn about
     path.write_text(text.replace("0.0", "5.0"))
@@ -367,7 +368,7 @@ def test_there_must_be_something_to_resume_and_it_must_be_whole(run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(run, tmp_path, capfd, number):
     seed_globals()
-    whole = run(updates=4, log={"dir": str(tmp_path / "whole")})
+    whole = run(updates=4, output_dir=str(tmp_path / "whole"))
     before = signal.getsignal(number)
     calls = []
 
@@ -379,7 +380,7 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(run, tmp_path,
 
     seed_globals()
     with pytest.raises(Interrupted) as stopped:
-        run(interrupted, updates=4, log={"save_every": 0})
+        run(interrupted, updates=4, checkpoint={"every": 0})
     checkpoint = tmp_path / "run" / "checkpoints" / "update-000003"
     told = f"{number.name}: stopped after update 3; saved {str(checkpoint)!r}, --resume continues there"
     assert str(stopped.value) == told
@@ -434,7 +435,7 @@ def files(tmp_path, tokenizer, monkeypatch):
     Path("run.yaml").write_text(
         "updates: 8\nthreads: 1\nmodel: {path: model}\ndata: {prompts: p.jsonl}\nreward: {function: r.py:f}\n"
         "rollout: {batch_size: 8, max_new_tokens: 4}\noptim: {minibatch_size: 4, lr: 1e-3}\n"
-        "log: {console: false, tensorboard: false, save_every: 1, samples_every: 1, dir: run}\n"
+        "output_dir: run\ncheckpoint: {every: 1}\nlog: {console: false, tensorboard: false, samples_every: 1}\n"
     )
     Path("r.py").write_text(REWARD)
     return tmp_path
@@ -488,13 +489,13 @@ def test_rule_16_a_run_killed_again_and_again_ends_with_the_same_bits(files):
 
 def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
     assert cli.main(["train", "--config", "run.yaml", "--out", "whole"]) == 0
-    process = start("--config", "run.yaml", "--log.save-every", "0", TERM_AT="2")
+    process = start("--config", "run.yaml", "--checkpoint.every", "0", TERM_AT="2")
     told = process.communicate()[1].splitlines()
     assert process.returncode == 143
     checkpoint = "run/checkpoints/update-000002"
     assert told[-1] == f"ppo-fast: SIGTERM: stopped after update 2; saved {checkpoint!r}, --resume continues there"
     assert "Traceback" not in "".join(told)
-    assert cli.main(["train", "--resume", "--log.dir", "run"]) == 0
+    assert cli.main(["train", "--resume", "--output-dir", "run"]) == 0
     assert left_by("run") == left_by("whole")
 
 
@@ -535,6 +536,6 @@ def test_the_command_resumes_the_checkpoint_that_is_named(files):
 def test_flags_and_file_of_a_resumed_run_may_change_its_length_and_log(files):
     assert cli.main(["train", "--config", "run.yaml", "--updates", "1", "--seed", "5"]) == 0
     shutil.rmtree("run/final")
-    assert cli.main(["train", "--resume", "--out", "run", "--updates", "3", "--log.keep-last=1"]) == 0
+    assert cli.main(["train", "--resume", "--out", "run", "--updates", "3", "--checkpoint.keep=1"]) == 0
     assert os.listdir("run/checkpoints") == ["update-000003"]
     assert "seed: 5" in Path("run/config.yaml").read_text()

@@ -72,7 +72,7 @@ def run(make_config, tokenizer):
     """run(reward_fn, resume=False): four updates of a fresh tiny model, saved at the second and the fourth."""
 
     def go(reward_fn=reward, **options):
-        config = make_config(updates=4, log={"save_every": 2, "keep_last": 1, "samples_every": 1})
+        config = make_config(updates=4, checkpoint={"every": 2, "keep": 1}, log={"samples_every": 1})
         policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
         return train_ppo(config, reward_fn=reward_fn, prompts=PROMPTS, policy=policy, tokenizer=tokenizer, **options)
 
