@@ -269,7 +269,7 @@ def test_the_default_config_names_no_model(stage):
         (
             RewardModelConfig,
             {"model": {"fused_head": False}},  # it has none
-            "unknown key 'model.fused_head', the nearest is 'model.lora.targets'",
+            "unknown key 'model.fused_head', the nearest is 'model.device'",
         ),
         (SFTConfig, {"seed": -1}, "seed: expected a number >= 0, got -1"),
         (SFTConfig, {"model": {"dtype": "int8"}}, "model.dtype: Input should be 'float32' or 'bfloat16', got 'int8'"),
