@@ -142,14 +142,14 @@ def test_rule_14_the_critic_starts_from_a_reward_adapter(base, reward_model):
     stats = json.loads(Path(reward_model, STATS).read_text())
     with torch.no_grad():
         score = scored(IDS).logits.squeeze()
-    expected = {"saved": (score - stats["mean"]) / stats["std"], "none": score}
+    expected = {"dataset": (score - stats["mean"]) / stats["std"], "none": score}
     for layout in ("adapters", "separate"):
         for normalize, value in expected.items():
             models = models_in(layout, base, reward={"models": (reward_model,), "normalize": normalize})
             torch.testing.assert_close(outputs(models, "value")[0, -1], value, atol=1e-5, rtol=1e-5)
             assert len(models.trained("value")) == (16 if layout == "adapters" else 13)
         models = models_in(layout, base, value_path=reward_model)
-        torch.testing.assert_close(outputs(models, "value")[0, -1], expected["saved"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs(models, "value")[0, -1], expected["dataset"], atol=1e-5, rtol=1e-5)
 
 
 def test_rule_14_a_shared_trunk_has_a_head_of_its_own(base, reward_model):

@@ -24,7 +24,7 @@ from tests.helpers import raises_exactly
 from tests.rlhf.memory_profile import measured_peaks
 
 GIB, PROMPT = 2**30, 16
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 QWEN = bench_7b.QWEN | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 

@@ -153,11 +153,12 @@ def test_a_value_that_is_not_finite_is_named():
 
 @pytest.fixture
 def logged(make_config):
-    """logged(overwrite=False, **log): a RunLog in tmp_path that prints into a string, and that string."""
+    """logged(directory=None, overwrite=False, **log): a RunLog that prints into a string, and that string."""
 
-    def make(overwrite=False, **log):
+    def make(*, directory=None, overwrite=False, **log):
         screen = io.StringIO()
-        config = make_config(overwrite=overwrite, log={"console": True, **log})
+        where = {} if directory is None else {"output_dir": str(directory)}
+        config = make_config(overwrite=overwrite, log={"console": True, **log}, **where)
         return RunLog(config, Console(file=screen, width=200)), screen
 
     return make
@@ -295,6 +296,6 @@ def test_what_others_left_in_the_directory_is_never_removed_unasked(logged, tmp_
 
 def test_a_directory_that_cannot_be_made_is_an_error(logged, tmp_path):
     (tmp_path / "file").write_text("")
-    log, _ = logged(dir=str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match=r"log\.dir: cannot make '.*run': Not a directory"):
+    log, _ = logged(directory=tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"output_dir: cannot make '.*run': Not a directory"):
         log.__enter__()
