@@ -129,3 +129,15 @@ def no_host_sync() -> Iterator[None]:
 def raises_exactly(message: str, kind: type[Exception] = ValueError) -> AbstractContextManager[Any]:
     """The block raises ``kind`` with exactly this message."""
     return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+def product_scratch(rows: int, width: int, words: int, dtype: torch.dtype) -> int:
+    """Bytes that torch's product [rows, width] x [width, words] holds in addition to its result.
+
+    A CPU without instructions for bfloat16 computes it in float32 and rounds the result.
+    """
+    from tests.ops.test_memory import peak_bytes
+
+    out = torch.empty(rows, words, dtype=dtype)
+    a, b = torch.zeros(rows, width, dtype=dtype), torch.zeros(width, words, dtype=dtype)
+    return peak_bytes(lambda: torch.mm(a, b, out=out))

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ppo_fast as pf
 from ppo_fast.ops._core import chunked_head
 from ppo_fast.ops._core.linear_inputs import LinearCall
-from tests.helpers import each_backend
+from tests.helpers import each_backend, product_scratch
 from tests.ops.test_memory import peak_bytes
 
 D, V = 16, 4096
@@ -54,9 +54,10 @@ BUFFERS = {"native": 1, "torch": 9}
 on_a_cpu = pytest.mark.parametrize("backend", [b for b in BUFFERS if pf.backends()["linear_policy_loss"][b] == "ok"])
 
 
-def bound(N: int, chunk: int, backend: str) -> int:
-    """A chunk of float32 logits, the weight's gradient in float32, the gradients handed out, and O(N*D)."""
-    return 4 * (BUFFERS[backend] * chunk * V + 2 * V * D + N * (3 * D + PER_ROW))
+def bound(N: int, chunk: int, backend: str, dtype: torch.dtype = torch.float32) -> int:
+    """A chunk of float32 logits, the weight's gradient in float32, the gradients handed out, O(N*D), scratch of torch."""
+    numbers = BUFFERS[backend] * chunk * V + 2 * V * D + N * (3 * D + PER_ROW)
+    return 4 * numbers + product_scratch(chunk, D, V, dtype)
 
 
 CHUNKS = {1024: 512, 2047: 512, 2048: 256, 3072: 384, 4096: 512, 8192: 512}
@@ -71,7 +72,7 @@ def test_peak_memory_does_not_grow_with_the_logits(
 ) -> None:
     given = inputs(N, dtype)
     op(given, backend=backend)
-    assert peak_bytes(lambda: op(given, backend=backend)) <= bound(N, CHUNKS[N], backend)
+    assert peak_bytes(lambda: op(given, backend=backend)) <= bound(N, CHUNKS[N], backend, dtype)
 
 
 @on_a_cpu
@@ -85,7 +86,7 @@ def test_buffers_for_softcap_and_reference_keep_within_the_same_memory(
     if "ref_hidden" in options:
         options = {**options, "ref_hidden": torch.randn(N, D).to(dtype)}
     policy_loss(given, backend=backend, **options)
-    assert peak_bytes(lambda: policy_loss(given, backend=backend, **options)) <= bound(N, N // 8, backend)
+    assert peak_bytes(lambda: policy_loss(given, backend=backend, **options)) <= bound(N, N // 8, backend, dtype)
 
 
 @on_a_cpu
