@@ -55,7 +55,7 @@ on_a_cpu = pytest.mark.parametrize("backend", [b for b in BUFFERS if pf.backends
 
 
 def bound(N: int, chunk: int, backend: str, dtype: torch.dtype = torch.float32) -> int:
-    """A chunk of float32 logits, the weight's gradient in float32, the gradients handed out, O(N*D), scratch of torch."""
+    """A chunk of float32 logits, the gradients in float32 and as handed out, O(N*D), scratch of torch's products."""
     numbers = BUFFERS[backend] * chunk * V + 2 * V * D + N * (3 * D + PER_ROW)
     return 4 * numbers + product_scratch(chunk, D, V, dtype)
 
