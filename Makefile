@@ -54,7 +54,7 @@ acceptance:
 gpu:
 	$(TESTS) -n 6 -m gpu tests
 
-# The newest TRL, verl and OpenRLHF beside what importing the patched modules needs, as overlays on this environment.
+# The newest TRL, verl and OpenRLHF, with the packages that importing the patched modules needs, as overlays on this environment.
 # A checkout instead: PYTHONPATH=CHECKOUT python -m pytest tests/integrations/test_openrlhf.py
 PEERS = trl verl openrlhf
 peers: $(PEERS:%=peer-%)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_7b --preset 7b-80g-lora --model qwen2.5-7b --cap 80 [--updates 2] [--set KEY=VALUE ...]
 
-The weights are random, made on the device; nothing is downloaded. `train_ppo` runs as it is, but for the model
+The weights are random, made on the device; nothing is downloaded. `train_ppo` runs as it is, except for the model
 directory at the end, 15 GB that are not written. The last update is reported: earlier ones compile and tune.
 
 With `--scale tiny` the same configuration runs on small models on a CPU, to see that it works; times mean nothing.

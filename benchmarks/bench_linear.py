@@ -1,4 +1,4 @@
-"""The fused linear head against eager torch, torch.compile, the matrix products alone, and the peers that are there.
+"""The fused linear head against eager torch, torch.compile, the matrix products only, and the peers that are there.
 
 Peers run where they can be imported: liger-kernel (chunked GRPO loss), cut-cross-entropy (its log-probabilities under
 the same loss) and TRL's selective_log_softmax (on materialized logits). None of them has an entropy bonus.
@@ -24,12 +24,12 @@ if harness.DEVICE == "cuda":
     SHAPES = {"8192x4096x128256": (8192, 4096, 128256), "8192x3584x152064": (8192, 3584, 152064)}
 if harness.SMOKE:
     SHAPES = {"16x8x100": (16, 8, 100)}
-PRODUCTS = "matrix products alone"
+PRODUCTS = "matrix products only"
 CLIP, KL_COEF = 0.2, 0.05
 
 
 def _imported(**modules: str) -> dict[str, Any]:
-    """The peers' modules by name, but for those that are not installed or miss something they need."""
+    """The peers' modules by name, except those that are not installed or miss something they need."""
     found = {}
     for name, module in modules.items():
         with contextlib.suppress(ImportError):

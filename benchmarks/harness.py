@@ -1,4 +1,4 @@
-"""How a contender is measured: answer checked first, rounds interleaved with the baseline, memory beside time."""
+"""How a contender is measured: answer checked first, rounds interleaved with the baseline, memory and time."""
 
 import os
 import statistics

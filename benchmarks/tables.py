@@ -68,7 +68,7 @@ def table(path: Path) -> str:
 
 
 def render(document: str) -> str:
-    """``document`` with every table block made anew."""
+    """``document`` with every table block regenerated."""
 
     def block(match: re.Match[str]) -> str:
         found = sorted(RESULTS.glob(f"*/{match[2]}.json"))

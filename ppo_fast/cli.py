@@ -52,7 +52,7 @@ OPTIONAL = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status, 2 for an error of the user's, told in one line on stderr."""
+    """Run one subcommand; returns the exit status, 2 for an error of the user's, printed as one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):

@@ -54,7 +54,7 @@ TRAIN_PROMPTS, TEST_PROMPTS = 512, 128
 
 
 def write_inputs(out: Path, seed: int, answers: int, updates: int) -> None:
-    """Write what the stages read, but for the preferences, which the fine-tuned model's answers make."""
+    """Write the inputs of the stages, except the preferences, which come from the fine-tuned model's answers."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny.make_tokenizer(language.words())
     for part in (tiny.make_model(len(tokenizer), seed=seed), tokenizer):

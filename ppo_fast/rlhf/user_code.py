@@ -34,7 +34,7 @@ def load_callable(spec: str | None, setting: str) -> Callable[..., Any]:
 
 
 def clear_module_cache() -> None:
-    """Load every file anew from here on: a run does not begin with what another left in its variables."""
+    """Load every file again from here on, so that a run does not begin with the variables another run left."""
     _module.cache_clear()
 
 

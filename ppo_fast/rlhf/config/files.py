@@ -138,8 +138,10 @@ def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any
     Fields that `free` names, by themselves or by their group, may differ.
     """
     pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
-    told = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
-    return next((found for found in told if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None)
+    differing = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
+    return next(
+        (found for found in differing if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None
+    )
 
 
 def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class LoraConfig:
     rank: int = 0  # of B and A; 0: no adapters, all weights are trained
     alpha: float = 32.0  # scale of the adapters, over rank
     targets: tuple[str, ...] = ()  # names of the linear layers that get one; none: all but the head
-    merge: bool = False  # save the base with the adapters added to it; else a PEFT directory of the adapters alone
+    merge: bool = False  # save the base with the adapters added to it; else a PEFT directory
 
     def __post_init__(self) -> None:
         not_negative("model.lora.rank", self.rank)
@@ -89,7 +89,7 @@ class ModelConfig(CausalConfig):
 class DataConfig:
     """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet or a dataset saved on disk."""
 
-    prompts: str | None = None  # path; columns beside "prompt" are handed to the reward function
+    prompts: str | None = None  # path; the other columns go to the reward function
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
@@ -295,7 +295,7 @@ class RunLogConfig:
 
     tensorboard: bool = True  # event files
     console: bool = True  # progress bar, a line per update, tables of samples
-    print_every: int = 1  # updates between lines on the console; 0: the progress bar alone
+    print_every: int = 1  # updates between lines on the console; 0: only the progress bar
     wandb: str | None = None  # project of Weights & Biases that gets the metrics as well; needs the package wandb
 
     def __post_init__(self) -> None:
