@@ -1,4 +1,4 @@
-"""PPO compared with TRL's (`trl.experimental.ppo`): the good-token task with the same model, reward and hyper-parameters.
+"""PPO compared with TRL (`trl.experimental.ppo`): the good-token task with the same model, reward and hyper-parameters.
 
 Each trainer is a process of its own that halts where an update's responses are scored, so that they advance by turns,
 an update at a time, and what is timed is everything between two scorings. TRL calls `gc.collect` twice an update, at
