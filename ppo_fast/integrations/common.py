@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ppo_fast.integrations.patching import NotTaken
 from ppo_fast.ops import PolicyLossConfig, gae, value_loss
-from ppo_fast.ops._backends import reference
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.layout import as_bools, grid
 from ppo_fast.ops._core.policy_inputs import Terms, flat_terms
+from ppo_fast.ops._core.results import METRICS
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -124,5 +124,5 @@ def clipped_objective(
     }
     terms = flat_terms(config, logprobs, shape, per_token, None, denominator)
     loss, metrics = _OfLogprobs.apply(logprobs.reshape(grid(shape)), as_bools(binary(mask), shape), terms)
-    named = dict(zip(reference.METRICS, metrics.unbind(), strict=True))
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
     return loss.to(_dtype(logprobs, mask, *others)), named

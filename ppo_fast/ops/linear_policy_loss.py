@@ -22,7 +22,7 @@ from ppo_fast.ops._core.chunked_head import (
 from ppo_fast.ops._core.config import PolicyLossConfig
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.policy_inputs import COEFFICIENTS, Terms, check_config, check_terms, flat_terms, named_output
-from ppo_fast.ops._core.results import LossOutput
+from ppo_fast.ops._core.results import METRICS, LossOutput
 
 _OP = "linear_policy_loss"
 _DEFAULT = PolicyLossConfig()
@@ -169,7 +169,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     stats = RowStats.zeros(call, call.ref_hidden is not None or terms.ref_logprobs is not None)
     scalar = terms.advantages.new_empty
     gradients = Gradients.zeros(call, wanted)
-    return scalar(()), scalar(len(reference.METRICS)), stats.logprobs, stats.entropy, stats.kl, *gradients, scalar(())
+    return scalar(()), scalar(len(METRICS)), stats.logprobs, stats.entropy, stats.kl, *gradients, scalar(())
 
 
 def _unpacked(inputs: tuple[Any, ...]) -> tuple[LinearCall, Wanted, Terms]:

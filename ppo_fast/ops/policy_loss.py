@@ -13,7 +13,7 @@ from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import PolicyLossConfig
 from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
 from ppo_fast.ops._core.policy_inputs import COEFFICIENTS, check_config, check_terms, flat_terms, named_output
-from ppo_fast.ops._core.results import LossOutput
+from ppo_fast.ops._core.results import METRICS, LossOutput
 from ppo_fast.ops.token_stats import token_stats_backward
 
 _OP = "policy_loss"
@@ -114,7 +114,7 @@ def _(
     full = ref_logits is not None
     return (
         advantages.new_empty(()),
-        advantages.new_empty(len(reference.METRICS)),
+        advantages.new_empty(len(METRICS)),
         rows(),
         rows(),
         rows(full or ref_logprobs is not None),

@@ -11,7 +11,7 @@ from ppo_fast.ops._backends.native import value_loss as native_value_loss
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import AGGREGATIONS
 from ppo_fast.ops._core.layout import as_bools, as_denominator, as_floats, grid
-from ppo_fast.ops._core.results import LossOutput
+from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput
 
 _OP = "value_loss"
 
@@ -50,7 +50,7 @@ def _(
     aggregation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    metrics = returns.new_empty(len(reference.VALUE_METRICS))
+    metrics = returns.new_empty(len(VALUE_METRICS))
     return returns.new_empty(()), metrics, returns.new_empty(values.shape)
 
 
@@ -144,4 +144,4 @@ def value_loss(
         aggregation,
         backend,
     )
-    return LossOutput(loss, dict(zip(reference.VALUE_METRICS, metrics.unbind(), strict=True)))
+    return LossOutput(loss, dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends import reference
 from ppo_fast.ops._core import checks
 from ppo_fast.ops._core.config import PolicyLossConfig, coefficient
 from ppo_fast.ops._core.layout import as_denominator, as_floats
-from ppo_fast.ops._core.results import LossOutput, TokenStats
+from ppo_fast.ops._core.results import METRICS, LossOutput, TokenStats
 
 COEFFICIENTS = ("penalty_coef", "ent_coef", "kl_coef")
 
@@ -119,4 +118,4 @@ def named_output(results: tuple[Tensor, ...], shape: torch.Size) -> LossOutput:
     """(loss, metrics, logprobs, entropy, kl, ...) of a registered op as the public ops return them."""
     loss, metrics, logprobs, entropy, kl, *_ = results
     stats = TokenStats(logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else None)
-    return LossOutput(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)), stats)
+    return LossOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), stats)

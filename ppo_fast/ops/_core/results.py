@@ -4,6 +4,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# The metrics of the policy losses and of the value loss, in the order in which every backend writes them.
+METRICS = (
+    "policy_loss",
+    "entropy",
+    "kl",
+    "approx_kl",
+    "clipfrac",
+    "dual_clipfrac",
+    "ratio_mean",
+    "ratio_max",
+    "tokens",
+)
+VALUE_METRICS = ("value_loss", "clipfrac", "tokens")
+
 
 class TokenStats(NamedTuple):
     """Per-token results in the shape of ``targets``; float32 (float64 for float64 logits), 0 where masked.

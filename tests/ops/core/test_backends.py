@@ -1,6 +1,7 @@
 """Which backend runs: the one asked for, the one the table names, never another one quietly."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,7 @@ def test_this_process_tests_the_backends_it_should(backend: str) -> None:
     working = {b for b, status in pf.backends()["gae"].items() if status == "ok"}
     assert set(backends_under_test("gae")) == working & ({"triton"} if INTERPRETED else {"torch", "native"})
     assert backend in working
+
+
+def test_the_report_of_the_build_is_read_where_setup_writes_it() -> None:
+    assert Path(pf.__file__).parent / "_build.json" == extension._REPORT

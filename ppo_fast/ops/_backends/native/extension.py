@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_REPORT = Path(__file__).parent.parent / "_build.json"
+_REPORT = Path(__file__).parents[3] / "_build.json"
 
 
 def _build_report() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ppo_fast.ops._backends.native.rows import (
     set_addresses,
 )
 from ppo_fast.ops._backends.native.token_stats import token_stats, token_stats_backward
+from ppo_fast.ops._core.results import METRICS
 
 
 def policy_loss(
@@ -98,7 +99,7 @@ def _one_pass(
 
     d_logprobs, d_entropy = per_row(logits), per_row(logits, ent_coef is not None)
     d_kl = per_row(logits, full and kl_coef is not None)
-    loss, metrics = room(()), room((len(reference.METRICS),))
+    loss, metrics = room(()), room((len(METRICS),))
     set_addresses(arguments, d_logprobs=d_logprobs, d_entropy=d_entropy, d_kl=d_kl, loss=loss, metrics=metrics)
     extension.policy_loss(arguments, threads=torch.get_num_threads())
     return loss, metrics, logprobs, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl

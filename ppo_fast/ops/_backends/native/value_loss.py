@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.rows import (
-    _token_weights,
-    room,
-    set_addresses,
-)
+from ppo_fast.ops._backends.native.rows import _token_weights, room, set_addresses
+from ppo_fast.ops._core.results import VALUE_METRICS
 
 
 def value_loss(
@@ -27,7 +23,7 @@ def value_loss(
     """:func:`ppo_fast.ops._backends.reference.value_loss`. Values are float32 or bfloat16, of any strides."""
     values = values.contiguous()
     weights = _token_weights(values.shape, mask, cu_seqlens, denominator, aggregation)
-    loss, metrics, gradient = room(()), room((len(reference.VALUE_METRICS),)), room(values.shape)
+    loss, metrics, gradient = room(()), room((len(VALUE_METRICS),)), room(values.shape)
     arguments = extension.ValueLossArguments()
     arguments.bfloat16, arguments.rows = values.dtype == torch.bfloat16, values.numel()
     arguments.clip = 0.0 if clip is None else clip

@@ -9,17 +9,6 @@ from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_su
 from ppo_fast.ops._backends.reference.token_stats import token_stats
 
 MAX_LOG_RATIO = 20.0
-METRICS = (
-    "policy_loss",
-    "entropy",
-    "kl",
-    "approx_kl",
-    "clipfrac",
-    "dual_clipfrac",
-    "ratio_mean",
-    "ratio_max",
-    "tokens",
-)
 
 
 class PolicyTerms(NamedTuple):

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from ppo_fast.ops._backends.reference.sequences import counted_mean, token_weights
 
-VALUE_METRICS = ("value_loss", "clipfrac", "tokens")
-
 
 def value_loss(
     values: Tensor,

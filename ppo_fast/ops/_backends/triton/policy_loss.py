@@ -12,10 +12,11 @@ from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, expm1, on_device_of
 from ppo_fast.ops._backends.triton.token_stats import token_stats
 from ppo_fast.ops._backends.triton.totals import max_or_nan, new_partials, store_partial, totals
+from ppo_fast.ops._core.results import METRICS
 
 MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
-_TOTALS = 1 + len(reference.METRICS)
-_RATIO_MAX = 1 + reference.METRICS.index("ratio_max")
+_TOTALS = 1 + len(METRICS)
+_RATIO_MAX = 1 + METRICS.index("ratio_max")
 
 
 @triton.jit

@@ -9,8 +9,9 @@ from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, on_device_of
 from ppo_fast.ops._backends.triton.totals import new_partials, store_partial, totals
+from ppo_fast.ops._core.results import VALUE_METRICS
 
-_TOTALS = 1 + len(reference.VALUE_METRICS)
+_TOTALS = 1 + len(VALUE_METRICS)
 
 
 @triton.jit(do_not_specialize=["N"])
