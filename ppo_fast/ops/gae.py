@@ -1,5 +1,7 @@
 """Generalized advantage estimation, padded and packed, as one reverse scan per sequence."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,106 +9,64 @@ from ppo_fast.ops._backends import reference, triton
 from ppo_fast.ops._backends.native import extension, gae_cuda
 from ppo_fast.ops._backends.native import gae as gae_native
 from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.inputs import GaeInputs
 from ppo_fast.ops._core.layout import as_rows, grid
+from ppo_fast.ops._core.results import GaeResult
+from ppo_fast.ops._core.schema import schema
 
 MASK_MODES = ("carry", "zero")
 
-for _op in ("gae", "gae_packed"):
-    registry.register(_op, "torch", registry.Implementation(getattr(reference, _op)))
-    registry.register(_op, "triton", triton.implementation(_op, "gae"))
-    registry.register(
-        _op,
-        "native",
-        registry.Implementation(
-            getattr(gae_native, _op),
-            devices=("cpu",),
-            auto_dtypes=(torch.float32, torch.bfloat16, torch.float64),
-            unusable=extension.load_error,
-        ),
-    )
-    registry.register(
-        _op,
-        "cuda",
-        registry.Implementation(
-            getattr(gae_cuda, _op),
-            devices=("cuda",),
-            dtypes=(torch.float32, *registry.HALVES),
-            unusable=extension.cuda_error,
-        ),
-    )
+registry.register_public("gae")
+registry.register_public("gae_packed", kernels="gae")
+registry.register("gae", "torch", registry.Implementation(reference.gae))
+registry.register("gae", "triton", triton.implementation("gae", "gae"))
+registry.register(
+    "gae",
+    "native",
+    registry.Implementation(
+        gae_native.gae,
+        devices=("cpu",),
+        auto_dtypes=(torch.float32, torch.bfloat16, torch.float64),
+        unusable=extension.load_error,
+    ),
+)
+registry.register(
+    "gae",
+    "cuda",
+    registry.Implementation(
+        gae_cuda.gae,
+        devices=("cuda",),
+        dtypes=(torch.float32, *registry.HALVES),
+        unusable=extension.cuda_error,
+    ),
+)
 
 
-def _result_dtype(rewards: Tensor, values: Tensor) -> torch.dtype:
-    return checks.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
+def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Checks what depends on values, then runs the backend, the last of the arguments of the registered op."""
+    *given, backend = arguments
+    inputs = GaeInputs(*given)
+    checks.cu_seqlens_values("gae_packed", inputs.cu_seqlens, inputs.rewards.shape[0])
+    return registry.implementation("gae", backend)(inputs)
 
 
-def _launch(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    run = registry.implementation("gae", backend)
-    return run(rewards, values, mask, bootstrap, dones, gamma, lam, mask_mode)
-
-
-def _launch_packed(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    checks.cu_seqlens_values("gae_packed", cu_seqlens, rewards.shape[0])
-    run = registry.implementation("gae_packed", backend)
-    return run(rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode)
-
-
-_gae = torch.library.custom_op("ppo_fast::gae", _launch, mutates_args=())
-_gae_packed = torch.library.custom_op("ppo_fast::gae_packed", _launch_packed, mutates_args=())
+_gae = torch.library.custom_op(
+    "ppo_fast::gae", mutates_args=(), schema=schema(GaeInputs, "str backend", results=GaeResult)
+)(_launch)
 
 
 @_gae.register_fake
-def _(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(rewards, values)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    rewards, values, *_ = arguments
+    dtype = checks.accumulation_dtype(torch.promote_types(rewards.dtype, values.dtype))
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
-@_gae_packed.register_fake
-def _(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(rewards, values)
-    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+def _run(op: str, inputs: GaeInputs, backend: str) -> tuple[Tensor, Tensor]:
+    rewards = inputs.rewards
+    backend = registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, inputs.values.dtype))
+    run = _launch if registry.runs_directly(rewards) else _gae
+    return run(*inputs, backend)
 
 
 def _check(
@@ -189,19 +149,18 @@ def gae(
     if len(shape) == 0:
         raise ValueError("gae: expected rewards of shape [..., T], got []")
     _check("gae", rewards, values, mask, bootstrap, shape[:-1], dones, gamma, lam, mask_mode)
-    backend = registry.resolve("gae", backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
-    run = _launch if registry.runs_directly(rewards) else _gae
-    advantages, returns = run(
+    inputs = GaeInputs(
         _as_matrix(rewards),
         _as_matrix(values),
+        None,
         as_rows(mask, shape),
         None if bootstrap is None else bootstrap.detach().reshape(grid(shape)[0]),
         as_rows(dones, shape),
         float(gamma),
         float(lam),
         mask_mode,
-        backend,
     )
+    advantages, returns = _run("gae", inputs, backend)
     return (advantages, returns) if len(shape) == 2 else (advantages.view(shape), returns.view(shape))
 
 
@@ -253,9 +212,7 @@ def gae_packed(
     checks.cu_seqlens(op, cu_seqlens, "rewards", rewards, rewards.shape)
     sequences = torch.Size([cu_seqlens.shape[0] - 1])
     _check(op, rewards, values, mask, bootstrap, sequences, dones, gamma, lam, mask_mode)
-    backend = registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, values.dtype))
-    run = _launch_packed if registry.runs_directly(rewards) else _gae_packed
-    return run(
+    inputs = GaeInputs(
         rewards.detach(),
         values.detach(),
         cu_seqlens.contiguous(),
@@ -265,5 +222,5 @@ def gae_packed(
         float(gamma),
         float(lam),
         mask_mode,
-        backend,
     )
+    return _run(op, inputs, backend)

@@ -140,6 +140,7 @@ def _launch(call: LinearCall, wanted: Wanted, terms: Terms) -> _Results:
     return _Results(out.loss, out.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 
 
+registry.register_public(_OP, kernels="token_stats")
 registry.register("policy_terms", "torch", registry.Implementation(reference.policy_terms))
 registry.register("policy_terms", "native", registry.Implementation(reference.policy_terms))
 registry.register("policy_terms", "triton", triton.implementation("policy_terms", "policy_loss"))

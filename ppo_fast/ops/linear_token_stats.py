@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._core import checks, linear_inputs
+from ppo_fast.ops._core import checks, linear_inputs, registry
 from ppo_fast.ops._core.chunked_head import (
     Gradients,
     RowStats,
@@ -20,6 +20,8 @@ from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.results import TokenStats
 
 _OP = "linear_token_stats"
+
+registry.register_public(_OP, kernels="token_stats")
 
 
 def _forward(call: LinearCall) -> RowStats:

@@ -19,6 +19,7 @@ from ppo_fast.ops.token_stats import token_stats_backward
 _OP = "policy_loss"
 _DEFAULT = PolicyLossConfig()
 
+registry.register_public(_OP)
 registry.register(_OP, "torch", registry.Implementation(reference.policy_loss))
 registry.register(_OP, "triton", triton.implementation(_OP, "policy_loss"))
 registry.register(_OP, "native", native_rows.implementation(native_policy_loss.policy_loss, fuses_backward=True))

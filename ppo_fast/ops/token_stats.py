@@ -16,6 +16,8 @@ from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
 from ppo_fast.ops._core.results import TokenStats
 
+for _op in ("token_logprobs", "token_stats", "entropy"):
+    registry.register_public(_op, kernels="token_stats")
 registry.register("token_stats", "torch", registry.Implementation(reference.token_stats))
 registry.register("token_stats_backward", "torch", registry.Implementation(reference.token_stats_backward))
 registry.register("token_stats", "triton", triton.implementation("token_stats", "token_stats"))

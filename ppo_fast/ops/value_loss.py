@@ -15,6 +15,7 @@ from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput
 
 _OP = "value_loss"
 
+registry.register_public(_OP)
 registry.register(_OP, "torch", registry.Implementation(reference.value_loss))
 registry.register(_OP, "triton", triton.implementation(_OP, "value_loss"))
 registry.register(_OP, "native", native_rows.implementation(native_value_loss.value_loss))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._core.inputs import GaeInputs
 
 B, T = 1, 2
 VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
@@ -57,10 +58,10 @@ def scans(dtype: torch.dtype, steps: int) -> None:
     """gae and gae_packed in both mask modes, plain and with everything optional."""
     x, flags, boot = torch.empty(B, steps, dtype=dtype), torch.empty(B, steps, dtype=torch.bool), torch.zeros(B)
     packed = torch.tensor([0, steps], dtype=torch.int32)
-    gae.gae(x, x, None, None, None, 1.0, 0.95, "carry")
+    gae.gae(GaeInputs(x, x, None, None, None, None, 1.0, 0.95, "carry"))
     for mode in ("carry", "zero"):
-        gae.gae(x, x, flags, boot, flags, 1.0, 0.95, mode)
-        gae.gae_packed(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode)
+        gae.gae(GaeInputs(x, x, None, flags, boot, flags, 1.0, 0.95, mode))
+        gae.gae(GaeInputs(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode))
 
 
 # bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V alone.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._core.inputs import GaeInputs
 from tests.aot.offline import SM90, compiling
 
 V = 256
@@ -49,7 +50,7 @@ def test_gae_kernels() -> None:
     with compiling(SM90) as kernels:
         for i, (B, T, _) in enumerate(LAYOUTS):
             x = torch.zeros(B, T)
-            gae.gae(x, x, None, torch.zeros(B), None, 1.0 - 0.1 * i, 0.9, "carry")
-            gae.gae(x.t().contiguous().t(), x, None, torch.zeros(B), None, 1.0, 0.9, "carry")
+            gae.gae(GaeInputs(x, x, None, None, torch.zeros(B), None, 1.0 - 0.1 * i, 0.9, "carry"))
+            gae.gae(GaeInputs(x.t().contiguous().t(), x, None, None, torch.zeros(B), None, 1.0, 0.9, "carry"))
     assert len(kernels) == 2 * len(LAYOUTS)
     assert _names(kernels) == ["gae_kernel"]

@@ -83,16 +83,17 @@ def value_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
 
 
 def gae_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of gae: nothing optional, everything, time-major."""
+    """Arguments of gae: nothing optional, everything, time-major; then packed."""
     rewards, values, dones = torch.randn(2, 3), torch.randn(2, 3), ~MASK
-    yield rewards, values, None, None, None, 1.0, 0.95, "carry", backend
-    yield rewards.bfloat16(), values, MASK, torch.randn(2), dones, 0.9, 0.5, "zero", backend
+    yield rewards, values, None, None, None, None, 1.0, 0.95, "carry", backend
+    yield rewards.bfloat16(), values, None, MASK, torch.randn(2), dones, 0.9, 0.5, "zero", backend
     time_major, mask = torch.randn(3, 2).T, MASK.T.contiguous().T
-    yield time_major, time_major, mask, None, ~mask, 0.9, 0.5, "carry", backend
+    yield time_major, time_major, None, mask, None, ~mask, 0.9, 0.5, "carry", backend
+    yield from gae_packed_arguments(backend)
 
 
 def gae_packed_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of gae_packed: nothing optional, everything, no token."""
+    """Arguments of gae with cu_seqlens: nothing optional, everything, no token."""
     rewards, values, offsets = torch.randn(6), torch.randn(6), torch.tensor([0, 2, 2, 6])
     yield rewards, values, offsets, None, None, None, 1.0, 0.95, "carry", backend
     yield (
@@ -160,7 +161,6 @@ ARGUMENTS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
     "linear_policy_loss_backward": linear_scaling_arguments,
     "value_loss": value_arguments,
     "gae": gae_arguments,
-    "gae_packed": gae_packed_arguments,
 }
 CASES = [(op, b) for op in ARGUMENTS for b in backends_under_test(op.removesuffix("_backward"))]
 

@@ -40,19 +40,13 @@ class Implementation(NamedTuple):
 
 
 _TABLE: dict[str, dict[str, Implementation]] = {}
-_PUBLIC = (
-    "token_logprobs",
-    "token_stats",
-    "entropy",
-    "policy_loss",
-    "linear_token_stats",
-    "linear_policy_loss",
-    "value_loss",
-    "gae",
-    "gae_packed",
-)
-# Public ops that run on the kernels of another one, wherever those run.
-_SHARED = dict.fromkeys(("token_logprobs", "entropy", "linear_token_stats", "linear_policy_loss"), "token_stats")
+# Public ops with a ``backend`` argument, and the op whose kernels each runs on.
+_PUBLIC: dict[str, str] = {}
+
+
+def register_public(op: str, kernels: str | None = None) -> None:
+    """Enter a public op that runs on the kernels of its own name, or on those of ``kernels``."""
+    _PUBLIC[op] = kernels or op
 
 
 def register(op: str, backend: str, implementation: Implementation) -> None:
@@ -61,7 +55,7 @@ def register(op: str, backend: str, implementation: Implementation) -> None:
 
 
 def _entries(op: str) -> dict[str, Implementation]:
-    return _TABLE[_SHARED.get(op, op)]
+    return _TABLE[_PUBLIC[op]]
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:

@@ -45,3 +45,10 @@ class LossOutput(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     per_token: TokenStats | None = None
+
+
+class GaeResult(NamedTuple):
+    """Of ``gae``: float32 (float64 if an input is), contiguous, in the shape of the rewards, 0 where masked."""
+
+    advantages: Tensor
+    returns: Tensor

@@ -92,10 +92,10 @@ def test_a_transposed_vocabulary_costs_one_copy(backend: str, received: dict[str
 def test_time_major_rewards_are_read_in_place(backend: str, received: dict[str, tuple[Any, ...]]) -> None:
     rewards, values, dones = torch.randn(7, 3), torch.randn(7, 3), torch.rand(7, 3) < 0.2
     results = pf.gae(rewards.T, values.T, dones=dones.T, backend=backend)
-    got = received["gae"]
-    assert occupies(got[0], rewards.T)
-    assert occupies(got[1], values.T)
-    assert occupies(got[4], dones.T)
+    (got,) = received["gae"]
+    assert occupies(got.rewards, rewards.T)
+    assert occupies(got.values, values.T)
+    assert occupies(got.dones, dones.T)
     contiguous = (x.T.contiguous() for x in (rewards, values))
     assert_same(results, pf.gae(*contiguous, dones=dones.T.contiguous(), backend=backend))
     assert all(x.is_contiguous() for x in results)

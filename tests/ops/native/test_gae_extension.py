@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_fast import gae, gae_packed
 from ppo_fast.ops._backends.native import gae as native_gae
+from ppo_fast.ops._core.inputs import GaeInputs
 from tests.csrc.plain import plain_gae, plain_gae_packed
 from tests.helpers import no_host_sync
 
@@ -115,7 +116,7 @@ def test_strided_inputs_are_read_in_place(B: int, T: int, layout: str) -> None:
     strided = {k: LAYOUTS[layout](x) if x.dim() == 2 else x for k, x in inputs.items()}
     assert not strided["rewards"].is_contiguous()
     with _Dispatched() as dispatched:
-        ours = native_gae.gae(**strided, gamma=GAMMA, lam=LAM, mask_mode="carry")
+        ours = native_gae.gae(GaeInputs(**strided, cu_seqlens=None, gamma=GAMMA, lam=LAM, mask_mode="carry"))
     _assert_bitwise(ours, expected)
     assert set(dispatched.names) == {"aten.empty.memory_format"}
 
@@ -153,12 +154,13 @@ def test_a_forked_child_does_not_wait_for_threads_it_has_not() -> None:
 import os, torch
 torch.set_num_threads(2)
 from ppo_fast.ops._backends.native import gae as native_gae
+from ppo_fast.ops._core.inputs import GaeInputs
 x = torch.randn(100, 400)
-arguments = (x, x, None, None, None, 0.99, 0.95, "carry")
-expected = native_gae.gae(*arguments)[0]
+inputs = GaeInputs(x, x, None, None, None, None, 0.99, 0.95, "carry")
+expected = native_gae.gae(inputs)[0]
 child = os.fork()
 if child == 0:
-    os._exit(0 if native_gae.gae(*arguments)[0].numpy().tobytes() == expected.numpy().tobytes() else 3)
+    os._exit(0 if native_gae.gae(inputs)[0].numpy().tobytes() == expected.numpy().tobytes() else 3)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)

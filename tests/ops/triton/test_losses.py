@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import gae, policy_loss, totals, tuning, value_loss
+from ppo_fast.ops._core.inputs import GaeInputs
 from tests.helpers import assert_near_truth, assert_same
 
 SHAPE = (3, 200)  # three programs of 256 tokens, the last of them not full
@@ -104,30 +105,31 @@ def test_scans_over_block_borders(T: int, mode: str, monkeypatch: pytest.MonkeyP
     mask[3], mask[3, 4:30], dones[3] = True, False, False  # a whole block that passes the state on
     values = values.masked_fill(~mask, math.nan)
     arguments = (mask, torch.randn(6), dones, 0.97, 0.9, mode)
-    truth = reference.gae(rewards.double(), values.double(), *arguments)
-    ours = gae.gae(rewards, values, *arguments)
+    truth = reference.gae(GaeInputs(rewards.double(), values.double(), None, *arguments))
+    ours = gae.gae(GaeInputs(rewards, values, None, *arguments))
     for got, expected in zip(ours, truth, strict=True):
         assert_near_truth(got, expected, dtype=torch.float32)
-    packed = gae.gae_packed(
+    flat = GaeInputs(
         *(x.flatten() for x in (rewards, values)),
         torch.arange(0, 6 * T + 1, T, dtype=torch.int32),
         *(mask.flatten(), arguments[1], dones.flatten(), *arguments[3:]),
     )
+    packed = gae.gae(flat)
     assert_same(packed, (ours[0].flatten(), ours[1].flatten()))
 
 
 def test_packed_scan_stays_inside_its_buffers() -> None:
     rewards, values = torch.randn(2, 8)
     wild = torch.tensor([-5, 3, 1 << 40])
-    ours = gae.gae_packed(rewards, values, wild, None, None, None, 0.9, 0.9, "carry")
-    expected = reference.gae_packed(rewards, values, torch.tensor([0, 3, 8]), None, None, None, 0.9, 0.9, "carry")
-    torch.testing.assert_close(ours, expected)
+    inputs = GaeInputs(rewards, values, wild, None, None, None, 0.9, 0.9, "carry")
+    expected = reference.gae(inputs._replace(cu_seqlens=torch.tensor([0, 3, 8])))
+    torch.testing.assert_close(gae.gae(inputs), expected)
 
 
 def test_an_episode_end_stops_infinities() -> None:
     rewards, values = torch.zeros(1, 20), torch.ones(1, 20)
     rewards[0, 15], values[0, 17], dones = math.inf, math.nan, torch.zeros(1, 20, dtype=torch.bool)
     dones[0, 10] = True
-    advantages, _ = gae.gae(rewards, values, None, None, dones, 0.9, 0.9, "carry")
+    advantages, _ = gae.gae(GaeInputs(rewards, values, None, None, None, dones, 0.9, 0.9, "carry"))
     assert advantages[0, :11].isfinite().all()
     assert not advantages[0, 11:16].isfinite().any()

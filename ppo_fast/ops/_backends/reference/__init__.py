@@ -4,7 +4,7 @@ Tensors come in as [B, T] (logits as [B, T, V]), checked and detached. Everythin
 input. Notation: z = logits / temperature, u = log softmax(z), p = exp(u); w the same as u for the reference.
 """
 
-from ppo_fast.ops._backends.reference.gae import gae, gae_packed
+from ppo_fast.ops._backends.reference.gae import gae
 from ppo_fast.ops._backends.reference.policy_loss import PolicyTerms, kl_values, policy_loss, policy_terms
 from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
 from ppo_fast.ops._backends.reference.token_stats import token_stats, token_stats_backward
@@ -14,7 +14,6 @@ __all__ = [
     "PolicyTerms",
     "counted_mean",
     "gae",
-    "gae_packed",
     "kl_values",
     "policy_loss",
     "policy_terms",

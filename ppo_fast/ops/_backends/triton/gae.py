@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import on_device_of
+from ppo_fast.ops._core.inputs import GaeInputs
 
 
 @triton.jit
@@ -99,27 +100,19 @@ def gae_kernel(
         advantage = tl.sum(tl.where(end, result, 0.0), 0)
 
 
-def _launch(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-    sequences: int,
-) -> tuple[Tensor, Tensor]:
-    """Rewards and values [B, T] of any strides, or packed as [1, N]."""
+def gae(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of inputs in float32, bfloat16 or float16, of any strides."""
+    rewards, values, cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode = inputs
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel() == 0:
         return advantages, returns
+    sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows, values = (rewards, values) if cu_seqlens is None else (rewards[None], values[None])
     tile = tuning.scan_tile(rewards.numel() // sequences)
     with on_device_of(rewards):
         gae_kernel[(sequences,)](
-            rewards,
+            rows,
             values,
             cu_seqlens,
             None if mask is None else mask.contiguous(),
@@ -128,8 +121,8 @@ def _launch(
             advantages,
             returns,
             rewards.numel(),
-            rewards.shape[1],
-            *rewards.stride(),
+            rewards.shape[-1],
+            *rows.stride(),
             *values.stride(),
             gamma,
             gamma * lam,
@@ -138,36 +131,3 @@ def _launch(
             num_warps=tile.warps,
         )
     return advantages, returns
-
-
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of [B, T] sequences in float32, bfloat16 or float16, of any strides."""
-    return _launch(rewards, values, None, mask, bootstrap, dones, gamma, lam, mask_mode, rewards.shape[0])
-
-
-def gae_packed(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    mask: Tensor | None,
-    bootstrap: Tensor | None,
-    dones: Tensor | None,
-    gamma: float,
-    lam: float,
-    mask_mode: str,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of packed [N] sequences."""
-    sequences = cu_seqlens.shape[0] - 1
-    advantages, returns = _launch(
-        rewards[None], values[None], cu_seqlens, mask, bootstrap, dones, gamma, lam, mask_mode, sequences
-    )
-    return advantages[0], returns[0]

@@ -1,0 +1,35 @@
+"""Registered ops take and return flat lists; their schema and their groups of arguments follow from NamedTuples."""
+
+from typing import Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+_TYPES: dict[object, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int | None: "int?",
+    bool: "bool",
+    str: "str",
+}
+
+
+def schema(*inputs: type[NamedTuple] | str, results: type[NamedTuple] | None = None) -> str:
+    """The schema of an op that takes the fields of ``inputs`` in order; a string is one as it stands.
+
+    ``results``: the NamedTuple of tensors that the op returns; None: one tensor.
+    """
+    parts = [part for group in inputs for part in ([group] if isinstance(group, str) else _arguments(group))]
+    returned = "Tensor" if results is None else f"({', '.join('Tensor' for _ in results._fields)})"
+    return f"({', '.join(parts)}) -> {returned}"
+
+
+def _arguments(group: type[NamedTuple]) -> list[str]:
+    return [f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(group).items()]
+
+
+def grouped(arguments: list[Any] | tuple[Any, ...], *groups: type[NamedTuple]) -> Any:
+    """The arguments of a registered op as the NamedTuples of its schema, which they fill one after the other."""
+    rest = iter(arguments)
+    return tuple(group._make([next(rest) for _ in group._fields]) for group in groups)
