@@ -23,6 +23,7 @@ from benchmarks import harness
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.token_stats import token_stats
 from ppo_fast.ops._backends.triton.token_stats_backward import token_stats_backward
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 
 
 class Result(NamedTuple):
@@ -58,12 +59,12 @@ def kernels(logits: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     """Each kernel on these logits [1, N, V], and how many times it moves their bytes."""
     _, N, V = logits.shape
     targets = torch.randint(0, V, (1, N), device=logits.device)
-    logprobs, entropy, kl, lse, ref_lse = token_stats(logits, targets, None, None, 1.0, True)
-    out = torch.empty_like(logits)
-    rest = (logits, targets, None, None, lse, ref_lse, entropy, kl, 1.0, out)
+    rows = RowInputs(logits, targets, None, None, 1.0)
+    stats, out = token_stats(rows, True), torch.empty_like(logits)
+    grads = RowGrads(stats.logprobs, stats.entropy, None)
     return {
-        "forward": (lambda: token_stats(logits, targets, None, None, 1.0, True), 1),
-        "backward": (lambda: token_stats_backward(logprobs, entropy, None, *rest), 2),
+        "forward": (lambda: token_stats(rows, True), 1),
+        "backward": (lambda: token_stats_backward(grads, rows, stats, out), 2),
     }
 
 

@@ -71,18 +71,18 @@ MUTANTS = [
     ),
     Mutant(
         f"{REFERENCE}/policy_loss.py",
-        "torch.where(adv < 0, dual_clip * adv",
-        "torch.where(adv > 0, dual_clip * adv",
+        "torch.where(adv < 0, policy.dual_clip * adv",
+        "torch.where(adv > 0, policy.dual_clip * adv",
         POLICY,
     ),
     Mutant(
         f"{REFERENCE}/policy_loss.py",
-        "r.clamp(1.0 - clip_low, 1.0 + clip_high)",
-        "r.clamp(1.0 - clip_high, 1.0 + clip_low)",
+        "r.clamp(1.0 - policy.clip_low, 1.0 + policy.clip_high)",
+        "r.clamp(1.0 - policy.clip_high, 1.0 + policy.clip_low)",
         POLICY,
     ),
-    Mutant(f"{REFERENCE}/policy_loss.py", "d_log_r = d_log_r + penalty_coef * (r - 1)", "pass", POLICY),
-    Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * ent_coef", "d_entropy = weights * ent_coef", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "d_log_r = d_log_r + policy.penalty_coef * (r - 1)", "pass", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * policy", "d_entropy = weights * policy", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "torch.where(inside, d_log_r, 0.0)", "d_log_r", POLICY),
     Mutant(f"{REFERENCE}/sequences.py", "position, right=True", "position, right=False", POLICY),
     Mutant(f"{REFERENCE}/sequences.py", "(lengths > 0).sum()", "torch.ones_like(lengths).sum()", POLICY),
@@ -129,7 +129,7 @@ MUTANTS = [
     # the C++ kernels
     Mutant(f"{CPU}/rows/forward.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
     Mutant(f"{CPU}/rows/forward.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
-    Mutant(f"{CPU}/rows/backward.h", "const Vec b = up.g_kl - up.g_entropy;", "const Vec b = -up.g_entropy;", NATIVE),
+    Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
     Mutant(f"{RLHF}/training/adamw.py", "            weight.copy_(master)\n", "", OPTIM),

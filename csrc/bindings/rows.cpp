@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/huge_pages.h"
 #include "cpu/rows/dispatch.h"
@@ -16,14 +17,15 @@ namespace {
 
 using namespace cpu;
 
-// An address in a structure, as an integer in Python.
-template <auto kMember, class Class>
-void def_pointer(py::class_<Class>& cls, const char* name) {
-  cls.def_property(
-      name, [](const Class& self) { return reinterpret_cast<std::uintptr_t>(self.*kMember); },
-      [](Class& self, std::uintptr_t address) {
-        self.*kMember = reinterpret_cast<std::remove_reference_t<decltype(self.*kMember)>>(address);
-      });
+// The pointers of a structure, as integers in Python.
+template <class Class>
+void def_pointers(py::class_<Class>& cls) {
+  Class::pointers([&](const char* name, auto member) {
+    using Pointer = std::remove_reference_t<decltype(std::declval<Class&>().*member)>;
+    cls.def_property(
+        name, [member](const Class& self) { return reinterpret_cast<std::uintptr_t>(self.*member); },
+        [member](Class& self, std::uintptr_t address) { self.*member = reinterpret_cast<Pointer>(address); });
+  });
 }
 
 void bind_views(py::module_& m) {
@@ -49,21 +51,11 @@ void bind_token_stats(py::module_& m) {
   using Forward = TokenStatsArguments;
   py::class_<Forward> forward(m, "TokenStatsArguments");
   forward.def(py::init<>()).def_readwrite("rows", &Forward::in);
-  def_pointer<&Forward::logprobs>(forward, "logprobs");
-  def_pointer<&Forward::entropy>(forward, "entropy");
-  def_pointer<&Forward::kl>(forward, "kl");
-  def_pointer<&Forward::lse>(forward, "lse");
-  def_pointer<&Forward::ref_lse>(forward, "ref_lse");
+  def_pointers(forward);
   using Backward = TokenStatsBackwardArguments;
   py::class_<Backward> backward(m, "TokenStatsBackwardArguments");
   backward.def(py::init<>()).def_readwrite("rows", &Backward::in).def_readwrite("out", &Backward::out);
-  def_pointer<&Backward::g>(backward, "g");
-  def_pointer<&Backward::g_entropy>(backward, "g_entropy");
-  def_pointer<&Backward::g_kl>(backward, "g_kl");
-  def_pointer<&Backward::lse>(backward, "lse");
-  def_pointer<&Backward::ref_lse>(backward, "ref_lse");
-  def_pointer<&Backward::entropy>(backward, "entropy");
-  def_pointer<&Backward::kl>(backward, "kl");
+  def_pointers(backward);
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("token_stats", &token_stats, py::arg("args"), py::arg("threads"), release);
   m.def("token_stats_backward", &token_stats_backward, py::arg("args"), py::arg("threads"), release);
@@ -84,20 +76,7 @@ void bind_policy_loss(py::module_& m) {
       .def_readwrite("dual_clip", &Args::dual_clip)
       .def_readwrite("kl_estimator", &Args::kl_estimator)
       .def_readwrite("gradient", &Args::gradient);
-  def_pointer<&Args::old_logprobs>(args, "old_logprobs");
-  def_pointer<&Args::advantages>(args, "advantages");
-  def_pointer<&Args::ref_logprobs>(args, "ref_logprobs");
-  def_pointer<&Args::importance_weights>(args, "importance_weights");
-  def_pointer<&Args::token_weights>(args, "token_weights");
-  def_pointer<&Args::denominator>(args, "denominator");
-  def_pointer<&Args::penalty_coef>(args, "penalty_coef");
-  def_pointer<&Args::ent_coef>(args, "ent_coef");
-  def_pointer<&Args::kl_coef>(args, "kl_coef");
-  def_pointer<&Args::d_logprobs>(args, "d_logprobs");
-  def_pointer<&Args::d_entropy>(args, "d_entropy");
-  def_pointer<&Args::d_kl>(args, "d_kl");
-  def_pointer<&Args::loss>(args, "loss");
-  def_pointer<&Args::metrics>(args, "metrics");
+  def_pointers(args);
   m.def("policy_loss", &policy_loss, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
@@ -108,15 +87,7 @@ void bind_value_loss(py::module_& m) {
       .def_readwrite("bfloat16", &Args::bfloat16)
       .def_readwrite("clip", &Args::clip)
       .def_readwrite("rows", &Args::rows);
-  def_pointer<&Args::values>(args, "values");
-  def_pointer<&Args::returns>(args, "returns");
-  def_pointer<&Args::mask>(args, "mask");
-  def_pointer<&Args::old_values>(args, "old_values");
-  def_pointer<&Args::token_weights>(args, "token_weights");
-  def_pointer<&Args::denominator>(args, "denominator");
-  def_pointer<&Args::gradient>(args, "gradient");
-  def_pointer<&Args::loss>(args, "loss");
-  def_pointer<&Args::metrics>(args, "metrics");
+  def_pointers(args);
   m.def("value_loss", &value_loss, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 

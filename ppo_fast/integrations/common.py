@@ -11,9 +11,10 @@ from torch import Tensor
 from ppo_fast.integrations.patching import NotTaken
 from ppo_fast.ops import PolicyLossConfig, gae, value_loss
 from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.layout import as_bools, grid
-from ppo_fast.ops._core.policy_inputs import Terms, flat_terms
-from ppo_fast.ops._core.results import METRICS
+from ppo_fast.ops._core.policy_inputs import policy_inputs
+from ppo_fast.ops._core.results import METRICS, RowStats
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -83,13 +84,13 @@ class _OfLogprobs(torch.autograd.Function):
     """The policy loss of log-probabilities [B, T]; the gradient is ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, mask: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logprobs: Tensor, mask: Tensor | None, policy: PolicyInputs) -> tuple[Tensor, Tensor]:
         backend = registry.resolve("policy_loss", "auto", logprobs.device, logprobs.dtype)
         rows = logprobs.detach().to(checks.accumulation_dtype(logprobs.dtype)).contiguous()
-        run = registry.implementation("policy_terms", backend)
-        out = run(rows, torch.zeros_like(rows), rows.new_empty(0), mask, *terms)
+        run, none = registry.implementation("policy_loss_from_stats", backend), rows.new_empty(0)
+        out = run(RowStats(rows, torch.zeros_like(rows), none, none, none), mask, policy)
         ctx.dtype = logprobs.dtype
-        ctx.save_for_backward(out.d_logprobs)
+        ctx.save_for_backward(out.grad_logprobs)
         ctx.mark_non_differentiable(out.metrics)
         return out.loss, out.metrics
 
@@ -122,7 +123,7 @@ def clipped_objective(
         "ref_logprobs": None,
         "importance_weights": importance_weights,
     }
-    terms = flat_terms(config, logprobs, shape, per_token, None, denominator)
-    loss, metrics = _OfLogprobs.apply(logprobs.reshape(grid(shape)), as_bools(binary(mask), shape), terms)
+    policy = policy_inputs(config, logprobs, shape, per_token, None, denominator)
+    loss, metrics = _OfLogprobs.apply(logprobs.reshape(grid(shape)), as_bools(binary(mask), shape), policy)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     return loss.to(_dtype(logprobs, mask, *others)), named

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.layout import as_logits
+from ppo_fast.ops._core.results import RowStats
 from ppo_fast.ops.token_stats import token_stats_backward
 
 
@@ -22,20 +24,20 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor, temperature: float, backend: str) -> Tensor:
         logits, first = logits.detach(), index[..., 0].contiguous()
-        out = torch.ops.ppo_fast.token_stats(logits, first, None, None, temperature, False, backend)
-        lse = out[3]
-        ctx.save_for_backward(logits, index, first, *out)
+        rows = RowInputs(logits, first, None, None, temperature)
+        stats = RowStats(*torch.ops.ppo_fast.token_stats(*rows, False, backend))
+        ctx.save_for_backward(logits, index, first, *stats)
         ctx.temperature, ctx.backend = temperature, backend
-        logprobs = logits.gather(-1, index).double() / temperature - lse.unsqueeze(-1)
+        logprobs = logits.gather(-1, index).double() / temperature - stats.lse.unsqueeze(-1)
         return logprobs.to(checks.accumulation_dtype(logits.dtype))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        logits, index, first, _, entropy, kl, lse, ref_lse = ctx.saved_tensors
+        logits, index, first, *saved = ctx.saved_tensors
+        rows, stats = RowInputs(logits, first, None, None, ctx.temperature), RowStats(*saved)
         total = g.sum(-1)
-        options = (logits, first, None, None, lse, ref_lse, entropy, kl, ctx.temperature, ctx.backend)
-        dlogits = token_stats_backward(total, None, None, *options)
-        p = (logits.gather(-1, index).double() / ctx.temperature - lse.unsqueeze(-1)).exp().to(g.dtype)
+        dlogits = token_stats_backward(RowGrads(total, None, None), rows, stats, ctx.backend)
+        p = (logits.gather(-1, index).double() / ctx.temperature - stats.lse.unsqueeze(-1)).exp().to(g.dtype)
         repeats = (index.unsqueeze(-1) == index.unsqueeze(-2)).to(g.dtype)  # a token may be asked for twice
         at_index = (repeats @ g.unsqueeze(-1)).squeeze(-1) - p * total.unsqueeze(-1)
         b, t = (torch.arange(n, device=index.device) for n in index.shape[:2])

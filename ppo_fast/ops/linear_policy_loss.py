@@ -6,177 +6,156 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._backends import reference
 from ppo_fast.ops._core import checks, linear_inputs, registry
 from ppo_fast.ops._core.chunked_head import (
+    ChunkedHead,
     Gradients,
-    RowStats,
-    Sweep,
-    Upstream,
-    Wanted,
+    NeedsGrad,
     gather_rows,
-    saved_rows,
+    put,
     scaled,
+    spans,
     unit_scale,
+    zero_stats,
 )
-from ppo_fast.ops._core.config import PolicyLossConfig
+from ppo_fast.ops._core.config import PolicyInputs, PolicyLossConfig
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
-from ppo_fast.ops._core.policy_inputs import COEFFICIENTS, Terms, check_config, check_terms, flat_terms, named_output
-from ppo_fast.ops._core.results import METRICS, LossOutput
+from ppo_fast.ops._core.policy_inputs import (
+    PER_TOKEN,
+    check_config,
+    check_policy_inputs,
+    check_values,
+    named_output,
+    policy_inputs,
+)
+from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
+from ppo_fast.ops._core.schema import grouped, schema
 
 _OP = "linear_policy_loss"
 _DEFAULT = PolicyLossConfig()
-_TERMS = (
-    "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? cu_seqlens, "
-    "Tensor? denominator, Tensor? penalty_coef, Tensor? ent_coef, Tensor? kl_coef, float clip_low, float clip_high, "
-    "float dual_clip, str ratio, str kl_estimator, str aggregation"
-)
+
+registry.register_public(_OP, kernels="token_stats")
 
 
-class _Results(NamedTuple):
+class _Result(NamedTuple):
     """What the registered op returns; the gradients are those of loss / scale, still to be multiplied by scale."""
 
-    loss: Tensor
-    metrics: Tensor
-    logprobs: Tensor
+    loss: Tensor  # []
+    metrics: Tensor  # [len(METRICS)]
+    logprobs: Tensor  # [B, T]
     entropy: Tensor
     kl: Tensor
-    d_hidden: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
-    scale: Tensor
+    grad_hidden: Tensor  # [N, D]
+    grad_weight: Tensor  # [V, D]
+    grad_bias: Tensor  # [V]
+    scale: Tensor  # []
 
 
-def _terms(
-    backend: str, stats: RowStats, mask: Tensor | None, terms: Terms, **weights: Tensor
-) -> reference.PolicyTerms:
-    run = registry.implementation("policy_terms", backend)
-    return run(stats.logprobs, stats.entropy, stats.kl, mask, *terms, **weights)
+_Outcome = tuple[PolicyLossResult, RowStats, Gradients, Tensor]
 
 
-def _by_tile(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
-    """One pass: a token's share of the loss depends on its own row alone, and its weight on the mask."""
-    call = sweep.call
+def _from_stats(
+    backend: str, stats: RowStats, mask: Tensor | None, policy: PolicyInputs, **weights: Tensor
+) -> PolicyLossResult:
+    return registry.implementation("policy_loss_from_stats", backend)(stats, mask, policy, **weights)
+
+
+def _at(policy: PolicyInputs, rows: Tensor) -> PolicyInputs:
+    """The inputs of some rows, [1, n]."""
+    chosen: dict[str, Any] = {
+        name: gather_rows(x, rows) for name in PER_TOKEN if (x := getattr(policy, name)) is not None
+    }
+    return policy._replace(cu_seqlens=None, **chosen)
+
+
+def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
+    """Each tile once: a token's share of the loss depends on its own row only, and its weight on the mask."""
+    call, stats = head.call, zero_stats(head.call, head.call.ref_hidden is not None)
     counted = torch.ones_like(stats.logprobs, dtype=torch.bool) if call.mask is None else call.mask
     weights = reference.token_weights(
-        counted, terms.cu_seqlens, terms.denominator, terms.aggregation, stats.logprobs.dtype
+        counted, policy.cu_seqlens, policy.denominator, policy.aggregation, stats.logprobs.dtype
     )
     scale = unit_scale(call.hidden, weights)
     weights = weights / scale
-
-    def upstream(rows: Tensor) -> tuple[Upstream, RowStats]:
-        values = sweep.row_stats(rows)
-        stats.put(rows, values)
-        chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
-        return _upstream(_terms(call.backend, values, None, chosen, weights=gather_rows(weights, rows))), values
-
-    gradients = sweep.gradients(upstream)
-    return _terms(call.backend, stats, call.mask, terms), gradients, scale
-
-
-def _whole(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
-    """Two passes, as a sequence's ratio needs all its tokens; of a single tile the logits are still there."""
-    call = sweep.call
-    sweep.stats(stats)
-    out = _terms(call.backend, stats, call.mask, terms)
-    upstream = _upstream(out)
-    scale = unit_scale(call.hidden, *upstream)
-    unit = Upstream(*(None if x is None else x / scale for x in upstream))
-    return out, sweep.gradients(saved_rows(stats, unit)), scale
+    total = Gradients.zeros(call, head.needs)
+    for start, stop in spans(0, len(head.rows), head.chunk):
+        for first, last in spans(start, stop, head.tile):
+            rows, tile = head.rows[first:last], head.tile_stats(first, last)
+            put(stats, rows, tile)
+            loss = _from_stats(call.backend, tile, None, _at(policy, rows), weights=gather_rows(weights, rows))
+            head.write_gradient(first, last, first - start, loss.grads, tile)
+        head.add_chunk(total, start, stop)
+    return _from_stats(call.backend, stats, call.mask, policy), stats, total, scale
 
 
-def _fused(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
-    """Of a single tile: a row kernel makes statistics, loss and gradient in one go."""
-    call, rows = sweep.call, sweep.rows
-    logits, ref_logits = sweep.load(0, len(rows))
+def _two_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
+    """A sequence's ratio needs all its tokens: every tile is computed twice, a single one once."""
+    call, stats = head.call, head.stats()
+    result = _from_stats(call.backend, stats, call.mask, policy)
+    grads = result.grads
+    scale = unit_scale(call.hidden, *grads)
+    return result, stats, head.gradients(grads.divided(scale), stats), scale
+
+
+def _fused_one_tile(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
+    """All rows fit one tile: a row kernel makes statistics, loss and gradient in one go."""
+    call, rows, stats = head.call, head.rows, zero_stats(head.call, head.call.ref_hidden is not None)
+    tile = head.tile_inputs(0, len(rows))
     run = registry.implementation("policy_loss", call.backend)
-    given = logits, gather_rows(call.targets, rows), None, ref_logits, call.temperature
-    chosen = terms._replace(cu_seqlens=None, **_at(terms, rows))
-    out = run(*given, *chosen, out=logits if any(sweep.wanted) else None)
-    loss, metrics, *of_rows = out[:7]
-    stats.put(rows, RowStats(*of_rows))
-    kl = stats.kl
-    if terms.ref_logprobs is not None:
+    result = run(tile, _at(policy, rows), out=tile.logits if any(head.needs) else None)
+    put(stats, rows, result.stats)
+    if policy.ref_logprobs is not None:
         kl = torch.zeros_like(stats.logprobs)
-        kl.view(-1).index_copy_(0, rows, of_rows[2].view(-1))
-    gradients = Gradients.zeros(call, sweep.wanted)
-    gradients.add(call, rows, logits[0])
-    return reference.PolicyTerms(loss, metrics, kl, *out[7:]), gradients, torch.ones_like(loss)
+        kl.view(-1).index_copy_(0, rows, result.kl.view(-1))
+        result = result._replace(kl=kl)
+    total = Gradients.zeros(call, head.needs)
+    head.add_chunk(total, 0, len(rows))
+    return result, stats, total, torch.ones_like(result.loss)
 
 
-def _values(sweep: Sweep, terms: Terms, stats: RowStats) -> tuple[reference.PolicyTerms, Gradients, Tensor]:
-    """Without gradients."""
-    sweep.stats(stats)
-    out = _terms(sweep.call.backend, stats, sweep.call.mask, terms)
-    return out, Gradients.zeros(sweep.call, sweep.wanted), torch.ones_like(out.loss)
+def _forward_only(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
+    """No gradient is asked for."""
+    call, stats = head.call, head.stats()
+    result = _from_stats(call.backend, stats, call.mask, policy)
+    return result, stats, Gradients.zeros(call, head.needs), torch.ones_like(result.loss)
 
 
-def _method(sweep: Sweep, terms: Terms) -> Callable[..., tuple[reference.PolicyTerms, Gradients, Tensor]]:
-    """The one of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
-    call, one_tile = sweep.call, len(sweep.rows) <= sweep.tile
-    by_row = terms.ratio == "token" and terms.aggregation == "token-mean" and call.softcap is None
+def _choose(head: ChunkedHead, policy: PolicyInputs) -> Callable[[ChunkedHead, PolicyInputs], _Outcome]:
+    """The strategy of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
+    call, one_tile = head.call, len(head.rows) <= head.tile
+    by_row = policy.ratio == "token" and policy.aggregation == "token-mean" and call.softcap is None
     if one_tile and by_row and registry.fuses_backward("policy_loss", call.backend):
-        return _fused
-    if not any(sweep.wanted):
-        return _values
-    return _whole if one_tile or terms.ratio == "sequence" else _by_tile
+        return _fused_one_tile
+    if not any(head.needs):
+        return _forward_only
+    return _two_pass if one_tile or policy.ratio == "sequence" else _one_pass
 
 
-def _at(terms: Terms, rows: Tensor) -> dict[str, Any]:
-    """The per-token terms of some rows, by name."""
-    per_token = zip(Terms._fields[:4], terms[:4], strict=True)
-    return {name: gather_rows(x, rows) for name, x in per_token if x is not None}
-
-
-def _upstream(terms: reference.PolicyTerms) -> Upstream:
-    return Upstream(*(x.contiguous() if x.numel() else None for x in (terms.d_logprobs, terms.d_entropy, terms.d_kl)))
-
-
-def _launch(call: LinearCall, wanted: Wanted, terms: Terms) -> _Results:
-    """Statistics of every row, the loss of them, and the gradients that are wanted."""
-    stats, sweep = RowStats.zeros(call, call.ref_hidden is not None), Sweep(call, wanted)
-    out, gradients, scale = _method(sweep, terms)(sweep, terms, stats)
-    kl = out.kl if terms.ref_logprobs is not None else stats.kl
-    return _Results(out.loss, out.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
-
-
-registry.register_public(_OP, kernels="token_stats")
-registry.register("policy_terms", "torch", registry.Implementation(reference.policy_terms))
-registry.register("policy_terms", "native", registry.Implementation(reference.policy_terms))
-registry.register("policy_terms", "triton", triton.implementation("policy_terms", "policy_loss"))
-
-
-def _checked_launch(*inputs: Any) -> tuple[Tensor, ...]:
-    call, wanted, terms = _unpacked(inputs)
+def _launch(*arguments: Any) -> _Result:
+    """Checks what depends on values; then the loss, the statistics of every row and the gradients that are needed."""
+    call, needs, policy = grouped(arguments, LinearCall, NeedsGrad, PolicyInputs)
     checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
-    checks.cu_seqlens_values(_OP, terms.cu_seqlens, call.targets.numel())
-    checks.denominator_value(_OP, terms.denominator, call.mask, call.targets.numel())
-    checks.coefficient_values(_OP, **{name: getattr(terms, name) for name in COEFFICIENTS})
+    check_values(_OP, policy, call.mask)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        return _launch(call, wanted, terms)
+        head = ChunkedHead(call, needs)
+        result, stats, gradients, scale = _choose(head, policy)(head, policy)
+    kl = result.kl if policy.ref_logprobs is not None else stats.kl
+    return _Result(result.loss, result.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 
 
-_linear_policy_loss = torch.library.custom_op(
-    "ppo_fast::linear_policy_loss",
-    mutates_args=(),
-    schema=f"({linear_inputs.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, {_TERMS}) -> "
-    f"({', '.join(['Tensor'] * len(_Results._fields))})",
-)(_checked_launch)
+POLICY_SCHEMA = schema(LinearCall, NeedsGrad, PolicyInputs, results=_Result)
+_linear_policy_loss = torch.library.custom_op("ppo_fast::linear_policy_loss", mutates_args=(), schema=POLICY_SCHEMA)(
+    _launch
+)
 
 
 @_linear_policy_loss.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
-    call, wanted, terms = _unpacked(inputs)
-    stats = RowStats.zeros(call, call.ref_hidden is not None or terms.ref_logprobs is not None)
-    scalar = terms.advantages.new_empty
-    gradients = Gradients.zeros(call, wanted)
-    return scalar(()), scalar(len(METRICS)), stats.logprobs, stats.entropy, stats.kl, *gradients, scalar(())
-
-
-def _unpacked(inputs: tuple[Any, ...]) -> tuple[LinearCall, Wanted, Terms]:
-    """The groups of arguments of the registered op."""
-    n = len(LinearCall._fields)
-    return LinearCall(*inputs[:n]), Wanted(*inputs[n : n + 3]), Terms(*inputs[n + 3 :])
+def _(*arguments: Any) -> _Result:
+    call, needs, policy = grouped(arguments, LinearCall, NeedsGrad, PolicyInputs)
+    stats = zero_stats(call, call.ref_hidden is not None or policy.ref_logprobs is not None)
+    new, gradients = policy.advantages.new_empty, Gradients.zeros(call, needs)
+    return _Result(new(()), new(len(METRICS)), stats.logprobs, stats.entropy, stats.kl, *gradients, new(()))
 
 
 def _scaled(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
@@ -193,11 +172,11 @@ def _(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor) -> Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    results = _Results(*output)
-    ctx.inputs, ctx.like = len(inputs), inputs[0].new_empty(0)
-    ctx.wanted = _unpacked(inputs)[1]
-    ctx.save_for_backward(results.d_hidden, results.d_weight, results.d_bias, results.scale)
-    ctx.mark_non_differentiable(*output[1:])
+    call, ctx.needs, _ = grouped(inputs, LinearCall, NeedsGrad, PolicyInputs)
+    result, (_, *others) = _Result(*output), output
+    ctx.like = call.hidden.new_empty(0)
+    ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias, result.scale)
+    ctx.mark_non_differentiable(*others)
     # Else the backward pass would be given zeros in the shape of every output, the weight's gradient included.
     ctx.set_materialize_grads(False)
 
@@ -206,13 +185,12 @@ def _backward(
     ctx: Any, grad_loss: Tensor | None, *_: Any, run: Callable[..., Tensor] = _scaled_gradient
 ) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
-    if grad_loss is None:
-        return (None,) * ctx.inputs
     *gradients, scale = ctx.saved_tensors
-    found = (
-        run(x, scale, grad_loss, ctx.like) if wanted else None for x, wanted in zip(gradients, ctx.wanted, strict=True)
-    )
-    return *found, *((None,) * (ctx.inputs - 3))
+    found: list[Tensor | None] = [None, None, None]
+    if grad_loss is not None:
+        pairs = zip(gradients, ctx.needs, strict=True)
+        found = [run(x, scale, grad_loss, ctx.like) if need else None for x, need in pairs]
+    return *found, *((None,) * (len(ctx.needs_input_grad) - len(found)))
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -222,8 +200,8 @@ class _Eager(torch.autograd.Function):
     """The registered op without the dispatcher, which takes longer than a small batch's work."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _checked_launch(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> _Result:
+        output = _launch(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -324,9 +302,10 @@ def linear_policy_loss(
         "ref_logprobs": ref_logprobs,
         "importance_weights": importance_weights,
     }
-    check_terms(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
-    heads = (call.hidden, call.weight, call.bias)
-    wanted = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads)
-    terms = flat_terms(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
+    check_policy_inputs(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
+    head = (call.hidden, call.weight, call.bias)
+    needs = NeedsGrad(*[torch.is_grad_enabled() and x is not None and x.requires_grad for x in head])
+    policy = policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
     run = _Eager.apply if is_eager(call) else _linear_policy_loss
-    return named_output(run(*call, *wanted, *terms), targets.shape)
+    loss, metrics, logprobs, entropy, kl, *_ = run(*call, *needs, *policy)
+    return named_output(loss, metrics, logprobs, entropy, kl, targets.shape)

@@ -6,102 +6,80 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks, linear_inputs, registry
-from ppo_fast.ops._core.chunked_head import (
-    Gradients,
-    RowStats,
-    Sweep,
-    Upstream,
-    Wanted,
-    saved_rows,
-    scaled,
-    unit_scale,
-)
+from ppo_fast.ops._core.chunked_head import ChunkedHead, Gradients, NeedsGrad, scaled, unit_scale, zero_stats
+from ppo_fast.ops._core.inputs import RowGrads, given_grads
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
-from ppo_fast.ops._core.results import TokenStats
+from ppo_fast.ops._core.results import RowStats, TokenStats
+from ppo_fast.ops._core.schema import grouped, schema, tensor_fields
 
 _OP = "linear_token_stats"
 
 registry.register_public(_OP, kernels="token_stats")
 
 
-def _forward(call: LinearCall) -> RowStats:
-    stats = RowStats.zeros(call, call.ref_hidden is not None)
-    Sweep(call, Wanted(False, False, False)).stats(stats)
-    return stats
-
-
-def _gradients(call: LinearCall, wanted: Wanted, upstream: Upstream, stats: RowStats) -> tuple[Tensor, ...]:
-    """The gradients in the dtypes of the inputs; the logits are computed anew."""
-    scale = unit_scale(call.hidden, *upstream)
-    rows = saved_rows(stats, Upstream(*(None if x is None else x / scale for x in upstream)))
-    total: Gradients = Sweep(call, wanted).gradients(rows)
-    return tuple(scaled(x, scale, call.hidden.dtype) for x in total)
-
-
-def _checked_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    call = LinearCall(*inputs)
+def _launch(*arguments: Any) -> RowStats:
+    call = LinearCall(*arguments)
     checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     with torch.autocast(call.hidden.device.type, enabled=False):
-        return tuple(_forward(call))
+        return ChunkedHead(call, NeedsGrad(False, False, False)).stats()
 
 
 _linear_token_stats = torch.library.custom_op(
-    "ppo_fast::linear_token_stats",
-    mutates_args=(),
-    schema=f"({linear_inputs.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)(_checked_forward)
+    "ppo_fast::linear_token_stats", mutates_args=(), schema=schema(LinearCall, results=RowStats)
+)(_launch)
 
 
 @_linear_token_stats.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
-    call = LinearCall(*inputs)
-    return tuple(RowStats.zeros(call, call.ref_hidden is not None))
+def _(*arguments: Any) -> RowStats:
+    call = LinearCall(*arguments)
+    return zero_stats(call, call.ref_hidden is not None)
 
 
 @torch.library.custom_op(
     "ppo_fast::linear_token_stats_backward",
     mutates_args=(),
-    schema=f"({linear_inputs.SCHEMA}, bool want_hidden, bool want_weight, bool want_bias, Tensor? g, "
-    "Tensor? g_entropy, Tensor? g_kl, Tensor logprobs, Tensor entropy, Tensor kl, Tensor lse, Tensor ref_lse) -> "
-    "(Tensor, Tensor, Tensor)",
+    schema=schema(LinearCall, NeedsGrad, RowGrads, RowStats, results=Gradients),
 )
-def _linear_token_stats_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    call, wanted, upstream, stats = _unpacked(inputs)
+def _linear_token_stats_backward(*arguments: Any) -> Gradients:
+    """The gradients in the dtypes of the inputs; the logits are computed again."""
+    call, needs, grads, stats = grouped(arguments, LinearCall, NeedsGrad, RowGrads, RowStats)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        return _gradients(call, wanted, upstream, stats)
+        scale = unit_scale(call.hidden, *grads)
+        total = ChunkedHead(call, needs).gradients(grads.divided(scale), stats)
+        return Gradients(*[scaled(x, scale, call.hidden.dtype) for x in total])
 
 
 @_linear_token_stats_backward.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
-    call, wanted, *_ = _unpacked(inputs)
-    return tuple(x.to(call.hidden.dtype) for x in Gradients.zeros(call, wanted))
+def _(*arguments: Any) -> Gradients:
+    call, needs, _, _ = grouped(arguments, LinearCall, NeedsGrad, RowGrads, RowStats)
+    return Gradients(*[x.to(call.hidden.dtype) for x in Gradients.zeros(call, needs)])
 
 
-def _unpacked(inputs: tuple[Any, ...]) -> tuple[LinearCall, Wanted, Upstream, RowStats]:
-    """The groups of arguments of the backward op."""
-    n = len(LinearCall._fields)
-    return LinearCall(*inputs[:n]), Wanted(*inputs[n:-8]), Upstream(*inputs[-8:-5]), RowStats(*inputs[-5:])
+_TENSORS = tensor_fields(LinearCall)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    stats = RowStats(*output)
-    ctx.save_for_backward(*inputs[: linear_inputs.TENSORS], *stats)
-    ctx.options = inputs[linear_inputs.TENSORS :]
+    call, stats = LinearCall(*inputs), RowStats(*output)
+    ctx.save_for_backward(*[getattr(call, name) for name in _TENSORS], *stats)
+    without: dict[str, Any] = dict.fromkeys(_TENSORS)
+    ctx.call = call._replace(**without)
     ctx.mark_non_differentiable(stats.lse, stats.ref_lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
-    tensors, stats = ctx.saved_tensors[: linear_inputs.TENSORS], ctx.saved_tensors[linear_inputs.TENSORS :]
-    wanted = ctx.needs_input_grad[:3]
-    upstream = [x.contiguous() if x is not None and x.numel() else None for x in grads[:3]]
-    if all(x is None for x in upstream):
-        found = [torch.zeros_like(x) if want else x for x, want in zip(tensors[:3], wanted, strict=True)]
+    saved = iter(ctx.saved_tensors)
+    call, stats = ctx.call._replace(**dict(zip(_TENSORS, saved, strict=False))), RowStats(*saved)
+    asked = LinearCall(*ctx.needs_input_grad)
+    needs = NeedsGrad(asked.hidden, asked.weight, asked.bias)  # type: ignore[arg-type]
+    grads = given_grads(logprobs, entropy, kl)
+    if grads.nothing:
+        found = [x if x is None else torch.zeros_like(x) for x in (call.hidden, call.weight, call.bias)]
     else:
-        found = _linear_token_stats_backward(*tensors, *ctx.options, *wanted, *upstream, *stats)
-    kept = (x if want else None for x, want in zip(found, wanted, strict=True))
-    return *kept, *((None,) * (len(LinearCall._fields) - 3))
+        found = _linear_token_stats_backward(*call, *needs, *grads, *stats)
+    kept = [x if need else None for x, need in zip(found, needs, strict=True)]
+    return *kept, *((None,) * (len(asked) - len(kept)))
 
 
 _linear_token_stats.register_autograd(_backward, setup_context=_setup_context)
@@ -177,8 +155,9 @@ def linear_token_stats(
         chunk_size=chunk_size,
         backend=backend,
     )
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:3])
-    run = _checked_forward if is_eager(call) and not differentiable else _linear_token_stats
+    head = (call.hidden, call.weight, call.bias)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+    run = _launch if is_eager(call) and not differentiable else _linear_token_stats
     logprobs, entropy, kl, _, _ = run(*call)
     shape = targets.shape
     return TokenStats(logprobs.view(shape), entropy.view(shape), None if ref_hidden is None else kl.view(shape))

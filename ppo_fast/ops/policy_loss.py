@@ -1,6 +1,5 @@
 """The clipped policy-gradient loss of PPO with entropy bonus and KL terms, from logits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +9,19 @@ from ppo_fast.ops._backends import reference, triton
 from ppo_fast.ops._backends.native import policy_loss as native_policy_loss
 from ppo_fast.ops._backends.native import rows as native_rows
 from ppo_fast.ops._core import checks, registry
-from ppo_fast.ops._core.config import PolicyLossConfig
+from ppo_fast.ops._core.config import PolicyInputs, PolicyLossConfig
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
 from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
-from ppo_fast.ops._core.policy_inputs import COEFFICIENTS, check_config, check_terms, flat_terms, named_output
-from ppo_fast.ops._core.results import METRICS, LossOutput
-from ppo_fast.ops.token_stats import token_stats_backward
+from ppo_fast.ops._core.policy_inputs import (
+    check_config,
+    check_policy_inputs,
+    check_values,
+    named_output,
+    policy_inputs,
+)
+from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
+from ppo_fast.ops._core.schema import grouped, schema, to_first
+from ppo_fast.ops.token_stats import empty_stats, save_rows, saved_rows, token_stats_backward
 
 _OP = "policy_loss"
 _DEFAULT = PolicyLossConfig()
@@ -23,140 +30,73 @@ registry.register_public(_OP)
 registry.register(_OP, "torch", registry.Implementation(reference.policy_loss))
 registry.register(_OP, "triton", triton.implementation(_OP, "policy_loss"))
 registry.register(_OP, "native", native_rows.implementation(native_policy_loss.policy_loss, fuses_backward=True))
+_FROM_STATS = "policy_loss_from_stats"
+registry.register(_FROM_STATS, "torch", registry.Implementation(reference.policy_loss_from_stats))
+registry.register(_FROM_STATS, "native", registry.Implementation(reference.policy_loss_from_stats))
+registry.register(_FROM_STATS, "triton", triton.implementation(_FROM_STATS, "policy_loss"))
 
 
-def _launch(*inputs: Any, **out: Tensor) -> Any:
-    """Checks what depends on values, then runs the backend, the last of the inputs of the registered op."""
-    *arguments, backend = inputs
-    logits, targets, mask, cu_seqlens, denominator = *arguments[:3], *arguments[9:11]
-    checks.target_values(_OP, targets, mask, logits.shape[-1])
-    checks.cu_seqlens_values(_OP, cu_seqlens, targets.numel())
-    checks.denominator_value(_OP, denominator, mask, targets.numel())
-    checks.coefficient_values(_OP, **dict(zip(COEFFICIENTS, arguments[11:14], strict=True)))
-    return registry.implementation(_OP, backend)(*arguments, **out)
+def _launch(rows: RowInputs, policy: PolicyInputs, backend: str, **out: Tensor) -> PolicyLossResult:
+    """Checks what depends on values, then runs the backend."""
+    checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
+    check_values(_OP, policy, rows.mask)
+    return registry.implementation(_OP, backend)(rows, policy, **out)
 
 
-@torch.library.custom_op("ppo_fast::policy_loss", mutates_args=())
-def _policy_loss(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    penalty_coef: Tensor | None,
-    ent_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    ratio: str,
-    kl_estimator: str,
-    aggregation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _launch(
-        logits,
-        targets,
-        mask,
-        ref_logits,
-        temperature,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
-        importance_weights,
-        cu_seqlens,
-        denominator,
-        penalty_coef,
-        ent_coef,
-        kl_coef,
-        clip_low,
-        clip_high,
-        dual_clip,
-        ratio,
-        kl_estimator,
-        aggregation,
-        backend,
-    )
+@torch.library.custom_op(
+    "ppo_fast::policy_loss",
+    mutates_args=(),
+    schema=schema(RowInputs, PolicyInputs, "str backend", results=PolicyLossResult),
+)
+def _policy_loss(*arguments: Any) -> PolicyLossResult:
+    *given, backend = arguments
+    rows, policy = grouped(given, RowInputs, PolicyInputs)
+    return _launch(rows, policy, backend)
 
 
 @_policy_loss.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    penalty_coef: Tensor | None,
-    ent_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    ratio: str,
-    kl_estimator: str,
-    aggregation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def rows(wanted: bool = True, dtype: torch.dtype = advantages.dtype) -> Tensor:
-        return advantages.new_empty(targets.shape if wanted else (0,), dtype=dtype)
-
-    full = ref_logits is not None
-    return (
-        advantages.new_empty(()),
-        advantages.new_empty(len(METRICS)),
-        rows(),
-        rows(),
-        rows(full or ref_logprobs is not None),
-        rows(dtype=torch.float64),
-        rows(full, torch.float64),
-        rows(),
-        rows(ent_coef is not None),
-        rows(full and kl_coef is not None),
+def _(*arguments: Any) -> PolicyLossResult:
+    *given, _ = arguments
+    rows, policy = grouped(given, RowInputs, PolicyInputs)
+    new, shape = policy.advantages.new_empty, rows.logits.shape[:-1]
+    full = rows.ref_logits is not None
+    stats = empty_stats(rows.logits, True, True, full)
+    return PolicyLossResult(
+        new(()),
+        new(len(METRICS)),
+        *stats._replace(kl=new(shape if full or policy.ref_logprobs is not None else (0,))),
+        grad_logprobs=new(shape),
+        grad_entropy=new(shape if policy.ent_coef is not None else (0,)),
+        grad_kl=new(shape if full and policy.kl_coef is not None else (0,)),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, mask, ref_logits, ctx.temperature = inputs[:5]
-    ctx.backend, ctx.inputs = inputs[-1], len(inputs)
-    _, _, _, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl = output
-    full_kl = kl if ref_logits is not None else ref_lse
-    ctx.save_for_backward(
-        logits, targets, ref_logits, mask, lse, ref_lse, entropy, full_kl, d_logprobs, d_entropy, d_kl
-    )
-    ctx.mark_non_differentiable(*output[1:])
+def _save(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult) -> None:
+    _, *others = result
+    ctx.backend = backend
+    save_rows(ctx, rows, *result.stats, result.grad_logprobs, result.grad_entropy, result.grad_kl)
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
-def _upstream(
-    grad_loss: Tensor, d_logprobs: Tensor, d_entropy: Tensor, d_kl: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Upstream gradients of logprob, entropy and KL; None where the loss does not use one."""
-    return (
-        d_logprobs * grad_loss,
-        d_entropy * grad_loss if d_entropy.numel() else None,
-        d_kl * grad_loss if d_kl.numel() else None,
-    )
+def _saved(ctx: Any, grad_loss: Tensor) -> tuple[RowGrads, RowInputs, RowStats]:
+    """The inputs of the backward of ``token_stats``."""
+    rows, others = saved_rows(ctx)
+    stats, grads = grouped(others, RowStats, RowGrads)
+    return given_grads(*grads).scaled(grad_loss), rows, stats
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, backend = inputs
+    rows, _ = grouped(given, RowInputs, PolicyInputs)
+    _save(ctx, rows, backend, PolicyLossResult(*output))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
     if grad_loss is None:
-        return (None,) * ctx.inputs
-    upstream = _upstream(grad_loss, *ctx.saved_tensors[-3:])
-    dlogits = token_stats_backward(*upstream, *ctx.saved_tensors[:-3], ctx.temperature, ctx.backend)
-    return dlogits, *((None,) * (ctx.inputs - 1))
+        return to_first(ctx, None)
+    return to_first(ctx, token_stats_backward(*_saved(ctx, grad_loss), ctx.backend))
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -170,23 +110,23 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        logits = inputs[0].detach()
+    def forward(ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str) -> PolicyLossResult:
+        logits = rows.logits.detach()
         ctx.dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        output = _launch(logits, *inputs[1:], out=ctx.dlogits)
-        _setup_context(ctx, inputs, output)
-        return output
+        result = _launch(rows._replace(logits=logits), policy, backend, out=ctx.dlogits)
+        _save(ctx, rows, backend, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative(_OP)
         if grad_loss is None:
-            return (None,) * ctx.inputs
+            return to_first(ctx, None)
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None or grad_loss != 1:
             del dlogits
             return _backward(ctx, grad_loss)
-        return dlogits, *((None,) * (ctx.inputs - 1))
+        return to_first(ctx, dlogits)
 
 
 class _InPlace(torch.autograd.Function):
@@ -200,43 +140,45 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        logits = inputs[0].detach()
-        ctx.written = registry.fuses_backward(_OP, inputs[-1])
-        output = _launch(logits, *inputs[1:], **({"out": logits} if ctx.written else {}))
-        torch.autograd.graph.increment_version(logits)
+    def forward(ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str) -> PolicyLossResult:
+        logits = rows.logits.detach()
         # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
-        _setup_context(ctx, (logits, *inputs[1:]), output)
+        rows = rows._replace(logits=logits)
+        ctx.written = registry.fuses_backward(_OP, backend)
+        result = _launch(rows, policy, backend, **({"out": logits} if ctx.written else {}))
+        torch.autograd.graph.increment_version(logits)
+        _save(ctx, rows, backend, result)
         ctx.spent = False
-        return output
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         checks.first_derivative(_OP)
         if grad_loss is None:
-            return (None,) * ctx.inputs
+            return to_first(ctx, None)
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
-        saved = ctx.saved_tensors
-        logits = saved[0].detach()
+        grads, rows, stats = _saved(ctx, grad_loss)
+        logits = rows.logits.detach()
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
-            run(*_upstream(grad_loss, *saved[-3:]), logits, *saved[1:-3], ctx.temperature, out=logits)
+            run(grads, rows._replace(logits=logits), stats, out=logits)
         elif grad_loss != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
-        return logits, *((None,) * (ctx.inputs - 1))
+        return to_first(ctx, logits)
 
 
-def _entry(logits: Tensor, inplace: bool, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+def _run(rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str) -> PolicyLossResult:
     """The registered op, or an eager form of it. Tensor subclasses, such as those that trace, take the op."""
+    logits = rows.logits
     if inplace:
-        return _InPlace.apply
+        return _InPlace.apply(logits, rows, policy, backend)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     if wants_gradient and registry.fuses_backward(_OP, backend) and registry.runs_directly(logits):
-        return _Fused.apply
-    return _policy_loss
+        return _Fused.apply(logits, rows, policy, backend)
+    return PolicyLossResult(*_policy_loss(*rows, *policy, backend))
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -336,7 +278,7 @@ def policy_loss(
     }
     check_config(_OP, config)
     _check(logits, targets, mask, ref_logits)
-    check_terms(_OP, config, targets, per_token, ref_logits, "ref_logits", cu_seqlens, denominator)
+    check_policy_inputs(_OP, config, targets, per_token, ref_logits, "ref_logits", cu_seqlens, denominator)
     backend = registry.resolve(_OP, backend, logits.device, logits.dtype)
     inplace = inplace and torch.is_grad_enabled() and logits.requires_grad
     if inplace:
@@ -349,14 +291,13 @@ def policy_loss(
             f"{_OP}: expected logits that need no copy (unit stride over V) with inplace=True, "
             f"got shape {list(logits.shape)} with strides {list(logits.stride())}"
         )
-    run = _entry(flat_logits, inplace, backend)
-    results = run(
+    rows = RowInputs(
         flat_logits,
         as_rows(targets, shape),
-        as_bools(mask, shape),
         None if ref_logits is None else as_logits(ref_logits.detach()),
+        as_bools(mask, shape),
         float(config.temperature),
-        *flat_terms(config, logits, shape, per_token, cu_seqlens, denominator),
-        backend,
     )
-    return named_output(results, shape)
+    policy = policy_inputs(config, logits, shape, per_token, cu_seqlens, denominator)
+    loss, metrics, logprobs, entropy, kl, *_ = _run(rows, policy, inplace, backend)
+    return named_output(loss, metrics, logprobs, entropy, kl, shape)

@@ -13,8 +13,10 @@ from ppo_fast.ops._backends import reference, triton
 from ppo_fast.ops._backends.native import rows as native_rows
 from ppo_fast.ops._backends.native import token_stats as native_token_stats
 from ppo_fast.ops._core import checks, registry
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
 from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
-from ppo_fast.ops._core.results import TokenStats
+from ppo_fast.ops._core.results import RowStats, TokenStats
+from ppo_fast.ops._core.schema import grouped, schema, to_first
 
 for _op in ("token_logprobs", "token_stats", "entropy"):
     registry.register_public(_op, kernels="token_stats")
@@ -28,111 +30,87 @@ registry.register("token_stats", "native", native_rows.implementation(native_tok
 registry.register("token_stats_backward", "native", native_rows.implementation(native_token_stats.token_stats_backward))
 
 
-def _launch(
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    want_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if targets is not None:
-        checks.target_values("token_stats", targets, mask, logits.shape[-1])
-    run = registry.implementation("token_stats", backend)
-    return run(logits, targets, ref_logits, mask, temperature, want_entropy)
+def _launch(*arguments: Any) -> RowStats:
+    """Checks what depends on values, then runs the backend."""
+    *given, want_entropy, backend = arguments
+    rows = RowInputs(*given)
+    checks.target_values("token_stats", rows.targets, rows.mask, rows.logits.shape[-1])
+    return registry.implementation("token_stats", backend)(rows, want_entropy)
 
 
-_token_stats = torch.library.custom_op("ppo_fast::token_stats", _launch, mutates_args=())
+_token_stats = torch.library.custom_op(
+    "ppo_fast::token_stats",
+    mutates_args=(),
+    schema=schema(RowInputs, "bool want_entropy, str backend", results=RowStats),
+)(_launch)
 
 
 @_token_stats.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    want_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> RowStats:
+    *given, want_entropy, _ = arguments
+    rows = RowInputs(*given)
+    return empty_stats(rows.logits, rows.targets is not None, want_entropy, rows.ref_logits is not None)
+
+
+def empty_stats(logits: Tensor, want_logprobs: bool, want_entropy: bool, want_kl: bool) -> RowStats:
+    """Statistics without values, for tensors without data."""
+    dtype, wide = checks.accumulation_dtype(logits.dtype), torch.float64
+
     def out(wanted: bool, dtype: torch.dtype) -> Tensor:
         return logits.new_empty(logits.shape[:-1] if wanted else (0,), dtype=dtype)
 
-    # lse in float64: with a logit offset of 3e4 a float32 one, and every probability made with it, is off by 1e-3.
-    dtype, has_ref = checks.accumulation_dtype(logits.dtype), ref_logits is not None
-    lse, ref_lse = out(True, torch.float64), out(has_ref, torch.float64)
-    return out(targets is not None, dtype), out(want_entropy, dtype), out(has_ref, dtype), lse, ref_lse
+    return RowStats(
+        out(want_logprobs, dtype), out(want_entropy, dtype), out(want_kl, dtype), out(True, wide), out(want_kl, wide)
+    )
 
 
-@torch.library.custom_op("ppo_fast::token_stats_backward", mutates_args=())
-def token_stats_backward(
-    g: Tensor | None,
-    g_entropy: Tensor | None,
-    g_kl: Tensor | None,
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    lse: Tensor,
-    ref_lse: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    """The gradient of the logits from per-row upstream gradients of logprob, entropy and KL; None leaves one out."""
-    run = registry.implementation("token_stats_backward", backend)
-    return run(g, g_entropy, g_kl, logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl, temperature)
+@torch.library.custom_op(
+    "ppo_fast::token_stats_backward", mutates_args=(), schema=schema(RowGrads, RowInputs, RowStats, "str backend")
+)
+def _token_stats_backward(*arguments: Any) -> Tensor:
+    *given, backend = arguments
+    return registry.implementation("token_stats_backward", backend)(*grouped(given, RowGrads, RowInputs, RowStats))
 
 
-@token_stats_backward.register_fake
-def _(
-    g: Tensor | None,
-    g_entropy: Tensor | None,
-    g_kl: Tensor | None,
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    lse: Tensor,
-    ref_lse: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+@_token_stats_backward.register_fake
+def _(*arguments: Any) -> Tensor:
+    *given, _ = arguments
+    _, rows, _ = grouped(given, RowGrads, RowInputs, RowStats)
+    return torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+
+
+def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, backend: str) -> Tensor:
+    """The gradient of the logits from the gradients in the statistics of each row."""
+    return _token_stats_backward(*grads, *rows, *stats, backend)
+
+
+def save_rows(ctx: Any, rows: RowInputs, *others: Tensor) -> None:
+    """Save the rows and other tensors for :func:`saved_rows`."""
+    logits, targets, ref_logits, mask, ctx.temperature = rows
+    ctx.save_for_backward(logits, targets, ref_logits, mask, *others)
+
+
+def saved_rows(ctx: Any) -> tuple[RowInputs, list[Tensor]]:
+    """The rows that :func:`save_rows` saved, and the other tensors."""
+    logits, targets, ref_logits, mask, *others = ctx.saved_tensors
+    return RowInputs(logits, targets, ref_logits, mask, ctx.temperature), others
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, ref_logits, mask, ctx.temperature, _, ctx.backend = inputs
-    _, entropy, kl, lse, ref_lse = output
-    ctx.save_for_backward(logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl)
-    ctx.mark_non_differentiable(lse, ref_lse)
+    *given, _, ctx.backend = inputs
+    stats = RowStats(*output)
+    save_rows(ctx, RowInputs(*given), *stats)
+    ctx.mark_non_differentiable(stats.lse, stats.ref_lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: Tensor, g_entropy: Tensor, g_kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     checks.first_derivative("token_stats")
-    logits, targets, ref_logits, mask, lse, ref_lse, entropy, kl = ctx.saved_tensors
-    upstream = [x if x is None or x.numel() else None for x in (g, g_entropy, g_kl)]
-    if all(x is None for x in upstream):
-        return torch.zeros_like(logits, memory_format=torch.contiguous_format), *((None,) * 6)
-    dlogits = token_stats_backward(
-        *(None if x is None else x.contiguous() for x in upstream),
-        logits,
-        targets,
-        ref_logits,
-        mask,
-        lse,
-        ref_lse,
-        entropy,
-        kl,
-        ctx.temperature,
-        ctx.backend,
-    )
-    return dlogits, *((None,) * 6)
+    rows, stats = saved_rows(ctx)
+    grads = given_grads(logprobs, entropy, kl)
+    if grads.nothing:
+        return to_first(ctx, torch.zeros_like(rows.logits, memory_format=torch.contiguous_format))
+    return to_first(ctx, token_stats_backward(grads, rows, RowStats(*stats), ctx.backend))
 
 
 _token_stats.register_autograd(_backward, setup_context=_setup_context)
@@ -158,14 +136,17 @@ def _run(
     checks.boolean(op, "mask", mask, "logits", logits, shape)
     checks.scale(op, "temperature", temperature)
     backend = registry.resolve(op, backend, logits.device, logits.dtype)
-    ref = None if ref_logits is None else as_logits(ref_logits.detach())
-    rows = None if targets is None else as_rows(targets, shape)
+    rows = RowInputs(
+        as_logits(logits),
+        None if targets is None else as_rows(targets, shape),
+        None if ref_logits is None else as_logits(ref_logits.detach()),
+        as_bools(mask, shape),
+        float(temperature),
+    )
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     run = _launch if not differentiable and registry.runs_directly(logits) else _token_stats
-    logprobs, ent, kl, _, _ = run(
-        as_logits(logits), rows, ref, as_bools(mask, shape), float(temperature), want_entropy, backend
-    )
-    return logprobs, ent, kl if ref is None else kl.view(shape)
+    logprobs, ent, kl, _, _ = run(*rows, want_entropy, backend)
+    return logprobs, ent, kl if ref_logits is None else kl.view(shape)
 
 
 def token_logprobs(

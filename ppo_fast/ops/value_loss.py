@@ -10,8 +10,10 @@ from ppo_fast.ops._backends.native import rows as native_rows
 from ppo_fast.ops._backends.native import value_loss as native_value_loss
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import AGGREGATIONS
+from ppo_fast.ops._core.inputs import ValueInputs
 from ppo_fast.ops._core.layout import as_bools, as_denominator, as_floats, grid
-from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput
+from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput, ValueLossResult
+from ppo_fast.ops._core.schema import schema, to_first
 
 _OP = "value_loss"
 
@@ -21,43 +23,30 @@ registry.register(_OP, "triton", triton.implementation(_OP, "value_loss"))
 registry.register(_OP, "native", native_rows.implementation(native_value_loss.value_loss))
 
 
-@torch.library.custom_op("ppo_fast::value_loss", mutates_args=())
-def _value_loss(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    old_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    clip: float | None,
-    aggregation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.cu_seqlens_values(_OP, cu_seqlens, values.numel())
-    checks.denominator_value(_OP, denominator, mask, values.numel())
-    run = registry.implementation(_OP, backend)
-    return run(values, returns, mask, old_values, cu_seqlens, denominator, clip, aggregation)
+@torch.library.custom_op(
+    "ppo_fast::value_loss", mutates_args=(), schema=schema(ValueInputs, "str backend", results=ValueLossResult)
+)
+def _value_loss(*arguments: Any) -> ValueLossResult:
+    *given, backend = arguments
+    inputs = ValueInputs(*given)
+    checks.cu_seqlens_values(_OP, inputs.cu_seqlens, inputs.values.numel())
+    checks.denominator_value(_OP, inputs.denominator, inputs.mask, inputs.values.numel())
+    return registry.implementation(_OP, backend)(inputs)
 
 
 @_value_loss.register_fake
-def _(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    old_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    clip: float | None,
-    aggregation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    metrics = returns.new_empty(len(VALUE_METRICS))
-    return returns.new_empty(()), metrics, returns.new_empty(values.shape)
+def _(*arguments: Any) -> ValueLossResult:
+    *given, _ = arguments
+    returns = ValueInputs(*given).returns
+    return ValueLossResult(
+        returns.new_empty(()), returns.new_empty(len(VALUE_METRICS)), returns.new_empty(returns.shape)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, *_ = inputs
     _, metrics, d_values = output
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype = values.dtype
     ctx.save_for_backward(d_values)
     ctx.mark_non_differentiable(metrics, d_values)
 
@@ -65,7 +54,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
     (d_values,) = ctx.saved_tensors
-    return (d_values * grad_loss).to(ctx.dtype), *((None,) * 8)
+    return to_first(ctx, (d_values * grad_loss).to(ctx.dtype))
 
 
 _value_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -134,15 +123,15 @@ def value_loss(
         )
     backend = registry.resolve(_OP, backend, values.device, values.dtype)
     dtype = checks.accumulation_dtype(values.dtype)
-    loss, metrics, _ = _value_loss(
+    inputs = ValueInputs(
         values.reshape(grid(shape)),
-        as_floats(returns, shape, dtype),
+        as_floats(returns, shape, dtype),  # type: ignore[arg-type]  # returns is not None
         as_bools(mask, shape),
         None if clip is None else as_floats(old_values, shape, dtype),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         as_denominator(denominator, values),
         None if clip is None else float(clip),
         aggregation,
-        backend,
     )
+    loss, metrics, _ = _value_loss(*inputs, backend)
     return LossOutput(loss, dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
-from ppo_fast.ops._core.inputs import GaeInputs
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, ValueInputs
+from ppo_fast.ops._core.results import RowStats
 
 B, T = 1, 2
 VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
@@ -22,36 +24,38 @@ def rows(dtype: torch.dtype = torch.float32) -> Tensor:
 def forward(V: int, dtype: torch.dtype) -> None:
     """token_logprobs, entropy, token_stats without and with a reference and a mask."""
     logits, targets, mask = torch.empty(B, T, V, dtype=dtype), rows(torch.int64), rows(torch.bool)
-    token_stats.token_stats(logits, targets, None, None, 1.0, False)
-    token_stats.token_stats(logits, None, None, mask, 1.0, True)
-    token_stats.token_stats(logits, targets, None, mask, 1.0, True)
-    token_stats.token_stats(logits, targets, logits, mask, 1.0, True)
+    token_stats.token_stats(RowInputs(logits, targets, None, None, 1.0), False)
+    token_stats.token_stats(RowInputs(logits, None, None, mask, 1.0), True)
+    token_stats.token_stats(RowInputs(logits, targets, None, mask, 1.0), True)
+    token_stats.token_stats(RowInputs(logits, targets, logits, mask, 1.0), True)
 
 
 def backward(V: int, dtype: torch.dtype) -> None:
     """Every set of upstream gradients."""
     logits, g, lse = torch.empty(B, T, V, dtype=dtype), rows(), rows(torch.float64)
-    targets, mask = rows(torch.int64), rows(torch.bool)
+    inputs = RowInputs(logits, rows(torch.int64), logits, rows(torch.bool), 1.0)
+    stats = RowStats(g, g, g, lse, lse)
     for g_logprob, g_entropy, g_kl in itertools.product((None, g), repeat=3):
         if (g_logprob, g_entropy, g_kl) != (None, None, None):
-            token_stats_backward.token_stats_backward(
-                g_logprob, g_entropy, g_kl, logits, targets, logits, mask, lse, lse, g, g, 1.0
-            )
+            token_stats_backward.token_stats_backward(RowGrads(g_logprob, g_entropy, g_kl), inputs, stats)
 
 
 def policy(estimator: str) -> None:
     """The terms of the policy loss: none beside the objective, then all of them."""
     x, mask, none, coef = rows(), rows(torch.bool), torch.empty(0), torch.ones(())
     clips = (0.2, 0.2, 3.0, "token", estimator, "token-mean")
-    policy_loss.policy_terms(x, x, none, None, None, x, None, None, None, None, None, None, None, *clips)
+    stats = RowStats(x, x, none, none, none)
+    inputs = PolicyInputs(None, x, None, None, None, None, None, None, None, *clips)
+    policy_loss.policy_loss_from_stats(stats, None, inputs)
     full, ref = (x, None) if estimator == "full" else (none, x)
-    policy_loss.policy_terms(x, x, full, mask, x, x, ref, x, None, None, coef, coef, coef, *clips)
+    inputs = PolicyInputs(x, x, ref, x, None, None, coef, coef, coef, *clips)
+    policy_loss.policy_loss_from_stats(stats._replace(kl=full), mask, inputs)
 
 
 def value(dtype: torch.dtype) -> None:
     """The value loss, plain and clipped."""
-    value_loss.value_loss(rows(dtype), rows(), None, None, None, None, None, "token-mean")
-    value_loss.value_loss(rows(dtype), rows(), rows(torch.bool), rows(), None, None, 0.2, "token-mean")
+    value_loss.value_loss(ValueInputs(rows(dtype), rows(), None, None, None, None, None, "token-mean"))
+    value_loss.value_loss(ValueInputs(rows(dtype), rows(), rows(torch.bool), rows(), None, None, 0.2, "token-mean"))
 
 
 def scans(dtype: torch.dtype, steps: int) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_fast.ops._backends.triton import token_stats, token_stats_backward
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.results import RowStats
 from tests.aot.cases import rows
 from tests.aot.offline import SM90, compiling
 
@@ -50,7 +52,7 @@ def _loop(kernel: Any) -> str:
 def test_forward_reads_each_logit_once(entropy: bool, reference: bool) -> None:
     logits, targets = torch.empty(1, 2, V, dtype=torch.bfloat16), rows(torch.int64)
     with compiling(SM90) as kernels, _Allocations() as made:
-        token_stats.token_stats(logits, targets, logits if reference else None, None, 1.0, entropy)
+        token_stats.token_stats(RowInputs(logits, targets, logits if reference else None, None, 1.0), entropy)
     segment, merge = kernels
     loads = _accesses(segment, "load")
     assert len(loads) == 1 + reference
@@ -65,9 +67,9 @@ def test_backward_reads_and_writes_each_logit_once(reference: bool) -> None:
     logits, targets, g, lse = torch.empty(1, 2, V, dtype=torch.bfloat16), rows(torch.int64), rows(), rows(torch.float64)
     g_kl: Tensor | None = g if reference else None
     with compiling(SM90) as kernels, _Allocations() as made:
-        arguments = (g, g, g_kl, logits, targets, logits, None, lse, lse, g, g, 1.0)
-        token_stats_backward.token_stats_backward(*arguments)
-        token_stats_backward.token_stats_backward(*arguments, out=logits)
+        inputs = (RowGrads(g, g, g_kl), RowInputs(logits, targets, logits, None, 1.0), RowStats(g, g, g, lse, lse))
+        token_stats_backward.token_stats_backward(*inputs)
+        token_stats_backward.token_stats_backward(*inputs, out=logits)
     for kernel in kernels:
         assert len(_accesses(kernel, "load")) == 1 + reference
         assert len(_accesses(kernel, "store")) == 1

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
-from ppo_fast.ops._core.inputs import GaeInputs
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, ValueInputs
+from ppo_fast.ops._core.results import RowStats
 from tests.aot.offline import SM90, compiling
 
 V = 256
@@ -26,9 +28,9 @@ def test_logits_kernels() -> None:
         for temperature, (B, T, stride) in enumerate(LAYOUTS, 1):
             logits, x = _logits(B, T, stride), torch.zeros(B, T)
             targets, lse = torch.zeros(B, T, dtype=torch.int64), x.double()
-            token_stats.token_stats(logits, targets, logits, None, temperature / 2, True)
-            arguments = (x, x, x, logits, targets, logits, None, lse, lse, x, x, temperature / 2)
-            token_stats_backward.token_stats_backward(*arguments)
+            inputs = RowInputs(logits, targets, logits, None, temperature / 2)
+            token_stats.token_stats(inputs, True)
+            token_stats_backward.token_stats_backward(RowGrads(x, x, x), inputs, RowStats(x, x, x, lse, lse))
     assert len(kernels) == 3 * len(LAYOUTS)
     assert _names(kernels) == ["gradient_kernel", "merge_kernel", "segment_kernel"]
 
@@ -39,8 +41,9 @@ def test_per_token_kernels() -> None:
         for i, (B, T) in enumerate(shapes):
             x, none, coef = torch.zeros(B, T), torch.empty(0), torch.tensor(float(i))
             options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean")
-            policy_loss.policy_terms(x, x, none, None, x, x, x, None, None, None, coef, coef, coef, *options)
-            value_loss.value_loss(x, x, None, x, None, None, 0.1 * i, "token-mean")
+            policy = PolicyInputs(x, x, x, None, None, None, coef, coef, coef, *options)
+            policy_loss.policy_loss_from_stats(RowStats(x, x, none, none, none), None, policy)
+            value_loss.value_loss(ValueInputs(x, x, None, x, None, None, 0.1 * i, "token-mean"))
     assert len(kernels) == 4 * len(shapes)
     # The totals of the two losses differ in their number of rows alone, and in which of them is a maximum.
     assert _names(kernels) == ["terms_kernel", "totals_kernel", "totals_kernel", "value_kernel"]

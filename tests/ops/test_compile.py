@@ -51,8 +51,8 @@ def backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     rows = torch.randn(2, 3)
     for transposed in (False, True):
         logits, ref = logits_of(2, 3, 5, transposed=transposed).detach(), torch.randn(2, 3, 5)
-        _, entropy, kl, lse, ref_lse = OPS.token_stats(logits, TARGETS, ref, MASK, 0.7, True, backend)
-        common = (logits, TARGETS, ref, MASK, lse, ref_lse, entropy, kl, 0.7, backend)
+        rows_of = (logits, TARGETS, ref, MASK, 0.7)
+        common = (*rows_of, *OPS.token_stats(*rows_of, True, backend), backend)
         for upstream_ in ((rows, rows, rows), (rows, None, None), (None, rows, None), (None, None, rows)):
             yield *upstream_, *common
 
@@ -66,10 +66,10 @@ def policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     nothing = (None,) * 6
     yield logits_of(2, 3, 5), TARGETS.clamp(min=0), None, None, 1.0, None, rows, *nothing, None, *plain
     common = (rows, rows)
-    yield logits_of(2, 3, 5), TARGETS, MASK, None, 0.7, *common, rows, rows, None, one, one, one, one, *clipped
-    yield logits_of(2, 3, 5), TARGETS, MASK, ref, 0.7, *common, None, rows, None, one, one, one, one, *full
+    yield logits_of(2, 3, 5), TARGETS, None, MASK, 0.7, *common, rows, rows, None, one, one, one, one, *clipped
+    yield logits_of(2, 3, 5), TARGETS, ref, MASK, 0.7, *common, None, rows, None, one, one, one, one, *full
     flat, offsets = rows.view(1, 6), torch.tensor([0, 2, 2, 6])
-    packed = (logits_of(1, 6, 5), TARGETS.view(1, 6), MASK.view(1, 6), None, 0.7, flat, flat, flat, flat, offsets)
+    packed = (logits_of(1, 6, 5), TARGETS.view(1, 6), None, MASK.view(1, 6), 0.7, flat, flat, flat, flat, offsets)
     yield *packed, one, one, one, one, *clipped
 
 

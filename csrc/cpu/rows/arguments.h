@@ -1,4 +1,6 @@
 // The arguments of the row kernels: ops on rows of logits, one row per token. Masked rows are not read.
+//
+// pointers(visit) calls visit(name, member) for each pointer to a tensor: the bindings are made of it.
 #pragma once
 
 #include <cstdint>
@@ -44,18 +46,40 @@ struct TokenStatsArguments {
   float* kl;
   double* lse;
   double* ref_lse;
+
+  template <class Visit>
+  static void pointers(Visit visit) {
+    using Self = TokenStatsArguments;
+    visit("logprobs", &Self::logprobs);
+    visit("entropy", &Self::entropy);
+    visit("kl", &Self::kl);
+    visit("lse", &Self::lse);
+    visit("ref_lse", &Self::ref_lse);
+  }
 };
 
 struct TokenStatsBackwardArguments {
   Rows in;
-  const float* g;  // upstream gradients; null leaves a term out
-  const float* g_entropy;
-  const float* g_kl;
+  const float* grad_logprobs;  // of the loss in the statistics; null leaves a term out
+  const float* grad_entropy;
+  const float* grad_kl;
   const double* lse;
   const double* ref_lse;
   const float* entropy;
   const float* kl;
   LogitsView out;  // in the dtype of the logits; may be the logits
+
+  template <class Visit>
+  static void pointers(Visit visit) {
+    using Self = TokenStatsBackwardArguments;
+    visit("grad_logprobs", &Self::grad_logprobs);
+    visit("grad_entropy", &Self::grad_entropy);
+    visit("grad_kl", &Self::grad_kl);
+    visit("lse", &Self::lse);
+    visit("ref_lse", &Self::ref_lse);
+    visit("entropy", &Self::entropy);
+    visit("kl", &Self::kl);
+  }
 };
 
 enum class KlEstimator : int { kK1, kK2, kK3, kFull };
@@ -76,12 +100,31 @@ struct PolicyLossArguments {
   float high;
   float dual_clip;  // infinite: none
   KlEstimator kl_estimator;
-  float* d_logprobs;
-  float* d_entropy;
-  float* d_kl;
+  float* grad_logprobs;  // of the loss in the statistics
+  float* grad_entropy;
+  float* grad_kl;
   LogitsView gradient;  // of the logits, for a loss gradient of 1; data null: not wanted
   float* loss;          // results: one number
   float* metrics;       // [9]: those of PolicySums from policy_loss on, as means, and the count
+
+  template <class Visit>
+  static void pointers(Visit visit) {
+    using Self = PolicyLossArguments;
+    visit("old_logprobs", &Self::old_logprobs);
+    visit("advantages", &Self::advantages);
+    visit("ref_logprobs", &Self::ref_logprobs);
+    visit("importance_weights", &Self::importance_weights);
+    visit("token_weights", &Self::token_weights);
+    visit("denominator", &Self::denominator);
+    visit("penalty_coef", &Self::penalty_coef);
+    visit("ent_coef", &Self::ent_coef);
+    visit("kl_coef", &Self::kl_coef);
+    visit("grad_logprobs", &Self::grad_logprobs);
+    visit("grad_entropy", &Self::grad_entropy);
+    visit("grad_kl", &Self::grad_kl);
+    visit("loss", &Self::loss);
+    visit("metrics", &Self::metrics);
+  }
 };
 
 // Sums over counted tokens, in float64.
@@ -108,9 +151,23 @@ struct ValueLossArguments {
   float weight;
   const float* denominator;
   int64_t rows;
-  float* gradient;  // results
+  float* grad_values;  // results
   float* loss;
   float* metrics;  // [3]: value loss, share of clipped tokens, count
+
+  template <class Visit>
+  static void pointers(Visit visit) {
+    using Self = ValueLossArguments;
+    visit("values", &Self::values);
+    visit("returns", &Self::returns);
+    visit("mask", &Self::mask);
+    visit("old_values", &Self::old_values);
+    visit("token_weights", &Self::token_weights);
+    visit("denominator", &Self::denominator);
+    visit("grad_values", &Self::grad_values);
+    visit("loss", &Self::loss);
+    visit("metrics", &Self::metrics);
+  }
 };
 
 struct ValueSums {

@@ -1,4 +1,4 @@
-// The backward pass over rows of logits. With upstream gradients g (logprob), gH (entropy), gK (KL), u = log
+// The backward pass over rows of logits. With the gradients g (logprob), gH (entropy), gK (KL) of the loss, u = log
 // softmax, p = exp(u) and w = u of the reference,
 //
 //     dlogits[j] = (g * [j = target] + p[j] * (a + b * u[j] + c * w[j])) / temperature
@@ -86,12 +86,12 @@ TargetLogits target_logits(const Rows& in, const Group& group, Ints unread = Int
   return out;
 }
 
-// Upstream gradients of a group and the statistics that they multiply; those that a loss does not use are 0.
-struct Upstream {
-  Vec g{}, g_entropy{}, g_kl{};
+// The gradients of the loss in the statistics of a group, 0 where the loss does not use one, and two of the statistics.
+struct RowGrads {
+  Vec grad_logprobs{}, grad_entropy{}, grad_kl{};
   Vec entropy{}, kl{};
 
-  Ints all_zero() const { return (g == 0.0f) & (g_entropy == 0.0f) & (g_kl == 0.0f); }
+  Ints all_zero() const { return (grad_logprobs == 0.0f) & (grad_entropy == 0.0f) & (grad_kl == 0.0f); }
 };
 
 // The coefficients of each row of a group, and the gradient in its target's column.
@@ -99,22 +99,24 @@ struct GradientCoefficients {
   Vec constant, slope, ref_slope, at_target;
 };
 
-inline GradientCoefficients gradient_coefficients(const Upstream& up, const Normalizers& norm,
+inline GradientCoefficients gradient_coefficients(const RowGrads& grads, const Normalizers& norm,
                                                   const TargetLogits& target, float temperature) {
-  const auto kl_part = [&](Vec x) { return up.g_kl == 0.0f ? Vec{} : up.g_kl * x; };  // unused, x may be infinite
-  const Vec a = -up.g - up.g_entropy * up.entropy - kl_part(up.kl);
-  const Vec b = up.g_kl - up.g_entropy;
+  const auto kl_part = [&](Vec x) {
+    return grads.grad_kl == 0.0f ? Vec{} : grads.grad_kl * x;
+  };  // unused, x may be infinite
+  const Vec a = -grads.grad_logprobs - grads.grad_entropy * grads.entropy - kl_part(grads.kl);
+  const Vec b = grads.grad_kl - grads.grad_entropy;
   const Vec scale = 1.0f / (norm.sum * temperature);
   GradientCoefficients out;
   out.constant = (a - b * norm.log_sum + kl_part(norm.ref_log_sum)) * scale;
   out.slope = b / temperature * scale;
-  out.ref_slope = -up.g_kl / temperature * scale;
+  out.ref_slope = -grads.grad_kl / temperature * scale;
 
   const Exponential exponential(temperature);
   const Vec d = exponential.bounded(target.x - norm.max);
   const Vec p = exponential(d);
   const Vec inner = fma(out.slope, d, out.constant) - kl_part(target.y - norm.ref_max) / temperature * scale;
-  out.at_target = up.g * (1.0f / temperature) + (p == 0.0f ? Vec{} : p * inner);
+  out.at_target = grads.grad_logprobs * (1.0f / temperature) + (p == 0.0f ? Vec{} : p * inner);
   return out;
 }
 
@@ -189,12 +191,12 @@ void zero_row(const LogitsView& out, const Rows& in, int64_t row) {
   std::memset(row_of<T>(out, row, in.steps), 0, static_cast<size_t>(in.vocab) * sizeof(T));
 }
 
-// Writes the rows of a group. One whose upstream gradients are all 0 is zeros and is not read.
+// Writes the rows of a group. A row whose gradients in the statistics are all 0 becomes zeros and is not read.
 template <class T, class Ref, bool kSlope>
-void gradient_rows(const Rows& in, const Group& group, const Upstream& up, const Normalizers& norm,
+void gradient_rows(const Rows& in, const Group& group, const RowGrads& grads, const Normalizers& norm,
                    const TargetLogits& target, const LogitsView& out) {
-  const GradientCoefficients k = gradient_coefficients(up, norm, target, in.temperature);
-  const Ints zero = up.all_zero();
+  const GradientCoefficients k = gradient_coefficients(grads, norm, target, in.temperature);
+  const Ints zero = grads.all_zero();
   const Exponential exponential(in.temperature);
   for (int i = 0; i < group.size; ++i) {
     if (zero[i]) {

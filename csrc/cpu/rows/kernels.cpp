@@ -95,18 +95,18 @@ void token_stats_backward_rows(const TokenStatsBackwardArguments& args, int64_t 
   const auto skip = [&](int64_t row) { zero_row<T>(args.out, args.in, row); };
   for (Groups groups(args.in, first, last, skip); !groups.done(); groups.advance()) {
     const Group& group = groups.group();
-    const Upstream upstream = {group.load(args.g), group.load(args.g_entropy), group.load(args.g_kl),
-                               group.load(args.entropy), group.load(args.kl)};
+    const RowGrads grads = {group.load(args.grad_logprobs), group.load(args.grad_entropy), group.load(args.grad_kl),
+                            group.load(args.entropy), group.load(args.kl)};
     TargetLogits target;
     if (args.in.targets.data != nullptr) {
-      target = target_logits<T, Ref>(args.in, group, upstream.all_zero());
+      target = target_logits<T, Ref>(args.in, group, grads.all_zero());
     }
     const LogSumExps lse = saved_lse(args, group, !is_absent<Ref>);
     const Normalizers norm = gradient_normalizers(lse, args.in.temperature);
-    if (!is_absent<Ref> || args.g_entropy != nullptr) {
-      gradient_rows<T, Ref, true>(args.in, group, upstream, norm, target, args.out);
+    if (!is_absent<Ref> || args.grad_entropy != nullptr) {
+      gradient_rows<T, Ref, true>(args.in, group, grads, norm, target, args.out);
     } else {
-      gradient_rows<T, Ref, false>(args.in, group, upstream, norm, target, args.out);
+      gradient_rows<T, Ref, false>(args.in, group, grads, norm, target, args.out);
     }
   }
   end_stream();
@@ -118,33 +118,33 @@ void token_stats_backward(const TokenStatsBackwardArguments& args, int64_t first
   });
 }
 
-void store_gradients(const PolicyLossArguments& args, const Group& group, const PolicyTerms& terms) {
+void store_gradients(const PolicyLossArguments& args, const Group& group, const TokenLoss& terms) {
   if (args.stats.kl != nullptr) group.store(args.stats.kl, terms.kl);
-  group.store(args.d_logprobs, terms.upstream.g);
-  group.store(args.d_entropy, terms.upstream.g_entropy);
-  group.store(args.d_kl, terms.upstream.g_kl);
+  group.store(args.grad_logprobs, terms.grads.grad_logprobs);
+  group.store(args.grad_entropy, terms.grads.grad_entropy);
+  group.store(args.grad_kl, terms.grads.grad_kl);
 }
 
 template <class T>
 void skip_policy_row(const PolicyLossArguments& args, int64_t row) {
   zero_statistics(args.stats, row);
-  for (float* out : {args.d_logprobs, args.d_entropy, args.d_kl}) zero(out, row);
+  for (float* out : {args.grad_logprobs, args.grad_entropy, args.grad_kl}) zero(out, row);
   if (args.gradient.data != nullptr) zero_row<T>(args.gradient, args.stats.in, row);
 }
 
 template <class T, class Ref>
-void policy_gradient(const PolicyLossArguments& args, const Group& group, const PolicyTerms& terms,
+void policy_gradient(const PolicyLossArguments& args, const Group& group, const TokenLoss& terms,
                      const Normalizers& norm, const TargetLogits& target) {
   const Rows& in = args.stats.in;
   if constexpr (!is_absent<Ref>) {
     if (args.kl_coef != nullptr) {
-      return gradient_rows<T, Ref, true>(in, group, terms.upstream, norm, target, args.gradient);
+      return gradient_rows<T, Ref, true>(in, group, terms.grads, norm, target, args.gradient);
     }
   }
   if (args.ent_coef != nullptr) {
-    gradient_rows<T, Absent, true>(in, group, terms.upstream, norm, target, args.gradient);
+    gradient_rows<T, Absent, true>(in, group, terms.grads, norm, target, args.gradient);
   } else {
-    gradient_rows<T, Absent, false>(in, group, terms.upstream, norm, target, args.gradient);
+    gradient_rows<T, Absent, false>(in, group, terms.grads, norm, target, args.gradient);
   }
 }
 
@@ -161,7 +161,7 @@ PolicySums policy_loss_rows(const PolicyLossArguments& args, int64_t first, int6
     const TargetLogits target = target_logits<T, Ref>(in, group);
     const TokenStatistics token =
         statistics(norm, sums, logprobs_of(norm, target, in.temperature), kRef, in.temperature);
-    const PolicyTerms terms = policy_terms(args, group, token);
+    const TokenLoss terms = token_loss(args, group, token);
     total.add(terms, token, group.active());
     const LogSumExps lse = log_sum_exps(norm, in.temperature);
     store_statistics(args.stats, group, token, lse);

@@ -12,12 +12,12 @@ struct TokenStatistics {
   Vec logprob, entropy, kl;
 };
 
-struct PolicyTerms {
+struct TokenLoss {
   Vec loss;         // weighted, all terms
-  Vec policy_loss;  // weighted, the objective alone
+  Vec policy_loss;  // weighted, the objective only
   Vec kl, approx_kl, ratio;
   Ints clipped, dual_clipped;
-  Upstream upstream;
+  RowGrads grads;
 };
 
 inline Vec clamp_log_ratio(Vec x) { return min(set(kMaxLogRatio), max(set(-kMaxLogRatio), x)); }
@@ -59,13 +59,13 @@ inline Objective objective(const PolicyLossArguments& args, Vec ratio, Vec advan
 }
 
 // The loss of each token of a group, with the token's own ratio.
-inline PolicyTerms policy_terms(const PolicyLossArguments& args, const Group& group, const TokenStatistics& token) {
+inline TokenLoss token_loss(const PolicyLossArguments& args, const Group& group, const TokenStatistics& token) {
   const Vec old = args.old_logprobs == nullptr ? token.logprob : group.load(args.old_logprobs);
   const Vec raw = token.logprob - old;
   const Vec log_ratio = clamp_log_ratio(raw);
   const Vec weight = group.load(args.token_weights, args.weight);
   const Vec importance = group.load(args.importance_weights, 1.0f);
-  PolicyTerms out;
+  TokenLoss out;
   out.ratio = exp(log_ratio);
   out.approx_kl = exp_excess(log_ratio, out.ratio);
   const Objective objective_ = objective(args, out.ratio, group.load(args.advantages), importance);
@@ -78,20 +78,20 @@ inline PolicyTerms policy_terms(const PolicyLossArguments& args, const Group& gr
     loss += *args.penalty_coef * out.approx_kl;
     d_log_ratio += *args.penalty_coef * (out.approx_kl + log_ratio);
   }
-  out.upstream.g = weight * inside_clamp(raw, d_log_ratio);
-  out.upstream.entropy = token.entropy;
-  out.upstream.kl = out.kl = token.kl;
+  out.grads.grad_logprobs = weight * inside_clamp(raw, d_log_ratio);
+  out.grads.entropy = token.entropy;
+  out.grads.kl = out.kl = token.kl;
   if (args.ref_logprobs != nullptr) {
     const KlTerm term = kl_term(token.logprob - group.load(args.ref_logprobs), args.kl_estimator);
     out.kl = term.value;
-    if (args.kl_coef != nullptr) out.upstream.g += weight * *args.kl_coef * term.slope;
+    if (args.kl_coef != nullptr) out.grads.grad_logprobs += weight * *args.kl_coef * term.slope;
   } else if (args.kl_coef != nullptr) {
-    out.upstream.g_kl = weight * *args.kl_coef;
+    out.grads.grad_kl = weight * *args.kl_coef;
   }
   if (args.kl_coef != nullptr) loss += *args.kl_coef * out.kl;
   if (args.ent_coef != nullptr) {
     loss -= *args.ent_coef * token.entropy;
-    out.upstream.g_entropy = -weight * *args.ent_coef;
+    out.grads.grad_entropy = -weight * *args.ent_coef;
   }
   out.loss = weight * loss;
   return out;
@@ -101,7 +101,7 @@ inline PolicyTerms policy_terms(const PolicyLossArguments& args, const Group& gr
 struct PolicyLaneSums {
   Vec loss{}, policy_loss{}, entropy{}, kl{}, approx_kl{}, clipped{}, dual_clipped{}, ratio{}, ratio_max{};
 
-  void add(const PolicyTerms& terms, const TokenStatistics& token, Ints active) {
+  void add(const TokenLoss& terms, const TokenStatistics& token, Ints active) {
     const auto counted = [&](Vec x) { return active ? x : Vec{}; };
     loss += counted(terms.loss);
     policy_loss += counted(terms.policy_loss);

@@ -51,7 +51,7 @@ ValueSums value_rows(const ValueLossArguments& args, int64_t first, int64_t last
       clipped_count += clipped ? set(1.0f) : Vec{};
     }
     loss += lanes.weight * square * 0.5f;
-    store(args.gradient + at, lanes.weight * slope, n);
+    store(args.grad_values + at, lanes.weight * slope, n);
   }
   return {lane_total(loss), lane_total(clipped_count)};
 }

@@ -210,9 +210,9 @@ def first_derivative(op: str) -> None:
         )
 
 
-def target_values(op: str, value: Tensor, mask: Tensor | None, vocab: int) -> None:
-    """Every counted target lies in [0, V). CPU tensors only."""
-    if value.device.type != "cpu" or value.numel() == 0:
+def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int) -> None:
+    """Every counted target lies in [0, V). CPU tensors only. None passes."""
+    if value is None or value.device.type != "cpu" or value.numel() == 0:
         return
     bad = (value < 0) | (value >= vocab)
     if mask is not None:

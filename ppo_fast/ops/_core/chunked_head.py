@@ -6,14 +6,16 @@ weight and bias. Rows that do not count are left out before any product.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import registry
 from ppo_fast.ops._core.checks import accumulation_dtype
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.linear_inputs import LinearCall
+from ppo_fast.ops._core.results import RowStats
 
 # Rows per chunk on a CPU: the products are at full speed from 256 on. Of _CPU_MANY rows or more, 1/8 at most.
 _CPU_CHUNK = 512
@@ -30,70 +32,29 @@ _WORDS = 1024
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 
 
-class RowStats(NamedTuple):
-    """What the row kernels make of each row: see ``reference.token_stats``. [B, T], or [1, n] for a tile."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    kl: Tensor
-    lse: Tensor
-    ref_lse: Tensor
-
-    @staticmethod
-    def zeros(call: LinearCall, has_ref: bool) -> "RowStats":
-        """Room for all rows; those that do not count stay 0."""
-        shape, dtype = call.targets.shape, accumulation_dtype(call.hidden.dtype)
-
-        def rows(wanted: bool, dtype: torch.dtype) -> Tensor:
-            return call.hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
-
-        wide = torch.float64
-        return RowStats(
-            rows(True, dtype), rows(True, dtype), rows(has_ref, dtype), rows(True, wide), rows(has_ref, wide)
-        )
-
-    def put(self, rows: Tensor, values: "RowStats") -> None:
-        """Write a tile's values to its rows."""
-        for mine, theirs in zip(self, values, strict=True):
-            if mine.numel():
-                mine.view(-1).index_copy_(0, rows, theirs.view(-1))
-
-    def gather_rows(self, rows: Tensor) -> "RowStats":
-        """The values of some rows."""
-        return RowStats(*(gather_rows(x, rows) for x in self))
-
-
-class Upstream(NamedTuple):
-    """Gradients [1, n] of logprob, entropy and KL; None leaves one out."""
-
-    logprobs: Tensor | None
-    entropy: Tensor | None
-    kl: Tensor | None
-
-
-class Wanted(NamedTuple):
+class NeedsGrad(NamedTuple):
     """Which gradients are asked for."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
 
 
 class Gradients(NamedTuple):
-    """Of hidden [N, D], weight [V, D] and bias [V], the last two in the accumulation dtype; empty where not wanted."""
+    """Of hidden [N, D], weight [V, D] and bias [V], the last two in the accumulation dtype; empty where not needed."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor
 
     @staticmethod
-    def zeros(call: LinearCall, wanted: Wanted) -> "Gradients":
+    def zeros(call: LinearCall, needs: NeedsGrad) -> "Gradients":
         """Sums of nothing yet."""
         hidden, weight, dtype = call.hidden, call.weight, accumulation_dtype(call.hidden.dtype)
         return Gradients(
-            hidden.new_zeros(hidden.shape if wanted.hidden else (0,)),
-            weight.new_zeros(weight.shape if wanted.weight else (0,), dtype=dtype),
-            weight.new_zeros(weight.shape[0] if wanted.bias else (0,), dtype=dtype),
+            hidden.new_zeros(hidden.shape if needs.need_hidden else (0,)),
+            weight.new_zeros(weight.shape if needs.need_weight else (0,), dtype=dtype),
+            weight.new_zeros(weight.shape[0] if needs.need_bias else (0,), dtype=dtype),
         )
 
     def add(self, call: LinearCall, rows: Tensor, dlogits: Tensor) -> None:
@@ -109,6 +70,33 @@ class Gradients(NamedTuple):
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Some rows of a per-token tensor, as [1, n]; empty stays empty."""
     return x.reshape(-1)[rows][None] if x.numel() else x
+
+
+Rows = TypeVar("Rows", RowStats, RowGrads)
+
+
+def gather(group: Rows, rows: Tensor) -> Rows:
+    """Statistics or gradients of some rows, as [1, n]."""
+    return type(group)(*[None if x is None else gather_rows(x, rows) for x in group])
+
+
+def zero_stats(call: LinearCall, want_kl: bool) -> RowStats:
+    """Room for the statistics of all rows, as the targets [B, T]; those of rows that do not count stay 0."""
+    shape, dtype, wide = call.targets.shape, accumulation_dtype(call.hidden.dtype), torch.float64
+
+    def zeros(wanted: bool, dtype: torch.dtype) -> Tensor:
+        return call.hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
+
+    return RowStats(
+        zeros(True, dtype), zeros(True, dtype), zeros(want_kl, dtype), zeros(True, wide), zeros(want_kl, wide)
+    )
+
+
+def put(stats: RowStats, rows: Tensor, tile: RowStats) -> None:
+    """Write the statistics [1, n] of some rows to those of all."""
+    for mine, theirs in zip(stats, tile, strict=True):
+        if mine.numel():
+            mine.view(-1).index_copy_(0, rows, theirs.view(-1))
 
 
 def _product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -163,11 +151,11 @@ class Buffers(NamedTuple):
     apart: bool  # the gradient has a buffer of its own, in the dtype of hidden; else it replaces the logits
 
     @staticmethod
-    def of(call: LinearCall, count: int, wanted: Wanted, device: str) -> "Buffers":
+    def of(call: LinearCall, count: int, needs: NeedsGrad, device: str) -> "Buffers":
         """For ``count`` rows that count, on a device of that type."""
-        chunk = chunk_rows(call, count, wanted.weight, device)
+        chunk = chunk_rows(call, count, needs.need_weight, device)
         dtype, ref = _logits_dtype(call.hidden, call.softcap, device), call.ref_hidden
-        apart = any(wanted) and (dtype != call.hidden.dtype or call.softcap is not None)
+        apart = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
         tile = min(chunk, _TILE.get(device, chunk)) if apart else chunk
         return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(ref, call.softcap, device), apart)
 
@@ -183,60 +171,80 @@ def _logits_dtype(hidden: Tensor, softcap: float | None, device: str) -> torch.d
     return accumulation_dtype(hidden.dtype) if wide else hidden.dtype
 
 
-class Sweep:
+class ChunkedHead:
     """The rows that count, the buffers of a chunk, and the row kernels on them.
 
     With softcap the buffers hold t = tanh(x / softcap), whose temperature is temperature / softcap.
     """
 
-    def __init__(self, call: LinearCall, wanted: Wanted) -> None:
-        self.call, self.wanted = call, wanted
+    def __init__(self, call: LinearCall, needs: NeedsGrad) -> None:
+        self.call, self.needs = call, needs
         hidden = call.hidden
         if call.mask is None:
             self.rows = torch.arange(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         else:
             self.rows = call.mask.flatten().nonzero()[:, 0]
         self.temperature = call.temperature / (call.softcap or 1.0)
-        buffers = Buffers.of(call, len(self.rows), wanted, hidden.device.type)
+        buffers = Buffers.of(call, len(self.rows), needs, hidden.device.type)
         self.chunk, self.tile, V = buffers.chunk, buffers.tile, call.weight.shape[0]
         self.logits = hidden.new_empty(self.tile, V, dtype=buffers.dtype)
         self.gradient = hidden.new_empty(self.chunk, V) if buffers.apart else self.logits
         self.ref_logits = None if buffers.ref_dtype is None else hidden.new_empty(self.tile, V, dtype=buffers.ref_dtype)
         self._loaded: tuple[int, int] | None = None
 
-    def stats(self, into: RowStats) -> None:
-        """The statistics of every row that counts."""
+    def stats(self) -> RowStats:
+        """The statistics of all rows, a tile at a time."""
+        stats = zero_stats(self.call, self.call.ref_hidden is not None)
         for first, last in spans(0, len(self.rows), self.tile):
-            self.load(first, last)
-            rows = self.rows[first:last]
-            into.put(rows, self.row_stats(rows))
+            put(stats, self.rows[first:last], self.tile_stats(first, last))
+        return stats
 
-    def gradients(self, upstream: Callable[[Tensor], tuple[Upstream, RowStats]]) -> Gradients:
-        """The gradients, of a loss whose upstream gradients and statistics ``upstream`` gives for each tile's rows."""
-        total = Gradients.zeros(self.call, self.wanted)
+    def gradients(self, grads: RowGrads, stats: RowStats) -> Gradients:
+        """The gradients of a loss whose gradients in the statistics of all rows are known."""
+        total = Gradients.zeros(self.call, self.needs)
         for start, stop in spans(0, len(self.rows), self.chunk):
             for first, last in spans(start, stop, self.tile):
-                self.load(first, last)
-                self._write_gradient(first - start, self.rows[first:last], *upstream(self.rows[first:last]))
-                self._loaded = None
-            total.add(self.call, self.rows[start:stop], self.gradient[: stop - start])
+                rows = self.rows[first:last]
+                self.write_gradient(first, last, first - start, gather(grads, rows), gather(stats, rows))
+            self.add_chunk(total, start, stop)
         return total
 
-    def row_stats(self, rows: Tensor) -> RowStats:
-        """The statistics [1, n] of the tile that is loaded."""
-        run = registry.implementation("token_stats", self.call.backend)
-        logits, ref_logits = self._views(len(rows))
-        return RowStats(*run(logits, gather_rows(self.call.targets, rows), ref_logits, None, self.temperature, True))
-
-    def _views(self, count: int) -> tuple[Tensor, Tensor | None]:
-        return self.logits[None, :count], None if self.ref_logits is None else self.ref_logits[None, :count]
-
-    def load(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """Compute the logits of a tile, unless they are there; its logits [1, n, V] and the reference's."""
+    def tile_inputs(self, first: int, last: int) -> RowInputs:
+        """The rows [1, n, V] of a tile, whose logits are computed unless they are there."""
         if self._loaded != (first, last):
             self._compute(first, last)
             self._loaded = (first, last)
-        return self._views(last - first)
+        count, ref_logits = last - first, self.ref_logits
+        return RowInputs(
+            self.logits[None, :count],
+            gather_rows(self.call.targets, self.rows[first:last]),
+            None if ref_logits is None else ref_logits[None, :count],
+            None,
+            self.temperature,
+        )
+
+    def tile_stats(self, first: int, last: int) -> RowStats:
+        """The statistics [1, n] of a tile."""
+        return registry.implementation("token_stats", self.call.backend)(self.tile_inputs(first, last), True)
+
+    def write_gradient(self, first: int, last: int, offset: int, grads: RowGrads, stats: RowStats) -> None:
+        """The gradient of x, the logits of a tile before softcap, in the chunk's buffer from row ``offset`` on."""
+        run = registry.implementation("token_stats_backward", self.call.backend)
+        tile = self.tile_inputs(first, last)
+        self._loaded = None  # the gradient may take the place of the logits
+        out, softcap = self.gradient[offset : offset + last - first], self.call.softcap
+        if softcap is None:
+            run(grads, tile, stats, out=out[None])
+            return
+        # The slope d t / d x, before the gradient in t takes the place of t.
+        t = self.logits[: last - first]
+        by_rows(out, lambda t: (1.0 - t * t) / softcap, t)
+        run(grads, tile, stats, out=tile.logits)
+        by_rows(out, torch.mul, out, t)
+
+    def add_chunk(self, total: Gradients, start: int, stop: int) -> None:
+        """Add what the gradient of a chunk's logits gives."""
+        total.add(self.call, self.rows[start:stop], self.gradient[: stop - start])
 
     def _compute(self, first: int, last: int) -> None:
         call, rows = self.call, self.rows[first:last]
@@ -247,20 +255,6 @@ class Sweep:
             ref_weight = call.weight if call.ref_weight is None else call.ref_weight
             _product(ref_logits[: last - first], call.ref_hidden[rows], ref_weight, call.ref_bias)
             _squash(ref_logits[: last - first], call.softcap)
-
-    def _write_gradient(self, offset: int, rows: Tensor, g: Upstream, stats: RowStats) -> None:
-        """The gradient of x, the logits before softcap, in the chunk's buffer from row ``offset`` on."""
-        run = registry.implementation("token_stats_backward", self.call.backend)
-        logits, ref_logits = self._views(len(rows))
-        out, softcap = self.gradient[offset : offset + len(rows)], self.call.softcap
-        if softcap is not None:
-            # The slope d t / d x, before the gradient in t takes the place of t.
-            by_rows(out, lambda t: (1.0 - t * t) / softcap, logits[0])
-        given = (*g, logits, gather_rows(self.call.targets, rows), ref_logits, None)
-        saved = (stats.lse, stats.ref_lse, stats.entropy, stats.kl)
-        run(*given, *saved, self.temperature, logits if softcap is not None else out[None])
-        if softcap is not None:
-            by_rows(out, torch.mul, out, logits[0])
 
 
 def _squash(logits: Tensor, softcap: float | None) -> None:
@@ -301,12 +295,3 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(gradient, dtype=dtype)
     by_rows(out, lambda x: x.to(factor.dtype) * factor, gradient)
     return out
-
-
-def saved_rows(stats: RowStats, upstream: Upstream) -> Any:
-    """For :meth:`Sweep.gradients`: upstream gradients and statistics of all rows that are known beforehand."""
-
-    def of(rows: Tensor) -> tuple[Upstream, RowStats]:
-        return Upstream(*(None if x is None else gather_rows(x, rows) for x in upstream)), stats.gather_rows(rows)
-
-    return of

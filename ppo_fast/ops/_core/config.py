@@ -1,6 +1,7 @@
-"""The options of the policy loss."""
+"""The options of the policy loss, and its inputs as the registered ops take them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from ppo_fast.ops._core import checks
 RATIOS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+# Each a number or a 0-d tensor, field of PolicyLossConfig and of PolicyInputs.
+COEFFICIENTS = ("penalty_coef", "ent_coef", "kl_coef")
 
 _OP = "PolicyLossConfig"
 
@@ -76,7 +80,7 @@ class PolicyLossConfig:
         checks.one_of(_OP, "ratio", self.ratio, RATIOS)
         checks.one_of(_OP, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         checks.one_of(_OP, "aggregation", self.aggregation, AGGREGATIONS)
-        for name in ("penalty_coef", "ent_coef", "kl_coef"):
+        for name in COEFFICIENTS:
             _check_coefficient(name, getattr(self, name))
         checks.scale(_OP, "temperature", self.temperature)
 
@@ -84,6 +88,26 @@ class PolicyLossConfig:
     def needs_sequences(self) -> bool:
         """Whether the loss depends on where a sequence begins and ends."""
         return self.ratio == "sequence" or self.aggregation != "token-mean"
+
+
+class PolicyInputs(NamedTuple):
+    """What the policy losses take besides logits or hidden states. Floats are of the accumulation dtype."""
+
+    old_logprobs: Tensor | None  # [B, T], contiguous, as all [B, T] here; None: the log-probabilities themselves
+    advantages: Tensor  # [B, T]
+    ref_logprobs: Tensor | None  # [B, T]; None: no reference, or reference logits
+    importance_weights: Tensor | None  # [B, T]; None: 1
+    cu_seqlens: Tensor | None  # [S + 1], int32 or int64, contiguous; None: a row is a sequence
+    denominator: Tensor | None  # []; None: the count of the aggregation
+    penalty_coef: Tensor | None  # [], as all coefficients, which a schedule may change; None leaves the term out
+    ent_coef: Tensor | None
+    kl_coef: Tensor | None
+    clip_low: float  # infinite: open
+    clip_high: float
+    dual_clip: float  # infinite: none
+    ratio: str
+    kl_estimator: str
+    aggregation: str
 
 
 def coefficient(value: float | Tensor, like: Tensor) -> Tensor | None:

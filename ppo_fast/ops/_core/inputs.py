@@ -8,6 +8,55 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class RowInputs(NamedTuple):
+    """Rows of logits: of ``token_stats`` and its backward, and the head of the inputs of ``policy_loss``."""
+
+    logits: Tensor  # [B, T, V], unit stride over V
+    targets: Tensor | None  # [B, T], int32 or int64, any strides; None: no log-probabilities
+    ref_logits: Tensor | None  # [B, T, V], unit stride over V; None: no KL
+    mask: Tensor | None  # [B, T], bool, contiguous; None: every row counts
+    temperature: float
+
+
+class RowGrads(NamedTuple):
+    """The gradients of a loss in the statistics of each row, [B, T]; None leaves one out."""
+
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    grad_kl: Tensor | None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all are left out."""
+        return self.grad_logprobs is None and self.grad_entropy is None and self.grad_kl is None
+
+    def scaled(self, factor: Tensor) -> "RowGrads":
+        """Each times ``factor``."""
+        return RowGrads(*[None if x is None else x * factor for x in self])
+
+    def divided(self, scale: Tensor) -> "RowGrads":
+        """Each over ``scale``."""
+        return RowGrads(*[None if x is None else x / scale for x in self])
+
+
+def given_grads(*grads: Tensor | None) -> RowGrads:
+    """The gradients, contiguous; those that are empty or None are left out."""
+    return RowGrads(*[None if x is None or not x.numel() else x.contiguous() for x in grads])
+
+
+class ValueInputs(NamedTuple):
+    """Of ``value_loss``. Floats are contiguous and of the accumulation dtype, except the values."""
+
+    values: Tensor  # [B, T], any strides, in the dtype of the caller
+    returns: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T], bool, contiguous; None: every token counts
+    old_values: Tensor | None  # [B, T]; None: no clip
+    cu_seqlens: Tensor | None  # [S + 1], int32 or int64, contiguous; None: a row is a sequence
+    denominator: Tensor | None  # []; None: the count of the aggregation
+    clip: float | None
+    aggregation: str
+
+
 class GaeInputs(NamedTuple):
     """Of ``gae`` and ``gae_packed``. Sequences are rows [B, T], or packed [N] where ``cu_seqlens`` is given."""
 

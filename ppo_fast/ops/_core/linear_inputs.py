@@ -8,44 +8,22 @@ from torch import Tensor
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.layout import as_bools, grid
 
-# The fields of LinearCall as the registered ops take them.
-SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, Tensor? ref_hidden, "
-    "Tensor? ref_weight, Tensor? ref_bias, float? softcap, float temperature, int? chunk_size, str backend"
-)
-TENSORS = 8
-
 
 class LinearCall(NamedTuple):
-    """The arguments of a linear op as its launcher gets them. N = B*T rows, V words; the first TENSORS are tensors.
+    """What the linear ops take in common: N = B*T rows, V words."""
 
-    Attributes:
-        hidden: [N, D].
-        weight: [V, D], dtype and device of ``hidden``.
-        bias: [V], or None.
-        targets: [B, T], int32 or int64.
-        mask: [B, T], bool, or None: every row counts.
-        ref_hidden: [N, D of the reference], or None: no reference.
-        ref_weight: [V, D of the reference]; None: that of the policy.
-        ref_bias: [V], or None.
-        softcap: logits = softcap * tanh(x / softcap), or None.
-        temperature: divides the logits.
-        chunk_size: rows per chunk; None: by rule.
-        backend: whose row kernels run.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    mask: Tensor | None
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    softcap: float | None
-    temperature: float
-    chunk_size: int | None
-    backend: str
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D], dtype and device of hidden
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [B, T], int32 or int64
+    mask: Tensor | None  # [B, T], bool; None: every row counts
+    ref_hidden: Tensor | None  # [N, D of the reference]; None: no reference
+    ref_weight: Tensor | None  # [V, D of the reference]; None: that of the policy
+    ref_bias: Tensor | None  # [V]
+    softcap: float | None  # logits = softcap * tanh(x / softcap)
+    temperature: float  # divides the logits
+    chunk_size: int | None  # rows per chunk; None: by rule
+    backend: str  # whose row kernels run
 
 
 class _Head(NamedTuple):

@@ -1,41 +1,17 @@
 """What the policy losses take besides logits or hidden states: checked, flattened, and the results named again."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks
-from ppo_fast.ops._core.config import PolicyLossConfig, coefficient
+from ppo_fast.ops._core.config import COEFFICIENTS, PolicyInputs, PolicyLossConfig, coefficient
 from ppo_fast.ops._core.layout import as_denominator, as_floats
 from ppo_fast.ops._core.results import METRICS, LossOutput, TokenStats
 
-COEFFICIENTS = ("penalty_coef", "ent_coef", "kl_coef")
-
-
-class Terms(NamedTuple):
-    """The arguments of ``reference.policy_terms`` from old_logprobs on: the tail of the registered ops' arguments.
-
-    Per-token tensors are contiguous [B, T], numbers that a schedule may change 0-d tensors, all in the accumulation
-    dtype. An open clip and no dual clip are infinite; a coefficient of None leaves its term out.
-    """
-
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    ref_logprobs: Tensor | None
-    importance_weights: Tensor | None
-    cu_seqlens: Tensor | None
-    denominator: Tensor | None
-    penalty_coef: Tensor | None
-    ent_coef: Tensor | None
-    kl_coef: Tensor | None
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    ratio: str
-    kl_estimator: str
-    aggregation: str
+PER_TOKEN = ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")
 
 
 def _check_reference(
@@ -60,7 +36,7 @@ def check_config(op: str, config: object) -> None:
         raise ValueError(f"{op}: expected config to be a PolicyLossConfig, got {type(config).__name__}")
 
 
-def check_terms(
+def check_policy_inputs(
     op: str,
     config: PolicyLossConfig,
     targets: Tensor,
@@ -73,7 +49,7 @@ def check_terms(
     """Everything that does not depend on the logits, against checked ``targets``.
 
     Args:
-        per_token: old_logprobs, advantages, ref_logprobs, importance_weights by name.
+        per_token: the tensors of PER_TOKEN by name.
         other_reference: the reference that kl_estimator "full" reads, of the argument ``other_name``.
     """
     _check_reference(op, config, per_token["ref_logprobs"], other_reference, other_name)
@@ -88,19 +64,19 @@ def check_terms(
         raise ValueError(f"{op}: expected cu_seqlens beside packed [N] targets with {option}, got None")
 
 
-def flat_terms(
+def policy_inputs(
     config: PolicyLossConfig,
     like: Tensor,
     shape: torch.Size,
     per_token: dict[str, Tensor | None],
     cu_seqlens: Tensor | None,
     denominator: float | Tensor | None,
-) -> Terms:
+) -> PolicyInputs:
     """Checked arguments as the registered ops take them; ``like`` gives device and dtype, ``shape`` is the targets'."""
     dtype = checks.accumulation_dtype(like.dtype)
     coefficients: dict[str, Any] = {name: coefficient(getattr(config, name), like) for name in COEFFICIENTS}
     rows: dict[str, Any] = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
-    return Terms(
+    return PolicyInputs(
         **rows,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
         denominator=as_denominator(denominator, like),
@@ -114,8 +90,17 @@ def flat_terms(
     )
 
 
-def named_output(results: tuple[Tensor, ...], shape: torch.Size) -> LossOutput:
-    """(loss, metrics, logprobs, entropy, kl, ...) of a registered op as the public ops return them."""
-    loss, metrics, logprobs, entropy, kl, *_ = results
+def check_values(op: str, policy: PolicyInputs, mask: Tensor | None) -> None:
+    """Check what depends on values, in the launcher of an op. CPU tensors only."""
+    rows = policy.advantages.numel()
+    checks.cu_seqlens_values(op, policy.cu_seqlens, rows)
+    checks.denominator_value(op, policy.denominator, mask, rows)
+    checks.coefficient_values(op, **{name: getattr(policy, name) for name in COEFFICIENTS})
+
+
+def named_output(
+    loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, kl: Tensor, shape: torch.Size
+) -> LossOutput:
+    """Results of a registered op as the public ops return them."""
     stats = TokenStats(logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else None)
     return LossOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), stats)

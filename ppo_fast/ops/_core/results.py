@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ppo_fast.ops._core.inputs import RowGrads, given_grads
+
 # The metrics of the policy losses and of the value loss, in the order in which every backend writes them.
 METRICS = (
     "policy_loss",
@@ -45,6 +47,49 @@ class LossOutput(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     per_token: TokenStats | None = None
+
+
+class RowStats(NamedTuple):
+    """Of ``token_stats``: [B, T] in the accumulation dtype, 0 where masked; what is not asked for is empty."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor  # KL(pi || ref) over the vocabulary
+    lse: Tensor  # of the logits divided by the temperature, float64: of a float32 one every probability is off by 1e-3
+    ref_lse: Tensor  # the same for the reference
+
+
+class PolicyLossResult(NamedTuple):
+    """Of ``policy_loss``: the loss, statistics [B, T], and the gradients of the loss in these; empty: not used."""
+
+    loss: Tensor  # []
+    metrics: Tensor  # [len(METRICS)]
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor  # of the estimator
+    lse: Tensor
+    ref_lse: Tensor
+    grad_logprobs: Tensor
+    grad_entropy: Tensor
+    grad_kl: Tensor
+
+    @property
+    def stats(self) -> RowStats:
+        """The statistics; their kl is that over the vocabulary where there are reference logits."""
+        return RowStats(self.logprobs, self.entropy, self.kl, self.lse, self.ref_lse)
+
+    @property
+    def grads(self) -> RowGrads:
+        """The gradients in the statistics, as the backward of ``token_stats`` takes them."""
+        return given_grads(self.grad_logprobs, self.grad_entropy, self.grad_kl)
+
+
+class ValueLossResult(NamedTuple):
+    """Of ``value_loss``."""
+
+    loss: Tensor  # []
+    metrics: Tensor  # [len(VALUE_METRICS)]
+    grad_values: Tensor  # [B, T], of the loss
 
 
 class GaeResult(NamedTuple):

@@ -29,7 +29,17 @@ def _arguments(group: type[NamedTuple]) -> list[str]:
     return [f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(group).items()]
 
 
+def tensor_fields(group: type[NamedTuple]) -> tuple[str, ...]:
+    """The names of the fields that are tensors or None."""
+    return tuple(name for name, kind in get_type_hints(group).items() if _TYPES[kind].startswith("Tensor"))
+
+
 def grouped(arguments: list[Any] | tuple[Any, ...], *groups: type[NamedTuple]) -> Any:
     """The arguments of a registered op as the NamedTuples of its schema, which they fill one after the other."""
     rest = iter(arguments)
     return tuple(group._make([next(rest) for _ in group._fields]) for group in groups)
+
+
+def to_first(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the backward of an op returns whose first argument only has a gradient."""
+    return gradient, *((None,) * (len(ctx.needs_input_grad) - 1))

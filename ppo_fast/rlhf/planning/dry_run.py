@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ppo_fast.ops._core.chunked_head import Buffers, Wanted
+from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
@@ -191,5 +191,6 @@ def op_workspace(func: Any, args: Any, device: str) -> Account:
     if func not in (_OPS.linear_token_stats.default, _OPS.linear_policy_loss.default):
         return {}
     call = LinearCall(*args[:_FIELDS])
-    wanted = Wanted(*args[_FIELDS : _FIELDS + 3]) if func is _OPS.linear_policy_loss.default else Wanted(*[False] * 3)
-    return {"logits chunk": Buffers.of(call, len(call.hidden), wanted, device).bytes(call)}
+    trained = func is _OPS.linear_policy_loss.default
+    needs = NeedsGrad(*args[_FIELDS : _FIELDS + 3]) if trained else NeedsGrad(*[False] * 3)
+    return {"logits chunk": Buffers.of(call, len(call.hidden), needs, device).bytes(call)}

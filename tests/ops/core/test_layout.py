@@ -50,17 +50,17 @@ LOGITS_VIEWS = {
 def test_logits_views_are_read_in_place(backend: str, view: str, received: dict[str, tuple[Any, ...]]) -> None:
     logits, targets = LOGITS_VIEWS[view](), torch.randint(11, (3, 5))
     stats = pf.token_stats(logits, targets, backend=backend)
-    assert occupies(received["token_stats"][0], logits)
+    assert occupies(received["token_stats"][0].logits, logits)
     assert_same(stats, pf.token_stats(logits.clone(memory_format=torch.contiguous_format), targets, backend=backend))
     pf.policy_loss(logits, targets, None, torch.ones(3, 5), None, backend=backend)
-    assert occupies(received["policy_loss"][0], logits)
+    assert occupies(received["policy_loss"][0].logits, logits)
 
 
 @each_backend("token_stats")
 def test_a_packed_slice_is_read_in_place(backend: str, received: dict[str, tuple[Any, ...]]) -> None:
     logits = torch.randn(9, 16)[2:7, :11]
     pf.token_logprobs(logits, torch.zeros(5, dtype=torch.long), backend=backend)
-    assert occupies(received["token_stats"][0][0], logits)
+    assert occupies(received["token_stats"][0].logits[0], logits)
 
 
 @pytest.mark.parametrize("view", LOGITS_VIEWS)
@@ -84,7 +84,7 @@ def test_gradients_reach_the_base_of_a_view(backend: str, view: str) -> None:
 def test_a_transposed_vocabulary_costs_one_copy(backend: str, received: dict[str, tuple[Any, ...]]) -> None:
     logits, targets = torch.randn(3, 11, 5).transpose(1, 2), torch.randint(11, (3, 5))
     stats = pf.token_stats(logits, targets, backend=backend)
-    assert received["token_stats"][0].stride(-1) == 1
+    assert received["token_stats"][0].logits.stride(-1) == 1
     assert_same(stats, pf.token_stats(logits.contiguous(), targets, backend=backend))
 
 

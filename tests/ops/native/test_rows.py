@@ -13,6 +13,8 @@ import ppo_fast as pf
 from ppo_fast.ops._backends.native import rows as _native_stats
 from ppo_fast.ops._backends.native import token_stats
 from ppo_fast.ops._backends.native.extension import extension
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.results import RowStats
 from tests import eager
 from tests.helpers import assert_near_truth, assert_same, raises_exactly
 from tests.ops.native.isas import DTYPES, ISAS, each_dtype, each_isa, each_vocabulary, logits_of, threads, using
@@ -179,8 +181,11 @@ def test_streamed_gradients_have_the_same_bits(
         empty = torch.empty(0)
         for size in (1 << 40, 0):
             monkeypatch.setattr(_native_stats, "_LARGE", size)
-            inputs = (upstream[:1], upstream[1:2], None, logits[None], targets[None], None, None)
-            token_stats.token_stats_backward(*inputs, lse, empty, entropy, empty, 0.7, out=out)
+            grads, rows = (
+                RowGrads(upstream[:1], upstream[1:2], None),
+                RowInputs(logits[None], targets[None], None, None, 0.7),
+            )
+            token_stats.token_stats_backward(grads, rows, RowStats(empty, entropy, empty, lse, empty), out)
             torch.testing.assert_close(out[0], stored)
             assert buffer[:shift].isnan().all()
             assert buffer[shift + 7 * vocab :].isnan().all()
@@ -191,6 +196,8 @@ import ctypes, mmap, torch
 import ppo_fast as pf
 from ppo_fast.ops._backends.native import token_stats
 from ppo_fast.ops._backends.native.extension import extension
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.results import RowStats
 
 PAGE, ROWS = mmap.PAGESIZE, 6
 libc = ctypes.CDLL(None)
@@ -211,8 +218,9 @@ def use_every_kernel(logits):
     for rows, columns in ((3, 5), (5, -37)):  # wide and narrow rows that end where their page does
         pf.token_stats(logits[rows:, columns:], targets[rows:], backend="native")
     g, lse, empty = mask.float()[None], torch.full((1, ROWS), 9.0, dtype=torch.float64), torch.empty(0)
-    inputs = (g, None, None, logits[None], targets.clamp(min=0)[None], None, None, lse, empty, empty, empty, 1.0)
-    gradients = [token_stats.token_stats_backward(*inputs)[0]]  # counted, but with a zero gradient
+    rows = RowInputs(logits[None], targets.clamp(min=0)[None], None, None, 1.0)
+    stats = RowStats(empty, empty, empty, lse, empty)
+    gradients = [token_stats.token_stats_backward(RowGrads(g, None, None), rows, stats)[0]]  # counted, but zero
     leaf = logits.requires_grad_()
     stats = pf.token_stats(leaf, targets, mask=mask, backend="native")
     loss = pf.policy_loss(leaf, targets, None, torch.ones(ROWS), mask, backend="native").loss

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import ppo_fast as pf
 from ppo_fast.ops._backends import reference
+from ppo_fast.ops._core.inputs import RowInputs
 from tests.helpers import assert_near_truth, assert_same
 
 pytestmark = pytest.mark.gpu
@@ -54,9 +55,9 @@ def _loss(
 def test_token_stats(V: int, dtype: torch.dtype) -> None:
     x = _inputs(V, dtype)
     ours = pf.token_stats(x["logits"], x["targets"], ref_logits=x["ref"], mask=x["mask"], backend="triton")
-    arguments = (x["targets"], x["ref"].double(), x["mask"], 1.0, True)
-    truth = reference.token_stats(x["logits"].double(), *arguments)
-    eager = reference.token_stats(x["logits"].float(), x["targets"], x["ref"].float(), x["mask"], 1.0, True)
+    rows = RowInputs(x["logits"].double(), x["targets"], x["ref"].double(), x["mask"], 1.0)
+    truth = reference.token_stats(rows, True)
+    eager = reference.token_stats(rows._replace(logits=x["logits"].float(), ref_logits=x["ref"].float()), True)
     for got, expected, float32 in zip(ours, truth, eager, strict=False):
         assert got is not None
         assert_near_truth(got.cpu(), expected.cpu(), float32.cpu(), dtype=torch.float32)

@@ -9,6 +9,8 @@ from torch import Tensor
 import ppo_fast as pf
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import token_stats, token_stats_backward, tuning
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.results import RowStats
 from tests.helpers import assert_near_truth, assert_same
 
 INF, NAN = math.inf, math.nan
@@ -22,18 +24,16 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_BACKWARD", {(9, 0): ((1 << 31, tile),)})
 
 
-def _stats(logits: Tensor, targets: Tensor, ref: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, ...]:
-    return token_stats.token_stats(logits, targets, ref, None, temperature, True)
+def _stats(logits: Tensor, targets: Tensor, ref: Tensor | None, temperature: float = 1.0) -> RowStats:
+    return token_stats.token_stats(RowInputs(logits, targets, ref, None, temperature), True)
 
 
 def _gradient(
     logits: Tensor, targets: Tensor, ref: Tensor | None, upstream: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    _, entropy, kl, lse, ref_lse = _stats(logits, targets, ref)
     g, g_entropy, g_kl = upstream
-    return token_stats_backward.token_stats_backward(
-        g, g_entropy, None if ref is None else g_kl, logits, targets, ref, None, lse, ref_lse, entropy, kl, 1.0, out
-    )
+    grads, rows = RowGrads(g, g_entropy, None if ref is None else g_kl), RowInputs(logits, targets, ref, None, 1.0)
+    return token_stats_backward.token_stats_backward(grads, rows, _stats(logits, targets, ref), out)
 
 
 @pytest.mark.parametrize("V", [96, 100, 33, 32, 17, 1])
@@ -43,8 +43,8 @@ def test_merged_segments_equal_the_whole_row(V: int, offset: float) -> None:
     logits, ref = torch.randn(2, 2, 2, V).mul(4).add(offset).unbind()
     targets = torch.randint(0, V, (2, 2))
     ours = _stats(logits, targets, ref, 0.7)
-    truth = reference.token_stats(logits.double(), targets, ref.double(), None, 0.7, True)
-    eager = reference.token_stats(logits, targets, ref, None, 0.7, True)
+    truth = reference.token_stats(RowInputs(logits.double(), targets, ref.double(), None, 0.7), True)
+    eager = reference.token_stats(RowInputs(logits, targets, ref, None, 0.7), True)
     for got, expected, float32 in zip(ours[:3], truth, eager, strict=False):
         assert_near_truth(got, expected, float32, dtype=torch.float32)
     assert (ours[3] - truth[3]).abs().max() <= 2e-7 * max(1.0, abs(offset) * 1e-3)
@@ -56,11 +56,9 @@ def test_gradient_of_every_block(V: int) -> None:
     logits, ref = torch.randn(2, 2, 2, V).mul(4).add(3e4).unbind()
     targets, upstream = torch.randint(0, V, (2, 2)), torch.randn(3, 2, 2)
     ours = _gradient(logits, targets, ref, upstream)
-    stats = reference.token_stats(logits.double(), targets, ref.double(), None, 1.0, True)
-    _, entropy, kl, lse, ref_lse = stats
-    truth = reference.token_stats_backward(
-        *upstream.double(), logits.double(), targets, ref.double(), None, lse, ref_lse, entropy, kl, 1.0
-    )
+    rows = RowInputs(logits.double(), targets, ref.double(), None, 1.0)
+    stats = reference.token_stats(rows, True)
+    truth = reference.token_stats_backward(RowGrads(*upstream.double()), rows, stats)
     assert_near_truth(ours, truth, dtype=torch.float32, gradient=True)
 
 
@@ -76,7 +74,7 @@ def test_infinities_anywhere_in_the_row() -> None:
     logits[0, 4, 7] = ref[0, 4, 7] = -INF  # impossible for both
     logits[0, 5, 4:8], ref[0, 5, 7] = -800.0, -INF  # possible when its lane is read, 2^-1154 of the row's maximum
     logprobs, entropy, kl, _, _ = _stats(logits, targets, ref)
-    truth = reference.token_stats(logits.double(), targets, ref.double(), None, 1.0, True)
+    truth = reference.token_stats(RowInputs(logits.double(), targets, ref.double(), None, 1.0), True)
     assert logprobs[0, 1:3].isnan().all()
     assert entropy[0, 1:3].isnan().all()
     assert kl[0, 1:3].isnan().all()
@@ -92,7 +90,7 @@ def test_the_reference_maximum_may_jump_further_than_float32_underflows() -> Non
     ref[0, 0, :32] -= 1000.0
     ref[0, 1, 64:] -= 1000.0
     targets = torch.zeros(1, 2, dtype=torch.int64)
-    truth = reference.token_stats(logits.double(), targets, ref.double(), None, 1.0, True)
+    truth = reference.token_stats(RowInputs(logits.double(), targets, ref.double(), None, 1.0), True)
     assert_near_truth(_stats(logits, targets, ref)[2], truth[2], dtype=torch.float32)
 
 
@@ -113,8 +111,8 @@ def test_a_wide_vocabulary() -> None:
     logits = torch.randn(1, 2, V).bfloat16()
     targets = torch.tensor([[0, V - 1]])
     ours = _stats(logits, targets, None)
-    truth = reference.token_stats(logits.double(), targets, None, None, 1.0, True)
-    eager = reference.token_stats(logits, targets, None, None, 1.0, True)
+    truth = reference.token_stats(RowInputs(logits.double(), targets, None, None, 1.0), True)
+    eager = reference.token_stats(RowInputs(logits, targets, None, None, 1.0), True)
     for got, expected, float32 in zip(ours[:2], truth, eager, strict=False):
         assert_near_truth(got, expected, float32, dtype=torch.float32)
 

@@ -1,6 +1,7 @@
 """The per-token kernels over several programs, the totals of their partial sums, and the scans over several blocks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,19 +9,23 @@ from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import gae, policy_loss, totals, tuning, value_loss
-from ppo_fast.ops._core.inputs import GaeInputs
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import GaeInputs, ValueInputs
+from ppo_fast.ops._core.results import RowStats
 from tests.helpers import assert_near_truth, assert_same
 
 SHAPE = (3, 200)  # three programs of 256 tokens, the last of them not full
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
-def _double(x: object) -> object:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _double(group: Any) -> Any:
+    return type(group)(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in group))
 
 
-def _terms(estimator: str, *, masked: bool, penalty: bool, aggregation: str) -> tuple[object, ...]:
-    """Arguments of policy_terms, NaN where masked; without penalty also log ratios and reference gaps beyond +-20."""
+def _inputs(
+    estimator: str, *, masked: bool, penalty: bool, aggregation: str
+) -> tuple[RowStats, Tensor | None, PolicyInputs]:
+    """Arguments of policy_loss_from_stats, NaN where masked; without penalty also gaps beyond +-20."""
     logprobs, advantages = -torch.rand(SHAPE) * 3, torch.randn(SHAPE)
     old, ref = logprobs - torch.randn(SHAPE) * 0.3, logprobs - torch.randn(SHAPE) * 0.1
     if not penalty:
@@ -34,35 +39,37 @@ def _terms(estimator: str, *, masked: bool, penalty: bool, aggregation: str) -> 
     full = estimator == "full"
     coef = torch.tensor(0.1)
     reference_terms = (torch.rand(SHAPE), None) if full else (torch.empty(0), ref)
-    return (
-        *(logprobs, torch.rand(SHAPE), reference_terms[0], mask, old, advantages, reference_terms[1], weights),
+    stats = RowStats(logprobs, torch.rand(SHAPE), reference_terms[0], torch.empty(0), torch.empty(0))
+    policy = PolicyInputs(
+        *(old, advantages, reference_terms[1], weights),
         *(None, torch.tensor(50.0), coef if penalty else None, coef * 0.1, coef),
         *(0.2, 0.28, 1.5, "token", estimator, aggregation),
     )
+    return stats, mask, policy
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_policy_terms(estimator: str, masked: bool) -> None:
+def test_policy_loss_from_stats(estimator: str, masked: bool) -> None:
     for penalty, aggregation in zip((False, True, True), AGGREGATIONS, strict=True):
-        arguments = _terms(estimator, masked=masked, penalty=penalty, aggregation=aggregation)
-        ours = policy_loss.policy_terms(*arguments)  # type: ignore[arg-type]
-        truth = reference.policy_terms(*(_double(x) for x in arguments))  # type: ignore[arg-type]
-        eager = reference.policy_terms(*arguments)  # type: ignore[arg-type]
+        stats, mask, policy = _inputs(estimator, masked=masked, penalty=penalty, aggregation=aggregation)
+        ours = policy_loss.policy_loss_from_stats(stats, mask, policy)
+        truth = reference.policy_loss_from_stats(_double(stats), mask, _double(policy))
+        eager = reference.policy_loss_from_stats(stats, mask, policy)
         for name, got, expected, float32 in zip(ours._fields, ours, truth, eager, strict=True):
             assert got.shape == expected.shape, name
             if got.numel():
-                assert_near_truth(got, expected, float32, dtype=torch.float32, gradient=name.startswith("d_"))
+                assert_near_truth(got, expected, float32, dtype=torch.float32, gradient=name.startswith("grad_"))
 
 
-def test_policy_terms_without_options() -> None:
+def test_policy_loss_from_stats_without_options() -> None:
     x, none = torch.randn(SHAPE), torch.empty(0)
-    arguments = (x, x, none, None, None, x, None, None, None, None, None, None, None)
     options = (math.inf, math.inf, math.inf, "token", "k3", "token-mean")
-    ours = policy_loss.policy_terms(*arguments, *options)
+    policy = PolicyInputs(None, x, None, None, None, None, None, None, None, *options)
+    ours = policy_loss.policy_loss_from_stats(RowStats(x, x, none, none, none), None, policy)
     assert_near_truth(ours.loss, -x.double().mean(), dtype=torch.float32)
-    assert_near_truth(ours.d_logprobs, -x.double() / x.numel(), dtype=torch.float32, gradient=True)
-    assert [t.numel() for t in (ours.kl, ours.d_entropy, ours.d_kl)] == [0, 0, 0]
+    assert_near_truth(ours.grad_logprobs, -x.double() / x.numel(), dtype=torch.float32, gradient=True)
+    assert [t.numel() for t in (ours.kl, ours.grad_entropy, ours.grad_kl)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
@@ -72,8 +79,8 @@ def test_value_loss(clip: float | None, dtype: torch.dtype) -> None:
     old = values.float() + torch.randn(SHAPE) * 0.3
     values[~mask] = math.nan
     options = (None, torch.tensor(7.0), clip, "seq-mean-token-mean")
-    ours = value_loss.value_loss(values, returns, mask, old, *options)
-    truth = reference.value_loss(values.double(), returns.double(), mask, old.double(), *options)
+    inputs = ValueInputs(values, returns, mask, old, *options)
+    ours, truth = value_loss.value_loss(inputs), reference.value_loss(_double(inputs))
     for got, expected in zip(ours, truth, strict=True):
         assert_near_truth(got, expected, dtype=torch.float32)
 

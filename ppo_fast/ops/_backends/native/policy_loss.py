@@ -1,105 +1,67 @@
 """Launcher of policy_loss in C++."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.native.extension import extension
 from ppo_fast.ops._backends.native.rows import (
-    _token_weights,
     gradient_view,
     per_row,
     readable,
     room,
-    rows_of,
+    rows_view,
     set_addresses,
+    stats_room,
+    token_weights,
 )
 from ppo_fast.ops._backends.native.token_stats import token_stats, token_stats_backward
-from ppo_fast.ops._core.results import METRICS
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.results import METRICS, PolicyLossResult
+from ppo_fast.ops._core.schema import tensor_fields
+
+# The tensors that the kernel takes under the same names; it takes the weights of the tokens in place of cu_seqlens.
+_TENSORS = [name for name in tensor_fields(PolicyInputs) if name != "cu_seqlens"]
 
 
-def policy_loss(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    *terms: Any,
-    out: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def policy_loss(rows: RowInputs, policy: PolicyInputs, out: Tensor | None = None) -> PolicyLossResult:
     """The reference's policy_loss, with the gradient of the loss in ``out``, which may be the logits."""
-    ratio = terms[-3]
-    run = _one_pass if ratio == "token" else _two_passes
-    return run(logits, targets, mask, readable(ref_logits), temperature, *terms, out=out)
+    run = _one_pass if policy.ratio == "token" else _two_passes
+    return run(readable(rows), policy, out)
 
 
-def _two_passes(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    *terms: Any,
-    out: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """A sequence ratio couples the tokens of a sequence: the statistics of all, their terms, then the gradients."""
-    logprobs, entropy, full_kl, lse, ref_lse = token_stats(logits, targets, ref_logits, mask, temperature, True)
-    result = reference.policy_terms(logprobs, entropy, full_kl, mask, *terms)
-    upstream = result.d_logprobs, result.d_entropy, result.d_kl
+def _two_passes(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> PolicyLossResult:
+    """A sequence ratio couples the tokens of a sequence: the statistics of all, their loss, then the gradients."""
+    stats = token_stats(rows, True)
+    result = reference.policy_loss_from_stats(stats, rows.mask, policy)
     if out is not None:
-        g, g_entropy, g_kl = (x.contiguous() if x.numel() else None for x in upstream)
-        saved = (lse, ref_lse, entropy, full_kl)
-        token_stats_backward(g, g_entropy, g_kl, logits, targets, ref_logits, mask, *saved, temperature, out)
-    return result.loss, result.metrics, logprobs, entropy, result.kl, lse, ref_lse, *upstream
+        token_stats_backward(result.grads, rows, stats, out)
+    return result
 
 
-def _one_pass(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    penalty_coef: Tensor | None,
-    ent_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    ratio: str,
-    kl_estimator: str,
-    aggregation: str,
-    *,
-    out: Tensor | None,
-) -> tuple[Tensor, ...]:
+def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> PolicyLossResult:
     """Statistics, loss and gradient of a row while it is in the cache."""
-    full = ref_logits is not None
-    stats = extension.TokenStatsArguments()
-    stats.rows = rows_of(logits, targets, ref_logits, mask, temperature)
-    logprobs, entropy, kl = per_row(logits), per_row(logits), per_row(logits, full or ref_logprobs is not None)
-    lse, ref_lse = per_row(logits, dtype=torch.float64), per_row(logits, full, torch.float64)
-    set_addresses(stats, logprobs=logprobs, entropy=entropy, kl=kl, lse=lse, ref_lse=ref_lse)
-
-    arguments = extension.PolicyLossArguments()
-    arguments.stats = stats
-    arguments.low, arguments.high, arguments.dual_clip = 1.0 - clip_low, 1.0 + clip_high, dual_clip
-    arguments.kl_estimator = getattr(extension.KlEstimator, kl_estimator)
+    logits, full = rows.logits, rows.ref_logits is not None
+    stats = stats_room(rows, want_kl=policy.ref_logprobs is not None)
+    weights = token_weights(logits.shape[:2], rows.mask, policy.cu_seqlens, policy.denominator, policy.aggregation)
+    result = PolicyLossResult(
+        room(()),
+        room((len(METRICS),)),
+        *stats,
+        grad_logprobs=per_row(logits),
+        grad_entropy=per_row(logits, policy.ent_coef is not None),
+        grad_kl=per_row(logits, full and policy.kl_coef is not None),
+    )
+    statistics, arguments = extension.TokenStatsArguments(), extension.PolicyLossArguments()
+    statistics.rows = rows_view(rows)
+    set_addresses(statistics, **stats._asdict())
+    arguments.stats = statistics
+    arguments.low, arguments.high, arguments.dual_clip = 1.0 - policy.clip_low, 1.0 + policy.clip_high, policy.dual_clip
+    arguments.kl_estimator = getattr(extension.KlEstimator, policy.kl_estimator)
     arguments.gradient = gradient_view(out, logits)
-    weights = _token_weights(logits.shape[:2], mask, cu_seqlens, denominator, aggregation)
-    set_addresses(arguments, old_logprobs=old_logprobs, advantages=advantages, ref_logprobs=ref_logprobs)
-    set_addresses(arguments, importance_weights=importance_weights, token_weights=weights, denominator=denominator)
-    set_addresses(arguments, penalty_coef=penalty_coef, ent_coef=ent_coef, kl_coef=kl_coef)
-
-    d_logprobs, d_entropy = per_row(logits), per_row(logits, ent_coef is not None)
-    d_kl = per_row(logits, full and kl_coef is not None)
-    loss, metrics = room(()), room((len(METRICS),))
-    set_addresses(arguments, d_logprobs=d_logprobs, d_entropy=d_entropy, d_kl=d_kl, loss=loss, metrics=metrics)
+    set_addresses(arguments, token_weights=weights, **{name: getattr(policy, name) for name in _TENSORS})
+    set_addresses(arguments, loss=result.loss, metrics=result.metrics, grad_logprobs=result.grad_logprobs)
+    set_addresses(arguments, grad_entropy=result.grad_entropy, grad_kl=result.grad_kl)
     extension.policy_loss(arguments, threads=torch.get_num_threads())
-    return loss, metrics, logprobs, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl
+    return result

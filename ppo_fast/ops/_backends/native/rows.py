@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.native.extension import extension, load_error
+from ppo_fast.ops._core.inputs import RowInputs
 from ppo_fast.ops._core.registry import Implementation
+from ppo_fast.ops._core.results import RowStats
 
 # A larger gradient has left the cache before anyone reads it, so it is written past the cache. But only in whole
 # lines, of which short rows of an odd size have few.
@@ -37,11 +39,11 @@ def set_addresses(arguments: Any, **tensors: Tensor | None) -> None:
         setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
 
 
-def readable(ref_logits: Tensor | None) -> Tensor | None:
-    """Reference logits of a dtype that the kernels read: float16 and float64 are copied to float32."""
-    if ref_logits is None or ref_logits.dtype in (torch.float32, torch.bfloat16):
-        return ref_logits
-    return ref_logits.float()
+def readable(rows: RowInputs) -> RowInputs:
+    """With reference logits of a dtype that the kernels read: float16 and float64 are copied to float32."""
+    if rows.ref_logits is None or rows.ref_logits.dtype in (torch.float32, torch.bfloat16):
+        return rows
+    return rows._replace(ref_logits=rows.ref_logits.float())
 
 
 def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,10 +73,17 @@ def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
     return _logits_view(gradient, streamed=large and (row_bytes >= _PAGE or row_bytes % _LINE == 0))
 
 
-def rows_of(
-    logits: Tensor, targets: Tensor | None, ref_logits: Tensor | None, mask: Tensor | None, temperature: float
-) -> Any:
-    """What every row kernel reads."""
+def stats_room(rows: RowInputs, want_entropy: bool = True, want_kl: bool = False) -> RowStats:
+    """Room for the statistics that are asked for; ``want_kl``: a KL without reference logits too."""
+    logits, full = rows.logits, rows.ref_logits is not None
+    logprobs, entropy = per_row(logits, rows.targets is not None), per_row(logits, want_entropy)
+    lse, ref_lse = per_row(logits, dtype=torch.float64), per_row(logits, full, torch.float64)
+    return RowStats(logprobs, entropy, per_row(logits, full or want_kl), lse, ref_lse)
+
+
+def rows_view(rows: RowInputs) -> Any:
+    """What every row kernel reads; the rows must outlive the launch."""
+    logits, targets, ref_logits, mask, temperature = rows
     if targets is None:
         targets_view = extension.TargetsView(0, 0, 0, False)
     else:
@@ -91,7 +100,7 @@ def rows_of(
     )
 
 
-def _token_weights(
+def token_weights(
     shape: torch.Size,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,

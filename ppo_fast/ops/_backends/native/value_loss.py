@@ -1,34 +1,23 @@
 """Launcher of value_loss in C++."""
 
-from __future__ import annotations
-
 import torch
-from torch import Tensor
 
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.rows import _token_weights, room, set_addresses
-from ppo_fast.ops._core.results import VALUE_METRICS
+from ppo_fast.ops._backends.native.rows import room, set_addresses, token_weights
+from ppo_fast.ops._core.inputs import ValueInputs
+from ppo_fast.ops._core.results import VALUE_METRICS, ValueLossResult
 
 
-def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    old_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    clip: float | None,
-    aggregation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`ppo_fast.ops._backends.reference.value_loss`. Values are float32 or bfloat16, of any strides."""
-    values = values.contiguous()
-    weights = _token_weights(values.shape, mask, cu_seqlens, denominator, aggregation)
-    loss, metrics, gradient = room(()), room((len(VALUE_METRICS),)), room(values.shape)
+def value_loss(inputs: ValueInputs) -> ValueLossResult:
+    """The loss of float32 or bfloat16 values of any strides."""
+    values, mask, denominator, clip = inputs.values.contiguous(), inputs.mask, inputs.denominator, inputs.clip
+    weights = token_weights(values.shape, mask, inputs.cu_seqlens, denominator, inputs.aggregation)
+    result = ValueLossResult(room(()), room((len(VALUE_METRICS),)), room(values.shape))
     arguments = extension.ValueLossArguments()
     arguments.bfloat16, arguments.rows = values.dtype == torch.bfloat16, values.numel()
     arguments.clip = 0.0 if clip is None else clip
-    set_addresses(arguments, values=values, returns=returns, mask=mask, token_weights=weights, denominator=denominator)
-    set_addresses(arguments, old_values=None if clip is None else old_values)
-    set_addresses(arguments, gradient=gradient, loss=loss, metrics=metrics)
+    set_addresses(arguments, values=values, returns=inputs.returns, mask=mask, token_weights=weights)
+    set_addresses(arguments, denominator=denominator, old_values=None if clip is None else inputs.old_values)
+    set_addresses(arguments, **result._asdict())
     extension.value_loss(arguments, threads=torch.get_num_threads())
-    return loss, metrics, gradient
+    return result

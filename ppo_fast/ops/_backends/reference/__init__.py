@@ -5,18 +5,17 @@ input. Notation: z = logits / temperature, u = log softmax(z), p = exp(u); w the
 """
 
 from ppo_fast.ops._backends.reference.gae import gae
-from ppo_fast.ops._backends.reference.policy_loss import PolicyTerms, kl_values, policy_loss, policy_terms
+from ppo_fast.ops._backends.reference.policy_loss import kl_values, policy_loss, policy_loss_from_stats
 from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
 from ppo_fast.ops._backends.reference.token_stats import token_stats, token_stats_backward
 from ppo_fast.ops._backends.reference.value_loss import value_loss
 
 __all__ = [
-    "PolicyTerms",
     "counted_mean",
     "gae",
     "kl_values",
     "policy_loss",
-    "policy_terms",
+    "policy_loss_from_stats",
     "sequence_sum",
     "to_tokens",
     "token_stats",

@@ -1,25 +1,15 @@
 """The policy loss from per-token statistics, with its gradient."""
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
 from ppo_fast.ops._backends.reference.token_stats import token_stats
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.results import PolicyLossResult, RowStats
 
 MAX_LOG_RATIO = 20.0
-
-
-class PolicyTerms(NamedTuple):
-    """The loss and its gradient with respect to the per-token statistics. Empty: that statistic is not used."""
-
-    loss: Tensor
-    metrics: Tensor
-    kl: Tensor
-    d_logprobs: Tensor
-    d_entropy: Tensor
-    d_kl: Tensor
 
 
 def kl_values(delta: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -47,57 +37,43 @@ def _log_ratio(
     return token, clamped, ~(mean.abs() > MAX_LOG_RATIO)
 
 
-def policy_terms(
-    logprobs: Tensor,
-    entropy: Tensor,
-    full_kl: Tensor,
-    mask: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    penalty_coef: Tensor | None,
-    ent_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    ratio: str,
-    kl_estimator: str,
-    aggregation: str,
-    weights: Tensor | None = None,
-) -> PolicyTerms:
+def policy_loss_from_stats(
+    stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None = None
+) -> PolicyLossResult:
     """aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H), with its gradient.
 
     objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A), and max(objective, dual_clip*A) where A < 0.
-    An open clip and no dual clip are infinite here; a coefficient of None leaves its term out. ``weights`` of the
-    tokens come from the aggregation unless they are given, as for some rows of a larger batch.
+    ``weights`` of the tokens come from the aggregation unless they are given, as for some rows of a larger batch.
     """
+    logprobs, entropy, full_kl, lse, ref_lse = stats
+    cu_seqlens, ratio = policy.cu_seqlens, policy.ratio
     counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    adv = torch.where(counted, advantages, 0.0)
-    old = logprobs if old_logprobs is None else torch.where(counted, old_logprobs, logprobs)
+    adv = torch.where(counted, policy.advantages, 0.0)
+    old = logprobs if policy.old_logprobs is None else torch.where(counted, policy.old_logprobs, logprobs)
     token_log_ratio, log_r, inside = _log_ratio(logprobs, old, counted, cu_seqlens, ratio)
     r = log_r.exp()
 
     unclipped = r * adv
-    clipped = r.clamp(1.0 - clip_low, 1.0 + clip_high) * adv
+    clipped = r.clamp(1.0 - policy.clip_low, 1.0 + policy.clip_high) * adv
     is_clipped = clipped < unclipped
     objective = torch.minimum(unclipped, clipped)
-    bound = torch.where(adv < 0, dual_clip * adv, -torch.inf)
+    bound = torch.where(adv < 0, policy.dual_clip * adv, -torch.inf)
     is_dual = bound > objective
     objective = torch.maximum(objective, bound)
 
     if weights is None:
-        weights = token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
-    importance = torch.ones_like(adv) if importance_weights is None else torch.where(counted, importance_weights, 0.0)
+        weights = token_weights(counted, cu_seqlens, policy.denominator, policy.aggregation, logprobs.dtype)
+    importance = (
+        torch.ones_like(adv)
+        if policy.importance_weights is None
+        else torch.where(counted, policy.importance_weights, 0.0)
+    )
     per_token = -importance * objective
     d_log_r = -importance * torch.where(is_clipped | is_dual, 0.0, unclipped)
     policy_loss = (weights * per_token).sum()
-    if penalty_coef is not None:
-        per_token = per_token + penalty_coef * (r - 1 - log_r)
-        d_log_r = d_log_r + penalty_coef * (r - 1)
+    if policy.penalty_coef is not None:
+        per_token = per_token + policy.penalty_coef * (r - 1 - log_r)
+        d_log_r = d_log_r + policy.penalty_coef * (r - 1)
     d_logprobs = weights * torch.where(inside, d_log_r, 0.0)
     if ratio == "sequence":
         lengths = sequence_sum(counted.to(r.dtype), cu_seqlens).clamp(min=1)
@@ -105,17 +81,17 @@ def policy_terms(
         d_logprobs = torch.where(counted, to_tokens(d_mean, cu_seqlens, r.shape), 0.0)
 
     kl, d_entropy, d_kl = full_kl, r.new_empty(0), r.new_empty(0)
-    if ref_logprobs is not None:
-        kl, slope = kl_values(torch.where(counted, logprobs - ref_logprobs, 0.0), kl_estimator)
-        if kl_coef is not None:
-            d_logprobs = d_logprobs + weights * kl_coef * slope
-    elif full_kl.numel() and kl_coef is not None:
-        d_kl = weights * kl_coef
-    if kl_coef is not None:
-        per_token = per_token + kl_coef * kl
-    if ent_coef is not None:
-        per_token = per_token - ent_coef * entropy
-        d_entropy = -weights * ent_coef
+    if policy.ref_logprobs is not None:
+        kl, slope = kl_values(torch.where(counted, logprobs - policy.ref_logprobs, 0.0), policy.kl_estimator)
+        if policy.kl_coef is not None:
+            d_logprobs = d_logprobs + weights * policy.kl_coef * slope
+    elif full_kl.numel() and policy.kl_coef is not None:
+        d_kl = weights * policy.kl_coef
+    if policy.kl_coef is not None:
+        per_token = per_token + policy.kl_coef * kl
+    if policy.ent_coef is not None:
+        per_token = per_token - policy.ent_coef * entropy
+        d_entropy = -weights * policy.ent_coef
 
     loss = torch.where(counted, weights * per_token, 0.0).sum()
     metrics = torch.stack(
@@ -131,29 +107,9 @@ def policy_terms(
             counted.sum().to(r.dtype),
         ]
     )
-    return PolicyTerms(loss, metrics, kl, d_logprobs, d_entropy, d_kl)
+    return PolicyLossResult(loss, metrics, logprobs, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl)
 
 
-def policy_loss(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    *terms: Any,
-) -> tuple[Tensor, ...]:
-    """:func:`token_stats`, then :func:`policy_terms` of them; ``terms`` are its arguments from old_logprobs on."""
-    logprobs, entropy, full_kl, lse, ref_lse = token_stats(logits, targets, ref_logits, mask, temperature, True)
-    out = policy_terms(logprobs, entropy, full_kl, mask, *terms)
-    return (
-        out.loss,
-        out.metrics,
-        logprobs,
-        entropy,
-        out.kl,
-        lse,
-        ref_lse,
-        out.d_logprobs,
-        out.d_entropy,
-        out.d_kl,
-    )
+def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:
+    """:func:`token_stats`, then :func:`policy_loss_from_stats` of them."""
+    return policy_loss_from_stats(token_stats(rows, True), rows.mask, policy)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._core.checks import accumulation_dtype
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.results import RowStats
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -27,15 +29,9 @@ def _where_counted(mask: Tensor | None, x: Tensor, other: Tensor | float = 0.0) 
     return x if mask is None else torch.where(mask, x, other)
 
 
-def token_stats(
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T], lse in float64; what is not asked for is empty."""
+def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
+    """The statistics of every row."""
+    logits, targets, ref_logits, mask, temperature = rows
     u, lse = _log_softmax(logits, temperature)
     logprobs, entropy, kl, ref_lse = (u.new_empty(0), u.new_empty(0), u.new_empty(0), lse.new_empty(0))
     if targets is not None:
@@ -47,29 +43,18 @@ def token_stats(
     if ref_logits is not None:
         w, ref_lse = _log_softmax(ref_logits, temperature)
         kl = _where_counted(mask, _expectation(u.exp(), u - w.to(u.dtype)))
-    return logprobs, entropy, kl, lse, ref_lse
+    return RowStats(logprobs, entropy, kl, lse, ref_lse)
 
 
-def token_stats_backward(
-    g: Tensor | None,
-    g_entropy: Tensor | None,
-    g_kl: Tensor | None,
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    lse: Tensor,
-    ref_lse: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    temperature: float,
-    out: Tensor | None = None,
-) -> Tensor:
+def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None) -> Tensor:
     """dlogits[j] = (g*[j = target] + p[j]*(a + b*u[j] + c*w[j])) / temperature, in the dtype of the logits.
 
-    With a = -g - gH*H - gK*KL, b = gK - gH, c = -gK. A term whose upstream gradient is None is left out.
-    ``out`` may be the logits themselves.
+    g, gH and gK are the gradients in logprob, entropy and KL; a = -g - gH*H - gK*KL, b = gK - gH, c = -gK. A gradient
+    of None leaves its term out. ``out`` may be the logits themselves.
     """
+    g, g_entropy, g_kl = grads
+    logits, targets, ref_logits, mask, temperature = rows
+    entropy, kl = stats.entropy, stats.kl
     u, _ = _log_softmax(logits, temperature)
     inner = torch.zeros_like(u)
     if g is not None:

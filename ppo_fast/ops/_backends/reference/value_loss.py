@@ -1,22 +1,15 @@
 """The clipped squared error of the values, with its gradient."""
 
 import torch
-from torch import Tensor
 
 from ppo_fast.ops._backends.reference.sequences import counted_mean, token_weights
+from ppo_fast.ops._core.inputs import ValueInputs
+from ppo_fast.ops._core.results import ValueLossResult
 
 
-def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    old_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    clip: float | None,
-    aggregation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """aggregate(0.5 * max((v - R)^2, (old_v + clip(v - old_v, -c, c) - R)^2)): (loss, metrics, d loss / d values)."""
+def value_loss(inputs: ValueInputs) -> ValueLossResult:
+    """aggregate(0.5 * max((v - R)^2, (old_v + clip(v - old_v, -c, c) - R)^2)), its metrics and its gradient."""
+    values, returns, mask, old_values, cu_seqlens, denominator, clip, aggregation = inputs
     dtype = returns.dtype
     counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     v = torch.where(counted, values.to(dtype), 0.0)
@@ -36,4 +29,4 @@ def value_loss(
     weights = token_weights(counted, cu_seqlens, denominator, aggregation, dtype)
     loss = torch.where(counted, weights * square / 2, 0.0).sum()
     metrics = torch.stack([loss, counted_mean(is_clipped.to(dtype), counted), counted.sum().to(dtype)])
-    return loss, metrics, torch.where(counted, weights * slope, 0.0)
+    return ValueLossResult(loss, metrics, torch.where(counted, weights * slope, 0.0))

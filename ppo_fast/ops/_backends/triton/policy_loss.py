@@ -1,7 +1,5 @@
 """The policy loss: the statistics of :mod:`token_stats`, then every per-token term and its gradient in one kernel."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +10,9 @@ from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, expm1, on_device_of
 from ppo_fast.ops._backends.triton.token_stats import token_stats
 from ppo_fast.ops._backends.triton.totals import max_or_nan, new_partials, store_partial, totals
-from ppo_fast.ops._core.results import METRICS
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.results import METRICS, PolicyLossResult, RowStats
 
 MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
 _TOTALS = 1 + len(METRICS)
@@ -141,88 +141,63 @@ def terms_kernel(
     store_metrics(partials_ptr, counted, entropy, kl, rise - log_r, is_clipped, is_dual, r)
 
 
-def policy_terms(
-    logprobs: Tensor,
-    entropy: Tensor,
-    full_kl: Tensor,
-    mask: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    penalty_coef: Tensor | None,
-    ent_coef: Tensor | None,
-    kl_coef: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    ratio: str,
-    kl_estimator: str,
-    aggregation: str,
-    weights: Tensor | None = None,
-) -> reference.PolicyTerms:
-    """The loss and its gradient in the per-token statistics, as ``reference.policy_terms``.
+def policy_loss_from_stats(
+    stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None = None
+) -> PolicyLossResult:
+    """The loss and its gradient in the per-token statistics, as ``reference.policy_loss_from_stats``.
 
-    A sequence ratio couples the tokens of a sequence: its terms are the torch ones, on [B, T].
+    A sequence ratio couples the tokens of a sequence: its loss is the torch one, on [B, T].
     """
-    if ratio == "sequence":
-        return reference.policy_terms(
-            *(logprobs, entropy, full_kl, mask, old_logprobs, advantages, ref_logprobs, importance_weights),
-            *(cu_seqlens, denominator, penalty_coef, ent_coef, kl_coef, clip_low, clip_high, dual_clip),
-            *(ratio, kl_estimator, aggregation, weights),
-        )
+    if policy.ratio == "sequence":
+        return reference.policy_loss_from_stats(stats, mask, policy, weights)
+    logprobs = stats.logprobs
     if weights is None:
         counted = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-        weights = reference.token_weights(counted, cu_seqlens, denominator, aggregation, logprobs.dtype)
-    full = full_kl.numel() > 0
+        weights = reference.token_weights(
+            counted, policy.cu_seqlens, policy.denominator, policy.aggregation, logprobs.dtype
+        )
+    full = stats.kl.numel() > 0
 
-    def rows(wanted: bool) -> Tensor:
+    def room(wanted: bool) -> Tensor:
         return logprobs.new_empty(logprobs.shape if wanted else (0,))
 
-    kl = rows(True) if ref_logprobs is not None else full_kl
-    d_logprobs, d_entropy, d_kl = rows(True), rows(ent_coef is not None), rows(full and kl_coef is not None)
+    kl = room(True) if policy.ref_logprobs is not None else stats.kl
+    d_logprobs, d_entropy = room(True), room(policy.ent_coef is not None)
+    d_kl = room(full and policy.kl_coef is not None)
     partials = new_partials(logprobs, _TOTALS)
     if logprobs.numel():
         with on_device_of(logprobs):
             terms_kernel[(partials.shape[1],)](
                 logprobs,
-                entropy,
-                full_kl if full else None,
+                stats.entropy,
+                stats.kl if full else None,
                 mask,
-                old_logprobs,
-                advantages,
-                ref_logprobs,
-                importance_weights,
+                policy.old_logprobs,
+                policy.advantages,
+                policy.ref_logprobs,
+                policy.importance_weights,
                 weights,
-                penalty_coef,
-                ent_coef,
-                kl_coef,
+                policy.penalty_coef,
+                policy.ent_coef,
+                policy.kl_coef,
                 kl,
                 d_logprobs,
                 d_entropy,
                 d_kl,
                 partials,
                 logprobs.numel(),
-                clip_low,
-                clip_high,
-                dual_clip,
-                ESTIMATOR=kl_estimator,
+                policy.clip_low,
+                policy.clip_high,
+                policy.dual_clip,
+                ESTIMATOR=policy.kl_estimator,
                 ROWS=tuning.ROWS,
             )
-    return reference.PolicyTerms(*totals(partials, _RATIO_MAX), kl, d_logprobs, d_entropy, d_kl)
+    loss, metrics = totals(partials, _RATIO_MAX)
+    return PolicyLossResult(
+        loss, metrics, logprobs, stats.entropy, kl, stats.lse, stats.ref_lse, d_logprobs, d_entropy, d_kl
+    )
 
 
-def policy_loss(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    ref_logits: Tensor | None,
-    temperature: float,
-    *terms: Any,
-) -> tuple[Tensor, ...]:
-    """:func:`token_stats`, then :func:`policy_terms` of them; ``terms`` are its arguments from old_logprobs on."""
-    logprobs, entropy, full_kl, lse, ref_lse = token_stats(logits, targets, ref_logits, mask, temperature, True)
-    out = policy_terms(logprobs, entropy, full_kl, mask, *terms)
-    return out.loss, out.metrics, logprobs, entropy, out.kl, lse, ref_lse, out.d_logprobs, out.d_entropy, out.d_kl
+def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:
+    """:func:`token_stats`, then :func:`policy_loss_from_stats` of them."""
+    return policy_loss_from_stats(token_stats(rows, True), rows.mask, policy)

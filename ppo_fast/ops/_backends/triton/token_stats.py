@@ -25,6 +25,8 @@ from ppo_fast.ops._backends.triton.device import (
     row_offset,
     tile,
 )
+from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.results import RowStats
 
 
 @triton.jit
@@ -186,10 +188,9 @@ def row_strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
 
-def _partials(
-    logits: Tensor, ref_logits: Tensor | None, mask: Tensor | None, temperature: float, want_entropy: bool
-) -> Tensor:
+def _partials(rows: RowInputs, want_entropy: bool) -> Tensor:
     """The partial results [fields, N, segments]."""
+    logits, _, ref_logits, mask, temperature = rows
     B, T, V = logits.shape
     whole_groups = aligned(logits, ref_logits)
     size = tuning.forward_tile(logits, whole_groups)
@@ -215,27 +216,26 @@ def _partials(
     return partials
 
 
-def token_stats(
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, KL(pi || ref), lse, ref_lse), each [B, T]; what is not asked for is empty."""
+def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
+    """The statistics of every row."""
+    logits, targets, ref_logits, mask, temperature = rows
     B, T, V = logits.shape
 
-    def rows(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    def room(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         return logits.new_empty((B, T) if wanted else (0,), dtype=dtype)
 
     has_ref = ref_logits is not None
-    logprobs, entropy, kl = rows(targets is not None), rows(want_entropy), rows(has_ref)
-    lse, ref_lse = rows(True, torch.float64), rows(has_ref, torch.float64)
+    stats = RowStats(
+        room(targets is not None),
+        room(want_entropy),
+        room(has_ref),
+        room(True, torch.float64),
+        room(has_ref, torch.float64),
+    )
     if B * T == 0:
-        return logprobs, entropy, kl, lse, ref_lse
+        return stats
     with on_device_of(logits):
-        partials = _partials(logits, ref_logits, mask, temperature, want_entropy)
+        partials = _partials(rows, want_entropy)
         segments = partials.shape[2]
         width = triton.next_power_of_2(segments)
         rows_per_program = max(1, tuning.PARTIALS // width)
@@ -244,11 +244,11 @@ def token_stats(
             logits,
             None if targets is None else targets.contiguous(),
             mask,
-            logprobs,
-            entropy if want_entropy else None,
-            kl if has_ref else None,
-            lse,
-            ref_lse,
+            stats.logprobs,
+            stats.entropy if want_entropy else None,
+            stats.kl if has_ref else None,
+            stats.lse,
+            stats.ref_lse,
             B * T,
             T,
             V,
@@ -260,4 +260,4 @@ def token_stats(
             ROWS=rows_per_program,
             enable_fp_fusion=False,
         )
-    return logprobs, entropy, kl, lse, ref_lse
+    return stats

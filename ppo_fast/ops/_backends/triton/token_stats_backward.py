@@ -8,6 +8,8 @@ from torch import Tensor
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import LN2, LOG2_E, on_device_of, row_offset, tile
 from ppo_fast.ops._backends.triton.token_stats import aligned, row_strides
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.results import RowStats
 
 
 @triton.jit
@@ -104,31 +106,18 @@ def gradient_kernel(
     tl.store(tile(out_ptr, BLOCK, GROUP, ALIGNED), gradient.to(out_ptr.dtype.element_ty), inside)
 
 
-def token_stats_backward(
-    g: Tensor | None,
-    g_entropy: Tensor | None,
-    g_kl: Tensor | None,
-    logits: Tensor,
-    targets: Tensor | None,
-    ref_logits: Tensor | None,
-    mask: Tensor | None,
-    lse: Tensor,
-    ref_lse: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    temperature: float,
-    out: Tensor | None = None,
-) -> Tensor:
+def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None) -> Tensor:
     """The gradient in the dtype of the logits, in ``out`` (which may be the logits) or a new contiguous tensor.
 
-    An upstream gradient of None leaves its term out of the kernel.
+    A gradient of None in a statistic leaves its term out of the kernel.
     """
+    logits, targets, ref_logits, mask, temperature = rows
     B, T, V = logits.shape
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if B * T == 0:
         return out
-    ref = None if g_kl is None else ref_logits
+    ref = None if grads.grad_kl is None else ref_logits
     whole_groups = aligned(logits, ref, out)
     size = tuning.backward_tile(logits, whole_groups)
     with on_device_of(logits):
@@ -136,15 +125,15 @@ def token_stats_backward(
             out,
             logits,
             ref,
-            None if g is None or targets is None else targets.contiguous(),
+            None if grads.grad_logprobs is None or targets is None else targets.contiguous(),
             mask,
-            g,
-            g_entropy,
-            g_kl,
-            lse,
-            ref_lse,
-            entropy,
-            kl,
+            grads.grad_logprobs,
+            grads.grad_entropy,
+            grads.grad_kl,
+            stats.lse,
+            stats.ref_lse,
+            stats.entropy,
+            stats.kl,
             T,
             V,
             *row_strides(logits),

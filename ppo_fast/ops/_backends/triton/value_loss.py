@@ -3,13 +3,13 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, on_device_of
 from ppo_fast.ops._backends.triton.totals import new_partials, store_partial, totals
-from ppo_fast.ops._core.results import VALUE_METRICS
+from ppo_fast.ops._core.inputs import ValueInputs
+from ppo_fast.ops._core.results import VALUE_METRICS, ValueLossResult
 
 _TOTALS = 1 + len(VALUE_METRICS)
 
@@ -56,17 +56,9 @@ def value_kernel(
     store_partial(partials_ptr, 3, counted.to(tl.float32))
 
 
-def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    old_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    clip: float | None,
-    aggregation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, d loss / d values); the weights of the tokens come from ``reference.token_weights``."""
+def value_loss(inputs: ValueInputs) -> ValueLossResult:
+    """The weights of the tokens come from ``reference.token_weights``."""
+    values, returns, mask, old_values, cu_seqlens, denominator, clip, aggregation = inputs
     counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     weights = reference.token_weights(counted, cu_seqlens, denominator, aggregation, returns.dtype)
     d_values, partials = torch.empty_like(returns), new_partials(returns, _TOTALS)
@@ -84,4 +76,4 @@ def value_loss(
                 clip or 0.0,
                 ROWS=tuning.ROWS,
             )
-    return *totals(partials), d_values
+    return ValueLossResult(*totals(partials), d_values)
