@@ -189,22 +189,22 @@ MUTANTS = [
     Mutant(
         f"{RLHF}/ppo/train.py",
         "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n"
-        "                self.kl.update(rewards.kl)\n",
-        "                self.kl.update(rewards.kl)\n"
+        "                self.kl.update(rollout.sums(rewards.kl))\n",
+        "                self.kl.update(rollout.sums(rewards.kl))\n"
         "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n",
         "tests/rlhf/ppo/test_train.py",
     ),
     Mutant(
         f"{RLHF}/ppo/rewards.py",
-        "weighted.sum(dim=-1).argmin",
-        "rows.sum(dim=-1).argmin",
+        "for source in weighted]).argmin",
+        "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
     Mutant(f"{RLHF}/ppo/rollout.py", "values if models.shared else None", "None", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
-        "starts[:-1].repeat(lengths)",
-        "starts[1:].repeat(lengths) - 1",
+        "offsets(lengths)[:-1].repeat(lengths)",
+        "offsets(lengths)[1:].repeat(lengths) - 1",
         "tests/rlhf/ppo/test_advantages.py",
     ),
     Mutant(

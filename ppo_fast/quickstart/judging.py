@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ppo_fast import ops
 from ppo_fast.quickstart import files, language
 from ppo_fast.rlhf.config.ppo import DataConfig, ModelConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
@@ -67,8 +66,8 @@ class Examiner:
             prompts=self.prompts,
             texts=_texts(self.prompts, responses.completions),
             reward=float((rewards.mean() - mean) / std),
-            kl=float((rollout.logprobs - rollout.ref_logprobs).sum(dim=1).mean()),
-            entropy=float(ops.masked_mean(rollout.entropy, rollout.mask)),
+            kl=float(rollout.sums(rollout.logprobs - rollout.ref_logprobs).mean()),
+            entropy=float(rollout.entropy.mean()),
         )
 
 

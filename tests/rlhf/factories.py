@@ -1,5 +1,8 @@
 """Rollouts written by hand, for the stages that need no model."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,13 +46,28 @@ def made_rollout(
         ended=finished,
         logprobs=random(),
     )
-    return Rollout(generation, logprobs=random(), ref_logprobs=random(), entropy=random(), values=random())
+    packed = [random()[mask] for _ in range(4)]
+    return Rollout(
+        generation,
+        generation.to_token_batch(),
+        torch.tensor([0, *itertools.accumulate(lengths)]),
+        ids[mask],
+        generation.logprobs[mask],
+        *packed,
+    )
 
 
 def made_experience(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Experience:
-    """The experience of a rollout with these advantages and returns [B, T]."""
-    names = (rollout.generation.responses, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns)
-    return Experience(rollout.generation.grid, *(x[rollout.mask] for x in names))
+    """The experience of a rollout with these advantages and returns [N], or [B, T] with masked ones to leave out."""
+    old, mask = (rollout.logprobs, rollout.ref_logprobs, rollout.values), rollout.generation.mask
+    return Experience(
+        rollout.grid, rollout.tokens, *old, *(x[mask] if x.ndim == 2 else x for x in (advantages, returns))
+    )
+
+
+def padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """x [N] as [B, T], 0 beyond each of these lengths."""
+    return torch.nn.utils.rnn.pad_sequence(list(x.split(list(lengths))), batch_first=True)
 
 
 def all_rows(experience: Experience) -> tuple[Experience, np.ndarray]:
@@ -65,6 +83,6 @@ def forward_pass(ids: Tensor, attention_mask: Tensor, counted: Tensor | int, *, 
 
 
 def forward_of(rollout: Rollout, *, packed: bool = False) -> ForwardInputs:
-    """One pass over a whole rollout; its N counted tokens are in the order of x[rollout.mask]."""
+    """One pass over a whole rollout; its N counted tokens are in the order of x[rollout.generation.mask]."""
     generation = rollout.generation
     return forward_pass(generation.input_ids, generation.attention_mask, generation.mask, packed=packed)

@@ -77,7 +77,10 @@ class DryRun:
         with self.timeline.phase("scoring"):
             grid = self._make_grid(rows)
             mask = torch.ones(rows, self.response, dtype=torch.float32, device="cpu")
-            generation: Any = SimpleNamespace(grid=grid, input_ids=grid.ids, mask=mask)
+            responses = grid.ids[:, self.prompt :]
+            generation: Any = SimpleNamespace(
+                to_token_batch=lambda: grid, responses=responses, mask=mask, logprobs=mask
+            )
             score(self.models, generation, settings)
 
     @torch.no_grad()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import AdvantageConfig
-from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, ranges, to_device
+from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, to_device
 from ppo_fast.rlhf.ppo.rewards import Rewards
-from ppo_fast.rlhf.ppo.rollout import Rollout
+from ppo_fast.rlhf.ppo.rollout import Rollout, token_indices
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Experience:
 
     def select(self, rows: Array) -> dict[str, Tensor]:
         """The tensors [n] of these responses, by name."""
-        chosen = to_device(ranges(offsets(self.lengths)[rows], self.lengths[rows]), self.tokens.device)
+        chosen = token_indices(self.lengths, rows, self.tokens.device)
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {name: value.index_select(0, chosen) for name, value in tensors.items()}
 
@@ -45,23 +45,14 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
 
     Source: Schulman et al. 2016, arXiv:1506.02438, equation 16; per sequence Ahmadian et al. 2024, arXiv:2402.14740.
     """
-    grid, whole = rollout.generation.grid, config.kind == "sequence"
-    device, lengths = grid.ids.device, grid.lengths
-    response = grid.loss_mask[:, -rollout.mask.shape[1] :].ravel().nonzero()[0]
-    chosen, starts = to_device(response, device), offsets(lengths)
-
-    def pack(x: Tensor) -> Tensor:
-        return x.flatten().index_select(0, chosen)
-
-    values = pack(rollout.values)
-    lam = 1.0 if whole else config.lam
+    whole, lengths = config.kind == "sequence", rollout.grid.lengths
     advantages, returns = ops.gae_packed(
-        pack(rewards.rewards), values, to_device(starts, device), gamma=config.gamma, lam=lam
+        rewards.rewards, rollout.values, rollout.cu_seqlens, gamma=config.gamma, lam=1.0 if whole else config.lam
     )
     if whole:
-        advantages = advantages.index_select(0, to_device(starts[:-1].repeat(lengths), device))
+        firsts = offsets(lengths)[:-1].repeat(lengths)
+        advantages = advantages.index_select(0, to_device(firsts, advantages.device))
     if config.whiten:
         advantages = ops.whiten(advantages, None)
-    tokens = rollout.generation.responses.flatten().index_select(0, chosen)
-    old = pack(rollout.logprobs), pack(rollout.ref_logprobs)
-    return Experience(grid, tokens, *old, values, advantages, returns)
+    old = rollout.logprobs, rollout.ref_logprobs, rollout.values
+    return Experience(rollout.grid, rollout.tokens, *old, advantages, returns)

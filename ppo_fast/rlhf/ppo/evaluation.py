@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.models import Models
@@ -75,8 +73,8 @@ class Evaluation:
         generation = self._answers(self.data)
         width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
         rollout = score(self.models, generation, self._rollout(width))
-        responses, mask = Responses.from_generation(generation, self.models.tokenizer), generation.mask
-        scores = self.scorer(responses, mask, learn=False).totals
+        responses = Responses.from_generation(generation, self.models.tokenizer)
+        scores = self.scorer(responses, learn=False).totals
         start, start_scores = self._at_the_start(responses)
         wins = torch.sign(scores - start_scores).mean() / 2 + 0.5
         self.answers = [
@@ -92,20 +90,18 @@ class Evaluation:
         ]
         values = {
             "eval/scores": scores.mean(),
-            "eval/kl": (rollout.logprobs - rollout.ref_logprobs).where(mask, 0.0).sum(dim=1).mean(),
-            "eval/length": mask.sum(dim=1).double().mean(),
+            "eval/kl": rollout.sums(rollout.logprobs - rollout.ref_logprobs).mean(),
+            "eval/length": rollout.grid.lengths.mean(),
             "eval/truncated_frac": (~generation.ended).double().mean(),
             "eval/win_rate": wins,
         }
         return {name: value.item() for name, value in values.items()}
 
     def _at_the_start(self, now: Responses) -> tuple[Responses, torch.Tensor]:
-        """The answers at the start and their scores [B]; anew each time, since running statistics move."""
-        lengths = np.array([len(ids) for ids in self.start])
-        mask = to_device(np.arange(lengths.max()) < lengths[:, None], self.models.device)
+        """Return the answers at the start and their scores [B], rescored each time: running statistics move."""
         texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
         start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
-        return start, self.scorer(start, mask, learn=False).totals
+        return start, self.scorer(start, learn=False).totals
 
     def _users_metrics(self) -> dict[str, float]:
         """What the evaluators return; their `generate` maps prompts to completions by the policy as it is."""

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.rewards import Rewards
@@ -37,7 +36,7 @@ def collect(
         | _update(stats, config)
         | _lengths(rollout, rewards)
         | {"value/explained_variance": explained_variance(experience.values, experience.returns)}
-        | ({} if rewards.spread is None else {"hacking/ensemble_std": rewards.spread.mean()})
+        | ({} if rewards.std is None else {"hacking/ensemble_std": rewards.std.mean()})
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
@@ -48,9 +47,9 @@ def collect(
         "filter/rejected": float(rewards.verdicts.count(False)),
         "filter/masked": float(config.rollout.batch_size - len(rewards.verdicts)),
         "nan/skipped_steps": float(stats.skipped),
-        "memory/peak": _peak_memory(rollout.mask.device),
+        "memory/peak": _peak_memory(rollout.tokens.device),
     }
-    return metrics | _speed(seconds, tokens=metrics["length/mean"] * len(rollout.mask))
+    return metrics | _speed(seconds, tokens=len(rollout.tokens))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -61,17 +60,17 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def _objective(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
-    total = rewards.rewards.sum(dim=1)
-    difference = torch.where(rollout.mask, rollout.generation.logprobs - rollout.logprobs, 0.0).abs()
+    total = rollout.sums(rewards.rewards)
+    difference = (rollout.sampled_logprobs - rollout.logprobs).abs()
     return {
-        "objective/kl": rewards.kl.sum(dim=1).mean(),
-        "objective/entropy": ops.masked_mean(rollout.entropy, rollout.mask),
+        "objective/kl": rollout.sums(rewards.kl).mean(),
+        "objective/entropy": rollout.entropy.mean(),
         "objective/scores": rewards.scores.mean(),
         "objective/rlhf_reward": total.mean(),
         "objective/non_score_reward": (total - rewards.scores).mean(),
         "objective/kl_coef": rewards.kl_coef,
         "rollout/logprob_diff_max": difference.max(),
-        "rollout/logprob_diff_mean": ops.masked_mean(difference, rollout.mask),
+        "rollout/logprob_diff_mean": difference.mean(),
     }
 
 
@@ -94,7 +93,7 @@ def _update(stats: UpdateStats, config: PPOConfig) -> dict[str, Tensor]:
 
 
 def _lengths(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
-    lengths = rollout.mask.sum(dim=1).float()
+    lengths = rollout.cu_seqlens.diff().float()
     deviations = torch.stack([lengths - lengths.mean(), rewards.scores - rewards.scores.mean()])
     scale = deviations.norm(dim=1).prod()
     covariance = deviations.prod(dim=0).sum()

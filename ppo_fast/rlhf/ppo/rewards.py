@@ -4,46 +4,53 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
+from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.ppo.reward_sources import Responses, Score
-from ppo_fast.rlhf.ppo.rollout import Rollout, select
+from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, select, token_indices
 from ppo_fast.rlhf.user_code import as_list, call
+
+Verdict = bool | Literal["mask"]  # of the filter: kept, rejected, or left out of the update
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What the sources and the filter make of responses."""
+    """The scores and verdicts of B responses of N tokens; tensors on the CPU."""
 
-    rows: Tensor  # [B, T] float32: on the tokens that earned them; clipped, less penalties; 0 where masked
-    verdicts: list[Any]  # [B] True, False or "mask"
-    spread: Tensor | None  # [B] float32
-
-    @property
-    def totals(self) -> Tensor:
-        """[B] float32."""
-        return self.rows.sum(dim=1)
+    per_token_scores: Tensor  # [N] float32: on the tokens that earned them; clipped, less penalties
+    totals: Tensor  # [B] float32: their sums
+    verdicts: list[Verdict]  # [B]
+    std: Tensor | None  # [B] float32: standard deviation of the sources' scores; None where they are summed
 
 
 @dataclass(frozen=True)
 class Rewards:
     """What a rollout earned."""
 
-    rewards: Tensor  # [B, T] float32: score on the last counted token (or spread) - kl_coef * k1; 0 where masked
+    rewards: Tensor  # [N] float32: score, on the last token or where it was earned, - kl_coef * k1
     scores: Tensor  # [B] float32: clipped score, penalties included
-    kl: Tensor  # [B, T] float32: logprob - ref_logprob; 0 where masked
+    kl: Tensor  # [N] float32: logprob - ref_logprob
     kl_coef: Tensor  # 0-d float32: the coefficient these rewards were made with
     completion_ids: list[list[int]]  # [B] the counted tokens of each response, EOS included
     completions: list[str]  # [B] decoded responses without special tokens
-    verdicts: list[Any]  # [B] of the filter: True, False (rejected) or "mask"
-    spread: Tensor | None  # [B] float32: standard deviation of the sources' scores; None where they are summed
+    verdicts: list[Verdict]  # [B] of the filter
+    std: Tensor | None  # [B] float32: standard deviation of the sources' scores; None where they are summed
+
+    def select(self, rows: Array, lengths: Array) -> Rewards:
+        """The rewards of these responses; `lengths` [B] are those of all."""
+        chosen = token_indices(lengths, rows, self.rewards.device)
+        per_response = ("scores", "completion_ids", "completions", "verdicts", "std")
+        kept = select({name: getattr(self, name) for name in per_response}, rows)
+        return replace(self, rewards=self.rewards.index_select(0, chosen), kl=self.kl.index_select(0, chosen), **kept)
 
 
 class KLCoefficient:
@@ -60,9 +67,9 @@ class KLCoefficient:
             self.coef = torch.tensor(config.coef, dtype=torch.float32, device=device)
 
     def update(self, kl: Tensor) -> None:
-        """Steer by the KL [B, T] of the rollout just used."""
+        """Steer by the KL [B] of the responses just used."""
         if self.config.adaptive:
-            error = (kl.sum(dim=1).mean() / self.config.target - 1).clamp(-0.2, 0.2)
+            error = (kl.mean() / self.config.target - 1).clamp(-0.2, 0.2)
             self.coef = self.coef * (1 + error * len(kl) / self.config.horizon)
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,38 +113,40 @@ class Scorer:
         self.weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         self.running = [RunningStats() for _ in sources]
 
-    def __call__(self, responses: Responses, mask: Tensor, *, learn: bool = True) -> ScoredBatch:
-        """Score responses whose counted tokens are the True of mask [B, T]; `learn`: take them into the statistics."""
-        last, config = _is_last(mask), self.config
-        rows, spread = self._combined([self._rows(n, responses, mask, learn) for n in range(len(self.sources))], last)
+    def __call__(self, responses: Responses, *, learn: bool = True) -> ScoredBatch:
+        """Score responses; `learn`: take them into the running statistics."""
+        lengths = torch.tensor([len(ids) for ids in responses.completion_ids], dtype=torch.int64, device="cpu")
+        sources = [self._normalized(n, responses, lengths, learn) for n in range(len(self.sources))]
+        scores, std = self._combined(torch.stack(sources), lengths)
+        config, last = self.config, lengths.cumsum(0) - 1
         if config.clip is not None:
-            rows = rows.clamp(-config.clip, config.clip)
-        penalty = config.length_penalty * mask.sum(dim=1, dtype=rows.dtype)
-        ended = torch.tensor(responses.ended, dtype=torch.bool, device=mask.device)
+            scores = scores.clamp(-config.clip, config.clip)
+        penalty = config.length_penalty * lengths.float()
+        ended = torch.tensor(responses.ended, dtype=torch.bool, device="cpu")
         penalty = torch.where(ended, penalty, penalty + config.missing_eos_penalty)
-        rows = rows - torch.where(last, penalty[:, None], 0.0)
+        scores = scores.index_add(0, last, -penalty)
         verdicts = self._verdicts(responses)
-        no = [verdict is False for verdict in verdicts]
-        rejected = torch.tensor(no, dtype=torch.bool, device=mask.device)[:, None]
-        return ScoredBatch(torch.where(rejected, last.to(rows.dtype) * config.rejected_score, rows), verdicts, spread)
+        no = torch.tensor([verdict is False for verdict in verdicts], dtype=torch.bool, device="cpu")
+        rejected = torch.zeros_like(scores).index_fill(0, last, config.rejected_score)
+        scores = torch.where(no.repeat_interleave(lengths), rejected, scores)
+        return ScoredBatch(scores, response_sums(scores, lengths), verdicts, std)
 
-    def _combined(self, sources: list[Tensor], last: Tensor) -> tuple[Tensor, Tensor | None]:
-        """ScoredBatch [B, T] of all sources in one, and the deviation [B] between them."""
-        rows, weights = torch.stack(sources), self.weights.to(last.device)
-        weighted = rows * weights[:, None, None]
+    def _combined(self, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""
+        weights, weighted = self.weights, scores * self.weights[:, None]
         if self.config.combine == "sum":
             return weighted.sum(dim=0), None
         mean = weighted.sum(dim=0) / weights.sum()
-        deviations = rows.sum(dim=-1) - mean.sum(dim=-1)
+        totals = torch.stack([response_sums(source, lengths) for source in scores])
+        deviations = totals - response_sums(mean, lengths)
         std = ((weights[:, None] * deviations**2).sum(dim=0) / weights.sum()).sqrt()
         if self.config.combine == "min":
-            lowest = weighted.sum(dim=-1).argmin(dim=0)
-            position = torch.arange(len(last), dtype=torch.int64, device=last.device)
-            return weighted[lowest, position], std
+            lowest = torch.stack([response_sums(source, lengths) for source in weighted]).argmin(dim=0)
+            return weighted.gather(0, lowest.repeat_interleave(lengths)[None])[0], std
         price = self.config.std_coef if self.config.combine == "mean-std" else 0.0
-        return mean - torch.where(last, price * std[:, None], 0.0), std
+        return mean.index_add(0, lengths.cumsum(0) - 1, -price * std), std
 
-    def _verdicts(self, responses: Responses) -> list[Any]:
+    def _verdicts(self, responses: Responses) -> list[Verdict]:
         if self.filter is None:
             return [True] * len(responses.completions)
         answer = call("filter", self.filter, **responses.arguments())
@@ -147,15 +156,16 @@ class Scorer:
             check(known, "filter", f"True, False or 'mask' for sample {sample}", verdict)
         return verdicts
 
-    def _rows(self, number: int, responses: Responses, mask: Tensor, learn: bool) -> Tensor:
-        """ScoredBatch [B, T] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
+    def _normalized(self, number: int, responses: Responses, lengths: Tensor, learn: bool) -> Tensor:
+        """Scores [N] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
         source, running = self.sources[number], self.running[number]
-        rows = _spread(source(responses), mask)
+        scores = _per_token(source(responses), lengths)
         if self.config.normalize == "running" and learn:
-            running.update(rows.sum(dim=-1))
+            running.update(response_sums(scores, lengths))
         stats = {"running": running.stats(), "dataset": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
         mean, std = stats[self.config.normalize]
-        return torch.where(mask, rows / std, 0.0) - _is_last(mask).to(rows.dtype) * (mean / std)
+        shift = torch.full_like(lengths, -mean / std, dtype=scores.dtype)
+        return (scores / std).index_add(0, lengths.cumsum(0) - 1, shift)
 
     def state_dict(self) -> dict[str, Any]:
         return {"running": [stats.state_dict() for stats in self.running]}
@@ -196,45 +206,40 @@ class RunningStats:
 
 def compute_rewards(rollout: Rollout, tokenizer: Any, scorer: Scorer, kl: KLCoefficient) -> Rewards:
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
-    mask, responses = rollout.mask, Responses.from_generation(rollout.generation, tokenizer)
-    scores = scorer(responses, mask)
-    k1 = torch.where(mask, ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1"), 0.0)
-    rewards = scores.rows
+    responses, device = Responses.from_generation(rollout.generation, tokenizer), rollout.logprobs.device
+    scores = scorer(responses)
+    k1 = ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    rewards = scores.per_token_scores.to(device)
     if kl.config.in_reward and (isinstance(kl.coef, Tensor) or kl.coef != 0):
         rewards = rewards - kl.coef * k1
     return Rewards(
         rewards=rewards,
-        scores=scores.totals,
+        scores=scores.totals.to(device),
         kl=k1,
-        kl_coef=torch.as_tensor(kl.coef, dtype=torch.float32, device=mask.device),
+        kl_coef=torch.as_tensor(kl.coef, dtype=torch.float32, device=device),
         completion_ids=responses.completion_ids,
         completions=responses.completions,
         verdicts=scores.verdicts,
-        spread=scores.spread,
+        std=None if scores.std is None else scores.std.to(device),
     )
 
 
 def without_masked(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards]:
     """Leave out the responses that the filter masks; UserError when none is left."""
-    rows = [row for row, verdict in enumerate(rewards.verdicts) if verdict != "mask"]
+    rows = np.array([row for row, verdict in enumerate(rewards.verdicts) if verdict != "mask"], dtype=np.int64)
     if len(rows) == len(rewards.verdicts):
         return rollout, rewards
-    if not rows:
+    if not len(rows):
         raise UserError(f"filter: expected one response or more to be kept, got 'mask' for all {len(rewards.verdicts)}")
-    return select(rollout, rows), select(rewards, rows)
+    return rollout.select(rows), rewards.select(rows, rollout.grid.lengths)
 
 
-def _spread(scores: list[Score], mask: Tensor) -> Tensor:
-    """[B, T] float32: a list goes on its tokens, a number on the last counted token."""
-    rows = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
-    for row, score, length in zip(rows, scores, mask.sum(dim=1).tolist(), strict=True):
+def _per_token(scores: list[Score], lengths: Tensor) -> Tensor:
+    """[N] float32: a list goes on its tokens, a number on the last token of its response."""
+    found = torch.zeros(int(lengths.sum()), dtype=torch.float32, device="cpu")
+    for tokens, score in zip(found.split(lengths.tolist()), scores, strict=True):
         if isinstance(score, list):
-            row[:length] = torch.tensor(score, dtype=torch.float32, device="cpu")
+            tokens.copy_(torch.tensor(score, dtype=torch.float32, device="cpu"))
         else:
-            row[length - 1] = score
-    return rows.to(mask.device)
-
-
-def _is_last(mask: Tensor) -> Tensor:
-    """[B, T] bool: the last counted token of each row."""
-    return mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
+            tokens[-1] = score
+    return found

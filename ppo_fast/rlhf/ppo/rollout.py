@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import RolloutConfig
-from ppo_fast.rlhf.data.packing import ForwardInputs, TokenBatch
+from ppo_fast.rlhf.data.packing import Array, ForwardInputs, TokenBatch, offsets, ranges, to_device
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.models.forward import (
@@ -39,8 +39,7 @@ class Generation:
     ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
 
-    @property
-    def grid(self) -> TokenBatch:
+    def to_token_batch(self) -> TokenBatch:
         """Ids and masks as forward passes are made from; waits for the device once."""
         return TokenBatch.from_masks(self.input_ids, self.attention_mask, self.mask)
 
@@ -52,17 +51,33 @@ class Generation:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A generation with what the models think of it; all [B, T] float32, 0 where masked."""
+    """A generation and the statistics of its N counted tokens, packed response by response: no padding, no mask."""
 
     generation: Generation
-    logprobs: Tensor  # of the responses under the policy that sampled them, by the training forward
-    ref_logprobs: Tensor  # under the reference
-    entropy: Tensor  # of the policy's full distribution, nats
-    values: Tensor  # of the state before each token
+    grid: TokenBatch  # prompts and responses
+    cu_seqlens: Tensor  # [B + 1] int64: where each response begins among the N tokens
+    tokens: Tensor  # [N] int64
+    sampled_logprobs: Tensor  # [N] float32: taken at the step that sampled them
+    logprobs: Tensor  # [N] float32: under the policy that sampled them, by the training forward
+    ref_logprobs: Tensor  # [N] float32: under the reference
+    entropy: Tensor  # [N] float32: of the policy's full distribution, nats
+    values: Tensor  # [N] float32: of the state before each token
 
-    @property
-    def mask(self) -> Tensor:
-        return self.generation.mask
+    def sums(self, x: Tensor) -> Tensor:
+        """[B]: the sum of x [N] over the tokens of each response."""
+        return response_sums(x, self.cu_seqlens.diff())
+
+    def select(self, rows: Array) -> Rollout:
+        """The rollout of these responses."""
+        chosen = token_indices(self.grid.lengths, rows, self.tokens.device)
+        packed = {name: x.index_select(0, chosen) for name, x in self.packed().items()}
+        cu_seqlens = to_device(offsets(self.grid.lengths[rows]), self.tokens.device)
+        return Rollout(select(self.generation, rows), select(self.grid, rows), cu_seqlens, **packed)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors [N] by name."""
+        names = ("tokens", "sampled_logprobs", "logprobs", "ref_logprobs", "entropy", "values")
+        return {name: getattr(self, name) for name in names}
 
 
 class Sampler:
@@ -137,28 +152,31 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, genera
 class Pass(NamedTuple):
     """One forward pass of scoring."""
 
-    flat_indices: Tensor  # [n] int64: its counted tokens in the flattened grid
+    indices: Tensor  # [n] int64: its tokens among the N of all responses
     sequences: ForwardInputs
 
 
 @torch.no_grad()
 def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
     """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
-    grid, targets = generation.grid, generation.input_ids.flatten()
+    grid = generation.to_token_batch()
+    device, lengths = grid.ids.device, grid.lengths
     passes = [
-        Pass(grid.flat_indices(rows), grid.sequences(rows, packed=models.packed))
+        Pass(token_indices(lengths, rows, device), grid.sequences(rows, packed=models.packed))
         for rows in grid.split_by_length(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
     ]
+    order = torch.cat([part.indices for part in passes])
+    counted = to_device(grid.loss_mask[:, -generation.mask.shape[1] :].ravel().nonzero()[0], device)
+    tokens = generation.responses.flatten().index_select(0, counted)
 
-    def spread(parts: list[Tensor]) -> Tensor:
-        """[B, T]: values of the counted tokens of all passes, each in its place."""
-        empty = torch.zeros(grid.ids.numel(), dtype=torch.float32, device=grid.ids.device)
-        filled = empty.index_copy(0, torch.cat([part.flat_indices for part in passes]), torch.cat(parts).float())
-        return filled.view(grid.ids.shape)[:, -generation.mask.shape[1] :]
+    def in_order(parts: list[Tensor]) -> Tensor:
+        """[N] float32: the values of all passes, response by response."""
+        found = torch.cat(parts).float()
+        return torch.empty_like(found).index_copy(0, order, found)
 
     def stats(role: Role, values: list[Tensor] | None = None) -> list[ops.TokenStats]:
         with models.using(role) as model:
-            return [_stats(models, model, part, targets, config.temperature, values) for part in passes]
+            return [_stats(models, model, part, tokens, config.temperature, values) for part in passes]
 
     values: list[Tensor] = []
     policy, reference = stats("policy", values if models.shared else None), stats("reference")
@@ -167,18 +185,22 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
             values = [response_values(value, part.sequences) for part in passes]
     return Rollout(
         generation,
-        logprobs=spread([part.logprobs for part in policy]),
-        ref_logprobs=spread([part.logprobs for part in reference]),
-        entropy=spread([part.entropy for part in policy]),
-        values=spread(values),
+        grid,
+        cu_seqlens=to_device(offsets(lengths), device),
+        tokens=tokens,
+        sampled_logprobs=generation.logprobs.flatten().index_select(0, counted),
+        logprobs=in_order([part.logprobs for part in policy]),
+        ref_logprobs=in_order([part.logprobs for part in reference]),
+        entropy=in_order([part.entropy for part in policy]),
+        values=in_order(values),
     )
 
 
 def _stats(
-    models: Models, model: Any, part: Pass, targets: Tensor, temperature: float, values: list[Tensor] | None
+    models: Models, model: Any, part: Pass, tokens: Tensor, temperature: float, values: list[Tensor] | None
 ) -> ops.TokenStats:
     """Statistics of one pass; the values of a head on the same trunk are appended to `values`."""
-    chosen = targets.index_select(0, part.flat_indices)
+    chosen = tokens.index_select(0, part.indices)
     if values is None:
         return response_stats(model, part.sequences, chosen, linear=models.linear, temperature=temperature)
     x = response_hidden(model, part.sequences)
@@ -186,15 +208,25 @@ def _stats(
     return head_stats(x, chosen, temperature=temperature)
 
 
-def select(value: Any, rows: list[int]) -> Any:
-    """The rows of every tensor [B, ...] and list [B] in nested dataclasses and dicts."""
+def token_indices(lengths: Array, rows: Array, device: torch.device) -> Tensor:
+    """[n] int64: the tokens of these responses among those of all, which have `lengths` [B] tokens."""
+    return to_device(ranges(offsets(lengths)[rows], lengths[rows]), device)
+
+
+def response_sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """[B]: the sum of x [N] over the tokens of each response, of which there are `lengths` [B], 1 or more."""
+    return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
+
+
+def select(value: Any, rows: Array) -> Any:
+    """The rows of every array [B, ...] and list [B] in nested dataclasses and dicts."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: select(getattr(value, field.name), rows) for field in fields(value)})
     if isinstance(value, dict):
         return {name: select(item, rows) for name, item in value.items()}
     if isinstance(value, list):
         return [value[row] for row in rows]
-    return value[rows] if isinstance(value, Tensor) and value.ndim else value
+    return value[rows] if isinstance(value, Tensor | np.ndarray) and value.ndim else value
 
 
 def first_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:

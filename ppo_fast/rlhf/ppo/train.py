@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
+from ppo_fast.rlhf.ppo.batch import PPOBatch
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
@@ -27,7 +27,7 @@ from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
 from ppo_fast.rlhf.ppo.reward_sources import RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
-from ppo_fast.rlhf.ppo.rollout import Generation, generate, score, warn_about_filters
+from ppo_fast.rlhf.ppo.rollout import generate, score, warn_about_filters
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
 from ppo_fast.rlhf.training.finite import require_finite
@@ -96,22 +96,22 @@ class PPORun(TrainingLoop):
         """Update number `update`, counted from 1: sample, score, improve, report."""
         config, clock = self.config, Stopwatch(self.models.device)
         with clock("rollout"):
-            generation = generate(self.models, self._next_prompts(), config.rollout, self.generator)
-        with self._on_nan(update, log, generation) as seen:
+            batch = PPOBatch(generate(self.models, self._next_prompts(), config.rollout, self.generator))
+        try:
             with clock("logprobs"):
-                rollout = score(self.models, generation, self.scoring)
-                seen.append(rollout)
+                rollout = score(self.models, batch.generation, self.scoring)
+                batch = PPOBatch(rollout.generation, rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
             with clock("score"):
                 rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
                 rollout, rewards = without_masked(rollout, rewards)
-                seen[:] = [rollout, rewards]
+                batch = PPOBatch(rollout.generation, rollout, rewards)
                 require_finite(rewards=rewards.rewards)
             with clock("update"), self.models.recomputing():
                 experience = make_experience(rollout, rewards, config.advantage)
-                seen.append(experience)
+                batch = PPOBatch(rollout.generation, rollout, rewards, experience)
                 stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)
-                self.kl.update(rewards.kl)
+                self.kl.update(rollout.sums(rewards.kl))
                 self.reference.update(update)
             metrics = collect(rollout, rewards, experience, stats, config, clock.seconds)
             metrics |= {"nan/skipped_batches": float(self.skipped)}
@@ -122,16 +122,8 @@ class PPORun(TrainingLoop):
                 log.write_answers(update, self.evaluation.answers)
             log.write(update, metrics, "; ".join(filter(None, notes)) or None)
             log.write_samples(update, rollout, rewards)
-
-    @contextlib.contextmanager
-    def _on_nan(self, update: int, log: RunLog, generation: Generation) -> Iterator[list[Any]]:
-        """Stop at a number that is not finite, with all that was `seen` saved, or give the batch up and count it."""
-        seen: list[Any] = []
-        try:
-            yield seen
         except NotFiniteError as error:
-            generation = seen[0].generation if seen else generation
-            self.give_up(update, log, error, functools.partial(save_failure, self.models, generation, seen))
+            self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
 
     def _write(self, directory: Path) -> None:
         write_models(self.models, directory)

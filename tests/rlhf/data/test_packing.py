@@ -111,7 +111,7 @@ def setup(make_models, make_config, make_rollout):
         models = make_models(config, arch=arch)
         rollout = make_rollout(models, config)
         generator = torch.Generator().manual_seed(3)
-        columns = (torch.randn(rollout.mask.shape, generator=generator) for _ in range(2))
+        columns = (torch.randn(rollout.generation.mask.shape, generator=generator) for _ in range(2))
         return Learner(models, config), rollout, made_experience(rollout, *columns)
 
     return make

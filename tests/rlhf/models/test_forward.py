@@ -271,7 +271,7 @@ def test_the_logits_of_a_batch_exist_in_the_materialized_path_alone(
     )
     models = make_models(config)
     rollout = make_rollout(models, config)
-    rows = int(rollout.mask.sum())
+    rows = int(rollout.generation.mask.sum())
     assert rows > D  # [D, V] is the transposed weight
     experience = made_experience(rollout, rollout.logprobs, rollout.values)
     for work in (

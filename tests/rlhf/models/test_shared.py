@@ -18,7 +18,9 @@ def setup(make_models, make_config, make_rollout):
     head = torch.nn.Linear(models.value.head.in_features, 1)
     models = dataclasses.replace(models, value=ValueModel(models.policy.base_model, head), shared=True)
     rollout = make_rollout(models, config)
-    columns = (torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    columns = (
+        torch.randn(rollout.generation.mask.shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
     return models, config, rollout, made_experience(rollout, *columns)
 
 

@@ -12,9 +12,14 @@ LENGTHS = [2, 5, 1, 4]
 
 
 def rewards_for(rollout, seed=7, fill=0.0):
-    made = made_rollout(LENGTHS, seed=seed, width=rollout.mask.shape[1], fill=fill)
+    made = made_rollout(LENGTHS, seed=seed, width=rollout.generation.mask.shape[1], fill=fill)
     zeros = torch.zeros(len(LENGTHS))
     return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [], [True] * 4, None)
+
+
+def split(*columns):
+    """The rows of these columns [N], response by response."""
+    return zip(*(column.split(LENGTHS) for column in columns), strict=True)
 
 
 def double_sum(rewards, values, gamma, lam):
@@ -31,8 +36,8 @@ def test_rule_08_the_value_after_the_last_counted_token_is_0(gamma, lam):
     rollout = made_rollout(LENGTHS, width=7, fill=100.0)
     rewards = rewards_for(rollout)
     experience = make_experience(rollout, rewards, AdvantageConfig(gamma=gamma, lam=lam, whiten=False))
-    for row, (n, found) in enumerate(zip(LENGTHS, experience.advantages.split(LENGTHS), strict=True)):
-        truth = double_sum(rewards.rewards[row, :n].tolist(), rollout.values[row, :n].tolist(), gamma, lam)
+    for earned, values, found in split(rewards.rewards, rollout.values, experience.advantages):
+        truth = double_sum(earned.tolist(), values.tolist(), gamma, lam)
         torch.testing.assert_close(found, torch.tensor(truth))
 
 
@@ -41,7 +46,7 @@ def test_rule_08_returns_are_advantages_before_whitening_plus_old_values():
     rewards = rewards_for(rollout)
     to_python = make_experience(rollout, rewards, AdvantageConfig(whiten=False))
     whitened = make_experience(rollout, rewards, AdvantageConfig(whiten=True))
-    torch.testing.assert_close(to_python.returns, to_python.advantages + rollout.values[rollout.mask])
+    torch.testing.assert_close(to_python.returns, to_python.advantages + rollout.values)
     assert torch.equal(whitened.returns, to_python.returns)
     assert not torch.equal(whitened.advantages, to_python.advantages)
 
@@ -52,9 +57,10 @@ def test_per_sequence_every_token_has_the_return_less_the_value_of_the_prompt(ga
     rewards = rewards_for(rollout)
     config = AdvantageConfig(kind="sequence", gamma=gamma, lam=0.3, whiten=False)
     experience = make_experience(rollout, rewards, config)
-    columns = zip(LENGTHS, experience.advantages.split(LENGTHS), experience.returns.split(LENGTHS), strict=True)
-    for row, (n, advantages, found) in enumerate(columns):
-        earned, values = rewards.rewards[row, :n].tolist(), rollout.values[row, :n].tolist()
+    for earned, values, advantages, found in split(
+        rewards.rewards, rollout.values, experience.advantages, experience.returns
+    ):
+        earned, values, n = earned.tolist(), values.tolist(), len(earned)
         returns = [sum(gamma ** (k - t) * earned[k] for k in range(t, n)) for t in range(n)]
         torch.testing.assert_close(advantages, torch.full((n,), returns[0] - values[0]))
         torch.testing.assert_close(found, torch.tensor(returns))

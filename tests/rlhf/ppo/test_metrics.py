@@ -19,7 +19,7 @@ from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.update import UpdateStats
 from ppo_fast.rlhf.training.finite import require_finite
 from tests.helpers import raises_exactly
-from tests.rlhf.factories import made_experience, made_rollout
+from tests.rlhf.factories import made_experience, made_rollout, padded
 
 NAMES = [
     "objective/kl",
@@ -63,10 +63,10 @@ def made_update(lengths=(2, 4, 3), fill=0.0):
     lengths = list(lengths)
     ended = [True] * (len(lengths) - 1) + [False]
     rollout = made_rollout(lengths, ended=ended, width=max(lengths) + 1, fill=fill)
-    kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    kl = rollout.logprobs - rollout.ref_logprobs
     scores = torch.arange(len(lengths)).float()
     per_token = -0.1 * kl
-    per_token[:, 0] += scores
+    per_token[rollout.cu_seqlens[:-1]] += scores
     ids = [rollout.generation.responses[row, :n].tolist() for row, n in enumerate(lengths)]
     rewards = Rewards(
         per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths], [True] * len(lengths), None
@@ -90,13 +90,13 @@ def test_every_published_name_is_there():
 
 def test_the_objective_is_per_sequence_and_the_rest_per_counted_token():
     rollout, rewards, _, _ = made_update()
-    metrics = collected()
-    assert metrics["objective/kl"] == pytest.approx(rewards.kl.sum(1).mean().item())
-    assert metrics["objective/entropy"] == pytest.approx(rollout.entropy[rollout.mask].mean().item())
+    metrics, kl = collected(), padded(rewards.kl, rollout.grid.lengths)
+    assert metrics["objective/kl"] == pytest.approx(kl.sum(1).mean().item())
+    assert metrics["objective/entropy"] == pytest.approx(rollout.entropy.mean().item())
     assert metrics["objective/scores"] == 1
-    assert metrics["objective/non_score_reward"] == pytest.approx(-0.1 * rewards.kl.sum(1).mean().item(), rel=1e-4)
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.1 * kl.sum(1).mean().item(), rel=1e-4)
     assert metrics["objective/rlhf_reward"] == pytest.approx(1 + metrics["objective/non_score_reward"], rel=1e-4)
-    difference = (rollout.generation.logprobs - rollout.logprobs).abs()[rollout.mask]
+    difference = (rollout.generation.logprobs[rollout.generation.mask] - rollout.logprobs).abs()
     assert metrics["rollout/logprob_diff_max"] == pytest.approx(difference.max().item())
     assert metrics["rollout/logprob_diff_mean"] == pytest.approx(difference.mean().item())
     assert (metrics["length/mean"], metrics["length/max"]) == (3, 4)

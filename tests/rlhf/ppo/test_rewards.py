@@ -12,7 +12,7 @@ from ppo_fast.rlhf.ppo.reward_sources import FunctionSource, Responses
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, without_masked
 from ppo_fast.rlhf.user_code import call, clear_module_cache, load_callable
 from tests.helpers import raises_exactly
-from tests.rlhf.factories import EOS, made_rollout
+from tests.rlhf.factories import EOS, made_rollout, padded
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,11 @@ def rewarded(tokenizer):
     return compute
 
 
+def grid(rollout, x):
+    """x [N] as [B, T]."""
+    return padded(x, rollout.grid.lengths)
+
+
 def scores(*values):
     return lambda **_: list(values)
 
@@ -36,13 +41,13 @@ def scores(*values):
 def test_rule_06_reward_is_minus_kl_per_token_plus_the_score_on_the_last_counted_one(rewarded):
     rollout = made_rollout([2, 4, 3])
     rewards = rewarded(rollout, scores(1.0, 2.0, -3.0), kl={"coef": 0.1})
-    expected = torch.where(rollout.mask, -0.1 * (rollout.logprobs - rollout.ref_logprobs), 0.0)
+    expected = grid(rollout, -0.1 * (rollout.logprobs - rollout.ref_logprobs))
     for row, (last, score) in enumerate([(1, 1.0), (3, 2.0), (2, -3.0)]):
         assert rollout.generation.responses[row, last] == EOS
         expected[row, last] += score
-    torch.testing.assert_close(rewards.rewards, expected)
+    torch.testing.assert_close(grid(rollout, rewards.rewards), expected)
     assert rewards.scores.tolist() == [1.0, 2.0, -3.0]
-    torch.testing.assert_close(rewards.kl[0, :2], (rollout.logprobs - rollout.ref_logprobs)[0, :2])
+    torch.testing.assert_close(rewards.kl[:2], (rollout.logprobs - rollout.ref_logprobs)[:2])
 
 
 @pytest.mark.parametrize(("placement", "charged"), [("reward", True), ("both", True), ("loss", False)])
@@ -55,8 +60,8 @@ def test_rule_07_the_reward_pays_for_kl_only_where_it_is_placed_there(rewarded, 
 @pytest.mark.parametrize("coef", [0.0, 0])
 def test_a_coefficient_of_0_leaves_the_kl_out_of_the_reward(rewarded, coef):
     rollout = made_rollout([2])
-    rollout.ref_logprobs[0, 0] = -torch.inf
-    assert rewarded(rollout, scores(1.0), kl={"coef": coef}).rewards.tolist() == [[0.0, 1.0]]
+    rollout.ref_logprobs[0] = -torch.inf
+    assert grid(rollout, rewarded(rollout, scores(1.0), kl={"coef": coef}).rewards).tolist() == [[0.0, 1.0]]
 
 
 def test_rule_10_garbage_in_masked_positions_changes_nothing(rewarded):
@@ -72,7 +77,7 @@ def test_scores_are_clipped_and_then_a_missing_eos_is_charged(rewarded):
         rollout, scores(50.0, 50.0, -50.0), reward={"clip": 10.0, "missing_eos_penalty": 1.5}, kl={"coef": 0.0}
     )
     assert rewards.scores.tolist() == [10.0, 8.5, -11.5]
-    assert rewards.rewards.tolist() == [[0.0, 10.0], [0.0, 8.5], [0.0, -11.5]]
+    assert grid(rollout, rewards.rewards).tolist() == [[0.0, 10.0], [0.0, 8.5], [0.0, -11.5]]
     unclipped = rewarded(rollout, scores(50.0, 0.0, 0.0), reward={"clip": None})
     assert unclipped.scores[0] == 50
 
@@ -80,7 +85,7 @@ def test_scores_are_clipped_and_then_a_missing_eos_is_charged(rewarded):
 def test_a_list_scores_every_token(rewarded):
     rollout = made_rollout([2, 3])
     rewards = rewarded(rollout, scores([1.0, 2.0], (0.5, 0.0, 0.25)), kl={"coef": 0.0})
-    assert rewards.rewards.tolist() == [[1.0, 2.0, 0.0], [0.5, 0.0, 0.25]]
+    assert grid(rollout, rewards.rewards).tolist() == [[1.0, 2.0, 0.0], [0.5, 0.0, 0.25]]
     assert rewards.scores.tolist() == [3.0, 0.75]
 
 
@@ -93,8 +98,8 @@ def test_arrays_of_scores_are_taken_per_response_and_per_token(rewarded, kind):
     rollout = made_rollout([2, 3])
     single = rewarded(rollout, scores(kind(1.0), kind([2.0])[0]), kl={"coef": 0.0})
     assert single.scores.tolist() == [1.0, 2.0]
-    spread = rewarded(rollout, scores(kind([1.0, 2.0]), kind([0.5, 0.0, 0.25])), kl={"coef": 0.0})
-    assert spread.rewards.tolist() == [[1.0, 2.0, 0.0], [0.5, 0.0, 0.25]]
+    by_token = rewarded(rollout, scores(kind([1.0, 2.0]), kind([0.5, 0.0, 0.25])), kl={"coef": 0.0})
+    assert grid(rollout, by_token.rewards).tolist() == [[1.0, 2.0, 0.0], [0.5, 0.0, 0.25]]
 
 
 def test_the_function_sees_prompts_completions_tokens_and_columns(rewarded):
@@ -232,19 +237,19 @@ def test_a_function_is_loaded_from_a_file(tmp_path):
 def test_rule_13_the_coefficient_follows_the_published_rule():
     kl = KLCoefficient(KLConfig(coef=0.2, adaptive=True, target=2.0, horizon=100), CPU)
     # Per-sequence sums 1 and 4, mean 2.5: error = 0.25, clipped to 0.2; n = 2 sequences.
-    kl.update(torch.tensor([[1.0, 0.0], [2.0, 2.0]]))
+    kl.update(torch.tensor([[1.0, 0.0], [2.0, 2.0]]).sum(dim=1))
     assert float(kl.coef) == pytest.approx(0.2 * (1 + 0.2 * 2 / 100))
     # Mean 1.9: error = -0.05, inside the clip.
-    kl.update(torch.tensor([[1.9, 0.0], [1.0, 0.9]]))
+    kl.update(torch.tensor([[1.9, 0.0], [1.0, 0.9]]).sum(dim=1))
     assert float(kl.coef) == pytest.approx(0.2 * (1 + 0.2 * 2 / 100) * (1 - 0.05 * 2 / 100))
     before = float(kl.coef)
-    kl.update(torch.zeros(2, 2))
+    kl.update(torch.zeros(2))
     assert float(kl.coef) == pytest.approx(before * (1 - 0.2 * 2 / 100))
 
 
 def test_a_fixed_coefficient_stays():
     kl = KLCoefficient(KLConfig(coef=0.2), CPU)
-    kl.update(torch.full((2, 2), 100.0))
+    kl.update(torch.full((2,), 200.0))
     assert kl.coef == 0.2
 
 
@@ -266,17 +271,18 @@ def test_sources_are_combined(rewarded, rule, expected):
     reward = {"combine": rule, "weights": (1.0, 3.0), "std_coef": 2.0, **NO_EXTRAS}
     rewards = rewarded(made_rollout([2, 3]), [scores(1.0, 4.0), scores(3.0, -2.0)], reward=reward, kl={"coef": 0.0})
     assert rewards.scores.tolist() == pytest.approx(expected)
-    assert rewards.rewards[0, 1] == pytest.approx(expected[0])
+    assert rewards.rewards[1] == pytest.approx(expected[0])
     if rule == "sum":
-        assert rewards.spread is None
+        assert rewards.std is None
     else:
-        assert rewards.spread.tolist() == pytest.approx([0.75**0.5, 6.75**0.5])
+        assert rewards.std.tolist() == pytest.approx([0.75**0.5, 6.75**0.5])
 
 
 def test_min_keeps_the_tokens_of_the_lowest_source(rewarded):
     sources = [scores([1.0, 2.0], 0.0), scores(2.5, [0.5, 0.0, -1.0])]
-    rewards = rewarded(made_rollout([2, 3]), sources, reward={"combine": "min", **NO_EXTRAS}, kl={"coef": 0.0})
-    assert rewards.rewards.tolist() == [[0.0, 2.5, 0.0], [0.5, 0.0, -1.0]]
+    rollout = made_rollout([2, 3])
+    rewards = rewarded(rollout, sources, reward={"combine": "min", **NO_EXTRAS}, kl={"coef": 0.0})
+    assert grid(rollout, rewards.rewards).tolist() == [[0.0, 2.5, 0.0], [0.5, 0.0, -1.0]]
 
 
 def test_min_chooses_by_the_weighted_scores(rewarded):
@@ -297,9 +303,9 @@ def test_scores_are_normalized_by_the_statistics_of_their_source(tokenizer):
     fixed.saved_stats = (3.0, 2.0)
     rollout = made_rollout([2, 3])
     responses = Responses.from_generation(rollout.generation, tokenizer)
-    saved = Scorer([fixed], RewardConfig(**NO_EXTRAS))(responses, rollout.mask)
-    assert saved.rows.tolist() == [[0.0, 2.0, 0.0], [0.5, 1.0, 0.5]]
-    raw = Scorer([fixed], RewardConfig(normalize="none", **NO_EXTRAS))(responses, rollout.mask)
+    saved = Scorer([fixed], RewardConfig(**NO_EXTRAS))(responses)
+    assert grid(rollout, saved.per_token_scores).tolist() == [[0.0, 2.0, 0.0], [0.5, 1.0, 0.5]]
+    raw = Scorer([fixed], RewardConfig(normalize="none", **NO_EXTRAS))(responses)
     assert raw.totals.tolist() == [7.0, 7.0]
 
 
@@ -308,14 +314,14 @@ def test_running_statistics_are_those_of_all_scores_so_far(tokenizer):
     scorer = Scorer([lambda responses: next(answers)], RewardConfig(normalize="running", **NO_EXTRAS))
     rollout = made_rollout([2, 3])
     responses = Responses.from_generation(rollout.generation, tokenizer)
-    assert scorer(responses, rollout.mask).totals.tolist() == pytest.approx([-1.0, 1.0])
+    assert scorer(responses).totals.tolist() == pytest.approx([-1.0, 1.0])
     mean, std = 5.0, (56 / 4) ** 0.5  # of 1, 3, 5, 11
     expected = [0.0, (11 - mean) / std]
-    assert scorer(responses, rollout.mask).totals.tolist() == pytest.approx(expected, abs=1e-6)
+    assert scorer(responses).totals.tolist() == pytest.approx(expected, abs=1e-6)
     resumed = Scorer([lambda responses: [4.0, 6.0]], scorer.config)
     resumed.load_state_dict(json.loads(json.dumps(scorer.state_dict())))
     for one in (scorer, resumed):  # scored by the statistics, without changing them
-        measured = one(responses, rollout.mask, learn=False).totals.tolist()
+        measured = one(responses, learn=False).totals.tolist()
         assert measured == pytest.approx([-1 / std, 1 / std])
     assert scorer.running[0].count == resumed.running[0].count == 4
 
@@ -323,13 +329,14 @@ def test_running_statistics_are_those_of_all_scores_so_far(tokenizer):
 def test_equal_scores_are_centered_alone(tokenizer):
     scorer = Scorer([lambda responses: [4.0, 4.0]], RewardConfig(normalize="running", **NO_EXTRAS))
     rollout = made_rollout([2, 3])
-    assert scorer(Responses.from_generation(rollout.generation, tokenizer), rollout.mask).totals.tolist() == [0, 0]
+    assert scorer(Responses.from_generation(rollout.generation, tokenizer)).totals.tolist() == [0, 0]
 
 
 def test_length_is_charged_per_token_after_the_clip(rewarded):
     reward = {"clip": 1.0, "length_penalty": 0.25, "missing_eos_penalty": 0.0}
-    rewards = rewarded(made_rollout([2, 4]), scores(5.0, 0.0), reward=reward, kl={"coef": 0.0})
-    assert rewards.rewards.tolist() == [[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]]
+    rollout = made_rollout([2, 4])
+    rewards = rewarded(rollout, scores(5.0, 0.0), reward=reward, kl={"coef": 0.0})
+    assert grid(rollout, rewards.rewards).tolist() == [[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]]
 
 
 def test_a_rejected_response_has_the_score_of_the_rejected(rewarded):
@@ -342,7 +349,7 @@ def test_a_rejected_response_has_the_score_of_the_rejected(rewarded):
         kl={"coef": 0.0},
         filter_fn=lambda prompts, completions, completion_ids, topic: [name != "a" for name in topic],
     )
-    assert rewards.rewards.tolist() == [[0.0, -4.0, 0.0], [0.0, 0.0, 0.5]]
+    assert grid(rollout, rewards.rewards).tolist() == [[0.0, -4.0, 0.0], [0.0, 0.0, 0.5]]
     assert rewards.verdicts == [False, True]
 
 
@@ -353,9 +360,13 @@ def test_masked_responses_leave_rollout_and_rewards(rewarded):
     assert earned.completion_ids == [rewards.completion_ids[0], rewards.completion_ids[2]]
     assert earned.scores.tolist() == [1.0, -10.0]
     assert kept.generation.prompts.columns == {"topic": ["a", "c"]}
-    for name in ("logprobs", "ref_logprobs", "values", "mask"):
-        assert torch.equal(getattr(kept, name), getattr(rollout, name)[[0, 2]])
-    assert torch.equal(earned.kl, rewards.kl[[0, 2]])
+    for name, found in kept.packed().items():
+        both = grid(kept, found), grid(rollout, getattr(rollout, name))[[0, 2]]
+        assert torch.equal(*both), name
+    assert torch.equal(kept.generation.mask, rollout.generation.mask[[0, 2]])
+    assert torch.equal(kept.cu_seqlens, torch.tensor([0, 2, 6]))
+    assert (kept.grid.lengths == [2, 4]).all()
+    assert torch.equal(grid(kept, earned.kl), grid(rollout, rewards.kl)[[0, 2]])
     assert without_masked(kept, earned) == (kept, earned)
 
 

@@ -16,7 +16,7 @@ from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import score
 from ppo_fast.rlhf.ppo.update import Learner, MicroBatch, combine
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
-from tests.rlhf.factories import all_rows, forward_of, made_experience
+from tests.rlhf.factories import all_rows, forward_of, made_experience, padded
 
 CPU = torch.device("cpu")
 DROPOUT = {
@@ -28,19 +28,19 @@ DROPOUT = {
 
 def random_experience(rollout, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    advantages, returns = (torch.randn(rollout.mask.shape, generator=generator) for _ in range(2))
+    advantages, returns = (torch.randn(rollout.generation.mask.shape, generator=generator) for _ in range(2))
     return made_experience(rollout, advantages, returns)
 
 
 def made_rewards(rollout):
-    zero = torch.zeros(rollout.mask.shape)
-    return Rewards(zero, zero[:, 0], zero, torch.tensor(0.0), [], [], [True] * len(zero), None)
+    zero, scores = torch.zeros_like(rollout.logprobs), torch.zeros(len(rollout.grid.ids))
+    return Rewards(zero, scores, zero, torch.tensor(0.0), [], [], [True] * len(scores), None)
 
 
 def random_rewards(rollout):
     """As `made_rewards`, with a reward on every token."""
-    noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(5))
-    return dataclasses.replace(made_rewards(rollout), rewards=torch.where(rollout.mask, 3 * noise, 0.0))
+    noise = torch.randn(rollout.generation.mask.shape, generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(made_rewards(rollout), rewards=3 * noise[rollout.generation.mask])
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_rule_04_the_ratio_is_1_bitwise_when_scoring_and_update_run_the_same_bat
     policy, _ = learner.backward(*all_rows(experience), 0.0)
     assert policy["ratio_max"] == policy["ratio_mean"] == 1
     assert policy["approx_kl"] == policy["clipfrac"] == 0
-    assert policy["tokens"] == rollout.mask.sum()
+    assert policy["tokens"] == rollout.generation.mask.sum()
 
 
 def test_rule_04_the_ratio_is_1_to_rounding_in_a_shuffled_minibatch(setup):
@@ -110,7 +110,7 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
         learner, rollout, experience = setup(
             rollout={"max_new_tokens": 12}, loss=loss, kl=kl, optim={"micro_batch_size": micro}
         )
-        assert len(set(rollout.mask.sum(dim=1).tolist())) > 2
+        assert len(set(rollout.generation.mask.sum(dim=1).tolist())) > 2
         # The policy has moved since the rollout, so that ratios differ from 1 and some are clipped.
         with torch.no_grad():
             learner.models.policy.get_output_embeddings().weight.mul_(8)
@@ -129,13 +129,15 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
 def test_rule_11_the_normalizer_is_the_count_of_the_aggregation(setup, aggregation):
     learner, rollout, experience = setup(loss={"aggregation": aggregation}, optim={"micro_batch_size": 2})
     logits = response_logits(learner.models.policy, forward_of(rollout))
-    advantages = torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, experience.advantages)
+    advantages = torch.zeros(rollout.generation.mask.shape).masked_scatter(
+        rollout.generation.mask, experience.advantages
+    )
     whole = ops.policy_loss(
-        torch.zeros(*rollout.mask.shape, 64).masked_scatter(rollout.mask[..., None], logits),
+        torch.zeros(*rollout.generation.mask.shape, 64).masked_scatter(rollout.generation.mask[..., None], logits),
         rollout.generation.responses,
-        rollout.logprobs,
+        padded(rollout.logprobs, rollout.grid.lengths),
         advantages,
-        rollout.mask,
+        rollout.generation.mask,
         config=PolicyLossConfig(aggregation=aggregation),
     )
     policy, value = learner.backward(*all_rows(experience), 0.0)
@@ -185,8 +187,8 @@ def test_rule_07_kl_in_the_loss_has_the_gradient_of_the_kl(setup, estimator):
 def test_whitening_multiplies_the_coefficient_of_kl_in_the_loss_by_the_deviation(setup):
     """The gradient is 1 / s of that of the plain advantages with s * coef, as docs/debugging.md states it."""
     learner, rollout, _ = setup(kl={"placement": "loss"})
-    noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(6))
-    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs + noise)
+    noise = torch.randn(rollout.generation.mask.shape, generator=torch.Generator().manual_seed(6))
+    rollout = dataclasses.replace(rollout, ref_logprobs=rollout.logprobs + noise[rollout.generation.mask])
     made = [
         make_experience(rollout, random_rewards(rollout), AdvantageConfig(whiten=whiten)) for whiten in (True, False)
     ]
