@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/ppo/update.py", "int((lengths > 0).sum())", "tokens", UPDATE),
     Mutant(f"{RLHF}/ppo/update.py", "(self.config.loss.vf_coef * error.loss)", "error.loss", UPDATE),
     Mutant(f"{RLHF}/ppo/update.py", "loss.loss + self.config.loss.vf_coef * error", "loss.loss + error", SHARED),
-    Mutant(f"{RLHF}/ppo/update.py", '"kl_estimator": self.config.kl.loss_estimator', '"kl_estimator": "k2"', UPDATE),
+    Mutant(f"{RLHF}/ppo/update.py", '"kl_estimator": kl.loss_estimator', '"kl_estimator": "k2"', UPDATE),
     Mutant(f"{RLHF}/ppo/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
     Mutant(
         f"{RLHF}/ppo/train.py",

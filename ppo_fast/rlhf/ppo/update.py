@@ -94,6 +94,8 @@ class Learner:
         self.policy = ClippedOptimizer(models.trained("policy"), config.optim.lr, config.optim)
         self.value = ClippedOptimizer(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
+        self.kl_coef, self.penalty_coef = torch.zeros(2, dtype=torch.float32, device=models.device)
+        self.loss_config = self._loss_config()
         self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
 
     def update(
@@ -141,10 +143,12 @@ class Learner:
         tokens = int(lengths.sum())
         count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
         run = self._joint_backward if self.models.shared else self._separate_backward
+        self.kl_coef.fill_(kl_coef)
+        self.penalty_coef.fill_(self.penalty.coef)
         found: list[tuple[Metrics, Metrics]] = []
         for part in experience.grid.split_by_length(rows, self.config.optim.micro_batch_size or len(rows)):
             micro = MicroBatch.from_experience(experience, part, packed=self.models.packed)
-            found.append(run(micro, self._policy_terms(micro, kl_coef, count), tokens))
+            found.append(run(micro, self._policy_terms(micro, count), tokens))
         policy, value = zip(*found, strict=True)
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
@@ -172,16 +176,20 @@ class Learner:
             (loss.loss + self.config.loss.vf_coef * error.loss).backward()
         return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
 
-    def _policy_terms(self, micro: MicroBatch, kl_coef: float | Tensor, count: int) -> dict[str, Any]:
-        """The arguments of the policy's loss beside its logits."""
-        settings: dict[str, Any] = {
-            "penalty_coef": self.penalty.coef,
-            "temperature": self.config.rollout.temperature,
-        }
-        terms: dict[str, Any] = {}
-        if self.config.kl.in_loss:
-            settings |= {"kl_coef": kl_coef, "kl_estimator": self.config.kl.loss_estimator}
-            terms = {"ref_logprobs": micro.ref_logprobs}
+    def _loss_config(self) -> ops.PolicyLossConfig:
+        """Build the options of the loss, once a run: a coefficient that changes is a tensor, which `backward` fills."""
+        loss, kl = self.config.loss, self.config.kl
+        settings: dict[str, Any] = {"temperature": self.config.rollout.temperature}
+        if loss.penalty_target is not None:
+            settings["penalty_coef"] = self.penalty_coef
+        if kl.in_loss:
+            settings |= {"kl_estimator": kl.loss_estimator}
+            settings |= {"kl_coef": self.kl_coef} if kl.adaptive or kl.coef else {}
+        return loss.policy_loss(**settings)
+
+    def _policy_terms(self, micro: MicroBatch, count: int) -> dict[str, Any]:
+        """Return the arguments of the policy's loss except its logits."""
+        terms: dict[str, Any] = {"ref_logprobs": micro.ref_logprobs} if self.config.kl.in_loss else {}
         if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
             with self.models.using("reference") as reference:
                 terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
@@ -191,7 +199,7 @@ class Learner:
             "advantages": micro.advantages,
             "cu_seqlens": micro.cu_seqlens,
             "denominator": count,
-            "config": self.config.loss.policy_loss(**settings),
+            "config": self.loss_config,
         }
 
     def _value_loss(self, values: Tensor, micro: MicroBatch, tokens: int) -> ops.LossOutput:

@@ -421,3 +421,20 @@ def test_minibatches_cover_the_batch_once_per_epoch(setup):
     first, second = seen[0][2] + seen[1][2], seen[2][2] + seen[3][2]
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
+
+
+def test_the_options_of_the_loss_are_checked_once_a_run(setup, monkeypatch):
+    loss = {"penalty_coef": 0.5, "penalty_target": 0.01}
+    learner, _, experience = setup(loss=loss, kl={"placement": "loss", "adaptive": True})
+    seen, op = [], ops.linear_policy_loss
+    monkeypatch.setattr(PolicyLossConfig, "__post_init__", lambda self: pytest.fail("built again"))
+    monkeypatch.setattr(
+        ops,
+        "linear_policy_loss",
+        lambda *rest, config, **named: seen.append(config) or op(*rest, config=config, **named),
+    )
+    for coef in (0.25, torch.tensor(0.5)):
+        penalty = float(learner.penalty.coef)
+        learner.update(experience, coef, 0, torch.Generator())
+        assert (float(seen[-1].kl_coef), float(seen[-1].penalty_coef)) == (float(coef), penalty)
+    assert {id(config) for config in seen} == {id(learner.loss_config)}
