@@ -188,10 +188,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/ppo/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
     Mutant(
         f"{RLHF}/ppo/train.py",
-        "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n"
+        "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n"
         "                self.kl.update(rollout.sums(rewards.kl))\n",
         "                self.kl.update(rollout.sums(rewards.kl))\n"
-        "                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)\n",
+        "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n",
         "tests/rlhf/ppo/test_train.py",
     ),
     Mutant(
@@ -211,7 +211,7 @@ MUTANTS = [
         f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),
     Mutant(f"{RLHF}/supervised/train.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
-    Mutant(f"{RLHF}/supervised/train.py", "schedule(number - 1,", "schedule(number,", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "schedule(index,", "schedule(index + 1,", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**checked)\n", "", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "step(factor, failed)", "step(factor)", RESUMED),

@@ -11,6 +11,7 @@ from ppo_fast.rlhf.supervised.dpo import train_dpo
 from ppo_fast.rlhf.supervised.reward_model import train_reward_model
 from ppo_fast.rlhf.supervised.sft import train_sft
 from ppo_fast.rlhf.supervised.train import SupervisedResult
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.signals import Interrupted
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "train_sft",
     "train_reward_model",
     "train_dpo",
+    "Callback",
+    "StepRecord",
     "Judge",
     "export_pairs",
     "load_config",

@@ -48,13 +48,14 @@ def _module(path: str, changed: int) -> ModuleType:
     return module
 
 
-def call(role: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
+def call(role: str, function: Callable[..., Any], /, *records: Any, **arguments: Any) -> Any:
     """The function's answer; UserError, "the <role> <name> failed with ...", when it raises or exits.
 
-    The function gets copies of lists and dicts, so that emptying them changes nothing of ours. A generator runs here.
+    The function gets `records` as they are, and copies of the lists and dicts in `arguments`, so that emptying them
+    changes nothing of ours. A generator runs here.
     """
     try:
-        answer = function(**{name: _copied(value) for name, value in arguments.items()})
+        answer = function(*records, **{name: _copied(value) for name, value in arguments.items()})
         return list(answer) if isinstance(answer, Iterator) else answer
     except UserError:
         raise

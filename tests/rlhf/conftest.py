@@ -88,6 +88,7 @@ def run_stage(tmp_path: Any, tokenizer: Any) -> Callable[..., Any]:
         policy: Any = None,
         tokenizer: Any = tokenizer,
         resume: bool = False,
+        callbacks: Any = (),
         **values: Any,
     ) -> Any:
         train, kind, _ = STAGES[stage]
@@ -101,6 +102,7 @@ def run_stage(tmp_path: Any, tokenizer: Any) -> Callable[..., Any]:
             name: base.get(name, {}) | value if isinstance(value, dict) else value for name, value in values.items()
         }
         given = {} if values.get("init") else {"model": policy or make_model(), "tokenizer": tokenizer}
-        return train(config_from_dict(merged, kind=kind), train=examples or rows(40), resume=resume, **given)
+        config = config_from_dict(merged, kind=kind)
+        return train(config, train=examples or rows(40), resume=resume, callbacks=callbacks, **given)
 
     return go

@@ -17,14 +17,16 @@ from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.reward_sources import Responses
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import Generation, generate, score
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.checkpoint import save_models
 from ppo_fast.rlhf.training.finite import check_metrics
+from ppo_fast.rlhf.training.log import BEST
 from ppo_fast.rlhf.user_code import call, load_callable
 
 Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), called by keyword
 
 
-class Evaluation:
+class Evaluation(Callback):
     """Answers the same prompts from the same random numbers each time, so that two evaluations differ by the model.
 
     Metrics eval/scores, eval/kl (nats per response), eval/length, eval/truncated_frac, eval/win_rate (the share of
@@ -40,9 +42,17 @@ class Evaluation:
         self.best: float | None = None
         self.answers: list[dict[str, Any]] = []  # of the latest evaluation, beside those of the model at the start
 
-    def due(self, done: int) -> bool:
-        """Every `evaluation.every` updates and after the last."""
-        return done % self.config.evaluation.every == 0 or done == self.config.updates
+    def on_start(self, record: StepRecord) -> None:
+        """Answer the prompts with the model as it is, unless a resumed run has done so."""
+        self.begin()
+
+    def on_step(self, record: StepRecord) -> StepRecord | None:
+        """Evaluate every `evaluation.every` updates and after the last; not after a skipped batch."""
+        done = record.step + 1
+        if not record.metrics or (done % self.config.evaluation.every and done != self.config.updates):
+            return None
+        metrics, note = self.run(record.directory / BEST)
+        return dataclasses.replace(record.adding(metrics, *filter(None, [note])), answers=tuple(self.answers))
 
     def begin(self) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,10 +14,8 @@ from ppo_fast.rlhf.data.templates import TEMPLATE_COLUMNS, as_text
 from ppo_fast.rlhf.errors import printable
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
+from ppo_fast.rlhf.training.callbacks import StepRecord
 from ppo_fast.rlhf.training.log import EVALUATIONS, METRICS, SAMPLES, StageLog, _line
-
-if TYPE_CHECKING:
-    pass
 
 
 class RunLog(StageLog):
@@ -30,6 +28,13 @@ class RunLog(StageLog):
         self, config: PPOConfig, console: Console | None = None, *, resume: Mapping[str, int] | None = None
     ) -> None:
         super().__init__(config, "PPO", config.updates, console, resume=resume)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Record an update, its samples and its answers to the held-out prompts."""
+        self.write_answers(record.step + 1, record.answers)
+        super().on_step(record)
+        if record.metrics:
+            self.write_samples(record.step + 1, record.batch.rollout, record.batch.rewards)
 
     def write_answers(self, update: int, answers: Iterable[Mapping[str, Any]]) -> None:
         """Record the answers to the held-out prompts, for the comparison in `ppo-fast report`."""

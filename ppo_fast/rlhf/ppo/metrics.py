@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections import Counter
 from collections.abc import Iterable
 
@@ -15,6 +14,7 @@ from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
 from ppo_fast.rlhf.ppo.update import UpdateStats
 from ppo_fast.rlhf.training.finite import check_metrics
+from ppo_fast.rlhf.training.runtime import Stopwatch
 
 NGRAM = 3  # of hacking/repetition and hacking/distinct_n
 
@@ -25,9 +25,9 @@ def collect(
     experience: Experience,
     stats: UpdateStats,
     config: PPOConfig,
-    seconds: dict[str, float],
+    watch: Stopwatch,
 ) -> dict[str, float]:
-    """Every metric of one update by name; `seconds` are wall times by stage.
+    """Return every metric of one update by name; `watch` has timed its phases.
 
     Raises UserError naming the metric when one is not finite.
     """
@@ -47,9 +47,9 @@ def collect(
         "filter/rejected": float(rewards.verdicts.count(False)),
         "filter/masked": float(config.rollout.batch_size - len(rewards.verdicts)),
         "nan/skipped_steps": float(stats.skipped),
-        "memory/peak": _peak_memory(rollout.tokens.device),
+        "memory/peak": watch.peak(),
     }
-    return metrics | _speed(seconds, tokens=len(rollout.tokens))
+    return metrics | _speed(watch.seconds, tokens=len(rollout.tokens))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -129,10 +129,3 @@ def _repetition(completion_ids: list[list[int]]) -> dict[str, float]:
 
 def _ngrams(ids: list[int]) -> Iterable[tuple[int, ...]]:
     return zip(*(ids[start:] for start in range(NGRAM)), strict=False)
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB: of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -21,9 +21,9 @@ class Reference:
         self.models, self.config = models, config
 
     @torch.no_grad()
-    def update(self, done: int) -> None:
-        """After update number `done`, counted from 1."""
-        if self.config.update == "fixed" or done % self.config.every:
+    def update(self, index: int) -> None:
+        """Follow the policy after update `index`, from 0."""
+        if self.config.update == "fixed" or (index + 1) % self.config.every:
             return
         share = 1.0 if self.config.update == "replace" else 1 - self.config.decay
         pairs = zip(self.models.weights("reference"), self.models.weights("policy"), strict=True)

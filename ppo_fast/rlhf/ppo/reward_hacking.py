@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 
 WINDOW = 5  # updates that a value is the mean of: the first ones are the start, the last ones now
 
@@ -48,7 +51,7 @@ RULES = (
 )
 
 
-class RewardHackingMonitor:
+class RewardHackingMonitor(Callback):
     """Watches the metrics of every update; each sign is told once."""
 
     def __init__(self) -> None:
@@ -56,7 +59,11 @@ class RewardHackingMonitor:
         self.recent: dict[str, list[float]] = {sign.metric: [] for sign in RULES}
         self.told: list[str] = []
 
-    def update(self, metrics: dict[str, float]) -> list[str]:
+    def on_step(self, record: StepRecord) -> StepRecord:
+        """Add the warnings to the notes of the step."""
+        return record.adding({}, *self.update(record.metrics))
+
+    def update(self, metrics: Mapping[str, float]) -> list[str]:
         """Warnings, if any, after the metrics of one update; none within the first 2 x WINDOW updates."""
         warnings = []
         for sign in RULES:

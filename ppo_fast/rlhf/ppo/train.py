@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.files import save_config
 from ppo_fast.rlhf.config.ppo import PPOConfig
@@ -29,10 +31,11 @@ from ppo_fast.rlhf.ppo.reward_sources import RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
 from ppo_fast.rlhf.ppo.rollout import generate, score, warn_about_filters
 from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
-from ppo_fast.rlhf.training.log import BEST, FINAL
+from ppo_fast.rlhf.training.log import FINAL, StageLog
 from ppo_fast.rlhf.training.loop import TrainingLoop
 from ppo_fast.rlhf.training.resume import file_digests, inputs, load_start, prompt_inputs, report_write_errors
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
@@ -60,7 +63,8 @@ class PPORun(TrainingLoop):
     data: Prompts
     scorer: Scorer
     evaluation: Evaluation | None
-    generator: torch.Generator  # every random number of the run, those of the evaluation aside
+    generator: torch.Generator  # every random number of the run except those of the evaluation
+    callbacks: Sequence[UserCallback] = ()
     length = "updates"
 
     def __post_init__(self) -> None:
@@ -70,6 +74,7 @@ class PPORun(TrainingLoop):
         self.learner = Learner(self.models, self.config)
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = RewardHackingMonitor()
+        self.watch = Stopwatch(self.models.device, peaks=bool(self.callbacks))
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
         self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
@@ -86,44 +91,48 @@ class PPORun(TrainingLoop):
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
 
-    def loop(self, log: RunLog, stop: StopSignals) -> None:  # type: ignore[override]  # a StageLog of updates
-        """The updates still to do, each a safe point to save and to stop at."""
-        if self.evaluation is not None:
-            self.evaluation.begin()
-        super().loop(log, stop)
-
-    def step(self, update: int, log: RunLog) -> None:
-        """Update number `update`, counted from 1: sample, score, improve, report."""
-        config, clock = self.config, Stopwatch(self.models.device)
-        with clock("rollout"):
+    def step(self, update: int, log: StageLog) -> StepRecord:
+        """Take update `update`, from 0: sample, score, improve, measure."""
+        config, watch, metrics = self.config, self.watch, dict[str, float]()
+        watch.restart()
+        with watch("rollout"):
             batch = PPOBatch(generate(self.models, self._next_prompts(), config.rollout, self.generator))
         try:
-            with clock("logprobs"):
+            with watch("logprobs"):
                 rollout = score(self.models, batch.generation, self.scoring)
                 batch = PPOBatch(rollout.generation, rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
-            with clock("score"):
+            with watch("score"):
                 rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
                 rollout, rewards = without_masked(rollout, rewards)
                 batch = PPOBatch(rollout.generation, rollout, rewards)
                 require_finite(rewards=rewards.rewards)
-            with clock("update"), self.models.recomputing():
+            with watch("update"), self.models.recomputing():
                 experience = make_experience(rollout, rewards, config.advantage)
                 batch = PPOBatch(rollout.generation, rollout, rewards, experience)
-                stats = self.learner.update(experience, self.kl.coef, update - 1, self.generator)
+                stats = self.learner.update(experience, self.kl.coef, update, self.generator)
                 self.kl.update(rollout.sums(rewards.kl))
                 self.reference.update(update)
-            metrics = collect(rollout, rewards, experience, stats, config, clock.seconds)
-            metrics |= {"nan/skipped_batches": float(self.skipped)}
-            notes = [stats.note, *self.monitors.update(metrics)]
-            if self.evaluation is not None and self.evaluation.due(update):
-                measured, note = self.evaluation.run(log.directory / BEST)
-                metrics, notes = metrics | measured, [*notes, note]
-                log.write_answers(update, self.evaluation.answers)
-            log.write(update, metrics, "; ".join(filter(None, notes)) or None)
-            log.write_samples(update, rollout, rewards)
+            metrics, note = collect(rollout, rewards, experience, stats, config, watch), stats.note
         except NotFiniteError as error:
-            self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
+            note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
+        return dataclasses.replace(
+            self.record,
+            step=update,
+            metrics=metrics,
+            notes=(note,) if note else (),
+            seconds=watch.seconds,
+            memory=watch.memory,
+            batch=batch,
+            answers=(),
+            skipped=self.skipped,
+        )
+
+    def _objects(self) -> dict[str, Any]:
+        return {"models": self.models, "tokenizer": self.models.tokenizer}
+
+    def _own_callbacks(self) -> list[Callback]:
+        return [self.monitors] if self.evaluation is None else [self.monitors, self.evaluation]
 
     def _write(self, directory: Path) -> None:
         write_models(self.models, directory)
@@ -132,7 +141,7 @@ class PPORun(TrainingLoop):
         load_weights(self.models, directory)
 
     def _parts(self) -> dict[str, Any]:
-        """What changes during a run, the weights of policy and value model aside."""
+        """Return the objects whose state changes during a run, except the weights."""
         named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
         parts = {name: getattr(self, name) for name in named}
         return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")} | self.user_states
@@ -149,9 +158,10 @@ def train_ppo(
     *,
     reward_fn: RewardFunction | None = None,
     prompts: Iterable[Any] | None = None,
-    policy: Any = None,
-    tokenizer: Any = None,
+    policy: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     eval_prompts: Iterable[Any] | None = None,
+    callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> PPOResult:
     """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
@@ -164,6 +174,7 @@ def train_ppo(
         policy: a causal LM, trained in place.
         tokenizer: the one the policy was made with.
         eval_prompts: held-out prompts, in the forms of `prompts`.
+        callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped. The
             inputs are those the run was begun with; of the config, `updates`, `output_dir`, `overwrite`, `checkpoint`
             and `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
@@ -176,6 +187,26 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
+    given = reward_fn, prompts, policy, tokenizer, eval_prompts
+    with open_run(config, *given, user_callbacks(callbacks), resume) as (run, log, stop):
+        run.loop(log, stop)
+        final = save_models(run.models, log.directory / FINAL)
+        run.end()
+    return PPOResult(log.directory, final, log.history, run.models)
+
+
+@contextlib.contextmanager
+def open_run(
+    config: PPOConfig,
+    reward_fn: RewardFunction | None,
+    prompts: Iterable[Any] | None,
+    policy: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eval_prompts: Iterable[Any] | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    resume: bool | str = False,
+) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
+    """Load what `train_ppo` trains; within the block the directory is held, the log open, signals wait."""
     with hold_directory(config.output_dir), threads(config.threads):
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
@@ -184,8 +215,14 @@ def train_ppo(
         clear_module_cache()
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
-        given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
-        models = load_models(config.model, generator, **given, reward=config.reward, reference=config.reference)
+        models = load_models(
+            config.model,
+            generator,
+            policy=policy,
+            tokenizer=tokenizer,
+            reward=config.reward,
+            reference=config.reference,
+        )
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
@@ -193,14 +230,12 @@ def train_ppo(
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
-        run = PPORun(config, models, data, scorer, evaluation, generator)
+        run = PPORun(config, models, data, scorer, evaluation, generator, callbacks)
         if start is not None:
             run.restore(start)
         with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
             save_config(config, log.directory / "config.yaml")
-            run.loop(log, stop)
-            final = save_models(models, log.directory / FINAL)
-    return PPOResult(log.directory, final, log.history, models)
+            yield run, log, stop
 
 
 def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:

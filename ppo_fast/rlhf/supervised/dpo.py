@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import DPOConfig
@@ -63,8 +64,9 @@ def train_dpo(
     *,
     train: Source | None = None,
     held_out: Source | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> SupervisedResult:
     """Train a causal language model on preference pairs; the reference is the model as it was at the start.
@@ -75,6 +77,7 @@ def train_dpo(
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the one the model was made with.
+        callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
             :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
@@ -85,7 +88,7 @@ def train_dpo(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
-    with setup_run(config, resume) as start:
+    with setup_run(config, resume, callbacks) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

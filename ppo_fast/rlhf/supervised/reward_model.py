@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import RewardModelConfig
@@ -100,8 +101,9 @@ def train_reward_model(
     *,
     train: Source | None = None,
     held_out: Source | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> SupervisedResult:
     """Train a reward model on preference pairs; what is not passed is read from where `config` says.
@@ -114,6 +116,7 @@ def train_reward_model(
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
         tokenizer: the one the model was made with.
+        callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
             :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
@@ -124,7 +127,7 @@ def train_reward_model(
 
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
-    with setup_run(config, resume) as start:
+    with setup_run(config, resume, callbacks) as start:
         loaded = _load(config, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

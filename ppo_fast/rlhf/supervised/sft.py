@@ -6,7 +6,8 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import SFTConfig
@@ -45,8 +46,9 @@ def train_sft(
     *,
     train: Source | None = None,
     held_out: Source | None = None,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> SupervisedResult:
     """Fine-tune a causal language model on completions; what is not passed is read from where `config` says.
@@ -57,6 +59,7 @@ def train_sft(
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the one the model was made with.
+        callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
             :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
 
@@ -67,7 +70,7 @@ def train_sft(
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
-    with setup_run(config, resume) as start:
+    with setup_run(config, resume, callbacks) as start:
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

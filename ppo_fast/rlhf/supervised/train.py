@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Generic
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import save_config
@@ -24,6 +24,7 @@ from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.forward import response_stats
 from ppo_fast.rlhf.models.loading import recomputing
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, load_saved, save_model, write_model
 from ppo_fast.rlhf.training.failures import save_batch
 from ppo_fast.rlhf.training.finite import check_metrics, require_finite
@@ -32,7 +33,7 @@ from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
 from ppo_fast.rlhf.training.loop import TrainingLoop
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
 from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
-from ppo_fast.rlhf.training.runtime import find_device, threads, warn_about_precision
+from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 
 Source = str | Path | Iterable[Any]
@@ -91,6 +92,32 @@ class Start:
 
     generator: torch.Generator
     checkpoint: Checkpoint | None  # None: at the beginning
+    callbacks: Sequence[UserCallback]
+
+
+@dataclass(frozen=True)
+class ExampleBatch(Generic[Kind]):
+    """The examples of one optimizer step."""
+
+    rows: list[int]  # of the training examples
+    examples: list[Kind]
+
+
+@dataclass
+class SupervisedEvaluation(Callback, Generic[Kind]):
+    """Evaluates on the held-out examples every `every` steps and after the last, also where a batch was skipped."""
+
+    objective: Objective[Kind]
+    examples: list[Kind]
+    every: int
+
+    def on_step(self, record: StepRecord) -> StepRecord | None:
+        done = record.step + 1
+        if not self.examples or (done % self.every and done != record.total):
+            return None
+        metrics = {f"eval/{name}": value for name, value in self.objective.evaluate(self.examples).items()}
+        check_metrics(metrics)
+        return record.adding(metrics)
 
 
 @dataclass
@@ -100,8 +127,9 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
     config: SupervisedConfig
     objective: Objective[Kind]
     data: Data[Kind]
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     generator: torch.Generator  # every random number of the run
+    callbacks: Sequence[UserCallback] = ()
     length = "steps of optim.epochs"
 
     def __post_init__(self) -> None:
@@ -112,24 +140,36 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         self.network = ClippedOptimizer(self.objective.model.parameters(), optim.lr, optim)
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
+        every = self.config.log.eval_every or len(self.batches)
+        self.evaluation = SupervisedEvaluation[Kind](self.objective, self.data.held_out, every)
+        self.watch = Stopwatch(self.generator.device, peaks=bool(self.callbacks))
 
-    def step(self, number: int, log: StageLog) -> None:
-        """Optimizer step number `number`, counted from 1, and an evaluation when one is due."""
-        rows, metrics = self.batches.take(), dict[str, float]()
+    def step(self, index: int, log: StageLog) -> StepRecord:
+        """Take optimizer step `index`, from 0."""
+        rows, watch = self.batches.take(), self.watch
+        batch = ExampleBatch(rows, [self.data.train[row] for row in rows])
+        metrics, notes = dict[str, float](), list[str]()
+        watch.restart()
         try:
-            metrics = self._train(number, [self.data.train[row] for row in rows])
+            with watch("step"):
+                metrics = self._train(index, batch.examples)
+            metrics["time/step"] = watch.seconds["step"]
         except NotFiniteError as error:
-            self.give_up(number, log, error, functools.partial(self._save_failure, rows))
-        if self._evaluation_is_due(number):
-            evaluated = self.objective.evaluate(self.data.held_out)
-            metrics |= {f"eval/{name}": value for name, value in evaluated.items()}
-            check_metrics(metrics)
-        if metrics:
-            log.write(number, metrics | {"nan/skipped_batches": float(self.skipped)})
+            notes.append(self.give_up(index, log, error, functools.partial(self._save_failure, batch)))
+        return dataclasses.replace(
+            self.record,
+            step=index,
+            metrics=metrics,
+            notes=tuple(notes),
+            seconds=watch.seconds,
+            memory=watch.memory,
+            batch=batch,
+            skipped=self.skipped,
+        )
 
-    def _train(self, number: int, examples: Sequence[Kind]) -> dict[str, float]:
-        """One step and its metrics; NotFiniteError, and nothing has changed, when one of them is not finite."""
-        start, parts = time.perf_counter(), []
+    def _train(self, index: int, examples: Sequence[Kind]) -> dict[str, float]:
+        """Take the step and return its metrics; NotFiniteError, with nothing changed, when one is not finite."""
+        parts = []
         for share, micro in weighted(examples, self.config.optim.width):
             with recomputing(self.objective.model):
                 output = self.objective.loss(micro)
@@ -138,31 +178,32 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         metrics = mean_metrics(parts)
         checked = metrics | {"grad_norm": self.network.clip()}
         failed = ~torch.stack([value.isfinite() for value in checked.values()]).all()
-        factor = schedule(number - 1, self.total, self.config.optim)
+        factor = schedule(index, self.total, self.config.optim)
         self.network.step(factor, failed)
         require_finite(**checked)
         numbers = {f"train/{name}": value.item() for name, value in metrics.items()}
         numbers |= {"grad_norm": checked["grad_norm"].item(), "lr": self.network.lr * factor}
-        return numbers | {"epoch": number / len(self.batches), "time/step": time.perf_counter() - start}
+        return numbers | {"epoch": (index + 1) / len(self.batches)}
 
-    def _evaluation_is_due(self, number: int) -> bool:
-        every = self.config.log.eval_every or len(self.batches)
-        return bool(self.data.held_out) and (number % every == 0 or number == self.total)
-
-    def _save_failure(self, rows: list[int], target: Path, error: NotFiniteError) -> Path:
-        """The weights, and the examples of the batch with their texts; of pairs first those of all chosen ones."""
-        examples = [self.data.train[row] for row in rows]
-        both = sequences(examples)
+    def _save_failure(self, failed: ExampleBatch[Kind], target: Path, error: NotFiniteError) -> Path:
+        """Write the weights, and the examples of the batch with their texts; all chosen ones before the rejected."""
+        both = sequences(failed.examples)
         record = {
             "error": str(error),
-            "rows": rows,
-            "examples": [dataclasses.asdict(example) for example in examples],
+            "rows": failed.rows,
+            "examples": [dataclasses.asdict(example) for example in failed.examples],
             "prompts": self.tokenizer.batch_decode([example.ids[: example.start] for example in both]),
             "completions": self.tokenizer.batch_decode([example.ids[example.start :] for example in both]),
         }
-        batch = vars(self.objective.batch(examples))
+        batch = vars(self.objective.batch(failed.examples))
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         return save_batch(target, self._write, tensors, record)
+
+    def _objects(self) -> dict[str, Any]:
+        return {"models": self.objective.model, "tokenizer": self.tokenizer}
+
+    def _own_callbacks(self) -> list[Callback]:
+        return [self.evaluation]
 
     def _parts(self) -> dict[str, Any]:
         return {"batches": self.batches, "network": self.network}
@@ -175,13 +216,14 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 
 
 @contextlib.contextmanager
-def setup_run(config: SupervisedConfig, resume: bool | str) -> Iterator[Start]:
+def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[object]) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
+    users = user_callbacks(callbacks)
     with hold_directory(config.output_dir), threads(config.threads):
         if resume in (False, None):
             require_free(config)
         checkpoint = load_start(config, resume, "optim.epochs")
-        yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint)
+        yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint, users)
 
 
 def load_data(
@@ -213,7 +255,8 @@ def fit(
     """The loop: optimizer steps over the epochs, evaluations, checkpoints."""
     _check_fit(objective.model, data)
     warn_about_precision(objective.model, config.optim)
-    run, checkpoint = SupervisedRun(config, objective, data, tokenizer, start.generator), start.checkpoint
+    run = SupervisedRun(config, objective, data, tokenizer, start.generator, start.callbacks)
+    checkpoint = start.checkpoint
     if checkpoint is not None:
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
@@ -223,6 +266,7 @@ def fit(
         extra = objective.extra_files(data.held_out)
         weights: dict[str, Any] = {"adapters": objective.adapters, "merge": config.model.lora.merge}
         final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, **weights)
+        run.end()
     return SupervisedResult(log.directory, final, log.history, objective.model)
 
 

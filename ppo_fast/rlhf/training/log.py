@@ -19,6 +19,7 @@ from ppo_fast.rlhf.data.rows import parse_line
 from ppo_fast.rlhf.data.templates import is_messages
 from ppo_fast.rlhf.errors import UserError, check, printable, require
 from ppo_fast.rlhf.files import remove
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +36,7 @@ def require_free(config: RunConfig) -> None:
         raise UserError(f"output_dir: {config.output_dir!r} already holds {held[0]!r}; choose another or set overwrite")
 
 
-class StageLog:
+class StageLog(Callback):
     """Writes every metric of every step at once, so that a crashed run leaves a readable file.
 
     Use as a context manager; `history` keeps the metrics of the `total` steps so far. UserError, before anything is
@@ -86,6 +87,15 @@ class StageLog:
 
     def __exit__(self, *error: Any) -> None:
         self._resources.close()
+
+    def on_step(self, record: StepRecord) -> None:
+        """Record a step that has metrics; show the notes of any."""
+        note = "; ".join(record.notes) or None
+        if record.metrics:
+            metrics = {**record.metrics, "nan/skipped_batches": float(record.skipped)}
+            self.write(record.step + 1, metrics, note)
+        else:
+            self.note(record.step + 1, note)
 
     def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
         """Record the metrics of step number `number`, counted from 1, and a remark about it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
+from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, set_newer_aside
 from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
@@ -29,12 +30,22 @@ class TrainingLoop(ABC):
     code: Mapping[str, str] = MappingProxyType({})  # of `resume.file_digests`: the user's functions
     total: int  # steps of the whole run
     length: str  # what sets `total`, for messages
+    callbacks: Sequence[UserCallback]
     done: int = 0  # steps
-    skipped: int = 0  # batches given up, on_nan = "skip"
+    skipped: int = 0  # batches skipped, on_nan = "skip"
+    record: StepRecord  # of the latest step; of the run as a whole before the first
 
     @abstractmethod
-    def step(self, number: int, log: Any, /) -> None:
-        """Step number `number`, counted from 1."""
+    def step(self, index: int, log: StageLog, /) -> StepRecord:
+        """Take step `index`, from 0."""
+
+    @abstractmethod
+    def _objects(self) -> dict[str, Any]:
+        """Return `models` and `tokenizer` of a StepRecord."""
+
+    @abstractmethod
+    def _own_callbacks(self) -> list[Callback]:
+        """Return the callbacks that come before those of the user."""
 
     @abstractmethod
     def _parts(self) -> dict[str, Any]:
@@ -55,14 +66,26 @@ class TrainingLoop(ABC):
         for name in (CHECKPOINTS, FAILED):
             settle_all(log.directory / name)
         every = self.config.checkpoint.every
+        callbacks: list[Callback] = [*self._own_callbacks(), *self.callbacks, log]
+        self.record = StepRecord(self.done, self.total, self.config, directory=log.directory, **self._objects())
+        for callback in callbacks:
+            callback.on_start(self.record)
         while self.done < self.total:
             with error_prefix(f"{log.unit} {self.done + 1}"):
-                self.step(self.done + 1, log)
+                self.record = self.step(self.done, log)
+                for callback in callbacks:
+                    self.record = callback.on_step(self.record) or self.record
             self.done += 1
             if every and (self.done % every == 0 or self.done == self.total):
                 self.save(log)
             if stop.number is not None:
                 raise Interrupted(stop.number, f"{log.unit} {self.done}", self.save(log))
+            self.record = dataclasses.replace(self.record, batch=None)  # freed before the next one is made
+
+    def end(self) -> None:
+        """Call `on_end` of the user's callbacks: the final model is saved."""
+        for callback in self.callbacks:
+            callback.on_end(dataclasses.replace(self.record, step=self.done - 1))
 
     def save(self, log: StageLog) -> Path:
         """A checkpoint of the run as it is."""
@@ -75,10 +98,14 @@ class TrainingLoop(ABC):
             "skipped": self.skipped,
             "inputs": self.inputs,
             "code": dict(self.code),
-            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "parts": {name: part.state_dict() for name, part in self._all_parts().items()},
             "rng": rng_state(self.generator),
         }
-        return save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
+        saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
+        with error_prefix(f"{log.unit} {self.done}"):
+            for callback in self.callbacks:
+                callback.on_checkpoint(dataclasses.replace(self.record, checkpoint=saved))
+        return saved
 
     def restore(self, start: Checkpoint) -> None:
         """Go back to a checkpoint, and set newer ones aside.
@@ -90,7 +117,7 @@ class TrainingLoop(ABC):
             set_newer_aside(start.directory)
 
     def _restore(self, start: Checkpoint) -> None:
-        state, parts = start.state, self._parts()
+        state, parts = start.state, self._all_parts()
         done = state["log"]["done"]
         if self.total < done:
             raise UserError(f"resume: {self.length}: expected at least the {done} that are done, got {self.total}")
@@ -106,13 +133,16 @@ class TrainingLoop(ABC):
         restore_rng(state["rng"], self.generator)
         self.done, self.skipped = done, state["skipped"]
 
+    def _all_parts(self) -> dict[str, Any]:
+        """Return `_parts` and the states of the user's callbacks."""
+        return self._parts() | {callback.name: callback.state for callback in self.callbacks if callback.state}
+
     def give_up(
-        self, number: int, log: StageLog, error: NotFiniteError, save: Callable[[Path, NotFiniteError], Path]
-    ) -> None:
-        """Skip and count the batch of step `number`, or stop with it saved by `save`; as `on_nan` says."""
+        self, index: int, log: StageLog, error: NotFiniteError, save: Callable[[Path, NotFiniteError], Path]
+    ) -> str:
+        """Skip and count the batch of step `index` and return a note, or stop with it saved by `save`; see `on_nan`."""
         if self.config.on_nan == "skip":
             self.skipped += 1
-            log.note(number, f"batch skipped: {error}")
-            return
-        saved = save(log.directory / FAILED / f"{log.unit}-{number:06d}", error)
+            return f"batch skipped: {error}"
+        saved = save(log.directory / FAILED / f"{log.unit}-{index + 1:06d}", error)
         raise UserError(f"{error}; the batch and the weights before it are in {str(saved)!r}") from error

@@ -1,33 +1,64 @@
-"""The machine a run is on: device, threads, precision, clock, disk, and where an error happened."""
+"""The machine a run is on: device, threads, precision, clock and peak memory."""
 
 from __future__ import annotations
 
 import contextlib
+import resource
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 from ppo_fast.rlhf.config.ppo import AdamWConfig
 from ppo_fast.rlhf.errors import UserError
 
 
-class Stopwatch:
-    """Wall seconds by stage name; waits for the device at the end of a stage."""
+class PhaseMemory(NamedTuple):
+    """Peak bytes of the GPU's allocator within a phase."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    allocated: int
+    reserved: int
+
+
+class Stopwatch:
+    """Wall seconds by phase of a step; waits for the device at the end of a phase, and marks it for torch.profiler.
+
+    With `peaks` it also keeps the peak memory of each phase on a GPU. That resets the statistics of torch's allocator.
+    """
+
+    def __init__(self, device: torch.device, *, peaks: bool = False) -> None:
+        self.device, self.peaks = device, peaks and device.type == "cuda"
+        self.highest = 0  # bytes, before the latest reset
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a step."""
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, PhaseMemory] = {}
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self.peaks:
+            self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        yield
+        with record_function(f"phase {phase}"):
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[phase] = time.perf_counter() - start
+        if self.peaks:
+            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            self.memory[phase] = PhaseMemory(allocated(self.device), reserved(self.device))
+
+    def peak(self) -> float:
+        """Peak GiB so far: of the allocator on a GPU, of the process on a CPU."""
+        if self.device.type == "cuda":
+            return max(self.highest, torch.cuda.max_memory_allocated(self.device)) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @contextlib.contextmanager

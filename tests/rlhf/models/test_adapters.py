@@ -531,10 +531,10 @@ def test_rule_16_a_resumed_run_ends_with_the_same_bits(tmp_path, base, stage, mo
     whole = run_stage(stage, tmp_path / "whole", start, **options)
     step = SupervisedRun.step
 
-    def stopping(self, number, log):
-        if number == 5:
+    def stopping(self, index, log):
+        if index == 4:
             raise Stop
-        step(self, number, log)
+        return step(self, index, log)
 
     monkeypatch.setattr(SupervisedRun, "step", stopping)
     with pytest.raises(Stop):

@@ -18,6 +18,7 @@ from ppo_fast.rlhf.ppo.metrics import collect, explained_variance
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.update import UpdateStats
 from ppo_fast.rlhf.training.finite import require_finite
+from ppo_fast.rlhf.training.runtime import Stopwatch
 from tests.helpers import raises_exactly
 from tests.rlhf.factories import made_experience, made_rollout, padded
 
@@ -56,6 +57,8 @@ NAMES = [
     "memory/peak",
 ]
 SECONDS = {"rollout": 1.0, "logprobs": 0.5, "score": 0.25, "update": 2.25}
+WATCH = Stopwatch(torch.device("cpu"))
+WATCH.seconds = SECONDS
 
 
 def made_update(lengths=(2, 4, 3), fill=0.0):
@@ -81,7 +84,7 @@ def made_update(lengths=(2, 4, 3), fill=0.0):
 
 
 def collected(**kwargs):
-    return collect(*made_update(**kwargs), PPOConfig(), SECONDS)
+    return collect(*made_update(**kwargs), PPOConfig(), WATCH)
 
 
 def test_every_published_name_is_there():
@@ -112,7 +115,7 @@ def test_the_objective_is_per_sequence_and_the_rest_per_counted_token():
 
 def test_rule_10_garbage_in_masked_positions_reaches_no_metric():
     rollout, rewards, experience, stats = made_update(fill=float("nan"))
-    dirty = collect(rollout, rewards, experience, stats, PPOConfig(), SECONDS)
+    dirty = collect(rollout, rewards, experience, stats, PPOConfig(), WATCH)
     clean = collected()
     assert {n: v for n, v in dirty.items() if n != "memory/peak"} == {
         n: v for n, v in clean.items() if n != "memory/peak"
@@ -131,7 +134,7 @@ def test_explained_variance():
 def test_hacking_monitors():
     rollout, rewards, experience, stats = made_update(lengths=(6, 3, 5))
     rewards = dataclasses.replace(rewards, completion_ids=[[7, 7, 7, 7, 7, 7], [1, 2, 3], [1, 2, 3, 4, 5]])
-    metrics = collect(rollout, rewards, experience, stats, PPOConfig(), SECONDS)
+    metrics = collect(rollout, rewards, experience, stats, PPOConfig(), WATCH)
     # 4 + 1 + 3 trigrams: three of the first response repeat; 777, 123, 234 and 345 are distinct.
     assert metrics["hacking/repetition"] == pytest.approx(3 / 8)
     assert metrics["hacking/distinct_n"] == pytest.approx(4 / 8)
@@ -148,7 +151,7 @@ def test_a_value_that_is_not_finite_is_named():
     rollout, rewards, experience, stats = made_update()
     stats.policy["policy_loss"] = torch.tensor(float("inf"))
     with pytest.raises(UserError, match=r"^loss/policy is not finite: inf$"):
-        collect(rollout, rewards, experience, stats, PPOConfig(), SECONDS)
+        collect(rollout, rewards, experience, stats, PPOConfig(), WATCH)
 
 
 @pytest.fixture

@@ -28,17 +28,17 @@ def same(a, b):
 def test_a_fixed_reference_stays(models):
     before = weights(models.reference)
     reference = Reference(models, ReferenceConfig())
-    reference.update(10)
+    reference.update(9)
     assert same(weights(models.reference), before)
     assert reference.state_dict() == {}
 
 
 def test_it_is_replaced_every_k_updates(models):
     before, reference = weights(models.reference), Reference(models, ReferenceConfig(update="replace", every=3))
-    for done in (1, 2):
-        reference.update(done)
+    for index in (0, 1):
+        reference.update(index)
         assert same(weights(models.reference), before)
-    reference.update(3)
+    reference.update(2)
     assert same(weights(models.reference), weights(models.policy))
     assert not any(parameter.requires_grad for parameter in models.reference.parameters())
     with torch.no_grad():
@@ -48,14 +48,14 @@ def test_it_is_replaced_every_k_updates(models):
 
 def test_it_is_a_moving_average(models):
     before = weights(models.reference)
-    Reference(models, ReferenceConfig(update="ema", every=1, decay=0.75)).update(1)
+    Reference(models, ReferenceConfig(update="ema", every=1, decay=0.75)).update(0)
     for old, new, policy in zip(before, weights(models.reference), weights(models.policy), strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * policy)
 
 
 def test_a_moving_reference_is_restored(models, make_config, make_models):
     moved = Reference(models, ReferenceConfig(update="replace", every=1))
-    moved.update(1)
+    moved.update(0)
     other = make_models(make_config())
     Reference(other, moved.config).load_state_dict(moved.state_dict())
     assert same(weights(other.reference), weights(models.reference))
