@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_7b --preset 7b-80g-lora --model qwen2.5-7b --cap 80 [--updates 2] [--set KEY=VALUE ...]
 
-The weights are random, made on the device; nothing is downloaded. `train_ppo` runs as it is, except for the model
-directory at the end, 15 GB that are not written. The last update is reported: earlier ones compile and tune.
+The weights are random, made on the device; nothing is downloaded. The loop of `train_ppo` runs as it is; the model
+directory at the end, 15 GB, is not written. The last update is reported: earlier ones compile and tune.
 
 With `--scale tiny` the same configuration runs on small models on a CPU, to see that it works; times mean nothing.
 """
@@ -11,26 +11,26 @@ With `--scale tiny` the same configuration runs on small models on a CPU, to see
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import random
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 import ppo_fast
-from ppo_fast.rlhf import PPOConfig, UserError, load_config
+from ppo_fast.rlhf import Callback, PPOConfig, StepRecord, UserError, load_config
 from ppo_fast.rlhf.config.files import preset_names
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.planning.plan import Plan, make_plan
 from ppo_fast.rlhf.planning.shapes import read_shapes
-from ppo_fast.rlhf.ppo import train as ppo
-from ppo_fast.rlhf.training.runtime import Stopwatch, find_device
+from ppo_fast.rlhf.ppo.train import open_run
+from ppo_fast.rlhf.training.callbacks import user_callbacks
+from ppo_fast.rlhf.training.runtime import PhaseMemory, find_device
 
 GIB = 2**30
 PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "update": "update"}  # as the plan names them
@@ -106,25 +106,13 @@ def make_config(preset: str, scale: str, updates: int, changes: dict[str, str], 
     return load_config(preset=preset, flags={"updates": updates} | small | quiet | changes)
 
 
-class PhaseMemory(Stopwatch):
-    """A stopwatch that keeps the peak of each phase's memory, in GiB."""
+class Latest(Callback):
+    """Keeps the record of the latest update, without its batch."""
 
-    peaks: list[dict[str, dict[str, float]]]  # by update, by phase; of the class: a run makes a meter an update
+    record: StepRecord
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.peaks.append({})
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with super().__call__(stage):
-            yield
-        if cuda:
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            self.peaks[-1][stage] = {"allocated": allocated / GIB, "reserved": reserved / GIB}
+    def on_step(self, record: StepRecord) -> None:
+        self.record = dataclasses.replace(record, batch=None)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -134,20 +122,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap * GIB / total))
     changes = dict(arguments.set) | {"model.device": device.type}
-    PhaseMemory.peaks, policy = [], make_policy(arguments.model, arguments.scale, device)
+    policy, latest = make_policy(arguments.model, arguments.scale, device), Latest()
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(arguments.preset, arguments.scale, arguments.updates, changes, directory)
-        with (
-            mock.patch.object(ppo, "Stopwatch", PhaseMemory),
-            mock.patch.object(ppo, "save_models", lambda models, target: target),
-        ):
-            result = ppo.train_ppo(
-                config,
-                reward_fn=share_of_even_tokens,
-                prompts=make_prompts(config.rollout.batch_size, config.data.max_prompt_tokens),
-                policy=policy,
-                tokenizer=tiny.make_tokenizer(WORDS),
-            )
+        inputs: dict[str, Any] = {
+            "reward_fn": share_of_even_tokens,
+            "prompts": make_prompts(config.rollout.batch_size, config.data.max_prompt_tokens),
+            "policy": policy,
+            "tokenizer": tiny.make_tokenizer(WORDS),
+        }
+        with open_run(config, **inputs, callbacks=user_callbacks([latest])) as (ppo, log, stop):
+            ppo.loop(log, stop)
     plan = make_plan(config, device.type, shapes=read_shapes(config, policy.config))
     return {
         "commit": commit(),
@@ -159,12 +144,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "ppo_fast": ppo_fast.__version__,
-        "parameters": sum(p.numel() for p in result.models.policy.parameters()),
+        "parameters": sum(p.numel() for p in policy.parameters()),
         "responses": config.rollout.batch_size,
         "epochs": config.optim.epochs,
-        "length_mean": result.history[-1]["length/mean"],
-        "first_update_s": sum(result.history[0][f"time/{phase}"] for phase in PHASES),
-        "phases": phases(result.history[-1], PhaseMemory.peaks[-1], plan),
+        "length_mean": log.history[-1]["length/mean"],
+        "first_update_s": sum(log.history[0][f"time/{phase}"] for phase in PHASES),
+        "phases": phases(log.history[-1], latest.record.memory, plan),
     }
 
 
@@ -175,7 +160,7 @@ def commit() -> str | None:
 
 
 def phases(
-    metrics: dict[str, float], peaks: dict[str, dict[str, float]], plan: Plan
+    metrics: Mapping[str, float], peaks: Mapping[str, PhaseMemory], plan: Plan
 ) -> dict[str, dict[str, float | None]]:
     """What one update took, by phase and "all" together; what was measured of memory is None on a CPU.
 
@@ -190,8 +175,8 @@ def phases(
             "share": metrics[f"time/{phase}_share"],
             "tokens_per_second": metrics[f"tokens_per_second/{phase}"],
             "planned_gib": sum(tensors) / GIB if tensors else None,
-            "peak_gib": peaks.get(phase, {}).get("allocated"),
-            "reserved_gib": peaks.get(phase, {}).get("reserved"),
+            "peak_gib": peaks[phase].allocated / GIB if phase in peaks else None,
+            "reserved_gib": peaks[phase].reserved / GIB if phase in peaks else None,
         }
     highest = {
         name: max((row[name] for row in found.values() if row[name] is not None), default=None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -152,8 +152,9 @@ class GoodTokens(nn.Module):
 
 
 def train_trl_lean(seed: int, updates: int, report: Report) -> None:
-    with mock.patch("gc.collect"):
-        train_trl(seed, updates, report)
+    """In a process of its own, so nothing is restored."""
+    vars(gc)["collect"] = lambda generation=2: 0
+    train_trl(seed, updates, report)
 
 
 TRAINERS = {OURS: train_ours, TRL: train_trl, TRL_LEAN: train_trl_lean}

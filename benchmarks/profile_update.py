@@ -1,4 +1,4 @@
-"""Where the time of an update goes: torch.profiler over one `Learner.update`, by group of operators.
+"""Where the time of an update goes: torch.profiler over the phase "update" of a step, by group of operators.
 
     python -m benchmarks.profile_update [--size tiny|mid] [--set KEY=VALUE ...]
 
@@ -14,16 +14,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_7b import commit
 from benchmarks.conftest import device_name
-from ppo_fast.rlhf import PPOConfig, load_config, train_ppo
+from ppo_fast.rlhf import Callback, PPOConfig, StepRecord, load_config, train_ppo
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.ppo.update import Learner
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 64, "hidden": 64, "layers": 2, "heads": 4, "batch": 64, "prompt": 1, "response": 16},
@@ -50,13 +48,30 @@ def group_of(event: Any) -> str:
 
 
 def shares(record: profile, *, cuda: bool) -> dict[str, float]:
-    """Milliseconds by group."""
+    """Milliseconds by group of what ran within the phase, on any thread: backward passes may have their own."""
     found = dict.fromkeys([*GROUPS, REST], 0.0)
-    for event in record.events():
+    events = [event for event in record.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    (phase,) = (event.time_range for event in events if event.name == "phase update")
+    for event in events:
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if event.device_type == torch.autograd.DeviceType.CPU and own:
+        inside = phase.start < event.time_range.start and event.time_range.end <= phase.end
+        if inside and own:
             found[group_of(event)] += own / 1000
     return found
+
+
+class Profiler(Callback):
+    """Profiles the last step of a run."""
+
+    def __init__(self) -> None:
+        cuda = torch.cuda.is_available()
+        self.record = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda])
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step == record.total - 2:
+            self.record.start()
+        elif record.step == record.total - 1:
+            self.record.stop()
 
 
 def make_config(size: str, changes: dict[str, str], directory: str) -> PPOConfig:
@@ -82,30 +97,21 @@ def make_config(size: str, changes: dict[str, str], directory: str) -> PPOConfig
 
 def run(size: str, changes: dict[str, str]) -> dict[str, float]:
     """Milliseconds by group of the last of three updates."""
-    shape, cuda, records = SIZES[size], torch.cuda.is_available(), list[profile]()
-    update = Learner.update
+    shape, cuda, profiler = SIZES[size], torch.cuda.is_available(), Profiler()
     words = [f"w{index}" for index in range(min(shape["vocab_size"], 512) - len(tiny.SPECIALS))]
     model = {name: shape[name] for name in ("hidden", "layers", "heads")}
 
-    def profiled(self: Learner, *arguments: Any) -> Any:
-        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
-        with profile(activities=activities) as record:
-            stats = update(self, *arguments)
-            if cuda:
-                torch.cuda.synchronize()
-        records.append(record)
-        return stats
-
     policy = tiny.make_model(shape["vocab_size"], **model, max_positions=512)
-    with tempfile.TemporaryDirectory() as directory, mock.patch.object(Learner, "update", profiled):
+    with tempfile.TemporaryDirectory() as directory:
         train_ppo(
             make_config(size, changes, directory),
             reward_fn=lambda completion_ids, **_: [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids],
             prompts=[" ".join([word] * shape["prompt"]) for word in words[: shape["batch"]]],
             policy=policy.bfloat16() if cuda else policy,
             tokenizer=tiny.make_tokenizer(words),
+            callbacks=[profiler],
         )
-    return shares(records[-1], cuda=cuda)
+    return shares(profiler.record, cuda=cuda)
 
 
 def table(size: str, times: dict[str, float]) -> str:

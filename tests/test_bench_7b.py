@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import bench_7b
 from ppo_fast.rlhf.planning.plan import Plan
+from ppo_fast.rlhf.training.runtime import PhaseMemory
 
 PRESETS = ("7b-80g-lora", "7b-80g-full", "7b-24g")
 
@@ -40,8 +41,8 @@ def test_memory_is_told_by_phase_and_highest():
         f"{name}{phase}{end}": 1.0 for phase in bench_7b.PHASES for name, end in (("time/", ""), ("time/", "_share"))
     }
     metrics |= {f"tokens_per_second/{phase}": 1.0 for phase in bench_7b.PHASES}
-    peaks = {phase: {"allocated": float(i), "reserved": 10.0 - i} for i, phase in enumerate(bench_7b.PHASES)}
     GIB = 2**30
+    peaks = {phase: PhaseMemory(i * GIB, (10 - i) * GIB) for i, phase in enumerate(bench_7b.PHASES)}
     accounts = {
         "rollout": {"weights": 2 * GIB, "CUDA context": GIB},
         "update": {"weights": GIB, "fragmentation": 9 * GIB},

@@ -1,31 +1,19 @@
 """Bytes of live tensors in every phase of a real run on a CPU, by the profiler's record of each allocation."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from ppo_fast.rlhf import PPOConfig, train_ppo
-from ppo_fast.rlhf.ppo import train as ppo
 from ppo_fast.rlhf.ppo.rollout import Sampler
-from ppo_fast.rlhf.training.runtime import Stopwatch
 
-# The run's own names of its stages, by those of the plan.
+# The names that the run marks its phases with, and those of the plan.
 PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "update": "update"}
-
-
-class Recorded(Stopwatch):
-    """Marks the stages for the profiler."""
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        with super().__call__(stage), record_function(f"stage {stage}"):
-            yield
 
 
 def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer: Any, tokens: int) -> dict[str, int]:
@@ -41,16 +29,18 @@ def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer:
         return plain_draw(self, logits)
 
     plain_draw = Sampler.draw
-    stages, draws = mock.patch.object(ppo, "Stopwatch", Recorded), mock.patch.object(Sampler, "draw", draw)
-    with stages, draws, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        mock.patch.object(Sampler, "draw", draw),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         train_ppo(config, reward_fn=function, prompts=prompts, policy=make_policy(), tokenizer=tokenizer)
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     times, alive = np.array([time for time, _ in changes]), np.array([count for _, count in changes]).cumsum()
     peaks = {}
     for event in sorted(events, key=lambda event: event.start_ns()):
-        kind, _, stage = event.name().partition(" ")
-        if kind == "stage":
+        kind, _, phase = event.name().partition(" ")
+        if kind == "phase":
             inside = (times >= event.start_ns()) & (times <= event.start_ns() + event.duration_ns())
-            peaks[PHASES[stage]] = int(alive[inside].max(initial=0))
+            peaks[PHASES[phase]] = int(alive[inside].max(initial=0))
     return peaks
