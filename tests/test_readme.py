@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForSequenceClassification
 
 from ppo_fast import cli
@@ -78,6 +79,19 @@ def test_the_training_example_runs_with_a_local_model(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert "objective/kl" in json.loads(lines[0])
     assert (tmp_path / "runs" / "first" / "final" / "config.json").is_file()
+
+
+def test_the_example_of_callbacks_runs_with_a_local_model(tmp_path: Path) -> None:
+    _write_files(tmp_path, "run.yaml", "reward.py", "prompts.jsonl", "lengths.py")
+    settings = yaml.safe_load(_block("file", "run.yaml"))
+    settings |= {"updates": 2, "threads": 1, "model": {"path": "model"}}
+    settings["rollout"] |= {"batch_size": 16, "max_new_tokens": 6}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    run = subprocess.run([sys.executable, "lengths.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"^(\d+) \{'rollout': ", run.stdout, re.MULTILINE) == ["0", "1"]
+    for line in (tmp_path / "runs" / "first" / "metrics.jsonl").read_text().splitlines():
+        assert 1 <= json.loads(line)["length/min"] <= json.loads(line)["length/mean"]
 
 
 def test_the_example_of_rewards_runs_with_local_models(tmp_path: Path) -> None:
