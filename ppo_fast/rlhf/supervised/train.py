@@ -141,7 +141,7 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
         every = self.config.log.eval_every or len(self.batches)
-        self.evaluation = SupervisedEvaluation[Kind](self.objective, self.data.held_out, every)
+        self.evaluation: SupervisedEvaluation[Kind] = SupervisedEvaluation(self.objective, self.data.held_out, every)
         self.watch = Stopwatch(self.generator.device, peaks=bool(self.callbacks))
 
     def step(self, index: int, log: StageLog) -> StepRecord:

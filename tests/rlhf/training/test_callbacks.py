@@ -60,7 +60,7 @@ class Recorder(Callback):
 
 
 def test_a_callback_follows_a_run_of_ppo(run, make_config):
-    seen, settings = Recorder(), {"updates": 2, "log": {"save_every": 2}}
+    seen, settings = Recorder(), {"updates": 2, "checkpoint": {"every": 2}}
     result = run(seen, **settings)
     assert [(hook, record.step) for hook, record in seen.calls] == [
         ("start", 0),
@@ -92,7 +92,7 @@ def test_a_callback_follows_a_run_of_ppo(run, make_config):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_callback_follows_a_run_of_a_supervised_stage(run_stage, stage):
     seen = Recorder()
-    result = run_stage(stage, callbacks=[seen], log={"save_every": 2})
+    result = run_stage(stage, callbacks=[seen], checkpoint={"every": 2})
     total = len(result.history)
     assert [record.step for record in seen.steps] == [*range(total)]
     assert [record.step for hook, record in seen.calls if hook == "checkpoint"] == [*range(1, total, 2), total - 1][
@@ -151,12 +151,12 @@ def test_a_callback_that_raises_is_named_and_nothing_saved_is_lost(run, hook):
     where = {"on_step": "update 2: ", "on_checkpoint": "update 1: "}.get(hook, "")
     told = f"{where}the callback Bad's 'fail' failed with KeyError: 'x' (test_callbacks.py:{line})"
     with raises_exactly(told, UserError):
-        run(Bad(), updates=3, log={"save_every": 1})
+        run(Bad(), updates=3, checkpoint={"every": 1})
     if hook != "on_start":
         seen = Recorder()
-        resumed = run(seen, updates=3, log={"save_every": 1}, resume=True)
+        resumed = run(seen, updates=3, checkpoint={"every": 1}, resume=True)
         assert seen.calls[0][1].step == {"on_step": 1, "on_checkpoint": 1, "on_end": 3}[hook]
-        whole = run(updates=3, log={"save_every": 1, "overwrite": True})
+        whole = run(updates=3, checkpoint={"every": 1}, overwrite=True)
         assert resumed.history[2]["objective/kl"] == whole.history[2]["objective/kl"]
 
 
@@ -178,13 +178,13 @@ class Counter:
 
 
 def test_the_state_of_a_callback_is_saved_and_restored(run):
-    run(Counter(), Counter(), updates=2, log={"save_every": 2})
+    run(Counter(), Counter(), updates=2, checkpoint={"every": 2})
     one, other = Counter(), Counter()
-    result = run(one, other, updates=3, log={"save_every": 2}, resume=True)
+    result = run(one, other, updates=3, checkpoint={"every": 2}, resume=True)
     assert (one.count, other.count) == (3, 3)
     assert [metrics["own/count"] for metrics in result.history] == [1, 2, 3]
     with pytest.raises(UserError, match=r"^resume: expected a run of \['callback Counter', 'callback Counter 2', "):
-        run(Counter(), updates=3, log={"save_every": 2}, resume=True)
+        run(Counter(), updates=3, checkpoint={"every": 2}, resume=True)
 
 
 def test_a_state_that_a_checkpoint_cannot_hold_is_refused_at_the_start(run, tmp_path):
@@ -229,4 +229,4 @@ def test_an_answer_of_a_callback_is_checked(run):
         r"^update 1: the callback Answers's 'on_step' failed with ValueError: x: expected a finite number, got nan"
     )
     with pytest.raises(UserError, match=pattern):
-        run(Answers(lambda record: record.adding({"x": float("nan")})), log={"overwrite": True})
+        run(Answers(lambda record: record.adding({"x": float("nan")})), overwrite=True)
