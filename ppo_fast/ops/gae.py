@@ -42,17 +42,16 @@ registry.register(
 )
 
 
-def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Checks what depends on values, then runs the backend, the last of the arguments of the registered op."""
-    *given, backend = arguments
-    inputs = GaeInputs(*given)
+def _launch(inputs: GaeInputs, backend: str) -> tuple[Tensor, Tensor]:
+    """Checks what depends on values, then runs the backend."""
     checks.cu_seqlens_values("gae_packed", inputs.cu_seqlens, inputs.rewards.shape[0])
     return registry.implementation("gae", backend)(inputs)
 
 
-_gae = torch.library.custom_op(
-    "ppo_fast::gae", mutates_args=(), schema=schema(GaeInputs, "str backend", results=GaeResult)
-)(_launch)
+@torch.library.custom_op("ppo_fast::gae", mutates_args=(), schema=schema(GaeInputs, "str backend", results=GaeResult))
+def _gae(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, backend = arguments
+    return _launch(GaeInputs(*given), backend)
 
 
 @_gae.register_fake
@@ -65,8 +64,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _run(op: str, inputs: GaeInputs, backend: str) -> tuple[Tensor, Tensor]:
     rewards = inputs.rewards
     backend = registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, inputs.values.dtype))
-    run = _launch if registry.runs_directly(rewards) else _gae
-    return run(*inputs, backend)
+    return _launch(inputs, backend) if registry.runs_directly(rewards) else _gae(*inputs, backend)
 
 
 def _check(

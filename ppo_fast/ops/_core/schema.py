@@ -36,8 +36,12 @@ def tensor_fields(group: type[NamedTuple]) -> tuple[str, ...]:
 
 def grouped(arguments: list[Any] | tuple[Any, ...], *groups: type[NamedTuple]) -> Any:
     """The arguments of a registered op as the NamedTuples of its schema, which they fill one after the other."""
-    rest = iter(arguments)
-    return tuple(group._make([next(rest) for _ in group._fields]) for group in groups)
+    found, start = [], 0
+    for group in groups:
+        stop = start + len(group._fields)
+        found.append(group(*arguments[start:stop]))
+        start = stop
+    return found
 
 
 def to_first(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:

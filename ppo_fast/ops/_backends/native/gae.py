@@ -52,11 +52,10 @@ def gae(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
     """Advantages and returns, of inputs of any strides."""
     rewards, values, bootstrap = inputs.rewards, inputs.values, inputs.bootstrap
     dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
-    inputs = inputs._replace(
-        rewards=rewards.to(dtype),
-        values=values.to(dtype),
-        bootstrap=None if bootstrap is None else bootstrap.to(dtype).contiguous(),
-    )
+    if rewards.dtype != dtype or values.dtype != dtype:
+        inputs = inputs._replace(rewards=rewards.to(dtype), values=values.to(dtype))
+    if bootstrap is not None:
+        inputs = inputs._replace(bootstrap=bootstrap.to(dtype).contiguous())
     results = (
         torch.empty(rewards.shape, dtype=dtype, device="cpu"),
         torch.empty(rewards.shape, dtype=dtype, device="cpu"),

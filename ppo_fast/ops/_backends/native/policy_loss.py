@@ -12,6 +12,7 @@ from ppo_fast.ops._backends.native.rows import (
     room,
     rows_view,
     set_addresses,
+    set_fields,
     stats_room,
     token_weights,
 )
@@ -55,7 +56,7 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
     )
     statistics, arguments = extension.TokenStatsArguments(), extension.PolicyLossArguments()
     statistics.rows = rows_view(rows)
-    set_addresses(statistics, **stats._asdict())
+    set_fields(statistics, stats)
     arguments.stats = statistics
     arguments.low, arguments.high, arguments.dual_clip = 1.0 - policy.clip_low, 1.0 + policy.clip_high, policy.dual_clip
     arguments.kl_estimator = getattr(extension.KlEstimator, policy.kl_estimator)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.native.extension import extension, load_error
-from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.registry import Implementation
-from ppo_fast.ops._core.results import RowStats
+from ppo_fast.ops._core.results import RowStats, ValueLossResult
 
 # A larger gradient has left the cache before anyone reads it, so it is written past the cache. But only in whole
 # lines, of which short rows of an odd size have few.
@@ -36,6 +36,12 @@ def implementation(run: Callable[..., Any], fuses_backward: bool = False) -> Imp
 def set_addresses(arguments: Any, **tensors: Tensor | None) -> None:
     """Hand tensors to the extension by address, 0 for None and for empty ones; they must outlive the launch."""
     for name, tensor in tensors.items():
+        setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
+
+
+def set_fields(arguments: Any, group: RowGrads | RowStats | ValueLossResult) -> None:
+    """:func:`set_addresses` of the fields of a NamedTuple."""
+    for name, tensor in zip(group._fields, group, strict=True):
         setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
 
 

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.rows import gradient_view, readable, room, rows_view, set_addresses, stats_room
+from ppo_fast.ops._backends.native.rows import (
+    gradient_view,
+    readable,
+    room,
+    rows_view,
+    set_addresses,
+    set_fields,
+    stats_room,
+)
 from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import RowStats
 
@@ -15,7 +23,7 @@ def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     stats = stats_room(rows, want_entropy)
     arguments = extension.TokenStatsArguments()
     arguments.rows = rows_view(rows)
-    set_addresses(arguments, **stats._asdict())
+    set_fields(arguments, stats)
     extension.token_stats(arguments, threads=torch.get_num_threads())
     return stats
 
@@ -28,7 +36,7 @@ def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, out:
     arguments = extension.TokenStatsBackwardArguments()
     arguments.rows = rows_view(rows)
     arguments.out = gradient_view(gradient, logits)
-    set_addresses(arguments, **grads._asdict())
+    set_fields(arguments, grads)
     set_addresses(arguments, lse=stats.lse, ref_lse=stats.ref_lse, entropy=stats.entropy, kl=stats.kl)
     extension.token_stats_backward(arguments, threads=torch.get_num_threads())
     return gradient

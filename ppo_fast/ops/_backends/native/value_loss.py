@@ -3,7 +3,7 @@
 import torch
 
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.rows import room, set_addresses, token_weights
+from ppo_fast.ops._backends.native.rows import room, set_addresses, set_fields, token_weights
 from ppo_fast.ops._core.inputs import ValueInputs
 from ppo_fast.ops._core.results import VALUE_METRICS, ValueLossResult
 
@@ -18,6 +18,6 @@ def value_loss(inputs: ValueInputs) -> ValueLossResult:
     arguments.clip = 0.0 if clip is None else clip
     set_addresses(arguments, values=values, returns=inputs.returns, mask=mask, token_weights=weights)
     set_addresses(arguments, denominator=denominator, old_values=None if clip is None else inputs.old_values)
-    set_addresses(arguments, **result._asdict())
+    set_fields(arguments, result)
     extension.value_loss(arguments, threads=torch.get_num_threads())
     return result
