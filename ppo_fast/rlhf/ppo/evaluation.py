@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.models import Models
-from ppo_fast.rlhf.ppo.reward_sources import Responses
+from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import Generation, generate, score
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.checkpoint import save_models
 from ppo_fast.rlhf.training.finite import check_metrics
-from ppo_fast.rlhf.training.log import BEST
+from ppo_fast.rlhf.training.log import BEST, Record
+from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import call, load_callable
 
 Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), called by keyword
@@ -40,7 +40,7 @@ class Evaluation(Callback):
         self.start: list[list[int]] = []  # token ids of the answers of the model at the start
         self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
         self.best: float | None = None
-        self.answers: list[dict[str, Any]] = []  # of the latest evaluation, beside those of the model at the start
+        self.answers: list[Record] = []  # of the latest evaluation, beside those of the model at the start
 
     def on_start(self, record: StepRecord) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""
@@ -124,7 +124,7 @@ class Evaluation(Callback):
             metrics |= {f"eval/{name}": float(value) for name, value in answer.items()}
         return metrics
 
-    def _complete(self, prompts: Iterable[Any]) -> list[str]:
+    def _complete(self, prompts: PromptRows) -> list[str]:
         if isinstance(prompts, str):
             raise UserError(f"evaluator: generate: expected a list of prompts, got {prompts!r}")
         data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
@@ -140,18 +140,18 @@ class Evaluation(Callback):
         width = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
         return generate(self.models, batch, self._rollout(width), generator)
 
-    def _rollout(self, width: int) -> Any:
+    def _rollout(self, width: int) -> RolloutConfig:
         return dataclasses.replace(self.config.rollout, micro_batch_size=width)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"start": self.start, "start_ended": self.start_ended, "best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         self.start, self.start_ended, self.best = state["start"], state["start_ended"], state["best"]
 
 
 def load_evaluation(
-    config: PPOConfig, models: Models, scorer: Scorer, prompts: Iterable[Any] | None = None
+    config: PPOConfig, models: Models, scorer: Scorer, prompts: str | PromptRows | None = None
 ) -> Evaluation | None:
     """The evaluation that `config` asks for, if any, on the prompts given or named."""
     settings = config.evaluation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,7 @@ from ppo_fast.rlhf.training.log import EVALUATIONS, METRICS, SAMPLES, StageLog, 
 class RunLog(StageLog):
     """The log of a PPO run: updates, and a table of samples now and then."""
 
+    config: PPOConfig
     unit = "update"
     files = (METRICS, SAMPLES, EVALUATIONS)
 
@@ -36,7 +36,7 @@ class RunLog(StageLog):
         if record.metrics:
             self.write_samples(record.step + 1, record.batch.rollout, record.batch.rewards)
 
-    def write_answers(self, update: int, answers: Iterable[Mapping[str, Any]]) -> None:
+    def write_answers(self, update: int, answers: Iterable[Mapping[str, object]]) -> None:
         """Record the answers to the held-out prompts, for the comparison in `ppo-fast report`."""
         for answer in answers:
             _line(self._open[EVALUATIONS], {"update": update, **answer})
@@ -72,6 +72,6 @@ class RunLog(StageLog):
         )
 
 
-def _one_line(text: Any) -> Text:
+def _one_line(text: object) -> Text:
     """Text or messages without line breaks; never read as markup or by the terminal."""
     return Text(printable(" ".join(as_text(text).split())))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ppo_fast.rlhf.config.ppo import ReferenceConfig
 from ppo_fast.rlhf.integrity import copy_tensors, numbered
 from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.training.state import State
 
 
 class Reference:
@@ -30,12 +29,12 @@ class Reference:
         for reference, policy in pairs:
             reference.lerp_(policy.to(reference.device), share)  # which may wait in host memory
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The reference's weights, where it is not the model at the start."""
         return {} if self.config.update == "fixed" else {"weights": self.models.weights("reference")}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         if state:
             own = numbered(self.models.weights("reference"))
             copy_tensors(own, numbered(state["weights"]), "resume: reference")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
+from ppo_fast.rlhf.training.state import State
 
 WINDOW = 5  # updates that a value is the mean of: the first ones are the start, the last ones now
 
@@ -81,8 +81,8 @@ class RewardHackingMonitor(Callback):
                 )
         return warnings
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         vars(self).update(state)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
 from ppo_fast.rlhf.data.examples import continued, ended, split_tokens
@@ -27,7 +28,9 @@ from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
 
 REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
-RewardFunction = Callable[..., Sequence[Any]]
+Prompt = str | list[dict[str, Any]]  # text or messages
+PromptRows = Iterable[str | Mapping[str, Any]]  # texts, or rows {"prompt": Prompt, column: ...}
+RewardFunction = Callable[..., Sequence[float | Sequence[float]]]
 Score = float | list[float]  # of a response, or of each of its tokens
 
 
@@ -35,7 +38,7 @@ Score = float | list[float]  # of a response, or of each of its tokens
 class Responses:
     """What is scored; lists of the same length B."""
 
-    prompts: list[Any]  # as given: text or messages
+    prompts: list[Prompt]  # as given
     prompt_ids: list[list[int]]
     completions: list[str]  # decoded, without special tokens
     completion_ids: list[list[int]]  # the counted tokens, EOS included
@@ -43,7 +46,7 @@ class Responses:
     columns: dict[str, list[Any]]  # the other keys of the prompts' rows
 
     @classmethod
-    def from_generation(cls, generation: Generation, tokenizer: Any) -> Responses:
+    def from_generation(cls, generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Responses:
         prompts = generation.prompts
         ids = _counted(generation.responses, generation.mask)
         return cls(
@@ -91,7 +94,7 @@ class ModelSource:
     def __init__(
         self,
         path: str,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         model: ModelConfig,
         device: torch.device,
@@ -173,7 +176,7 @@ class ModelSource:
 
 Source = FunctionSource | ModelSource
 RewardNetwork = tuple[
-    ValueModel, Callable[[], AbstractContextManager[Any]]
+    ValueModel, Callable[[], AbstractContextManager[object]]
 ]  # a network, and where it is that of the scores
 
 
@@ -223,7 +226,7 @@ def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     return [[token for token, counts in zip(*row, strict=True) if counts] for row in rows]
 
 
-def _checked(score: Any, ids: list[int], sample: int) -> Score:
+def _checked(score: object, ids: list[int], sample: int) -> Score:
     """A number, or a list of one number per token, all finite."""
     if not isinstance(score, list | tuple):
         return _number(score, sample)

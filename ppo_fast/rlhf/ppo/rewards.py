@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
@@ -17,6 +18,7 @@ from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.ppo.reward_sources import Responses, Score
 from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, select, token_indices
+from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import as_list, call
 
 Verdict = bool | Literal["mask"]  # of the filter: kept, rejected, or left out of the update
@@ -72,10 +74,10 @@ class KLCoefficient:
             error = (kl.mean() / self.config.target - 1).clamp(-0.2, 0.2)
             self.coef = self.coef * (1 + error * len(kl) / self.config.horizon)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         coef = state["coef"]
         self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
 
@@ -104,7 +106,10 @@ class Scorer:
     """
 
     def __init__(
-        self, sources: Sequence[Callable[[Responses], list[Score]]], config: RewardConfig, filter_fn: Any = None
+        self,
+        sources: Sequence[Callable[[Responses], list[Score]]],
+        config: RewardConfig,
+        filter_fn: Callable[..., Sequence[Verdict]] | None = None,
     ) -> None:
         self.sources, self.config, self.filter = sources, config, filter_fn
         count = len(sources)
@@ -167,10 +172,10 @@ class Scorer:
         shift = torch.full_like(lengths, -mean / std, dtype=scores.dtype)
         return (scores / std).index_add(0, lengths.cumsum(0) - 1, shift)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"running": [stats.state_dict() for stats in self.running]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         for stats, saved in zip(self.running, state["running"], strict=True):
             stats.load_state_dict(saved)
 
@@ -197,14 +202,14 @@ class RunningStats:
         """Mean and population standard deviation; 1 in place of a deviation of 0."""
         return self.mean, (self.squares / max(self.count, 1)) ** 0.5 or 1.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         vars(self).update(state)
 
 
-def compute_rewards(rollout: Rollout, tokenizer: Any, scorer: Scorer, kl: KLCoefficient) -> Rewards:
+def compute_rewards(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, kl: KLCoefficient) -> Rewards:
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
     responses, device = Responses.from_generation(rollout.generation, tokenizer), rollout.logprobs.device
     scores = scorer(responses)

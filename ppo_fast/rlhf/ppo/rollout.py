@@ -11,12 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import RolloutConfig
 from ppo_fast.rlhf.data.packing import Array, ForwardInputs, TokenBatch, offsets, ranges, to_device
 from ppo_fast.rlhf.data.prompts import PromptBatch
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.forward import (
     head_stats,
     head_values,
@@ -110,17 +118,17 @@ class StopStrings:
     `stopped_at` [B] int64 is the position of the token that completes it, beyond every response where there is none.
     """
 
-    def __init__(self, config: RolloutConfig, tokenizer: Any, prompts: Tensor) -> None:
+    def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, prompts: Tensor) -> None:
         self.width, self.never = prompts.shape[1], config.max_new_tokens
         self.stopped_at = torch.full((len(prompts),), self.never, dtype=torch.int64, device=prompts.device)
         if config.stop:
             try:
-                self.found = require("transformers").StopStringCriteria(tokenizer, list(config.stop))
+                self.found = StopStringCriteria(tokenizer, list(config.stop))
             except ValueError as error:
                 kind = type(tokenizer).__name__
                 raise UserError(f"rollout.stop: expected a tokenizer that can spell any text, got {kind}") from error
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         response = input_ids[:, self.width :]
         found: Tensor = self.found(response, scores)
         self.stopped_at = torch.where(found, self.stopped_at.clamp_max(response.shape[1] - 1), self.stopped_at)
@@ -197,7 +205,7 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
 
 
 def _stats(
-    models: Models, model: Any, part: Pass, tokens: Tensor, temperature: float, values: list[Tensor] | None
+    models: Models, model: PreTrainedModel, part: Pass, tokens: Tensor, temperature: float, values: list[Tensor] | None
 ) -> ops.TokenStats:
     """Statistics of one pass; the values of a head on the same trunk are appended to `values`."""
     chosen = tokens.index_select(0, part.indices)
@@ -252,9 +260,8 @@ def _generate(
 
     What follows an EOS or a stop string is arbitrary. The keys and values are gone when this returns.
     """
-    transformers = require("transformers")
     sampler, stopper = Sampler(config, generator), StopStrings(config, models.tokenizer, ids)
-    settings = transformers.GenerationConfig(
+    settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
         eos_token_id=[*models.eos_ids],
@@ -266,14 +273,14 @@ def _generate(
             input_ids=ids,
             attention_mask=attention_mask.long(),
             generation_config=settings,
-            logits_processor=transformers.LogitsProcessorList([sampler]),
-            stopping_criteria=transformers.StoppingCriteriaList([stopper] if config.stop else []),
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([stopper] if config.stop else []),
         )
     return output[:, ids.shape[1] :], torch.stack(sampler.logprobs, dim=1), stopper.stopped_at
 
 
 @contextlib.contextmanager
-def _plain_generation_config(model: Any, settings: Any) -> Iterator[None]:
+def _plain_generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Hide the model's own generation config: `generate` would fill ours up with its penalties and bans.
 
     PEFT's `generate` leaves the config of the wrapper with the model inside. transformers below 5 keeps a static cache.

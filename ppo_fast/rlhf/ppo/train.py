@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.metrics import collect
 from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
-from ppo_fast.rlhf.ppo.reward_sources import RewardFunction, load_sources
+from ppo_fast.rlhf.ppo.reward_sources import PromptRows, RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
 from ppo_fast.rlhf.ppo.rollout import generate, score, warn_about_filters
 from ppo_fast.rlhf.ppo.update import Learner
@@ -157,10 +157,10 @@ def train_ppo(
     config: PPOConfig,
     *,
     reward_fn: RewardFunction | None = None,
-    prompts: Iterable[Any] | None = None,
+    prompts: str | PromptRows | None = None,
     policy: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    eval_prompts: Iterable[Any] | None = None,
+    eval_prompts: str | PromptRows | None = None,
     callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> PPOResult:
@@ -199,10 +199,10 @@ def train_ppo(
 def open_run(
     config: PPOConfig,
     reward_fn: RewardFunction | None,
-    prompts: Iterable[Any] | None,
+    prompts: str | PromptRows | None,
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    eval_prompts: Iterable[Any] | None = None,
+    eval_prompts: str | PromptRows | None = None,
     callbacks: Sequence[UserCallback] = (),
     resume: bool | str = False,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
@@ -238,7 +238,7 @@ def open_run(
             yield run, log, stop
 
 
-def _prompt_source(config: PPOConfig, prompts: Iterable[Any] | None) -> Any:
+def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:
     source = config.data.prompts if prompts is None else prompts
     if source is None:
         raise UserError("data.prompts: expected a file of prompts, got null")

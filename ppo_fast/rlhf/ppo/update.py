@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from ppo_fast.rlhf.models.forward import (
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
+from ppo_fast.rlhf.training.state import State
 
 Metrics = dict[str, Tensor]
+Terms = dict[str, Any]  # keyword arguments of the loss
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,10 @@ class Learner:
         policy, value = zip(*found, strict=True)
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
-    def _separate_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
+    def _separate_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
         return self._policy_backward(micro, terms), self._value_backward(micro, tokens)
 
-    def _policy_backward(self, micro: MicroBatch, terms: dict[str, Any]) -> Metrics:
+    def _policy_backward(self, micro: MicroBatch, terms: Terms) -> Metrics:
         with self.models.using("policy") as policy:
             loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
             loss.loss.backward()
@@ -167,7 +169,7 @@ class Learner:
             (self.config.loss.vf_coef * error.loss).backward()
         return error.metrics
 
-    def _joint_backward(self, micro: MicroBatch, terms: dict[str, Any], tokens: int) -> tuple[Metrics, Metrics]:
+    def _joint_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
         """Policy and value head on one trunk: one forward pass, one backward pass of the sum."""
         with self.models.using("policy") as policy:
             x = response_hidden(policy, micro.sequences)
@@ -179,7 +181,7 @@ class Learner:
     def _loss_config(self) -> ops.PolicyLossConfig:
         """Build the options of the loss, once a run: a coefficient that changes is a tensor, which `backward` fills."""
         loss, kl = self.config.loss, self.config.kl
-        settings: dict[str, Any] = {"temperature": self.config.rollout.temperature}
+        settings: Terms = {"temperature": self.config.rollout.temperature}
         if loss.penalty_target is not None:
             settings["penalty_coef"] = self.penalty_coef
         if kl.in_loss:
@@ -187,9 +189,9 @@ class Learner:
             settings |= {"kl_coef": self.kl_coef} if kl.adaptive or kl.coef else {}
         return loss.policy_loss(**settings)
 
-    def _policy_terms(self, micro: MicroBatch, count: int) -> dict[str, Any]:
+    def _policy_terms(self, micro: MicroBatch, count: int) -> Terms:
         """Return the arguments of the policy's loss except its logits."""
-        terms: dict[str, Any] = {"ref_logprobs": micro.ref_logprobs} if self.config.kl.in_loss else {}
+        terms: Terms = {"ref_logprobs": micro.ref_logprobs} if self.config.kl.in_loss else {}
         if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
             with self.models.using("reference") as reference:
                 terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
@@ -215,11 +217,11 @@ class Learner:
             for number, start in enumerate(range(0, size, self.config.optim.minibatch_size)):
                 yield epoch, number, order[start : start + self.config.optim.minibatch_size]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Optimizers and penalty coefficient; the weights are the models' own."""
         return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
@@ -256,7 +258,7 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
     return good, remarks
 
 
-def combine(parts: Sequence[Metrics], losses: Any = torch.mean) -> Metrics:
+def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch.mean) -> Metrics:
     """Join metrics of several batches: means weighted by their `tokens`, maxima by max, losses by `losses`."""
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     weight = joined["tokens"] / joined["tokens"].sum()

@@ -6,12 +6,11 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ppo_fast.rlhf.data.templates import TEMPLATE_COLUMNS
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.files import write_result
-from ppo_fast.rlhf.training.log import SAMPLES, sample_records
+from ppo_fast.rlhf.training.log import SAMPLES, Record, sample_records
 
 PAIRS = "pairs.jsonl"
 
@@ -54,8 +53,8 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
-def _pairs(source: Path) -> Iterator[dict[str, Any]]:
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+def _pairs(source: Path) -> Iterator[Record]:
+    groups: dict[tuple[int, str], list[Record]] = {}
     for record in sample_records(source, "update", "prompt", "completion", "score"):
         asked = {name: record[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in record}
         groups.setdefault((record["update"], json.dumps(asked)), []).append(record)
@@ -71,6 +70,6 @@ def _pairs(source: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def _answer(record: dict[str, Any]) -> Any:
+def _answer(record: Record) -> object:
     text = record["completion"]
     return text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]

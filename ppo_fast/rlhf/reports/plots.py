@@ -1,4 +1,4 @@
-"""Curves of runs, drawn from their metrics files. matplotlib is imported on use and draws to files only."""
+"""Curves of runs, drawn from their metrics files. matplotlib draws to files only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ppo_fast.rlhf.errors import UserError, printable, require
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.files import write_result
 from ppo_fast.rlhf.training.log import METRICS, metric_records
 
@@ -133,11 +137,9 @@ def draw_curves(
     """
     if Path(path).suffix not in PICTURES:
         raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
-    matplotlib = require("matplotlib")
     matplotlib.use("Agg")
-    plt = require("matplotlib.pyplot")
     with plt.rc_context(_style()):
-        figure, axes = _make_axes(plt, len(panels))
+        figure, axes = _make_axes(len(panels))
         height = figure.get_figheight()
         figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
         figure.text(0.08, 1 - 0.64 / height, printable(subtitle), fontsize=10, color="#6b7580")
@@ -153,7 +155,7 @@ def draw_curves(
     write_result("plot", Path(path), picture.getvalue())
 
 
-def _make_axes(plt: Any, count: int) -> tuple[Any, list[Any]]:
+def _make_axes(count: int) -> tuple[Figure, list[Axes]]:
     """`count` axes in two columns, one where there is but one, below room for two lines of text."""
     columns = min(2, count)
     rows = math.ceil(count / columns)
@@ -168,7 +170,7 @@ def _make_axes(plt: Any, count: int) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _style() -> dict[str, Any]:
+def _style() -> dict[str, object]:
     return {
         "font.size": 10,
         "svg.fonttype": "none",
@@ -186,7 +188,7 @@ def _style() -> dict[str, Any]:
     }
 
 
-def _draw_run(axis: Any, panel: Panel, history: History, color: str, name: str) -> None:
+def _draw_run(axis: Axes, panel: Panel, history: History, color: str, name: str) -> None:
     """Every value thin and a running mean thick; what not every update has, as points on a line."""
     rows = [(next((row[c] for c in COUNTERS if c in row), i), row) for i, row in enumerate(history, start=1)]
     drawn = [(update, panel.scale * row[panel.metric]) for update, row in rows if panel.metric in row]
@@ -209,7 +211,7 @@ def _draw_run(axis: Any, panel: Panel, history: History, color: str, name: str) 
     )
 
 
-def _finish(axis: Any, panel: Panel) -> None:
+def _finish(axis: Axes, panel: Panel) -> None:
     axis.set_title(printable(panel.title), loc="left", fontsize=11, fontweight="bold", pad=8)
     axis.set_ylabel(panel.unit)
     axis.margins(x=0.01)

@@ -8,13 +8,13 @@ import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment
 
 from ppo_fast.rlhf.data.templates import as_text
-from ppo_fast.rlhf.errors import require
 from ppo_fast.rlhf.files import write_result
 from ppo_fast.rlhf.reports import plots
-from ppo_fast.rlhf.training.log import EVALUATIONS, SAMPLES, sample_records
+from ppo_fast.rlhf.training.log import EVALUATIONS, SAMPLES, Record, sample_records
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PAIRS = 12  # of the blind comparison, at most
@@ -43,7 +43,7 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
     samples = sample_records(run / SAMPLES, "update", "prompt", "completion", "score")
     answers = sample_records(run / EVALUATIONS, "update", "prompt", "completion", "baseline_completion")
     config = run / "config.yaml"
-    environment = require("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["plain"] = as_text
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=run.resolve().name,
@@ -88,14 +88,14 @@ def _first_and_last(history: plots.History) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _samples(records: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _samples(records: list[Record]) -> list[tuple[str, list[Record]]]:
     """What was sampled first and last."""
     updates = sorted({record["update"] for record in records})
     chosen = dict.fromkeys(updates[:1] + updates[-1:])
     return [(f"Update {update}", [r for r in records if r["update"] == update]) for update in chosen]
 
 
-def _blind_pairs(records: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+def _blind_pairs(records: list[Record], rng: random.Random) -> list[Record]:
     """The last evaluation's answers beside those of the model before training, each pair in random order."""
     latest = max((record["update"] for record in records), default=0)
     different = [r for r in records if r["update"] == latest and r["completion"] != r["baseline_completion"]]

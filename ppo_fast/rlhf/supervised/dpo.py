@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class DPO(Objective[Pair]):
     """-mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)); see :func:`ppo_fast.dpo_loss`."""
 
     stage = "DPO"
-    reference: Any  # causal LM, frozen; the model itself where adapters tell them apart
+    reference: PreTrainedModel  # causal LM, frozen; the model itself where adapters tell them apart
     beta: float
     linear: bool = True  # log-probabilities without the logits of the batch
     packed: bool = False  # batches without padding
@@ -47,7 +46,7 @@ class DPO(Objective[Pair]):
         chosen, rejected = self._logprobs(self.model, batch)
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
 
-    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sums [B] over the completions of the chosen and of the rejected, [2B] one after the other."""
         logprobs = completion_logprobs(model, batch, linear=self.linear, packed=self.packed)
         lengths = to_device(batch.grid.lengths, logprobs.device)
@@ -98,7 +97,7 @@ def train_dpo(
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
-def _reference(loaded: Loaded) -> Any:
+def _reference(loaded: Loaded) -> PreTrainedModel:
     """A frozen copy of the model, or of its adapter where that adds something at the start."""
     if loaded.adapters is None:
         return copy.deepcopy(loaded.model).requires_grad_(False)

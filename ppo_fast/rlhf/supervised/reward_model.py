@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +65,9 @@ class RewardModel(Objective[Pair]):
             "score_std": scores.std(correction=0).item(),
         }
 
-    def extra_files(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def extra_files(self, pairs: Sequence[Pair]) -> dict[str, object]:
         """The tokens that end a completion; of the scores of the held-out ones mean, std, and how good they are."""
-        files: dict[str, Any] = {GENERATION: {"eos_token_id": [*self.eos_ids]}}
+        files: dict[str, object] = {GENERATION: {"eos_token_id": [*self.eos_ids]}}
         if not pairs:
             return files
         chosen, rejected = self._all_scores(pairs)
@@ -136,7 +135,12 @@ def train_reward_model(
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
-def _load(config: RewardModelConfig, generator: torch.Generator, model: Any, tokenizer: Any) -> Loaded:
+def _load(
+    config: RewardModelConfig,
+    generator: torch.Generator,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Loaded:
     """The model at `init`, or that of `model` under a new head; the head is trained beside adapters, in float32."""
     if config.init is None:
         loaded = load_causal(config.model, generator.device, model, tokenizer)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import save_config
@@ -36,7 +36,7 @@ from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_error
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 
-Source = str | Path | Iterable[Any]
+Source = str | Path | Iterable[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Objective(ABC, Generic[Kind]):
     """What a stage minimizes."""
 
     stage: ClassVar[str]  # its name
-    model: Any  # the module that is trained, saved by `save_pretrained`
+    model: PreTrainedModel  # the module that is trained, saved by `save_pretrained`
     pad_id: int
     width: int  # examples per forward pass of an evaluation
     adapters: Adapters | None = field(default=None, kw_only=True)  # what is trained of it; None: all of it
@@ -63,7 +63,7 @@ class Objective(ABC, Generic[Kind]):
         parts = [(share, metrics_of(self.loss(part))) for share, part in weighted(examples, self.width)]
         return {name: value.item() for name, value in mean_metrics(parts).items()}
 
-    def extra_files(self, examples: Sequence[Kind]) -> dict[str, Any]:
+    def extra_files(self, examples: Sequence[Kind]) -> dict[str, object]:
         """File name -> JSON to save beside the model; `examples` are the held-out ones."""
         return {}
 
@@ -75,7 +75,7 @@ class SupervisedResult:
     directory: Path  # the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/
     model: Path  # the final model directory, for from_pretrained
     history: list[dict[str, float]]  # metrics of every optimizer step, by name
-    trained: Any  # the model, in memory
+    trained: PreTrainedModel  # the model, in memory
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[
 def load_data(
     config: SupervisedConfig,
     make: Make[Kind],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     generator: torch.Generator,
     train: Source | None,
     held_out: Source | None,
@@ -250,7 +250,11 @@ def load_data(
 
 
 def fit(
-    config: SupervisedConfig, objective: Objective[Kind], data: Data[Kind], tokenizer: Any, start: Start
+    config: SupervisedConfig,
+    objective: Objective[Kind],
+    data: Data[Kind],
+    tokenizer: PreTrainedTokenizerBase,
+    start: Start,
 ) -> SupervisedResult:
     """The loop: optimizer steps over the epochs, evaluations, checkpoints."""
     _check_fit(objective.model, data)
@@ -264,8 +268,8 @@ def fit(
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         extra = objective.extra_files(data.held_out)
-        weights: dict[str, Any] = {"adapters": objective.adapters, "merge": config.model.lora.merge}
-        final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, **weights)
+        merge = config.model.lora.merge
+        final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, objective.adapters, merge=merge)
         run.end()
     return SupervisedResult(log.directory, final, log.history, objective.model)
 
@@ -287,7 +291,7 @@ def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, 
     return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
 
-def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:
+def completion_logprobs(model: PreTrainedModel, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:
     """Log-probabilities [N] float32 of the tokens of the completions given those before them, row by row.
 
     With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
@@ -297,7 +301,7 @@ def completion_logprobs(model: Any, batch: Batch, *, linear: bool = True, packed
     return response_stats(model, grid.sequences(rows, packed=packed), targets, linear=linear).logprobs
 
 
-def _check_fit(model: Any, data: Data[Any]) -> None:
+def _check_fit(model: PreTrainedModel, data: Data[Kind]) -> None:
     """The model has a position and an embedding for every token."""
     examples = [*data.train, *data.held_out]
     limit = getattr(model.config, "max_position_embeddings", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.rlhf.integrity import copy_tensors, numbered
+from ppo_fast.rlhf.training.state import State
 
 BLOCK = 256  # moments that share a scale
 SMALLEST = 4096  # weights of fewer numbers, such as norms and biases, keep moments of 32 bits
@@ -53,11 +54,11 @@ class MasterAdamW(torch.optim.AdamW):
         for weight in self.weights:
             weight.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return super().state_dict() | {"masters": self.masters}
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         rest = dict(state_dict)
         copy_tensors(numbered(self.masters), numbered(rest.pop("masters")), "resume: master weights")
         super().load_state_dict(rest)
@@ -140,12 +141,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 keep,
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         moments = [self.state[weight] for weight in self.param_groups[0]["params"]]
         return {"taken": self.taken, "noise": self.noise.get_state(), "moments": moments}
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.taken.copy_(state_dict["taken"])
         self.noise.set_state(state_dict["noise"].cpu())
         for weight, saved in zip(self.param_groups[0]["params"], state_dict["moments"], strict=True):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.errors import UserError
@@ -27,7 +29,7 @@ class StepRecord:
     total: int  # steps of the whole run
     config: PPOConfig | SupervisedConfig
     models: Any  # PPO: `policy`, `reference`, `value` and more; the other stages: the model that is trained
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     directory: Path  # of the run: metrics.jsonl, checkpoints/, final/
     metrics: Mapping[str, float] = dataclasses.field(
         default_factory=dict
@@ -36,11 +38,11 @@ class StepRecord:
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # wall time by phase
     memory: Mapping[str, PhaseMemory] = dataclasses.field(default_factory=dict)  # by phase; empty on a CPU
     batch: Any = None  # PPO: `PPOBatch`; the other stages: `ExampleBatch`; None in `on_start` and `on_end`
-    answers: tuple[Mapping[str, Any], ...] = ()  # to the held-out prompts, when PPO's evaluation was due
+    answers: tuple[Mapping[str, object], ...] = ()  # to the held-out prompts, when PPO's evaluation was due
     skipped: int = 0  # batches skipped so far
     checkpoint: Path | None = None  # the directory just written, in `on_checkpoint`
 
-    def adding(self, metrics: Mapping[str, Any], *notes: str) -> StepRecord:
+    def adding(self, metrics: Mapping[str, object], *notes: str) -> StepRecord:
         """Return this record with more metrics and notes; ValueError for a metric that is no finite number."""
         numbers = {name: to_python(value) for name, value in metrics.items()}
         for name, value in numbers.items():
@@ -95,7 +97,7 @@ class UserCallback(Callback):
         """The part of a checkpoint that holds its state, if it has one."""
         return UserState(self.name, self.owner) if hasattr(self.owner, "load_state_dict") else None
 
-    def _call(self, hook: str, record: StepRecord) -> Any:
+    def _call(self, hook: str, record: StepRecord) -> object:
         function = getattr(self.owner, hook, None)
         return None if function is None else call(f"{self.name}'s", function, record)
 

@@ -18,11 +18,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.files import _fsync, atomic_directory, remove, settle_all
 from ppo_fast.rlhf.integrity import (
     DamagedError,
@@ -37,7 +38,7 @@ from ppo_fast.rlhf.models.adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Ad
 from ppo_fast.rlhf.models.loading import load_network, no_progress_bars
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
-from ppo_fast.rlhf.training.state import _pack, _unpack
+from ppo_fast.rlhf.training.state import State, _pack, _unpack
 
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
@@ -50,12 +51,10 @@ class Checkpoint:
     """A complete checkpoint on disk."""
 
     directory: Path
-    state: dict[str, Any]  # as it was saved; tensors on the CPU
+    state: State  # as it was saved; tensors on the CPU
 
 
-def save_checkpoint(
-    target: Path, write: Callable[[Path], None], state: Mapping[str, Any], *, keep_last: int = 0
-) -> Path:
+def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *, keep_last: int = 0) -> Path:
     """Save weights and state as `target`, whose name ends in a number; then remove all but the `keep_last` highest.
 
     Args:
@@ -178,14 +177,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         storage = value.untyped_storage().data_ptr()
         to_python[name] = (value.clone() if storage in seen else value).contiguous()
         seen.add(storage)
-    require("safetensors.torch").save_file(to_python, path)
+    save_file(to_python, path)
 
 
 def save_model(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     directory: Path,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     adapters: Adapters | None = None,
     *,
     merge: bool = False,
@@ -199,7 +198,12 @@ def save_model(
 
 
 def write_model(
-    model: Any, tokenizer: Any, directory: Path, adapters: Adapters | None = None, *, merge: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    adapters: Adapters | None = None,
+    *,
+    merge: bool = False,
 ) -> None:
     """A model and its tokenizer as `from_pretrained` reads them, into an existing directory.
 
@@ -216,7 +220,7 @@ def write_model(
         tokenizer.save_pretrained(directory)
 
 
-def load_saved(model: Any, directory: Path, adapters: Adapters | None = None) -> None:
+def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | None = None) -> None:
     """Copy the weights that `write_model` wrote, not merged, into `model`, bit by bit.
 
     Raises UserError for a tensor that is missing, unexpected, or of another shape or dtype.

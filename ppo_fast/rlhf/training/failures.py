@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from ppo_fast.rlhf.training.checkpoint import save_tensors
 
 
 def save_batch(
-    target: Path, write: Callable[[Path], None], tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    target: Path, write: Callable[[Path], None], tensors: Mapping[str, Tensor], record: Mapping[str, object]
 ) -> Path:
     """Write the weights as they are, by `write`, and the batch: batch.safetensors and batch.json."""
     with atomic_directory(target) as scratch:

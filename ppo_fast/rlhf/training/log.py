@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ppo_fast.rlhf.config.ppo import RunConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
+from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.data.rows import parse_line
 from ppo_fast.rlhf.data.templates import is_messages
 from ppo_fast.rlhf.errors import UserError, check, printable, require
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
+Record = dict[str, Any]  # a line of a JSONL file
 RUN_ARTIFACTS = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
@@ -49,7 +51,7 @@ class StageLog(Callback):
 
     def __init__(
         self,
-        config: Any,
+        config: PPOConfig | SupervisedConfig,
         stage: str,
         total: int,
         console: Console | None = None,
@@ -85,7 +87,7 @@ class StageLog(Callback):
         self._task = self._progress.add_task(self.stage, total=self.total, completed=done)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._resources.close()
 
     def on_step(self, record: StepRecord) -> None:
@@ -100,7 +102,7 @@ class StageLog(Callback):
     def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
         """Record the metrics of step number `number`, counted from 1, and a remark about it."""
         self.history.append(metrics)
-        record: dict[str, Any] = {self.unit: number} | metrics
+        record: Record = {self.unit: number} | metrics
         _line(self._open[METRICS], record | ({"note": note} if note else {}))
         if self._board is not None:
             for name, value in metrics.items():
@@ -157,10 +159,10 @@ class StageLog(Callback):
     def _open_board(self, resources: contextlib.ExitStack) -> Any:
         if not self.log.tensorboard:
             return None
-        require("tensorboard")
-        writer = require("torch.utils.tensorboard").SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run writes events
+
         after = self.resume["done"] + 1 if self.resume else None
-        return resources.enter_context(writer(str(self.directory / TENSORBOARD), purge_step=after))
+        return resources.enter_context(SummaryWriter(str(self.directory / TENSORBOARD), purge_step=after))
 
     def _open_wandb(self, resources: contextlib.ExitStack) -> Any:
         """A run of Weights & Biases with the config; a resumed run is another one, from the step it goes on with."""
@@ -173,19 +175,19 @@ class StageLog(Callback):
         return run
 
 
-def metric_records(path: Path) -> list[dict[str, Any]]:
+def metric_records(path: Path) -> list[Record]:
     """The lines of a metrics file: numbers by name, and perhaps a note; see `read_records`."""
     return read_records(path, "numbers by name", _is_metrics)
 
 
-def sample_records(path: Path, *names: str) -> list[dict[str, Any]]:
+def sample_records(path: Path, *names: str) -> list[Record]:
     """The lines of a file of samples or of answers, which have the fields `names`; see `read_records`."""
     return read_records(
         path, f"the fields {', '.join(names)}", lambda record: all(_has(record, name) for name in names)
     )
 
 
-def read_records(path: Path, expected: str, known: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+def read_records(path: Path, expected: str, known: Callable[[Record], bool]) -> list[Record]:
     """The objects of a JSONL file of a run, none where there is no file.
 
     A last line without its newline is what a kill left, or a run is just writing it: it is left out, with a warning.
@@ -193,7 +195,7 @@ def read_records(path: Path, expected: str, known: Callable[[dict[str, Any]], bo
     Raises:
         UserError: a line is not JSON, or no object that is `known`; it names file and line.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     if not path.is_file():
         return records
     try:
@@ -211,7 +213,7 @@ def read_records(path: Path, expected: str, known: Callable[[dict[str, Any]], bo
     return records
 
 
-def _is_metrics(record: dict[str, Any]) -> bool:
+def _is_metrics(record: Record) -> bool:
     return all(isinstance(value, str if name == "note" else int | float) for name, value in record.items())
 
 
@@ -222,6 +224,6 @@ def _has(record: dict[str, Any], name: str) -> bool:
     return isinstance(value, str) or (name == "prompt" and is_messages(value))
 
 
-def _line(file: TextIO, record: dict[str, Any]) -> None:
+def _line(file: TextIO, record: Record) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback
@@ -18,15 +20,15 @@ from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_chec
 from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
-from ppo_fast.rlhf.training.state import restore_rng, rng_state
+from ppo_fast.rlhf.training.state import State, restore_rng, rng_state
 
 
 class TrainingLoop(ABC):
     """A run that goes on where a checkpoint was written, to the same bits as if it had never stopped."""
 
-    config: Any  # a RunConfig
+    config: PPOConfig | SupervisedConfig
     generator: torch.Generator  # every random number of the run
-    inputs: dict[str, Any]  # of `resume.inputs`: what a resumed run must find as it was
+    inputs: State  # of `resume.inputs`: what a resumed run must find as it was
     code: Mapping[str, str] = MappingProxyType({})  # of `resume.file_digests`: the user's functions
     total: int  # steps of the whole run
     length: str  # what sets `total`, for messages

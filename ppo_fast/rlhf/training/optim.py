@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ppo_fast.rlhf.config.ppo import AdamWConfig, LossConfig
 from ppo_fast.rlhf.integrity import check_tensors
 from ppo_fast.rlhf.training.adamw import AdamW8bit, MasterAdamW
+from ppo_fast.rlhf.training.state import State
 
 
 class ClippedOptimizer:
@@ -20,7 +21,7 @@ class ClippedOptimizer:
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.optimizer: Any = make_optimizer(self.parameters, lr, config)
+        self.optimizer = make_optimizer(self.parameters, lr, config)
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their 0-d float32 norm from before."""
@@ -39,7 +40,7 @@ class ClippedOptimizer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
-        self.optimizer.found_inf = None if failed is None else failed.float()
+        self.optimizer.found_inf = None if failed is None else failed.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.zero_grad()
 
@@ -47,10 +48,10 @@ class ClippedOptimizer:
         """Clear the gradients."""
         self.optimizer.zero_grad()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """UserError for moments of another shape or dtype: the fused kernel of torch would write out of bounds."""
         if isinstance(self.optimizer, torch.optim.AdamW):
             weights = dict(enumerate(self.optimizer.param_groups[0]["params"]))
@@ -97,10 +98,10 @@ class PenaltyCoefficient:
             up, down = approx_kl > 1.5 * self.target, approx_kl < self.target / 1.5
             self.coef = self.coef * torch.where(up, 2.0, torch.where(down, 0.5, 1.0))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         coef = state["coef"]
         self.coef = coef.to(self.coef.device) if isinstance(self.coef, Tensor) else coef
 

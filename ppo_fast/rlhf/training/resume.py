@@ -8,22 +8,24 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from ppo_fast.rlhf.config.files import config_from_dict, first_difference
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.data.prompts import Prompts
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoint
 from ppo_fast.rlhf.training.log import CHECKPOINTS
-from ppo_fast.rlhf.training.state import fingerprint
+from ppo_fast.rlhf.training.state import State, fingerprint
 from ppo_fast.rlhf.user_code import to_python
 
 FREE = ("output_dir", "overwrite", "checkpoint", "log")  # fields and groups that a resumed run may change
 
 
-def load_start(config: Any, resume: bool | str, *free: str) -> Checkpoint | None:
+def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: str) -> Checkpoint | None:
     """The checkpoint that a run goes on from: none for False, the newest for True, else the one of that name.
 
     UserError when `config` means another run: when it differs in fields or groups other than `FREE` and `free`;
@@ -62,19 +64,19 @@ def _check_sizes(directory: Path, position: Mapping[str, int]) -> None:
             raise UserError(f"resume: expected {expected} bytes or more in {str(path)!r}, got {size}")
 
 
-def inputs(model: nn.Module, data: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
+def inputs(model: nn.Module, data: Mapping[str, Iterable[object]]) -> State:
     """What a resumed run reads anew and must find as it was when the run was begun, in short."""
     device, weights = next(model.parameters()).device.type, fingerprint(model)
     return {"kinds of device": device, "model weights": weights} | {name: _digest(rows) for name, rows in data.items()}
 
 
-def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[Any]]:
+def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[object]]:
     """What `inputs` keeps of prompts: their texts and tokens, and the columns that the user's functions get."""
     texts = zip(data.prompts, data.token_ids, strict=True)
     return {f"{kind}prompts": texts, f"columns of the {kind}prompts": data.columns.items()}
 
 
-def _digest(rows: Iterable[Any]) -> str:
+def _digest(rows: Iterable[object]) -> str:
     """Equal for rows that are written alike."""
     digest = hashlib.sha256()
     for row in rows:
@@ -82,7 +84,7 @@ def _digest(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     """`value` as text, the same in every process: whole arrays, sets in order, no addresses of objects."""
     value = to_python(value)
     if isinstance(value, Mapping):
@@ -112,7 +114,7 @@ def report_write_errors(directory: Path) -> Iterator[None]:
     """UserError for a full disk and the like: what failed, and what is safe."""
     try:
         yield
-    except (OSError, require("safetensors").SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         newest = latest(directory / CHECKPOINTS)
         safe = f"{newest.name} is complete and resume continues there" if newest else "there is no checkpoint yet"
         raise UserError(f"cannot write in {str(directory)!r}: {error}; {safe}") from error

@@ -7,9 +7,10 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 
 from ppo_fast.rlhf.config.ppo import AdamWConfig
@@ -83,7 +84,7 @@ def find_device(name: str, setting: str = "model.device") -> torch.device:
     return torch.device(name)
 
 
-def warn_about_precision(model: Any, config: AdamWConfig) -> None:
+def warn_about_precision(model: nn.Module, config: AdamWConfig) -> None:
     """Warn once when bfloat16 weights are to take steps that they may round away."""
     kept = config.master_weights or config.name == "adamw_8bit"
     if not kept and any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):

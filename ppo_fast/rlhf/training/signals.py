@@ -37,7 +37,7 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

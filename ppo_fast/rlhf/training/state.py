@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ppo_fast.rlhf.errors import UserError
 
+State = dict[str, Any]  # of a part of a run: `PACKED` within each other
+
 TENSOR, ITEMS, BYTES, ARRAY = "<tensor>", "<items>", "<bytes>", "<array>"
 
 
-SEQUENCES: dict[type[Any], str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
+SEQUENCES: dict[type, str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
 
 
 TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key of what JSON cannot say
@@ -26,12 +28,12 @@ TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key o
 PACKED = "tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
 
 
-def check_state(state: Any, name: str) -> None:
+def check_state(state: object, name: str) -> None:
     """UserError for a state that a checkpoint could not hold exactly."""
     _pack(state, name, {})
 
 
-def rng_state(generator: torch.Generator) -> dict[str, Any]:
+def rng_state(generator: torch.Generator) -> State:
     """State of the run's generator and of the global ones of Python, NumPy and torch, which user functions may use."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
@@ -44,7 +46,7 @@ def rng_state(generator: torch.Generator) -> dict[str, Any]:
     }
 
 
-def restore_rng(state: Mapping[str, Any], generator: torch.Generator) -> None:
+def restore_rng(state: State, generator: torch.Generator) -> None:
     """Put every generator of `rng_state` back."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
