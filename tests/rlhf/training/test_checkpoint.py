@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_fast.rlhf import UserError
+from ppo_fast.rlhf import UserError, files
 from ppo_fast.rlhf.files import atomic_directory
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import load_models
 from ppo_fast.rlhf.models.value import VALUE_FILE
-from ppo_fast.rlhf.training import checkpoint
 from ppo_fast.rlhf.training.checkpoint import load_checkpoint, save_checkpoint, save_models
 from ppo_fast.rlhf.training.state import fingerprint, restore_rng, rng_state
 from tests.helpers import raises_exactly
@@ -70,7 +69,7 @@ def test_a_failed_save_leaves_the_earlier_one(make_models, make_config, tmp_path
 
 def test_a_directory_appears_only_when_everything_is_flushed(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: flushed.append((path.name, (tmp_path / "d").exists())))
+    monkeypatch.setattr(files, "_fsync", lambda path: flushed.append((path.name, (tmp_path / "d").exists())))
     with atomic_directory(tmp_path / "d") as scratch:
         (scratch / "sub").mkdir()
         (scratch / "sub" / "file").write_text("x")
@@ -81,7 +80,7 @@ def test_a_directory_appears_only_when_everything_is_flushed(tmp_path, monkeypat
 
 
 def test_an_earlier_directory_comes_back_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_exchanged", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "first").write_text("x")
     rename = pathlib.Path.rename
@@ -108,7 +107,7 @@ def test_what_a_process_killed_in_the_exchange_left_is_put_right(tmp_path):
 @pytest.mark.parametrize("able", [True, False])
 def test_an_earlier_directory_is_replaced_as_a_whole(tmp_path, monkeypatch, able):
     if not able:  # a file system without the exchange in one step
-        monkeypatch.setattr(checkpoint, "_exchanged", lambda a, b: False)
+        monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
     for name in ("first", "second"):
         with atomic_directory(tmp_path / "d") as scratch:
             (scratch / name).write_text(name)

@@ -21,7 +21,7 @@ HOLD = """import os, sys, time, types
 for name, path in zip(("ppo_fast", "ppo_fast.rlhf"), sys.argv[2:]):  # without what the packages import
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [path]
-from ppo_fast.rlhf.lock import hold_directory
+from ppo_fast.rlhf.training.lock import hold_directory
 with hold_directory(sys.argv[1]):
     if child := os.fork():
         print(child, flush=True)
