@@ -1,4 +1,4 @@
-"""PPO compared with TRL (`trl.experimental.ppo`): the good-token task with the same model, reward and hyper-parameters.
+"""PPO against TRL's (`trl.experimental.ppo`): the good-token task with the same model, reward and hyper-parameters.
 
 Each trainer is a process of its own that halts where an update's responses are scored, so that they advance by turns,
 an update at a time, and what is timed is everything between two scorings. TRL calls `gc.collect` twice an update, at
@@ -33,7 +33,7 @@ VERSION = "1.12.0"
 OURS, TRL, TRL_LEAN = "ppo_fast", f"TRL {VERSION}", f"TRL {VERSION} without gc.collect"
 UPDATES, SEEDS = 20, (0, 1, 2)
 FASTER = 1.8  # than TRL as it is
-Report = Callable[[float], None]  # called with the mean score of each rollout batch
+Report = Callable[[float], None]  # gets the mean score of each rollout batch
 
 
 def train_ours(seed: int, updates: int, report: Report) -> None:

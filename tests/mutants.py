@@ -253,7 +253,7 @@ MUTANTS = [
         "_numbered(checkpoints)",
         DAMAGE,
     ),
-    Mutant(f"{RLHF}/training/checkpoint.py", "        path.rename(aside)\n", "", RESUMED),
+    Mutant(f"{RLHF}/training/checkpoint.py", "        path.rename(superseded)\n", "", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),

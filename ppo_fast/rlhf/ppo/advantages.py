@@ -1,4 +1,4 @@
-"""From rewards and values to what the update learns from: the counted tokens of all responses, one after another."""
+"""Advantages and returns of the counted tokens, from rewards and values."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Experience:
         return self.grid.lengths
 
     def select(self, rows: Array) -> dict[str, Tensor]:
-        """The tensors [n] of these responses, by name."""
+        """Return the tensors [n] of these responses by name."""
         chosen = token_indices(self.lengths, rows, self.tokens.device)
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {name: value.index_select(0, chosen) for name, value in tensors.items()}
 
 
 def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig) -> Experience:
-    """Generalized advantage estimation with value 0 after the last counted token, then whitening.
+    """Estimate advantages (GAE) with value 0 after the last counted token, then whitening.
 
     Per sequence, every token has the advantage of the first, A = return - value at the last prompt token, and the
     value model regresses on the Monte Carlo returns.

@@ -1,4 +1,4 @@
-"""Held-out prompts answered during the run: score, KL, length, win rate against the start; the best model kept."""
+"""Evaluation on held-out prompts: score, KL, length, win rate against the start; keeps the best model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Evaluation(Callback):
         self.start: list[list[int]] = []  # token ids of the answers of the model at the start
         self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
         self.best: float | None = None
-        self.answers: list[Record] = []  # of the latest evaluation, beside those of the model at the start
+        self.answers: list[Record] = []  # of the latest evaluation, paired with those of the model at the start
 
     def on_start(self, record: StepRecord) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""
@@ -61,7 +61,7 @@ class Evaluation(Callback):
             self.start, self.start_ended = answers.completion_ids, answers.ended
 
     def run(self, best: Path) -> tuple[dict[str, float], str | None]:
-        """The metrics now, and a remark when the model is the best so far and is saved in `best`."""
+        """Return the metrics, and a note if the model is the best so far and is saved in `best`."""
         metrics = self._measured() | self._users_metrics()
         check_metrics(metrics)
         return metrics, self._keep_best(metrics, best)
@@ -114,7 +114,7 @@ class Evaluation(Callback):
         return start, self.scorer(start, learn=False).totals
 
     def _users_metrics(self) -> dict[str, float]:
-        """What the evaluators return; their `generate` maps prompts to completions by the policy as it is."""
+        """Return the metrics of the evaluators; their `generate` maps prompts to completions of the current policy."""
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
             inputs = {"generate": self._complete, "model": self.models.policy, "tokenizer": self.models.tokenizer}
@@ -153,7 +153,7 @@ class Evaluation(Callback):
 def load_evaluation(
     config: PPOConfig, models: Models, scorer: Scorer, prompts: str | PromptRows | None = None
 ) -> Evaluation | None:
-    """The evaluation that `config` asks for, if any, on the prompts given or named."""
+    """Return the evaluation that `config` asks for, if any, on `prompts` or those it names."""
     settings = config.evaluation
     if not settings.every:
         if prompts is not None or settings.prompts is not None:

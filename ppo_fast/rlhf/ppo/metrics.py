@@ -1,4 +1,4 @@
-"""The numbers of an update: gathered on the device, moved to the host in one transfer."""
+"""The metrics of an update, collected on the device and moved to the host in one transfer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def collect(
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - var(returns - values) / var(returns) over tokens [N]; 0 where the returns do not vary."""
+    """Return 1 - var(returns - values) / var(returns) over tokens [N]; 0 where the returns do not vary."""
     total = returns.var(correction=0)
     rest = (returns - values).var(correction=0)
     return torch.where(total > 0, 1 - rest / total.clamp_min(1e-30), 0.0)
@@ -106,7 +106,7 @@ def _lengths(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
 
 
 def _speed(seconds: dict[str, float], tokens: float) -> dict[str, float]:
-    """Seconds, share of the whole and response tokens per second of every phase, and of all together."""
+    """Return seconds, share of the whole and response tokens per second of every phase, and of all together."""
     whole = max(sum(seconds.values()), 1e-9)
     speed = {"tokens_per_second": tokens / whole}
     for phase, value in seconds.items():
@@ -117,13 +117,13 @@ def _speed(seconds: dict[str, float], tokens: float) -> dict[str, float]:
 
 
 def _repetition(completion_ids: list[list[int]]) -> dict[str, float]:
-    """Share of n-grams seen before in the same response, and of distinct n-grams in the whole batch."""
+    """Return the share of n-grams repeated in their response, and of distinct n-grams in the whole batch."""
     per_response = [Counter(_ngrams(ids)) for ids in completion_ids]
     total = sum(map(sum, (counts.values() for counts in per_response))) or 1
-    deduplicate = len(set().union(*per_response))
+    distinct = len(set().union(*per_response))
     return {
         "hacking/repetition": 1 - sum(map(len, per_response)) / total,
-        "hacking/distinct_n": deduplicate / total,
+        "hacking/distinct_n": distinct / total,
     }
 
 

@@ -1,4 +1,4 @@
-"""The reference model of the KL: as it was at the start, or following the policy."""
+"""The reference model of the KL: fixed at the start, or following the policy."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Reference:
         share = 1.0 if self.config.update == "replace" else 1 - self.config.decay
         pairs = zip(self.models.weights("reference"), self.models.weights("policy"), strict=True)
         for reference, policy in pairs:
-            reference.lerp_(policy.to(reference.device), share)  # which may wait in host memory
+            reference.lerp_(policy.to(reference.device), share)  # the reference may be offloaded to host memory
 
     def state_dict(self) -> State:
-        """The reference's weights, where it is not the model at the start."""
+        """Return the reference's weights, unless it is the model at the start."""
         return {} if self.config.update == "fixed" else {"weights": self.models.weights("reference")}
 
     @torch.no_grad()

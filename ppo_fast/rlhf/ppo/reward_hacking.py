@@ -1,4 +1,4 @@
-"""Signs of reward hacking: the score may rise because the policy has found a fault of the reward."""
+"""Signs of reward hacking: the score may rise because the policy exploits a fault of the reward."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.state import State
 
-WINDOW = 5  # updates that a value is the mean of: the first ones are the start, the last ones now
+WINDOW = 5  # updates averaged: the first ones as the start, the latest ones as now
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Now above `limit` and above `factor` x start; below both for a metric that falls when something is wrong."""
+    """Triggers above `limit` and above `factor` x start; below both for a metric that falls when something is wrong."""
 
     metric: str
     limit: float
@@ -28,7 +28,7 @@ class Rule:
 
 
 # KL: beyond about 10 nats the gold score of small reward models falls (Gao et al. 2023, arXiv:2210.10760, figure 1).
-# The other limits are rules of thumb: what the metric does in a run that goes well stays clear of them.
+# The other limits are rules of thumb that runs without reward hacking stay clear of.
 RULES = (
     Rule("objective/kl", 10.0, 1.5, "the policy is far from the reference", "raise kl.coef or set kl.adaptive"),
     Rule("hacking/repetition", 0.3, 1.5, "responses repeat themselves", "let the reward punish repetition"),
@@ -52,32 +52,32 @@ RULES = (
 
 
 class RewardHackingMonitor(Callback):
-    """Watches the metrics of every update; each sign is told once."""
+    """Watches the metrics of every update; each rule warns once."""
 
     def __init__(self) -> None:
-        self.start: dict[str, list[float]] = {sign.metric: [] for sign in RULES}
-        self.recent: dict[str, list[float]] = {sign.metric: [] for sign in RULES}
-        self.told: list[str] = []
+        self.start: dict[str, list[float]] = {rule.metric: [] for rule in RULES}
+        self.recent: dict[str, list[float]] = {rule.metric: [] for rule in RULES}
+        self.warned: list[str] = []
 
     def on_step(self, record: StepRecord) -> StepRecord:
         """Add the warnings to the notes of the step."""
         return record.adding({}, *self.update(record.metrics))
 
     def update(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings, if any, after the metrics of one update; none within the first 2 x WINDOW updates."""
+        """Return the warnings after the metrics of one update; none within the first 2 x WINDOW updates."""
         warnings = []
-        for sign in RULES:
-            if sign.metric not in metrics or sign.metric in self.told:
+        for rule in RULES:
+            if rule.metric not in metrics or rule.metric in self.warned:
                 continue
-            start, recent = self.start[sign.metric], self.recent[sign.metric]
-            (start if len(start) < WINDOW else recent).append(metrics[sign.metric])
+            start, recent = self.start[rule.metric], self.recent[rule.metric]
+            (start if len(start) < WINDOW else recent).append(metrics[rule.metric])
             del recent[:-WINDOW]
             before, now = sum(start) / WINDOW, sum(recent) / WINDOW
-            if len(recent) == WINDOW and sign.triggers(before, now):
-                self.told.append(sign.metric)
+            if len(recent) == WINDOW and rule.triggers(before, now):
+                self.warned.append(rule.metric)
                 warnings.append(
-                    f"sign of reward hacking: {sign.meaning} ({sign.metric} {now:.3g}, at the start {before:.3g}); "
-                    f"{sign.remedy}"
+                    f"sign of reward hacking: {rule.meaning} ({rule.metric} {now:.3g}, at the start {before:.3g}); "
+                    f"{rule.remedy}"
                 )
         return warnings
 

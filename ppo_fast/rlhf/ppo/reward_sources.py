@@ -27,7 +27,7 @@ from ppo_fast.rlhf.models.value import ValueModel, adapter_on, sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
 
-REWARD_ROWS = 16  # of a batch of a reward model, where rollout.micro_batch_size is null
+REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
 Prompt = str | list[dict[str, Any]]  # text or messages
 PromptRows = Iterable[str | Mapping[str, Any]]  # texts, or rows {"prompt": Prompt, column: ...}
 RewardFunction = Callable[..., Sequence[float | Sequence[float]]]
@@ -36,7 +36,7 @@ Score = float | list[float]  # of a response, or of each of its tokens
 
 @dataclass(frozen=True)
 class Responses:
-    """What is scored; lists of the same length B."""
+    """Responses to be scored; lists of the same length B."""
 
     prompts: list[Prompt]  # as given
     prompt_ids: list[list[int]]
@@ -59,7 +59,7 @@ class Responses:
         )
 
     def arguments(self) -> dict[str, Any]:
-        """What a user's function of responses is called with."""
+        """Return the arguments of a user's function of responses."""
         return {
             "prompts": self.prompts,
             "completions": self.completions,
@@ -86,9 +86,9 @@ class FunctionSource:
 class ModelSource:
     """A sequence-classification model with one output, read at the last counted token of prompt and response.
 
-    It is given the token ids themselves when its tokenizer has the policy's vocabulary; else the text, tokenized as the
-    completions that it was trained on, by its own tokenizer and chat template. A response that ended, if by a stop
-    string, has an EOS as its last token; one that was cut off has none, and no end of turn.
+    It gets the token ids if its tokenizer has the policy's vocabulary, else the text, encoded by its own tokenizer and
+    chat template like its training data. A response that ended, even by a stop
+    string, gets an EOS as its last token; a truncated one gets none, and no end of turn.
     """
 
     def __init__(
@@ -126,18 +126,18 @@ class ModelSource:
         return scores
 
     def encode(self, responses: Responses) -> list[list[int]]:
-        """Token ids of each prompt with its response, as this model reads them."""
+        """Return the token ids of each prompt with its response, as this model reads them."""
         encode_row = self._joined if self.same else self._encoded
         return [encode_row(responses, row) for row in range(len(responses.prompts))]
 
     def _joined(self, responses: Responses, row: int) -> list[int]:
-        """The policy's token ids of one prompt and its response."""
+        """Return the policy's token ids of one prompt and its response."""
         ids = responses.prompt_ids[row] + responses.completion_ids[row]
         missing = responses.ended[row] and ids[-1] not in self.eos_ids
         return [*ids, self.tokenizer.eos_token_id] if missing else ids
 
     def _encoded(self, responses: Responses, row: int) -> list[int]:
-        """Token ids of one prompt and its response by the model's own tokenizer."""
+        """Return the token ids of one prompt and its response by the model's own tokenizer."""
         prompt, own = responses.prompts[row], self.own
         if isinstance(prompt, str):
             start, rest, _ = split_tokens(prompt, self._spaced(responses, row), own, encode)
@@ -157,7 +157,7 @@ class ModelSource:
         return ended(ids, self.own, self.eos_ids) if responses.ended[row] else ids
 
     def _spaced(self, responses: Responses, row: int) -> str:
-        """The text of a response with the space before it, which is decoded only after its prompt."""
+        """Return the text of a response with its leading space, which decoding drops without the prompt."""
         special, prompt_ids = {*self.tokenizer.all_special_ids}, responses.prompt_ids[row]
         kept = [token for token in responses.completion_ids[row] if token not in special]
         before, whole = (self.tokenizer.decode(ids) for ids in (prompt_ids, prompt_ids + kept))
@@ -177,11 +177,11 @@ class ModelSource:
 Source = FunctionSource | ModelSource
 RewardNetwork = tuple[
     ValueModel, Callable[[], AbstractContextManager[object]]
-]  # a network, and where it is that of the scores
+]  # a network, and a block in which it scores
 
 
 def _adapter_scorer(path: str, adapters: Adapters | None) -> RewardNetwork | None:
-    """The policy's base with the adapter at `path`, if that is one on this base."""
+    """Return the policy's base with the adapter at `path`, if there is one for this base."""
     saved = None if adapters is None else adapter_on(adapters.base, "reward.models", path)
     if adapters is None or saved is None or saved.head is None:
         return None
@@ -192,7 +192,7 @@ def _adapter_scorer(path: str, adapters: Adapters | None) -> RewardNetwork | Non
 
 
 def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> RewardNetwork:
-    """The model at `path`, which may wait in host memory; an adapter on a base of its own."""
+    """Return the model at `path`, which may be offloaded; an adapter gets a base of its own."""
     loaded = load_reward_model("reward.models", path, getattr(torch, config.dtype), config.trust_remote_code)
     if loaded is None:
         raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
@@ -206,7 +206,7 @@ def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> Rewar
 
 
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
-    """The function, given or named, and then the reward models; UserError when there is neither."""
+    """Return the function, passed or named, and then the reward models; UserError when there is neither."""
     reward, sources = config.reward, list[Source]()
     if function is not None or reward.function is not None or not reward.models:
         sources.append(FunctionSource(function or load_callable(reward.function, "reward.function")))
@@ -221,13 +221,13 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
 
 
 def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    """The rows of ids [B, L] at the True of mask."""
+    """Return the ids [B, L] of each row where mask is True."""
     rows = zip(ids.tolist(), mask.tolist(), strict=True)
     return [[token for token, counts in zip(*row, strict=True) if counts] for row in rows]
 
 
 def _checked(score: object, ids: list[int], sample: int) -> Score:
-    """A number, or a list of one number per token, all finite."""
+    """Return a finite number, or a list of one per token."""
     if not isinstance(score, list | tuple):
         return _number(score, sample)
     values = [_number(value, sample) for value in score]

@@ -1,4 +1,4 @@
-"""From responses to a reward per token: the sources' scores combined, clip, penalties, filter, KL to the reference."""
+"""Rewards per token: the scores of all sources combined, clip, penalties, filter, KL to the reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What a rollout earned."""
+    """The rewards of a rollout of B responses of N tokens."""
 
     rewards: Tensor  # [N] float32: score, on the last token or where it was earned, - kl_coef * k1
     scores: Tensor  # [B] float32: clipped score, penalties included
@@ -83,9 +83,9 @@ class KLCoefficient:
 
 
 def warn_about_whitening(kl: KLConfig, whiten: bool) -> None:
-    """Warn when the loss weighs the KL against advantages that whitening has divided by their deviation.
+    """Warn when the loss adds the KL to advantages that whitening has divided by their deviation.
 
-    In the reward the KL is a part of the advantages, and is divided with the score.
+    A KL in the reward is part of the advantages and is divided with the score.
     """
     if kl.in_loss and whiten and kl.coef > 0:
         warnings.warn(
@@ -96,7 +96,7 @@ def warn_about_whitening(kl: KLConfig, whiten: bool) -> None:
 
 
 class Scorer:
-    """Every source of reward in one: each normalized, weighted, then combined.
+    """Combines the sources of reward: each is normalized and weighted first.
 
     With weights w, sources s and their sum W = sum_s w_s: sum = sum_s w_s r_s; mean = sum / W; min = the w_s r_s that
     is lowest in total; mean-std = mean - std_coef * sqrt(sum_s w_s (r_s - mean)^2 / W), of the totals.
@@ -137,7 +137,7 @@ class Scorer:
         return ScoredBatch(scores, response_sums(scores, lengths), verdicts, std)
 
     def _combined(self, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""
+        """Return the scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""
         weights, weighted = self.weights, scores * self.weights[:, None]
         if self.config.combine == "sum":
             return weighted.sum(dim=0), None
@@ -162,7 +162,7 @@ class Scorer:
         return verdicts
 
     def _normalized(self, number: int, responses: Responses, lengths: Tensor, learn: bool) -> Tensor:
-        """Scores [N] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
+        """Return the scores [N] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
         source, running = self.sources[number], self.running[number]
         scores = _per_token(source(responses), lengths)
         if self.config.normalize == "running" and learn:
@@ -181,7 +181,7 @@ class Scorer:
 
 
 class RunningStats:
-    """Mean and standard deviation of all numbers seen, batch by batch.
+    """Mean and standard deviation of all numbers so far, batch by batch.
 
     Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", equation 2.1.
     """
@@ -190,7 +190,7 @@ class RunningStats:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def update(self, values: Tensor) -> None:
-        """Take in values [B]."""
+        """Add values [B]."""
         values = values.double()
         count, mean = len(values), values.mean().item()
         total = self.count + count
@@ -199,7 +199,7 @@ class RunningStats:
         self.count = total
 
     def stats(self) -> tuple[float, float]:
-        """Mean and population standard deviation; 1 in place of a deviation of 0."""
+        """Return mean and population standard deviation; 1 in place of a deviation of 0."""
         return self.mean, (self.squares / max(self.count, 1)) ** 0.5 or 1.0
 
     def state_dict(self) -> State:
@@ -240,7 +240,7 @@ def without_masked(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards
 
 
 def _per_token(scores: list[Score], lengths: Tensor) -> Tensor:
-    """[N] float32: a list goes on its tokens, a number on the last token of its response."""
+    """Return [N] float32: a list goes on its tokens, a number on the last token of its response."""
     found = torch.zeros(int(lengths.sum()), dtype=torch.float32, device="cpu")
     for tokens, score in zip(found.split(lengths.tolist()), scores, strict=True):
         if isinstance(score, list):

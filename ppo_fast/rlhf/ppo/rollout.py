@@ -48,12 +48,12 @@ class Generation:
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked
 
     def to_token_batch(self) -> TokenBatch:
-        """Ids and masks as forward passes are made from; waits for the device once."""
+        """Return ids and masks for forward passes; copies the masks to the host, which waits for the device."""
         return TokenBatch.from_masks(self.input_ids, self.attention_mask, self.mask)
 
     @property
     def responses(self) -> Tensor:
-        """[B, T] int64; pad where masked."""
+        """Return [B, T] int64; pad where masked."""
         return self.input_ids[:, -self.mask.shape[1] :]
 
 
@@ -72,18 +72,18 @@ class Rollout:
     values: Tensor  # [N] float32: of the state before each token
 
     def sums(self, x: Tensor) -> Tensor:
-        """[B]: the sum of x [N] over the tokens of each response."""
+        """Return [B]: the sum of x [N] over the tokens of each response."""
         return response_sums(x, self.cu_seqlens.diff())
 
     def select(self, rows: Array) -> Rollout:
-        """The rollout of these responses."""
+        """Return the rollout of these responses."""
         chosen = token_indices(self.grid.lengths, rows, self.tokens.device)
         packed = {name: x.index_select(0, chosen) for name, x in self.packed().items()}
         cu_seqlens = to_device(offsets(self.grid.lengths[rows]), self.tokens.device)
         return Rollout(select(self.generation, rows), select(self.grid, rows), cu_seqlens, **packed)
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors [N] by name."""
+        """Return the tensors [N] by name."""
         names = ("tokens", "sampled_logprobs", "logprobs", "ref_logprobs", "entropy", "values")
         return {name: getattr(self, name) for name in names}
 
@@ -105,17 +105,17 @@ class Sampler:
         return torch.full_like(logits, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Tokens [B] int64 from softmax(logits / temperature), logits [B, V]."""
+        """Return tokens [B] int64 from softmax(logits / temperature), logits [B, V]."""
         probs = torch.softmax(_filtered(logits / self.config.temperature, self.config), dim=-1)
-        # An exponential drawn as exactly 0 would turn a token of probability 0 into 0 / 0.
+        # An exponential of exactly 0 would turn a token of probability 0 into 0 / 0.
         race = torch.empty_like(probs).exponential_(generator=self.generator).clamp_min_(1e-30)
         return (probs / race).argmax(dim=-1)
 
 
 class StopStrings:
-    """A stopping criterion that keeps where each response first had a stop string; the prompt is not looked at.
+    """A stopping criterion that records where each response, without its prompt, first had a stop string.
 
-    `stopped_at` [B] int64 is the position of the token that completes it, beyond every response where there is none.
+    `stopped_at` [B] int64 is the position of the token that completes it; beyond every response if there is none.
     """
 
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, prompts: Tensor) -> None:
@@ -166,7 +166,7 @@ class Pass(NamedTuple):
 
 @torch.no_grad()
 def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
-    """Old log-probabilities, entropies, reference log-probabilities and values, micro-batch by micro-batch."""
+    """Compute old and reference log-probabilities, entropies and values, micro-batch by micro-batch."""
     grid = generation.to_token_batch()
     device, lengths = grid.ids.device, grid.lengths
     passes = [
@@ -178,7 +178,7 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
     tokens = generation.responses.flatten().index_select(0, counted)
 
     def in_order(parts: list[Tensor]) -> Tensor:
-        """[N] float32: the values of all passes, response by response."""
+        """Return [N] float32: the values of all passes, response by response."""
         found = torch.cat(parts).float()
         return torch.empty_like(found).index_copy(0, order, found)
 
@@ -207,7 +207,7 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
 def _stats(
     models: Models, model: PreTrainedModel, part: Pass, tokens: Tensor, temperature: float, values: list[Tensor] | None
 ) -> ops.TokenStats:
-    """Statistics of one pass; the values of a head on the same trunk are appended to `values`."""
+    """Return the statistics of one pass; append the values of a head on the same trunk to `values`."""
     chosen = tokens.index_select(0, part.indices)
     if values is None:
         return response_stats(model, part.sequences, chosen, linear=models.linear, temperature=temperature)
@@ -217,17 +217,17 @@ def _stats(
 
 
 def token_indices(lengths: Array, rows: Array, device: torch.device) -> Tensor:
-    """[n] int64: the tokens of these responses among those of all, which have `lengths` [B] tokens."""
+    """Return [n] int64: the indices of these responses' tokens; all responses have `lengths` [B] tokens."""
     return to_device(ranges(offsets(lengths)[rows], lengths[rows]), device)
 
 
 def response_sums(x: Tensor, lengths: Tensor) -> Tensor:
-    """[B]: the sum of x [N] over the tokens of each response, of which there are `lengths` [B], 1 or more."""
+    """Return [B]: the sum of x [N] over each response of `lengths` [B] tokens, 1 or more."""
     return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
 
 
 def select(value: Any, rows: Array) -> Any:
-    """The rows of every array [B, ...] and list [B] in nested dataclasses and dicts."""
+    """Return the rows of every array [B, ...] and list [B] in nested dataclasses and dicts."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: select(getattr(value, field.name), rows) for field in fields(value)})
     if isinstance(value, dict):
@@ -238,13 +238,13 @@ def select(value: Any, rows: Array) -> Any:
 
 
 def first_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:
-    """Position [B] int64 of the first of any EOS in responses [B, T]; T where there is none."""
+    """Return the position [B] int64 of the first of any EOS in responses [B, T]; T where there is none."""
     is_eos = torch.isin(responses, torch.tensor(eos_ids, dtype=torch.int64, device=responses.device))
     return torch.where(is_eos.any(-1), is_eos.long().argmax(-1), responses.shape[1])
 
 
 def warn_about_filters(config: RolloutConfig) -> None:
-    """Top-k and top-p sample from another distribution than the one the ratio is computed with."""
+    """Warn that top-k and top-p sample from another distribution than that of the ratio."""
     if config.top_k is not None or config.top_p is not None:
         warnings.warn(
             "rollout.top_k and rollout.top_p bias the ratio: its log-probabilities are those of the full "
@@ -256,9 +256,9 @@ def warn_about_filters(config: RolloutConfig) -> None:
 def _generate(
     models: Models, ids: Tensor, attention_mask: Tensor, config: RolloutConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Responses [b, t] int64, their log-probabilities [b, t] float32, the ends [b] int64 of their stop strings.
+    """Return responses [b, t] int64, their log-probabilities [b, t] float32, the ends [b] int64 of their stop strings.
 
-    What follows an EOS or a stop string is arbitrary. The keys and values are gone when this returns.
+    Tokens after an EOS or a stop string are arbitrary. The KV cache is freed on return.
     """
     sampler, stopper = Sampler(config, generator), StopStrings(config, models.tokenizer, ids)
     settings = GenerationConfig(
@@ -281,9 +281,9 @@ def _generate(
 
 @contextlib.contextmanager
 def _plain_generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Hide the model's own generation config: `generate` would fill ours up with its penalties and bans.
+    """Hide the model's own generation config: `generate` would merge its penalties and bans into ours.
 
-    PEFT's `generate` leaves the config of the wrapper with the model inside. transformers below 5 keeps a static cache.
+    PEFT's `generate` gives the wrapper's config to the model inside. transformers below 5 keeps a static cache.
     """
     inner = unwrapped(model)
     own = model.generation_config, inner.generation_config

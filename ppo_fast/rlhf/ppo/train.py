@@ -46,7 +46,7 @@ from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
 
 @dataclass(frozen=True)
 class PPOResult:
-    """What a run returns."""
+    """The result of a run."""
 
     directory: Path  # the run: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/
     model: Path  # the final model directory, for AutoModelForCausalLM.from_pretrained
@@ -56,7 +56,7 @@ class PPOResult:
 
 @dataclass
 class PPORun(TrainingLoop):
-    """The moving parts of a run and one turn of its loop."""
+    """The state of a PPO run, and one step of it."""
 
     config: PPOConfig
     models: Models
@@ -86,7 +86,7 @@ class PPORun(TrainingLoop):
         for name, user in self.user_states.items():
             check_state(user.state_dict(), f"{name} function's state_dict")
         self.total = self.config.updates
-        # Scored in the batches of the update, the logits of the whole rollout never exist.
+        # Scoring in the batches of the update never materializes the logits of the whole rollout.
         optim, rollout = self.config.optim, self.config.rollout
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
@@ -164,7 +164,7 @@ def train_ppo(
     callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> PPOResult:
-    """Train a causal language model by PPO; what is not passed as an object is read from where `config` says.
+    """Train a causal language model by PPO; inputs that are not passed are read from `config`.
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
@@ -172,17 +172,17 @@ def train_ppo(
             token, for each completion; called by keyword.
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
-        tokenizer: the one the policy was made with.
+        tokenizer: the policy's.
         eval_prompts: held-out prompts, in the forms of `prompts`.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
-        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped. The
-            inputs are those the run was begun with; of the config, `updates`, `output_dir`, `overwrite`, `checkpoint`
-            and `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
+        resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
+            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `checkpoint` and
+            `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
             "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
 
     Raises:
-        UserError: an input that cannot be used, a failing reward function, a NaN, a full disk; one sentence, which
-            names the update. What was saved before stays as it is.
+        UserError: an input that cannot be used, a failing reward function or callback, a NaN, a full disk; one
+            sentence, which names the update. Saved files stay as they are.
         Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the update when a checkpoint is saved.
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
@@ -206,7 +206,7 @@ def open_run(
     callbacks: Sequence[UserCallback] = (),
     resume: bool | str = False,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
-    """Load what `train_ppo` trains; within the block the directory is held, the log open, signals wait."""
+    """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
     with hold_directory(config.output_dir), threads(config.threads):
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)

@@ -1,4 +1,4 @@
-"""The only place where parameters change: epochs of clipped policy and value updates over one rollout batch."""
+"""Epochs of clipped policy and value updates over one rollout batch; no other module changes parameters."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class MicroBatch:
 
     @classmethod
     def from_experience(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
-        """These responses, without what is padding in all of them."""
+        """Return these responses without the padding that all of them share."""
         cu_seqlens = to_device(offsets(experience.lengths[rows]), experience.tokens.device)
         return cls(experience.grid.sequences(rows, packed=packed), cu_seqlens, **experience.select(rows))
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What the update of one rollout batch did; the metrics are 0-d float32 tensors on the device."""
+    """The result of the update of one rollout batch; the metrics are 0-d float32 tensors on the device."""
 
     policy: Metrics  # metrics of `policy_loss` and "loss", combined over all optimizer steps
     value: Metrics  # metrics of `value_loss`, the same
@@ -76,7 +76,7 @@ class Step:
     taken: bool  # False: target_kl stopped the epochs here
 
     def checked(self) -> dict[str, Tensor]:
-        """What must be finite for the step to be taken, 0-d each, by the name of its metric."""
+        """Return the 0-d numbers that must be finite for the step to be taken, by metric."""
         return {
             "loss/policy": self.policy["policy_loss"],
             "loss/value": self.value["value_loss"],
@@ -105,9 +105,9 @@ class Learner:
     ) -> UpdateStats:
         """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
 
-        A step with a number that is not finite changes nothing. With on_nan = "skip" it is left out and counted;
-        else, or when no step is left, NotFiniteError tells the first one, and no later step changes anything either.
-        Between the first step and the last the host waits for the device only where target_kl asks for it.
+        A step with a number that is not finite changes nothing. With on_nan = "skip" it is skipped and counted;
+        else, or if no step is left, NotFiniteError names the first one, and no later step changes anything either.
+        Between the first step and the last the host waits for the device only if target_kl is set.
         """
         steps, device = list[Step](), experience.tokens.device
         first = index * self.config.optim.epochs * self.config.steps_per_epoch
@@ -170,7 +170,7 @@ class Learner:
         return error.metrics
 
     def _joint_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
-        """Policy and value head on one trunk: one forward pass, one backward pass of the sum."""
+        """Run policy and value head on one trunk: one forward pass, one backward pass of the sum."""
         with self.models.using("policy") as policy:
             x = response_hidden(policy, micro.sequences)
             loss = head_loss(x, **terms)
@@ -209,7 +209,7 @@ class Learner:
         return ops.value_loss(values, micro.returns, None, old_values=micro.values, clip=clip, denominator=tokens)
 
     def _minibatches(self, size: int, generator: torch.Generator) -> Iterator[tuple[int, int, Array]]:
-        """(epoch, number in it, rows of the minibatch), in a new order every epoch; all drawn at the start."""
+        """Yield (epoch, number in it, rows of the minibatch), in a new order every epoch; all drawn at the start."""
         epochs = range(self.config.optim.epochs)
         device = generator.device
         orders = [torch.randperm(size, generator=generator, dtype=torch.int64, device=device) for _ in epochs]
@@ -218,7 +218,7 @@ class Learner:
                 yield epoch, number, order[start : start + self.config.optim.minibatch_size]
 
     def state_dict(self) -> State:
-        """Optimizers and penalty coefficient; the weights are the models' own."""
+        """Return the states of optimizers and penalty coefficient; the models hold the weights."""
         return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
 
     def load_state_dict(self, state: State) -> None:
@@ -230,7 +230,7 @@ class Learner:
         self.value.zero_grad()
 
     def _stop_note(self, approx_kl: Tensor, epoch: int) -> str | None:
-        """Reads one number from the device per minibatch, and only when target_kl is set."""
+        """Return why the epochs stop; reads one number from the device, only if target_kl is set."""
         target = self.config.optim.target_kl
         if target is None or not approx_kl > target:
             return None
@@ -239,23 +239,23 @@ class Learner:
 
 
 def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str]]:
-    """The steps whose numbers are all finite, and a remark on each other; one read from the device for all.
+    """Return the finite steps, and a message for each step that is not; reads once from the device.
 
-    NotFiniteError for the first that is not when `stop`, or when no step is left.
+    NotFiniteError for the first step that is not finite if `stop`, or if no step is left.
     """
     values = torch.stack([torch.stack([*step.checked().values()]) for step in steps]).tolist()
-    good, remarks, first = [], [], None
+    good, messages, first = [], [], None
     for step, numbers in zip(steps, values, strict=True):
         found = [(name, x) for name, x in zip(step.checked(), numbers, strict=True) if not math.isfinite(x)]
         if not found:
             good.append(step)
             continue
-        told = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
-        first = first or NotFiniteError(told, step.rows)
-        remarks.append(f"skipped {told}")
+        message = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
+        first = first or NotFiniteError(message, step.rows)
+        messages.append(f"skipped {message}")
     if first is not None and (stop or not good):
         raise first
-    return good, remarks
+    return good, messages
 
 
 def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch.mean) -> Metrics:

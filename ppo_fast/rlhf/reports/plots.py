@@ -19,7 +19,7 @@ from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.files import write_result
 from ppo_fast.rlhf.training.log import METRICS, metric_records
 
-COUNTERS = ("update", "step")  # the position in a run, of which a line of a metrics file has one
+COUNTERS = ("update", "step")  # a line of a metrics file has one of them
 History = Sequence[Mapping[str, float]]  # one mapping of metric names to numbers per update
 
 INK, GRID = "#33393f", "#e6e8ea"
@@ -156,7 +156,7 @@ def draw_curves(
 
 
 def _make_axes(count: int) -> tuple[Figure, list[Axes]]:
-    """`count` axes in two columns, one where there is but one, below room for two lines of text."""
+    """Make `count` axes in up to two columns, below room for two lines of text."""
     columns = min(2, count)
     rows = math.ceil(count / columns)
     height = 1.2 + 2.6 * rows
@@ -189,7 +189,7 @@ def _style() -> dict[str, object]:
 
 
 def _draw_run(axis: Axes, panel: Panel, history: History, color: str, name: str) -> None:
-    """Every value thin and a running mean thick; what not every update has, as points on a line."""
+    """Draw every value thin and a running mean thick; metrics not logged at every update as points on a line."""
     rows = [(next((row[c] for c in COUNTERS if c in row), i), row) for i, row in enumerate(history, start=1)]
     drawn = [(update, panel.scale * row[panel.metric]) for update, row in rows if panel.metric in row]
     updates, values = zip(*drawn, strict=True)

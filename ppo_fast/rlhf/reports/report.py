@@ -79,7 +79,7 @@ def _curves(history: plots.History) -> str:
 
 
 def _first_and_last(history: plots.History) -> list[tuple[str, str, str]]:
-    """Every number of the last update, beside that of the first update that has it."""
+    """Return every number of the last update, paired with that of the first update that has it."""
     rows = []
     for name, last in history[-1].items():
         if isinstance(last, (int, float)) and name not in plots.COUNTERS:
@@ -96,7 +96,7 @@ def _samples(records: list[Record]) -> list[tuple[str, list[Record]]]:
 
 
 def _blind_pairs(records: list[Record], rng: random.Random) -> list[Record]:
-    """The last evaluation's answers beside those of the model before training, each pair in random order."""
+    """Pair the last evaluation's answers with those of the model before training, in random order."""
     latest = max((record["update"] for record in records), default=0)
     different = [r for r in records if r["update"] == latest and r["completion"] != r["baseline_completion"]]
     pairs = []

@@ -34,7 +34,7 @@ class DPO(Objective[Pair]):
     """-mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)); see :func:`ppo_fast.dpo_loss`."""
 
     stage = "DPO"
-    reference: PreTrainedModel  # causal LM, frozen; the model itself where adapters tell them apart
+    reference: PreTrainedModel  # causal LM, frozen; the model itself if the reference is an adapter
     beta: float
     linear: bool = True  # log-probabilities without the logits of the batch
     packed: bool = False  # batches without padding
@@ -47,14 +47,14 @@ class DPO(Objective[Pair]):
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
 
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sums [B] over the completions of the chosen and of the rejected, [2B] one after the other."""
+        """Return the sums [B] over the completions of the chosen and of the rejected."""
         logprobs = completion_logprobs(model, batch, linear=self.linear, packed=self.packed)
         lengths = to_device(batch.grid.lengths, logprobs.device)
         chosen, rejected = torch.segment_reduce(logprobs, "sum", lengths=lengths, unsafe=True).chunk(2)
         return chosen, rejected
 
     def _at_start(self) -> AbstractContextManager[None]:
-        """Where the reference is the model as it was at the start."""
+        """Turn the reference adapter on within the block, if the reference is an adapter."""
         return nullcontext() if self.adapters is None else self.adapters.active(self.adapters.reference)
 
 
@@ -75,14 +75,14 @@ def train_dpo(
         train: a path, or rows {"prompt", "chosen", "rejected"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
-        tokenizer: the one the model was made with.
+        tokenizer: the model's.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
-        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
-            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+        resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. In the config, `optim.epochs` and `log` may differ.
 
     Raises:
-        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
-            before stays as it is.
+        UserError: an unusable input, a failing callback, a NaN, a full disk; one sentence, which names the step. Saved
+            files stay as they are.
         Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
@@ -92,13 +92,13 @@ def train_dpo(
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
-        ways = {"linear": config.model.fused_head, "packed": config.model.packing}
-        objective = DPO(*common, _reference(loaded), config.beta, **ways, adapters=loaded.adapters)
+        layout = {"linear": config.model.fused_head, "packed": config.model.packing}
+        objective = DPO(*common, _reference(loaded), config.beta, **layout, adapters=loaded.adapters)
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
 def _reference(loaded: Loaded) -> PreTrainedModel:
-    """A frozen copy of the model, or of its adapter where that adds something at the start."""
+    """Return a frozen copy of the model, or copy its adapter if that changes the base at the start."""
     if loaded.adapters is None:
         return copy.deepcopy(loaded.model).requires_grad_(False)
     if loaded.saved is not None:

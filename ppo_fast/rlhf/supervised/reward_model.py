@@ -42,7 +42,7 @@ class RewardModel(Objective[Pair]):
     eos_ids: tuple[int, ...] = ()  # that end a completion
 
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
+        """Return the scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
         batch = self.batch(pairs)
         network = ValueModel.from_classifier(self.model)
         chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
@@ -66,7 +66,7 @@ class RewardModel(Objective[Pair]):
         }
 
     def extra_files(self, pairs: Sequence[Pair]) -> dict[str, object]:
-        """The tokens that end a completion; of the scores of the held-out ones mean, std, and how good they are."""
+        """Return the EOS tokens, and mean, std and quality of the scores of the held-out pairs."""
         files: dict[str, object] = {GENERATION: {"eos_token_id": [*self.eos_ids]}}
         if not pairs:
             return files
@@ -105,23 +105,23 @@ def train_reward_model(
     callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> SupervisedResult:
-    """Train a reward model on preference pairs; what is not passed is read from where `config` says.
+    """Train a reward model on preference pairs; inputs that are not passed are read from `config`.
 
-    The result is a model for AutoModelForSequenceClassification, with `reward_stats.json` beside it.
+    The result is a model for AutoModelForSequenceClassification and its `reward_stats.json`.
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
         train: a path, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
-        tokenizer: the one the model was made with.
+        tokenizer: the model's.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
-        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
-            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+        resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. In the config, `optim.epochs` and `log` may differ.
 
     Raises:
-        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
-            before stays as it is.
+        UserError: an unusable input, a failing callback, a NaN, a full disk; one sentence, which names the step. Saved
+            files stay as they are.
         Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
 
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
@@ -141,7 +141,7 @@ def _load(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Loaded:
-    """The model at `init`, or that of `model` under a new head; the head is trained beside adapters, in float32."""
+    """Load the model at `init`, or `model` with a new head; with adapters the head is trained too, in float32."""
     if config.init is None:
         loaded = load_causal(config.model, generator.device, model, tokenizer)
         loaded = dataclasses.replace(loaded, model=add_score_head(loaded.model, loaded.tokenizer, generator))
@@ -164,7 +164,7 @@ def _load(
 
 
 def reliability(gaps: Tensor) -> list[dict[str, float]]:
-    """Pairs by how sure the model is of the one it prefers, max(p, 1 - p) with p = sigmoid(gap): `BINS` from 0.5 to 1.
+    """Bin pairs by the confidence of the model, max(p, 1 - p) with p = sigmoid(gap), into `BINS` from 0.5 to 1.
 
     Each bin that holds pairs gives their mean confidence, their accuracy and their count; gaps are [M],
     chosen - rejected.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss counts the tokens of the completions alone."""
+"""Supervised fine-tuning: the loss counts only the tokens of the completions."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def train_sft(
     callbacks: Sequence[object] = (),
     resume: bool | str = False,
 ) -> SupervisedResult:
-    """Fine-tune a causal language model on completions; what is not passed is read from where `config` says.
+    """Fine-tune a causal language model on completions; inputs that are not passed are read from `config`.
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
         train: a path, or rows {"prompt", "completion"} or {"messages"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
-        tokenizer: the one the model was made with.
+        tokenizer: the model's.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
-        resume: continue the newest checkpoint in `config.output_dir`, to the same bits as if it had never stopped; see
-            :func:`ppo_fast.rlhf.train_ppo`. Of the config, `optim.epochs` and `log` may differ.
+        resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped; see
+            :func:`ppo_fast.rlhf.train_ppo`. In the config, `optim.epochs` and `log` may differ.
 
     Raises:
-        UserError: an input that cannot be used, a NaN, a full disk; one sentence, which names the step. What was saved
-            before stays as it is.
+        UserError: an unusable input, a failing callback, a NaN, a full disk; one sentence, which names the step. Saved
+            files stay as they are.
         Interrupted: SIGINT or SIGTERM came; a KeyboardInterrupt, raised after the step when a checkpoint is saved.
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
@@ -74,7 +74,7 @@ def train_sft(
         loaded = load_policy(config.model, start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
-        ways = {"linear": config.model.fused_head, "packed": config.model.packing}
+        layout = {"linear": config.model.fused_head, "packed": config.model.packing}
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
-        objective = SFT(*common, **ways, adapters=loaded.adapters)
+        objective = SFT(*common, **layout, adapters=loaded.adapters)
         return fit(config, objective, data, loaded.tokenizer, start)

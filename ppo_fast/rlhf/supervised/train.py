@@ -1,4 +1,4 @@
-"""What SFT, reward model and DPO share: one loop over batches of examples, and the completions' log-probabilities."""
+"""The loop of SFT, reward model and DPO over batches of examples, and log-probabilities of completions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Source = str | Path | Iterable[Mapping[str, object]]
 
 @dataclass(frozen=True)
 class Objective(ABC, Generic[Kind]):
-    """What a stage minimizes."""
+    """The loss that a stage minimizes."""
 
     stage: ClassVar[str]  # its name
     model: PreTrainedModel  # the module that is trained, saved by `save_pretrained`
@@ -54,23 +54,23 @@ class Objective(ABC, Generic[Kind]):
         """Mean loss and metrics of the examples, each counted by its `weight`."""
 
     def batch(self, examples: Sequence[Kind]) -> Batch:
-        """The examples padded; of pairs [2B, L], first all that were chosen."""
+        """Return the examples padded; pairs give [2B, L], all the chosen ones first."""
         return collate(sequences(examples), self.pad_id, self.model.device)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Kind]) -> dict[str, float]:
-        """Loss and metrics of held-out examples, however many."""
+        """Return loss and metrics of any number of held-out examples."""
         parts = [(share, metrics_of(self.loss(part))) for share, part in weighted(examples, self.width)]
         return {name: value.item() for name, value in mean_metrics(parts).items()}
 
     def extra_files(self, examples: Sequence[Kind]) -> dict[str, object]:
-        """File name -> JSON to save beside the model; `examples` are the held-out ones."""
+        """Return file name -> JSON, to save with the model; `examples` are the held-out ones."""
         return {}
 
 
 @dataclass(frozen=True)
 class SupervisedResult:
-    """What a run returns."""
+    """The result of a run."""
 
     directory: Path  # the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/
     model: Path  # the final model directory, for from_pretrained
@@ -88,10 +88,10 @@ class Data(Generic[Kind]):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins, or goes on."""
+    """Where a run starts or continues."""
 
     generator: torch.Generator
-    checkpoint: Checkpoint | None  # None: at the beginning
+    checkpoint: Checkpoint | None  # None: a new run
     callbacks: Sequence[UserCallback]
 
 
@@ -122,7 +122,7 @@ class SupervisedEvaluation(Callback, Generic[Kind]):
 
 @dataclass
 class SupervisedRun(TrainingLoop, Generic[Kind]):
-    """The moving parts of a run and one turn of its loop."""
+    """The state of a supervised run, and one step of it."""
 
     config: SupervisedConfig
     objective: Objective[Kind]
@@ -217,7 +217,7 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 
 @contextlib.contextmanager
 def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[object]) -> Iterator[Start]:
-    """Refuse a directory in use, or another run's, before anything is loaded; then the threads and the generator."""
+    """Refuse a directory in use, or another run's, before loading; then set threads and make the generator."""
     users = user_callbacks(callbacks)
     with hold_directory(config.output_dir), threads(config.threads):
         if resume in (False, None):
@@ -234,7 +234,7 @@ def load_data(
     train: Source | None,
     held_out: Source | None,
 ) -> Data[Kind]:
-    """The examples given, or those that `config` names in place of None; a share of train when none are held out."""
+    """Return the examples passed or named in `config`; if none are held out, a share of train is."""
     train = config.data.train if train is None else train
     held_out = config.data.held_out if held_out is None else held_out
     examples = load_examples(train, "train", make, tokenizer, config.data)
@@ -256,7 +256,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     start: Start,
 ) -> SupervisedResult:
-    """The loop: optimizer steps over the epochs, evaluations, checkpoints."""
+    """Run the loop and save the model."""
     _check_fit(objective.model, data)
     warn_about_precision(objective.model, config.optim)
     run = SupervisedRun(config, objective, data, tokenizer, start.generator, start.callbacks)
@@ -275,24 +275,24 @@ def fit(
 
 
 def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequence[Kind]]]:
-    """Micro-batches of `width` examples with their shares of the whole weight, so that means of parts add up."""
+    """Yield micro-batches of `width` examples with their shares of the whole weight: means of parts add up."""
     total = sum(example.weight for example in examples)
     for micro in chunks(examples, width):
         yield sum(example.weight for example in micro) / total, micro
 
 
 def metrics_of(output: ops.LossOutput) -> dict[str, Tensor]:
-    """The loss among its metrics: 0-d detached tensors."""
+    """Return loss and metrics: 0-d detached tensors."""
     return {"loss": output.loss.detach()} | output.metrics
 
 
 def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Metrics of several micro-batches, each with its share, as those of all of them."""
+    """Combine the metrics of several micro-batches, each with its share."""
     return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
 
 def completion_logprobs(model: PreTrainedModel, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:
-    """Log-probabilities [N] float32 of the tokens of the completions given those before them, row by row.
+    """Return log-probabilities [N] float32 of the tokens of the completions given those before them, row by row.
 
     With `linear` they come from the hidden states and the weight of the head: the logits of the batch never exist.
     """
@@ -302,7 +302,7 @@ def completion_logprobs(model: PreTrainedModel, batch: Batch, *, linear: bool = 
 
 
 def _check_fit(model: PreTrainedModel, data: Data[Kind]) -> None:
-    """The model has a position and an embedding for every token."""
+    """Raise a UserError unless the model has a position and an embedding for every token."""
     examples = [*data.train, *data.held_out]
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(example.length for example in examples)

@@ -1,4 +1,4 @@
-"""AdamW for weights of 16 bits: float32 masters that take the steps, or moments in 8 bits and stochastic rounding."""
+"""AdamW for 16-bit weights: with float32 master weights, or with 8-bit moments and stochastic rounding."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _CHUNK = 2**28  # elements: 1 GiB
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of the weights, which are the copies rounded to nearest after each step.
+    """AdamW on float32 copies of the weights; after each step the weights are the copies rounded to nearest.
 
-    Weights that are float32 already are their own masters.
+    Float32 weights are their own masters.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
@@ -37,7 +37,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
-        super().step(closure)  # of float32 weights; what has no gradient is left alone
+        super().step(closure)  # of float32 weights; weights without a gradient are skipped
         for own in self._own:
             own.grad = None
         for chunk in self._chunks:
@@ -65,7 +65,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Lists whose float32 gradients take about `_CHUNK` elements: those of 7 billion weights would take 28 GB."""
+    """Split into lists of about `_CHUNK` elements: float32 gradients of 7 billion weights would take 28 GB."""
     chunk, size = list[tuple[Tensor, Tensor]](), 0
     for pair in pairs:
         chunk.append(pair)
@@ -154,7 +154,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def new_moments(weight: Tensor) -> dict[str, Tensor]:
-    """Mean of the gradients and root of the mean of their squares, all 0: codes [n] with scales [n / 256], or [n]."""
+    """Return mean and root mean square of the gradients, all 0: codes [n] with scales [n / 256], or [n]."""
     size, device = weight.numel(), weight.device
     if size < SMALLEST or size % BLOCK:
         return {name: torch.zeros(size, dtype=torch.float32, device=device) for name in ("mean", "root")}
@@ -166,7 +166,7 @@ def new_moments(weight: Tensor) -> dict[str, Tensor]:
 
 
 def code_book(*, signed: bool) -> Tensor:
-    """The 256 numbers that codes stand for, rising from -1 or 0 to 1: 7 decades, the higher the finer."""
+    """Return the 256 numbers of the codes, rising from -1 or 0 to 1 over 7 decades, the higher the finer."""
     decades = []
     for decade in range(7):
         count = 2 ** (decade + (not signed)) + 1
@@ -178,7 +178,7 @@ def code_book(*, signed: bool) -> Tensor:
 
 
 def encode(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [n] uint8 nearest to values [n] in the `book`, and the scales [n / 256] float32 of their blocks."""
+    """Return the codes [n] uint8 nearest to values [n] in the `book`, and the scales [n / 256] float32 of blocks."""
     blocks = values.view(-1, BLOCK)
     scale = blocks.abs().amax(dim=1).clamp_min(1e-30)
     codes = torch.bucketize(blocks / scale[:, None], (book[1:] + book[:-1]) / 2, out_int32=True)
@@ -186,12 +186,12 @@ def encode(values: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scale: Tensor, book: Tensor) -> Tensor:
-    """Values [n] float32 of codes [n]."""
+    """Return the values [n] float32 of codes [n]."""
     return (book[codes.int()].view(-1, BLOCK) * scale[:, None]).view(-1)
 
 
 def rounded(values: Tensor, noise: Tensor) -> Tensor:
-    """Float32 `values` [n] to one of the two nearest bfloat16, right in the mean; noise [n] int16, all 65536 alike."""
+    """Round float32 `values` [n] to a neighboring bfloat16, unbiased; noise [n] int16 is uniform."""
     # A bfloat16 is the upper half of a float32: the carry of the lower halves is the rounding.
     bits = values.view(torch.int32) + (noise.int() & 0xFFFF)
     return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
@@ -211,7 +211,7 @@ def _pass(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Step number `taken` of `weight` [n] and its moments, in place; where `keep`, a 0-d bool, nothing changes."""
+    """Take step `taken` of `weight` [n] and its moments in place; if `keep`, a 0-d bool, change nothing."""
     (beta1, beta2), gradient = betas, gradient.float()
     old = {n: decode(moments[n], moments[f"{n}_scale"], books[n]) if len(moments) == 4 else moments[n] for n in books}
     mean = old["mean"].lerp(gradient, 1 - beta1)

@@ -1,6 +1,6 @@
-"""The only place that writes weights: model directories and checkpoints, each there completely or not at all.
+"""Write model directories and checkpoints, each completely or not at all; no other module writes weights.
 
-A checkpoint is a model directory, as `from_pretrained` reads it, with the state of its loop beside the weights:
+A checkpoint is a model directory, as `from_pretrained` reads it, plus the state of its loop:
 
     RUN/checkpoints/update-000020/
         config.json  model.safetensors  tokenizer.json  ...   written by the loop's own `write`
@@ -8,7 +8,7 @@ A checkpoint is a model directory, as `from_pretrained` reads it, with the state
         state.json                                            the rest of it, and a digest of every file; nothing is
                                                               ever unpickled
 
-`loop.Loop` saves and restores what a stage keeps in parts with `state_dict()` and `load_state_dict()`.
+`TrainingLoop` saves and restores the parts of a stage by their `state_dict()` and `load_state_dict()`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from ppo_fast.rlhf.training.state import State, _pack, _unpack
 
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
-NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; any other, such as "best", is left alone
-SUPERSEDED = ".superseded"  # ending of checkpoints that a run continued from an older one will replace
+NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; others, such as "best", are not
+SUPERSEDED = ".superseded"  # suffix of checkpoints that a run resumed from an older one will replace
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *
     """Save weights and state as `target`, whose name ends in a number; then remove all but the `keep_last` highest.
 
     Args:
-        write: puts the weights, and what belongs to them, into the directory it is given.
-        state: what `_pack` takes.
+        write: writes the weights and their files into the directory it is given.
+        state: values that `_pack` takes.
         keep_last: 0 keeps all.
 
     Raises:
-        OSError, SafetensorError: the disk is full or the like. What was saved before is as it was.
+        OSError, SafetensorError: the disk is full or the like. Earlier checkpoints stay as they are.
     """
     tensors: dict[str, Tensor] = {}
     record = _pack(state, "state", tensors)
@@ -76,12 +76,12 @@ def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The complete checkpoint of the highest number, if there is one."""
+    """Return the complete checkpoint of the highest number, if there is one."""
     return next((path for path in reversed(_numbered(checkpoints)) if is_complete(path)), None)
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the state is there and as it was written; `load_checkpoint` looks at the other files."""
+    """Return whether the state is there and undamaged; `load_checkpoint` checks the other files."""
     try:
         read_sealed(directory / STATE)
     except (OSError, DamagedError):
@@ -90,9 +90,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def load_checkpoint(checkpoints: Path, name: str | None = None, *, tensors: bool = True) -> Checkpoint:
-    """The checkpoint of that name, by default the newest, with every file checked; `tensors` False: only state.json.
+    """Load the checkpoint of that name, by default the newest, and check every file; `tensors` False: only state.json.
 
-    Raises UserError when there is none or it is damaged, naming the newest one before it that is not.
+    Raises UserError when there is none or it is damaged; the message names the newest undamaged one before it.
     """
     numbered = _numbered(checkpoints)
     if not numbered:
@@ -127,25 +127,25 @@ def _is_good(directory: Path) -> bool:
     return True
 
 
-def set_newer_aside(start: Path) -> None:
+def supersede_newer(start: Path) -> None:
     """Rename the checkpoints newer than `start`: no resume finds them, and the next complete save removes them."""
     numbered = _numbered(start.parent)
     for path in numbered[numbered.index(start) + 1 :]:
-        aside = path.with_name(path.name + SUPERSEDED)
-        remove(aside, ignore_errors=True)
-        path.rename(aside)
+        superseded = path.with_name(path.name + SUPERSEDED)
+        remove(superseded, ignore_errors=True)
+        path.rename(superseded)
     _fsync(start.parent)
 
 
 def save_models(models: Models, directory: Path) -> Path:
-    """Write policy and tokenizer as `from_pretrained` reads them, and beside them what `model.value_path` reads."""
+    """Write policy and tokenizer for `from_pretrained`, and the value model for `model.value_path`."""
     with atomic_directory(directory) as scratch:
         write_models(models, scratch, merge=models.merge)
     return directory
 
 
 def write_models(models: Models, directory: Path, *, merge: bool = False) -> None:
-    """The files of `save_models`, into an existing directory; with `merge` the adapter is in the policy's weights."""
+    """Write the files of `save_models` into an existing directory; `merge` adds the adapter to the policy's weights."""
     write_model(models.policy, models.tokenizer, directory, models.adapters, merge=merge)
     value = models.value
     if models.adapters is not None:
@@ -157,7 +157,7 @@ def write_models(models: Models, directory: Path, *, merge: bool = False) -> Non
 
 
 def load_weights(models: Models, directory: Path) -> None:
-    """Copy what `write_models` wrote, not merged, into the policy and the value model."""
+    """Copy the files of `write_models`, not merged, into the policy and the value model."""
     load_saved(models.policy, directory, models.adapters)
     if models.adapters is not None:
         _read_into(models.adapters, VALUE, directory / VALUE_DIRECTORY, models.value.head)
@@ -171,7 +171,7 @@ def _value_file(models: Models) -> str:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors; what shares storage with another, such as tied weights, is copied."""
+    """Write tensors as safetensors; a tensor that shares storage, such as a tied weight, is copied."""
     to_python, seen = {}, set()
     for name, value in tensors.items():
         storage = value.untyped_storage().data_ptr()
@@ -189,7 +189,7 @@ def save_model(
     *,
     merge: bool = False,
 ) -> Path:
-    """`write_model` as a whole or not at all, and beside it `extra`: file name -> JSON."""
+    """Write the files of `write_model` and `extra`, file name -> JSON, all or none."""
     with atomic_directory(directory) as scratch:
         write_model(model, tokenizer, scratch, adapters, merge=merge)
         for name, content in (extra or {}).items():
@@ -205,10 +205,10 @@ def write_model(
     *,
     merge: bool = False,
 ) -> None:
-    """A model and its tokenizer as `from_pretrained` reads them, into an existing directory.
+    """Write a model and its tokenizer for `from_pretrained` into an existing directory.
 
-    Of a model with adapters a PEFT directory, with the head of a reward model; with `merge` the base with the adapter
-    added to its weights.
+    A model with adapters gives a PEFT directory, with the head of a reward model; `merge` writes the base with the
+    adapter added to its weights.
     """
     with no_progress_bars():
         if adapters is None:
@@ -230,8 +230,8 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
         return
     own = model.state_dict()
     for path in sorted(directory.glob("model*.safetensors")):
-        tensors = read_tensors(path)  # views of the file, of which nothing is read
-        for name in own.keys() & tensors.keys():  # the others are judged below: transformers may rename
+        tensors = read_tensors(path)  # views of the file: no data is read
+        for name in own.keys() & tensors.keys():  # the others are checked below: transformers may rename
             check_tensors({name: own[name]}, {name: tensors[name]}, str(path))
     saved = load_network(type(model), str(directory), exact=True, dtype=model.dtype)
     copy_tensors(own, saved.state_dict(), str(directory))
@@ -252,13 +252,13 @@ def _read_into(adapters: Adapters, name: str, directory: Path, head: nn.Linear |
 
 
 def _numbered(checkpoints: Path) -> list[Path]:
-    """The directories with a number and a state, which a save puts there last, by rising number."""
+    """Return the directories with a number and a state, the file that a save writes last, by rising number."""
     found = [(NUMBERED.fullmatch(path.name), path) for path in checkpoints.glob("*") if (path / STATE).is_file()]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def _prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove old checkpoints, each out of sight first, and what a killed process left half written or removed."""
+    """Remove old checkpoints, each renamed first, and the half-written or half-removed ones of killed processes."""
     for path in [*filter(is_complete, _numbered(checkpoints))][:-keep_last] if keep_last else []:
         path.rename(path.with_name(f".{path.name}.removed"))
     settle_all(checkpoints)

@@ -1,4 +1,4 @@
-"""What is kept of a batch that made a number not finite, so that the fault can be repeated."""
+"""Save a batch that made a number not finite, so that the fault can be repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ppo_fast.rlhf.training.checkpoint import save_tensors
 def save_batch(
     target: Path, write: Callable[[Path], None], tensors: Mapping[str, Tensor], record: Mapping[str, object]
 ) -> Path:
-    """Write the weights as they are, by `write`, and the batch: batch.safetensors and batch.json."""
+    """Write the weights by `write`, and the batch: batch.safetensors and batch.json."""
     with atomic_directory(target) as scratch:
         write(scratch)
         save_tensors(tensors, scratch / "batch.safetensors")

@@ -12,7 +12,7 @@ from ppo_fast.rlhf.errors import NotFiniteError, UserError
 
 
 def require_finite(**tensors: Tensor) -> None:
-    """NotFiniteError with the name of the first tensor that holds a NaN or an infinity."""
+    """Raise NotFiniteError with the name of the first tensor that holds a NaN or an infinity."""
     finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
     for name, ok in zip(tensors, finite, strict=True):
         if not ok:
@@ -21,7 +21,7 @@ def require_finite(**tensors: Tensor) -> None:
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
-    """UserError that names the first metric that is not finite."""
+    """Raise a UserError that names the first metric that is not finite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is not finite: {value}")

@@ -20,10 +20,10 @@ _held: set[int] = set()  # descriptors
 
 @contextlib.contextmanager
 def hold_directory(path: str | Path) -> Iterator[None]:
-    """Keep other runs out of a run directory, which is made if it is not there, for the block.
+    """Lock a run directory, made if needed, against other runs within the block.
 
-    The kernel ends the lock with the process, so a killed run leaves none. A directory that is still empty after the
-    block is removed. A file system without locks is a warning.
+    The kernel releases the lock with the process, so a killed run leaves none. A directory that is still empty after
+    the block is removed. A file system without locks is a warning.
 
     Raises:
         UserError: another run, of this process or another one, holds the directory; or it cannot be written to.
@@ -53,7 +53,7 @@ def hold_directory(path: str | Path) -> Iterator[None]:
 
 
 def _locked(lock: Path) -> int:
-    """The descriptor of the locked file, which names this process."""
+    """Return the descriptor of the locked file, which names this process."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -81,7 +81,7 @@ def _locked(lock: Path) -> int:
 
 
 def _let_go() -> None:
-    """A child that outlives a killed run must not hold its lock."""
+    """Close the locks in a forked child: one that outlives a killed run must not hold them."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -1,4 +1,4 @@
-"""What a person sees of a run and what stays of it: console, JSONL, TensorBoard, Weights & Biases."""
+"""The log of a run: console, JSONL, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ RUN_ARTIFACTS = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL,
 
 
 def require_free(config: RunConfig) -> None:
-    """UserError for a directory that holds what the run would replace, with `overwrite` off."""
+    """Raise a UserError when the directory holds files that the run would replace and `overwrite` is off."""
     held = [name for name in RUN_ARTIFACTS if (Path(config.output_dir) / name).exists()]
     if held and not config.overwrite:
         raise UserError(f"output_dir: {config.output_dir!r} already holds {held[0]!r}; choose another or set overwrite")
 
 
 class StageLog(Callback):
-    """Writes every metric of every step at once, so that a crashed run leaves a readable file.
+    """Writes the metrics of a step at once, so that a crashed run leaves a readable file.
 
-    Use as a context manager; `history` keeps the metrics of the `total` steps so far. UserError, before anything is
-    written, for a directory that holds what the run would replace, with `overwrite` off. `resume` is what `position`
-    returned at a checkpoint: the files are cut back to it and go on from there.
+    Use as a context manager; `history` keeps the metrics of the steps so far. Raises a UserError before anything is
+    written when the directory holds files that the run would replace and `overwrite` is off. `resume` is the
+    `position` of a checkpoint: the files are truncated to it and appended to.
     """
 
     unit = "step"  # what is counted
@@ -100,7 +100,7 @@ class StageLog(Callback):
             self.note(record.step + 1, note)
 
     def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
-        """Record the metrics of step number `number`, counted from 1, and a remark about it."""
+        """Record the metrics and the note of step `number`, from 1 in files and on the console."""
         self.history.append(metrics)
         record: Record = {self.unit: number} | metrics
         _line(self._open[METRICS], record | ({"note": note} if note else {}))
@@ -117,13 +117,13 @@ class StageLog(Callback):
         self._progress.update(self._task, completed=number)
 
     def note(self, number: int, note: str | None) -> None:
-        """Show a remark, if there is one."""
+        """Show a note, if there is one."""
         if note:
             line = printable(f"{self.unit} {number}: {note}")
             self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def position(self, done: int) -> dict[str, int]:
-        """The steps done and the bytes in each file, flushed to disk: where a resumed run goes on."""
+        """Flush the files and return the steps done and the bytes in each file; a resumed run continues there."""
         for file in self._open.values():
             os.fsync(file.fileno())
         return {"done": done} | {name: (self.directory / name).stat().st_size for name in self.files}
@@ -133,7 +133,7 @@ class StageLog(Callback):
         return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
 
     def _empty_directory(self) -> None:
-        """Make the directory, without what an earlier run left there; of a link what it names stays."""
+        """Make the directory and remove an earlier run's files; the target of a link stays."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -150,7 +150,7 @@ class StageLog(Callback):
             raise UserError(f"output_dir: cannot empty {str(self.directory)!r}: {error.strerror}") from error
 
     def _cut_back(self, position: Mapping[str, int]) -> None:
-        """Drop what was written after the checkpoint, and read the history before it."""
+        """Truncate the files to the checkpoint, and read the history before it."""
         for name in self.files:
             os.truncate(self.directory / name, position[name])
         records = metric_records(self.directory / METRICS)
@@ -165,7 +165,7 @@ class StageLog(Callback):
         return resources.enter_context(SummaryWriter(str(self.directory / TENSORBOARD), purge_step=after))
 
     def _open_wandb(self, resources: contextlib.ExitStack) -> Any:
-        """A run of Weights & Biases with the config; a resumed run is another one, from the step it goes on with."""
+        """Start a run of Weights & Biases with the config; a resumed run starts another one, at its next step."""
         if self.log.wandb is None:
             return None
         init = require("wandb", "wandb").init
@@ -176,24 +176,24 @@ class StageLog(Callback):
 
 
 def metric_records(path: Path) -> list[Record]:
-    """The lines of a metrics file: numbers by name, and perhaps a note; see `read_records`."""
+    """Read the lines of a metrics file: numbers by name and an optional note; see `read_records`."""
     return read_records(path, "numbers by name", _is_metrics)
 
 
 def sample_records(path: Path, *names: str) -> list[Record]:
-    """The lines of a file of samples or of answers, which have the fields `names`; see `read_records`."""
+    """Read the lines of a file of samples or answers, which have the fields `names`; see `read_records`."""
     return read_records(
         path, f"the fields {', '.join(names)}", lambda record: all(_has(record, name) for name in names)
     )
 
 
 def read_records(path: Path, expected: str, known: Callable[[Record], bool]) -> list[Record]:
-    """The objects of a JSONL file of a run, none where there is no file.
+    """Read the objects of a JSONL file of a run; a missing file has none.
 
-    A last line without its newline is what a kill left, or a run is just writing it: it is left out, with a warning.
+    A last line without its newline was cut by a kill or is still being written: it is left out, with a warning.
 
     Raises:
-        UserError: a line is not JSON, or no object that is `known`; it names file and line.
+        UserError: a line is not JSON, or no object that is `known`; the message names file and line.
     """
     records: list[Record] = []
     if not path.is_file():

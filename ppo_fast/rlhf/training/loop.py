@@ -1,4 +1,4 @@
-"""What the loops of all stages share: saving, stopping, going on, and what follows a number that is not finite."""
+"""The loop of all stages: steps, callbacks, checkpoints, signals, resuming, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback
-from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, set_newer_aside
+from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, supersede_newer
 from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
@@ -24,11 +24,11 @@ from ppo_fast.rlhf.training.state import State, restore_rng, rng_state
 
 
 class TrainingLoop(ABC):
-    """A run that goes on where a checkpoint was written, to the same bits as if it had never stopped."""
+    """A run of steps that continues from a checkpoint bitwise as if it had never stopped."""
 
     config: PPOConfig | SupervisedConfig
     generator: torch.Generator  # every random number of the run
-    inputs: State  # of `resume.inputs`: what a resumed run must find as it was
+    inputs: State  # of `resume.inputs`: a resumed run must find the same
     code: Mapping[str, str] = MappingProxyType({})  # of `resume.file_digests`: the user's functions
     total: int  # steps of the whole run
     length: str  # what sets `total`, for messages
@@ -51,18 +51,18 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def _parts(self) -> dict[str, Any]:
-        """What changes during a run, the weights aside: objects with `state_dict` and `load_state_dict`."""
+        """Return the objects whose state changes during a run, except the weights."""
 
     @abstractmethod
     def _write(self, directory: Path) -> None:
-        """Put the weights, and what belongs to them, into an existing directory."""
+        """Write the weights and their files into an existing directory."""
 
     @abstractmethod
     def _load(self, directory: Path) -> None:
-        """Copy the weights that `_write` put there into the models."""
+        """Copy the weights that `_write` wrote into the models."""
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
-        """The steps still to do, each a safe point to save and to stop at."""
+        """Take the remaining steps; after each one the run can be saved and stopped."""
         for name in (FINAL, BEST):
             settle(log.directory / name)
         for name in (CHECKPOINTS, FAILED):
@@ -85,12 +85,12 @@ class TrainingLoop(ABC):
             self.record = dataclasses.replace(self.record, batch=None)  # freed before the next one is made
 
     def end(self) -> None:
-        """Call `on_end` of the user's callbacks: the final model is saved."""
+        """Call `on_end` of the user's callbacks, after the final model is saved."""
         for callback in self.callbacks:
             callback.on_end(dataclasses.replace(self.record, step=self.done - 1))
 
     def save(self, log: StageLog) -> Path:
-        """A checkpoint of the run as it is."""
+        """Write a checkpoint, unless this step has one, and call `on_checkpoint` of the user's callbacks."""
         target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
         if is_complete(target):
             return target
@@ -110,13 +110,13 @@ class TrainingLoop(ABC):
         return saved
 
     def restore(self, start: Checkpoint) -> None:
-        """Go back to a checkpoint, and set newer ones aside.
+        """Restore a checkpoint, and rename the newer ones.
 
-        UserError when the run was begun with another model or other data, or is over, or the checkpoint is damaged.
+        UserError when the run began with another model or other data, or is over, or the checkpoint is damaged.
         """
         with restoring(start.directory):
             self._restore(start)
-            set_newer_aside(start.directory)
+            supersede_newer(start.directory)
 
     def _restore(self, start: Checkpoint) -> None:
         state, parts = start.state, self._all_parts()

@@ -1,4 +1,4 @@
-"""What optimizer steps are made of, in every stage: AdamW with its clip, learning rate, penalty coefficient."""
+"""Optimizer steps of every stage: AdamW with its clip, the learning rate, the penalty coefficient."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ClippedOptimizer:
         self.optimizer = make_optimizer(self.parameters, lr, config)
 
     def clip(self) -> Tensor:
-        """Clip the gradients; returns their 0-d float32 norm from before."""
+        """Clip the gradients and return their 0-d float32 norm before clipping."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        # By dtype: foreach kernels take one at a time. Norms of bfloat16 gradients would be bfloat16 themselves.
+        # By dtype: foreach kernels take one at a time. In float32: norms of bfloat16 gradients would be bfloat16.
         kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
         norms = [norm for same in kinds for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -34,9 +34,9 @@ class ClippedOptimizer:
         return norm
 
     def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
-        """Step and clear the gradients; where `failed`, a 0-d bool, weights and moments stay as they are.
+        """Step and clear the gradients; if `failed`, a 0-d bool, weights and moments stay as they are.
 
-        The kernels read the flag on the device, as they do for `torch.amp.GradScaler`: the host waits for nothing.
+        The kernels read the flag on the device, as they do for `torch.amp.GradScaler`: the host does not wait.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
@@ -52,7 +52,7 @@ class ClippedOptimizer:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """UserError for moments of another shape or dtype: the fused kernel of torch would write out of bounds."""
+        """Restore; UserError for moments of another shape or dtype: the fused kernel would write out of bounds."""
         if isinstance(self.optimizer, torch.optim.AdamW):
             weights = dict(enumerate(self.optimizer.param_groups[0]["params"]))
             for index, moments in state["state"].items():
@@ -66,7 +66,7 @@ class ClippedOptimizer:
 
 
 def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfig) -> torch.optim.Optimizer:
-    """AdamW with the states that `config` asks for."""
+    """Return AdamW with the states that `config` asks for."""
     options: dict[str, Any] = {
         "lr": lr,
         "betas": config.betas,
@@ -107,7 +107,7 @@ class PenaltyCoefficient:
 
 
 def schedule(step: int, total: int, config: AdamWConfig) -> float:
-    """Learning-rate factor of step `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
+    """Return the learning-rate factor of `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
     warmup = math.ceil(config.warmup_frac * total)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""What a run continues from, and what is told when a write fails."""
+"""Where a run continues, the inputs it must find again, and the message when a write fails."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FREE = ("output_dir", "overwrite", "checkpoint", "log")  # fields and groups tha
 
 
 def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: str) -> Checkpoint | None:
-    """The checkpoint that a run goes on from: none for False, the newest for True, else the one of that name.
+    """Load the checkpoint that a run continues: none for False, the newest for True, else the one of that name.
 
-    UserError when `config` means another run: when it differs in fields or groups other than `FREE` and `free`;
-    or when the files of the run hold less than at the checkpoint.
+    UserError when `config` differs in fields or groups other than `FREE` and `free`, or when the files of the run are
+    shorter than at the checkpoint.
     """
     if resume in (False, None):  # an empty name is a mistake, not a new run
         return None
@@ -46,7 +46,7 @@ def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: 
 
 @contextlib.contextmanager
 def restoring(directory: Path) -> Iterator[None]:
-    """UserError for a checkpoint that is as it was written, but not what this run writes."""
+    """Raise a UserError for an undamaged checkpoint that does not fit this run."""
     try:
         yield
     except UserError:
@@ -65,19 +65,19 @@ def _check_sizes(directory: Path, position: Mapping[str, int]) -> None:
 
 
 def inputs(model: nn.Module, data: Mapping[str, Iterable[object]]) -> State:
-    """What a resumed run reads anew and must find as it was when the run was begun, in short."""
+    """Return digests of the inputs that a resumed run reads again and must find unchanged."""
     device, weights = next(model.parameters()).device.type, fingerprint(model)
     return {"kinds of device": device, "model weights": weights} | {name: _digest(rows) for name, rows in data.items()}
 
 
 def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[object]]:
-    """What `inputs` keeps of prompts: their texts and tokens, and the columns that the user's functions get."""
+    """Return the data of prompts for `inputs`: texts and tokens, and the columns that the user's functions get."""
     texts = zip(data.prompts, data.token_ids, strict=True)
     return {f"{kind}prompts": texts, f"columns of the {kind}prompts": data.columns.items()}
 
 
 def _digest(rows: Iterable[object]) -> str:
-    """Equal for rows that are written alike."""
+    """Return a digest of the rows as `_written`."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(_written(row).encode())
@@ -85,7 +85,7 @@ def _digest(rows: Iterable[object]) -> str:
 
 
 def _written(value: object) -> str:
-    """`value` as text, the same in every process: whole arrays, sets in order, no addresses of objects."""
+    """Return `value` as text that is the same in every process: whole arrays, sets in order, no object addresses."""
     value = to_python(value)
     if isinstance(value, Mapping):
         return _written(list(value.items()))
@@ -97,13 +97,13 @@ def _written(value: object) -> str:
 
 
 def file_digests(specs: Iterable[str | None]) -> dict[str, str]:
-    """File -> digest of those of the "file.py:function" given."""
+    """Return file -> digest of the files in "file.py:function" specs."""
     paths = sorted({spec.rpartition(":")[0] for spec in specs if spec})
     return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()}
 
 
 def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Warn about each file of `file_digests` that is not what it was; its owner may have mended it."""
+    """Warn about each file of `file_digests` that has changed; that may be a fix."""
     for path, digest in now.items():
         if before.get(path) != digest:
             warnings.warn(f"resume: {path!r} is not as it was when the checkpoint was saved", stacklevel=3)
@@ -111,7 +111,7 @@ def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Non
 
 @contextlib.contextmanager
 def report_write_errors(directory: Path) -> Iterator[None]:
-    """UserError for a full disk and the like: what failed, and what is safe."""
+    """Raise a UserError for a full disk and the like that says what failed and what is safe."""
     try:
         yield
     except (OSError, SafetensorError) as error:

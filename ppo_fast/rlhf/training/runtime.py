@@ -74,7 +74,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def find_device(name: str, setting: str = "model.device") -> torch.device:
-    """The device of that name, "auto": a GPU if there is one; UserError, naming `setting`, when there is none."""
+    """Return the device of that name, "auto": a GPU if there is one; UserError, naming `setting`, if it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     usable = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
@@ -85,7 +85,7 @@ def find_device(name: str, setting: str = "model.device") -> torch.device:
 
 
 def warn_about_precision(model: nn.Module, config: AdamWConfig) -> None:
-    """Warn once when bfloat16 weights are to take steps that they may round away."""
+    """Warn when bfloat16 weights may round their steps away."""
     kept = config.master_weights or config.name == "adamw_8bit"
     if not kept and any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
         warnings.warn(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests that a loop answers at a safe point."""
+"""SIGINT and SIGTERM as requests to stop after the current step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within the block the first SIGINT or SIGTERM is kept in `number`; a SIGINT after it raises KeyboardInterrupt.
+    """Keeps the first SIGINT or SIGTERM within the block in `number`; a SIGINT after it raises KeyboardInterrupt.
 
-    Python takes signals in its main thread alone: in another one nothing changes. A signal that is ignored stays so.
-    `unit` is what the loop finishes before it stops.
+    Python handles signals only in its main thread; in another thread nothing changes. An ignored signal stays ignored.
+    The loop finishes one `unit` before it stops.
     """
 
     def __init__(self, unit: str) -> None:
@@ -45,6 +45,6 @@ class StopSignals:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = self.number or number
-        # Not by print: the signal may have come in the middle of one.
-        told = f"\nppo-fast: stopping after this {self.unit}, then saving; Ctrl-C aborts at once\n"
-        os.write(2, told.encode())
+        # Not by print: the signal may interrupt one.
+        message = f"\nppo-fast: stopping after this {self.unit}, then saving; Ctrl-C aborts at once\n"
+        os.write(2, message.encode())

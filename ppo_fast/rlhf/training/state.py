@@ -1,4 +1,4 @@
-"""The state of a run as JSON and tensors, and back to equal values; random generators."""
+"""Pack the state of a run into JSON and tensors and back to equal values; states of random generators."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ TENSOR, ITEMS, BYTES, ARRAY = "<tensor>", "<items>", "<bytes>", "<array>"
 SEQUENCES: dict[type, str] = {tuple: "<tuple>", set: "<set>", frozenset: "<frozenset>"}
 
 
-TAGS = {TENSOR, ITEMS, BYTES, ARRAY, *SEQUENCES.values()}  # each the only key of what JSON cannot say
+TAGS = {
+    TENSOR,
+    ITEMS,
+    BYTES,
+    ARRAY,
+    *SEQUENCES.values(),
+}  # each the only key of an object that stands for a non-JSON value
 
 
 PACKED = "tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
 
 
 def check_state(state: object, name: str) -> None:
-    """UserError for a state that a checkpoint could not hold exactly."""
+    """Raise a UserError for a state that a checkpoint cannot hold exactly."""
     _pack(state, name, {})
 
 
 def rng_state(generator: torch.Generator) -> State:
-    """State of the run's generator and of the global ones of Python, NumPy and torch, which user functions may use."""
+    """Return the states of the run's generator and of the global ones, which user functions may use."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
@@ -47,7 +53,7 @@ def rng_state(generator: torch.Generator) -> State:
 
 
 def restore_rng(state: State, generator: torch.Generator) -> None:
-    """Put every generator of `rng_state` back."""
+    """Restore every generator of `rng_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -59,16 +65,16 @@ def restore_rng(state: State, generator: torch.Generator) -> None:
 
 
 def fingerprint(module: nn.Module) -> list[int]:
-    """The sum of the bits of each parameter, read as integers: equal for equal weights."""
+    """Return the sum of the bits of each parameter, read as integers: equal for equal weights."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = (p.detach().reshape(-1).view(integers[p.element_size()]) for p in module.parameters())
     return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON that `_unpack` reads back exactly; its tensors go into `tensors` and leave their names behind.
+    """Return `value` as JSON that `_unpack` reads back exactly; its tensors move into `tensors`, by name.
 
-    Raises UserError for a kind of value that would come back as another.
+    Raises UserError for a type that would be read back as another.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
@@ -95,7 +101,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
-    """What `_pack` made `value` of; without `tensors` their names stay."""
+    """Return the value that `_pack` packed; without `tensors` their names stay."""
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
