@@ -39,6 +39,7 @@ TOOLS = {
 OPTIONAL = {
     "datasets",
     "matplotlib",
+    "peft",
     "pydantic",
     "safetensors",
     "tensorboard",

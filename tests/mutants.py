@@ -242,7 +242,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/integrity.py", "        if expected != got:", "        if False:", DAMAGE),
     Mutant(f"{RLHF}/training/optim.py", "check_tensors(own, moments, ", "print(", DAMAGE),
     Mutant(
-        f"{RLHF}/models/loading.py",
+        f"{RLHF}/models/pretrained.py",
         'sorted(name for name in info["missing_keys"] if',
         "sorted(name for name in () if",
         DAMAGE,
@@ -315,27 +315,26 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/adapters.py", "parameter.requires_grad_(flag)", "parameter.requires_grad_(True)", ADAPTERS),
     Mutant(f"{RLHF}/models/adapters.py", "a=5**0.5, generator=generator", "a=5**0.5", ADAPTERS),
     Mutant(f"{RLHF}/models/adapters.py", "[*(own.keys() ^ tensors.keys())][:1]", "()", ADAPTERS),
-    Mutant(f"{RLHF}/models/adapters.py", "plain = value == default if", "plain = True if", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapter_files.py", "plain = value == default if", "plain = True if", ADAPTERS),
     Mutant(
-        f"{RLHF}/models/adapters.py", "if name in defaults else not value", "if name in defaults else True", ADAPTERS
+        f"{RLHF}/models/adapter_files.py",
+        "if name in defaults else not value",
+        "if name in defaults else True",
+        ADAPTERS,
     ),
-    Mutant(f"{RLHF}/models/adapters.py", 'if kind != "LORA":', "if False:", ADAPTERS),
+    Mutant(f"{RLHF}/models/adapter_files.py", 'if kind != "LORA":', "if False:", ADAPTERS),
     Mutant(f"{RLHF}/models/adapters.py", "layer.get_base_layer().weight)] == 1", "layer)] == 0", ADAPTERS),
-    Mutant(f"{RLHF}/models/loading.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
+    Mutant(f"{RLHF}/models/networks.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
     Mutant(f"{RLHF}/models/loading.py", "            layer.training = training", "            pass", LAYOUTS),
     Mutant(f"{RLHF}/models/loading.py", "            layer.training = True", "            pass", LAYOUTS),
     Mutant(f"{RLHF}/models/offload.py", "            if not self._depth:", "            if True:", LAYOUTS),
     Mutant(f"{RLHF}/models/offload.py", ", copy=True)", ")", LAYOUTS),
     Mutant(f"{RLHF}/models/models.py", 'role == "value" and self.shared', "False", LAYOUTS),
     Mutant(f"{RLHF}/models/models.py", 'loaded.saved is not None or reference.update != "fixed"', "False", LAYOUTS),
-    Mutant(f"{RLHF}/models/value.py", "same_base(saved.base, base)", "True", LAYOUTS),
+    Mutant(f"{RLHF}/models/saved.py", "same_base(self.adapter.base, base)", "True", LAYOUTS),
     Mutant(f"{RLHF}/models/value.py", "head.bias.sub_(mean).div_(std)", "head.bias.div_(std)", LAYOUTS),
-    Mutant(
-        f"{RLHF}/ppo/reward_sources.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS
-    ),
-    Mutant(
-        f"{RLHF}/ppo/reward_sources.py", "load(name, saved, trained=False)", "load(name, saved, trained=True)", LAYOUTS
-    ),
+    Mutant(f"{RLHF}/models/reward.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS),
+    Mutant(f"{RLHF}/models/reward.py", "load(name, own, trained=False)", "load(name, own, trained=True)", LAYOUTS),
     Mutant(f"{RLHF}/supervised/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTERS),
     Mutant(f"{RLHF}/supervised/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTERS),
     # examples

@@ -1,18 +1,25 @@
-"""RLHF of language models: supervised fine-tuning, reward models, PPO and DPO, each a function over its stages."""
+"""RLHF of language models: supervised fine-tuning, reward models, PPO and DPO, each a function over its stages.
 
-from ppo_fast.rlhf.config.files import load_config
-from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
-from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.ppo.judge import Judge
-from ppo_fast.rlhf.ppo.train import PPOResult, train_ppo
-from ppo_fast.rlhf.reports.export import export_pairs
-from ppo_fast.rlhf.supervised.dpo import train_dpo
-from ppo_fast.rlhf.supervised.reward_model import train_reward_model
-from ppo_fast.rlhf.supervised.sft import train_sft
-from ppo_fast.rlhf.supervised.train import SupervisedResult
-from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
-from ppo_fast.rlhf.training.signals import Interrupted
+A name is imported at its first use: configs need no transformers, so that the help of a command comes at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_fast.rlhf.config.files import load_config
+    from ppo_fast.rlhf.config.ppo import PPOConfig
+    from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+    from ppo_fast.rlhf.errors import UserError
+    from ppo_fast.rlhf.ppo.judge import Judge
+    from ppo_fast.rlhf.ppo.train import PPOResult, train_ppo
+    from ppo_fast.rlhf.reports.export import export_pairs
+    from ppo_fast.rlhf.supervised.dpo import train_dpo
+    from ppo_fast.rlhf.supervised.reward_model import train_reward_model
+    from ppo_fast.rlhf.supervised.sft import train_sft
+    from ppo_fast.rlhf.supervised.train import SupervisedResult
+    from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
+    from ppo_fast.rlhf.training.signals import Interrupted
 
 __all__ = [
     "Interrupted",
@@ -33,3 +40,31 @@ __all__ = [
     "load_config",
     "UserError",
 ]
+
+_MODULES = {
+    "config.files": ["load_config"],
+    "config.ppo": ["PPOConfig"],
+    "config.supervised": ["DPOConfig", "RewardModelConfig", "SFTConfig"],
+    "errors": ["UserError"],
+    "ppo.judge": ["Judge"],
+    "ppo.train": ["PPOResult", "train_ppo"],
+    "reports.export": ["export_pairs"],
+    "supervised.dpo": ["train_dpo"],
+    "supervised.reward_model": ["train_reward_model"],
+    "supervised.sft": ["train_sft"],
+    "supervised.train": ["SupervisedResult"],
+    "training.callbacks": ["Callback", "StepRecord"],
+    "training.signals": ["Interrupted"],
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ import torch
 
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.models.adapter_files import find_adapter
 from ppo_fast.rlhf.models.models import load_models
 from tests.rlhf.supervised_factories import STAGES, make_model, make_tokenizer, rows
 
@@ -23,6 +24,12 @@ def save_base(directory, arch="llama", hidden=32, **options):
     tiny.make_model(64, arch=arch, hidden=hidden, layers=1, heads=2, **options).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return str(directory)
+
+
+def read_adapter(field, path):
+    """The adapter at `path` with its tensors, None where there is none."""
+    saved = find_adapter(field, path)
+    return None if saved is None else saved.read()
 
 
 def models_in(layout, path=None, *, seed=0, reward=None, reference=None, **model):

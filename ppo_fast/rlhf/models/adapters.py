@@ -1,7 +1,7 @@
-"""Low-rank adapters on one frozen base, by the library peft: made, read from disk, switched on and off, merged.
+"""Low-rank adapters on one frozen base, by the library peft: made, filled, switched on and off, merged.
 
-A network with adapters is the base's own module, whose linear layers have become layers with adapters; what one of
-them computes depends on which adapter is on. The adapter that is trained on the base is peft's "default" and is on
+A network with adapters is the base's own module, whose linear layers have become layers with adapters. What such a
+layer computes depends on which adapter is on. The adapter that is trained on the base is peft's "default". It is on
 unless `Adapters.active` says otherwise.
 """
 
@@ -9,108 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import peft
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ppo_fast.rlhf.config.ppo import LoraConfig
-from ppo_fast.rlhf.errors import UserError, check, require
+from ppo_fast.rlhf.errors import UserError, check
+from ppo_fast.rlhf.models.adapter_files import HEAD, SavedAdapter, first_line
 
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SAFE_LORA_INITS = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # ways to begin; by the others peft changes the base as well
-# Fields of peft's LoraConfig that leave a layer's output at x W + scaling (x A) B, or say nothing about it. Every other
-# field must have peft's default: it changes what peft computes, or it is of a release that this one does not know.
-PLAIN_FIELDS = frozenset(
-    [
-        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "inference_mode"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "r"),
-        *("alpha_pattern", "lora_alpha", "use_rslora", "lora_dropout", "fan_in_fan_out", "eva_config"),
-    ]
-)
-HEAD = "base_model.model.score."  # what peft calls the head of a sequence classification model
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """A LoRA adapter on disk."""
-
-    path: str
-    config: Any  # peft.LoraConfig
-    tensors: dict[str, Tensor]  # its parameters by peft's names
-    head: nn.Linear | None  # float32 scalar head that was saved with it: a reward model's or a value model's
-
-    @property
-    def base(self) -> str:
-        """Directory or hub id of the model that it adapts."""
-        return str(self.config.base_model_name_or_path)
-
-
-def read_config(field: str, path: str | None) -> Any:
-    """peft's config of the adapter at `path`, None where there is none.
-
-    Raises UserError naming `field` for an adapter of another kind than plain LoRA.
-    """
-    return _read_config(field, path)[0]
-
-
-def _read_config(field: str, path: str | None) -> tuple[Any, bool]:
-    """`read_config`, and whether the adapter is saved with a head."""
-    file = None if path is None else _config_file(path)
-    if file is None:
-        return None, False
-    peft = require("peft")
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-        _check_plain(field, str(path), values, vars(peft.LoraConfig()))
-        config = peft.PeftConfig.from_pretrained(path)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{field}: cannot read the adapter in {path!r}: {_first_line(error)}") from error
-    check(bool(config.base_model_name_or_path), field, "an adapter that names its base model", path)
-    has_head = "score" in (config.modules_to_save or ())
-    config.modules_to_save = config.task_type = None  # else peft wraps the head, and saves it apart from ours
-    config.lora_dropout = 0.0  # of a layer that peft makes later, and in train mode
-    return config, has_head
-
-
-def read_adapter(field: str, path: str | None) -> SavedAdapter | None:
-    """The adapter at `path`, None where there is none; UserError naming `field` for one of another kind than LoRA."""
-    config, has_head = _read_config(field, path)
-    if config is None:
-        return None
-    assert path is not None
-    try:
-        tensors = dict(require("peft").utils.load_peft_weights(path, device="cpu"))
-    except (OSError, ValueError, TypeError, KeyError, require("safetensors").SafetensorError) as error:
-        raise UserError(f"{field}: cannot read the adapter in {path!r}: {_first_line(error)}") from error
-    head = {name.removeprefix(HEAD): tensors.pop(name) for name in [*tensors] if name.startswith(HEAD)}
-    check(bool(head) or not has_head, field, "the head 'score' of the adapter", path)
-    return SavedAdapter(path, config, tensors, _linear(field, path, head))
 
 
 class Adapters:
     """Adapters by name on one base, whose own weights are frozen; one of them is on at a time, or none."""
 
-    def __init__(self, network: Any, config: Any) -> None:
+    def __init__(self, network: PreTrainedModel, config: peft.LoraConfig) -> None:
         self.network = network  # the base, with layers for adapters in it
         self.trained: dict[str, bool] = {}  # whether an adapter is, by name
         with torch.random.fork_rng(devices=[]):  # peft draws from the global generator what `draw` and `fill` replace
-            self.model = require("peft").get_peft_model(network, config, adapter_name=TRAINED)
+            self.model = peft.get_peft_model(network, config, adapter_name=TRAINED)
         self._now: str | None = TRAINED
         self._settle(TRAINED, trained=True)
 
@@ -120,11 +46,16 @@ class Adapters:
         return str(getattr(self.network, "name_or_path", ""))
 
     @property
+    def without_data(self) -> bool:
+        """Whether the network is on the meta device, as in a plan."""
+        return any(parameter.is_meta for parameter in self.network.parameters())
+
+    @property
     def reference(self) -> str | None:
         """Adapter that is the network as it was at the start; None: that is the base."""
         return REFERENCE if REFERENCE in self.trained else None
 
-    def add(self, name: str, config: Any, *, trained: bool) -> None:
+    def add(self, name: str, config: peft.LoraConfig, *, trained: bool) -> None:
         """A further adapter, which `draw`, `fill` or `copy` gives its values."""
         with torch.random.fork_rng(devices=[]):
             self.model.add_adapter(name, copy.deepcopy(config))
@@ -133,6 +64,8 @@ class Adapters:
     @torch.no_grad()
     def draw(self, name: str, generator: torch.Generator) -> None:
         """A new adapter: A uniform in +-1 / sqrt(inputs), as that of a linear layer; B = 0."""
+        if self.without_data:  # has no numbers, and takes no generator of another device
+            return
         for parameter_name, parameter in self.named(name).items():
             if ".lora_A." in parameter_name:
                 nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
@@ -144,7 +77,7 @@ class Adapters:
         """Values by peft's names; UserError naming their `source` when they are of other layers."""
         for layer in () if _quantized(self.network) else self._adapted(name).values():
             base = layer.get_base_layer()
-            linear = isinstance(base, nn.Linear | require("transformers.pytorch_utils").Conv1D)
+            linear = isinstance(base, nn.Linear | Conv1D)
             check(linear, source, "an adapter of linear layers", type(base).__name__)
         own = self.named(name)
         for key in [*(own.keys() ^ tensors.keys())][:1]:
@@ -159,19 +92,24 @@ class Adapters:
         """A further adapter, from disk."""
         with _errors_of_peft(saved):
             self.add(name, saved.config, trained=trained)
-        self.fill(name, saved.tensors, saved.path)
+        self.fill_from(name, saved)
+
+    def fill_from(self, name: str, saved: SavedAdapter) -> None:
+        """`fill` from disk; nothing is read for a network without data."""
+        if not self.without_data:
+            self.fill(name, saved.tensors, saved.path)
 
     def copy(self, source: str, name: str) -> None:
         """A further adapter, frozen, equal to another."""
         self.add(name, self.config(source), trained=False)
         self.fill(name, self.named(source), source)
 
-    def config(self, name: str) -> Any:
+    def config(self, name: str) -> peft.LoraConfig:
         """peft's config of an adapter."""
         return self.model.peft_config[name]
 
-    def saved_as(self, name: str, head: nn.Linear | None = None) -> tuple[Any, dict[str, Tensor]]:
-        """peft's config of an adapter and its tensors, with those of a scalar head: what `read_adapter` reads.
+    def saved_as(self, name: str, head: nn.Linear | None = None) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+        """The config and the tensors that `SavedAdapter` reads, with those of a scalar head.
 
         A head makes it an adapter for sequence classification to peft and transformers, else it is one of a causal LM.
         """
@@ -209,7 +147,7 @@ class Adapters:
         finally:
             self._switch(before)
 
-    def merged_state(self, network: Any) -> dict[str, Tensor]:
+    def merged_state(self, network: PreTrainedModel) -> dict[str, Tensor]:
         """The state dict of `network` with W + alpha / rank * B A, rounded once, for every W that has an adapter."""
         state = network.state_dict()
         for name, layer in self._adapted(TRAINED, network).items():
@@ -230,7 +168,7 @@ class Adapters:
             apart = owners[id(layer.get_base_layer().weight)] == 1
             check(apart, source, "an adapter of layers that share no weight, to merge it", name)
 
-    def _adapted(self, name: str, network: Any = None) -> dict[str, Any]:
+    def _adapted(self, name: str, network: PreTrainedModel | None = None) -> dict[str, LoraLayer]:
         """The layers of the network that have this adapter, by their names."""
         layers = (self.network if network is None else network).named_modules()
         return {key: layer for key, layer in layers if name in getattr(layer, "r", ())}
@@ -238,8 +176,7 @@ class Adapters:
     def _settle(self, name: str, *, trained: bool) -> None:
         """Put right what peft does to all adapters when it adds one."""
         self.trained[name] = trained
-        tuner = require("peft.tuners.tuners_utils").BaseTunerLayer
-        self._layers = [module for module in self.network.modules() if isinstance(module, tuner)]
+        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         self._switch(self._now)
         for each, flag in self.trained.items():
             for parameter in self.parameters(each):
@@ -255,7 +192,9 @@ class Adapters:
         self._now = name
 
 
-def adapt(network: Any, config: LoraConfig, saved: SavedAdapter | None, generator: torch.Generator) -> Adapters:
+def adapt(
+    network: PreTrainedModel, config: LoraConfig, saved: SavedAdapter | None, generator: torch.Generator
+) -> Adapters:
     """`network` with the adapter that was saved, or with a new one of B = 0; its own weights frozen."""
     if hasattr(network, "peft_config") and saved is None:
         raise UserError(f"model.lora.rank: expected 0 for a model that has adapters already, got {config.rank}")
@@ -274,16 +213,16 @@ def adapt(network: Any, config: LoraConfig, saved: SavedAdapter | None, generato
     return adapters
 
 
-def put_on(network: Any, saved: SavedAdapter) -> Adapters:
+def put_on(network: PreTrainedModel, saved: SavedAdapter) -> Adapters:
     """`network` with the adapter that was saved."""
     check(not hasattr(network, "peft_config"), saved.path, "an adapter on a model without adapters", saved.base)
     with _errors_of_peft(saved):
         adapters = Adapters(network, saved.config)
-    adapters.fill(TRAINED, saved.tensors, saved.path)
+    adapters.fill_from(TRAINED, saved)
     return adapters
 
 
-def add_to_weights(network: Any, saved: SavedAdapter) -> None:
+def add_to_weights(network: PreTrainedModel, saved: SavedAdapter) -> None:
     """Add the adapter that was saved to the weights of `network`, for good, and make all of it trainable."""
     adapters = put_on(network, saved)
     adapters.check_mergeable(saved.path)
@@ -291,28 +230,9 @@ def add_to_weights(network: Any, saved: SavedAdapter) -> None:
     network.requires_grad_(True)
 
 
-def tokenizer_path(path: str | None) -> str | None:
-    """Where the tokenizer of the model at `path` is: of an adapter that was saved without one, with its base."""
-    config = Path(path or "", ADAPTER_CONFIG)
-    if path is None or not config.is_file() or Path(path, "tokenizer_config.json").is_file():
-        return path
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError):  # told by whoever reads the adapter
-        return path
-
-
-def same_base(a: str, b: str) -> bool:
-    """Whether two names of a base mean one model."""
-    if not (a and b):
-        return False
-    return Path(a).samefile(b) if Path(a).exists() and Path(b).exists() else a == b
-
-
-def _new_config(network: Any, config: LoraConfig) -> Any:
-    peft, conv = require("peft"), require("transformers.pytorch_utils").Conv1D
+def _new_config(network: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig:
     head, layers = network.get_output_embeddings(), network.base_model.named_modules()
-    linear = {name: layer for name, layer in layers if isinstance(layer, nn.Linear | conv) and layer is not head}
+    linear = {name: layer for name, layer in layers if isinstance(layer, nn.Linear | Conv1D) and layer is not head}
     for target in config.targets:
         known = any(f".{name}".endswith(f".{target}") for name in linear)
         last = sorted({name.rpartition(".")[2] for name in linear})
@@ -323,41 +243,8 @@ def _new_config(network: Any, config: LoraConfig) -> Any:
         lora_alpha=config.alpha,
         target_modules=[*targets],
         lora_dropout=0.0,
-        fan_in_fan_out=any(isinstance(layer, conv) for layer in linear.values()),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
     )
-
-
-def _config_file(path: str) -> str | None:
-    """Where the config of the adapter in a directory, or at a hub id, is; None where there is none."""
-    if Path(path).exists():
-        return str(Path(path) / ADAPTER_CONFIG) if (Path(path) / ADAPTER_CONFIG).is_file() else None
-    try:
-        file: str | None = require("transformers.utils").find_adapter_config_file(path)
-    except (OSError, ValueError):
-        return None
-    return file
-
-
-def _check_plain(field: str, path: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse by name what makes an adapter more than matrices A and B of layers, and a scalar head.
-
-    Args:
-        values: of the adapter's config as it is on disk; peft drops the names that it does not know.
-        defaults: of peft's LoraConfig.
-    """
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{field}: expected a LoRA adapter, got {kind} in {path!r}")
-    for name in sorted(values.keys() - PLAIN_FIELDS):
-        value, default = values[name], defaults.get(name)
-        if name == "init_lora_weights":
-            plain = value in SAFE_LORA_INITS
-        elif name == "modules_to_save":
-            plain = not {*(value or ())} - {"score", "classifier"}
-        else:
-            plain = value == default if name in defaults else not value
-        if not plain:
-            raise UserError(f"{field}: expected a LoRA adapter with {name} = {default!r}, got {value!r} in {path!r}")
 
 
 @contextlib.contextmanager
@@ -366,26 +253,9 @@ def _errors_of_peft(saved: SavedAdapter) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{saved.path}: expected an adapter that fits its base {saved.base!r}: {reason}") from error
 
 
-def _linear(field: str, path: str, tensors: Mapping[str, Tensor]) -> nn.Linear | None:
-    """The head of these weight [1, D] and bias [1]; None of none."""
-    if not tensors:
-        return None
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    known = tensors.keys() <= {"weight", "bias"} and (bias is None or bias.shape == (1,))
-    if weight is None or weight.ndim != 2 or len(weight) != 1 or not known:
-        raise UserError(f"{field}: expected a linear head 'score' with one output, got another in {path!r}")
-    head = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device="cpu")
-    head.load_state_dict({name: value.float() for name, value in tensors.items()})
-    return head
-
-
-def _quantized(network: Any) -> bool:
+def _quantized(network: PreTrainedModel) -> bool:
     return getattr(network, "quantization_method", None) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -10,30 +10,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, ReferenceConfig, RewardConfig
-from ppo_fast.rlhf.models.adapters import (
-    REFERENCE,
-    TRAINED,
-    VALUE,
-    Adapters,
-)
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED, VALUE, Adapters
+from ppo_fast.rlhf.models.forward import backbone_of
 from ppo_fast.rlhf.models.loading import (
     Loaded,
+    checkpoint_activations,
     disable_dropout,
     load_policy,
     load_tokenizer,
     padding_id,
     recomputing,
 )
+from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded
-from ppo_fast.rlhf.models.value import ValueModel, adapter_on, make_value_model
+from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
+from ppo_fast.rlhf.models.value import ValueModel, head_like, new_head
 
 Role = Literal["policy", "reference", "value"]
 
@@ -42,10 +43,10 @@ Role = Literal["policy", "reference", "value"]
 class Models:
     """The networks of a run, on one device, dropout off in all of them."""
 
-    policy: Any  # causal LM, trained
-    reference: Any  # causal LM, frozen: the policy as it was at the start; the policy itself where adapters tell them
+    policy: PreTrainedModel  # causal LM, trained
+    reference: PreTrainedModel  # the policy as it was at the start, frozen; with adapters the same object as the policy
     value: ValueModel  # trained
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
     eos_ids: tuple[int, ...]  # each ends a response; the tokenizer's EOS is the first
     linear: bool  # scoring and update use the linear ops; False: the policy's own logits
@@ -54,6 +55,7 @@ class Models:
     adapters: Adapters | None = None  # on one base, one for each role
     offloaded: Offloaded | None = None  # the reference, which waits in host memory
     merge: bool = False  # a saved model is the base with the adapters added to it
+    rewards: tuple[SavedModel, ...] = ()  # at `reward.models`
 
     @property
     def eos_id(self) -> int:
@@ -107,21 +109,52 @@ def load_models(
     config: ModelConfig,
     generator: torch.Generator,
     *,
-    policy: Any = None,
-    tokenizer: Any = None,
+    policy: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     reward: RewardConfig = RewardConfig(),  # noqa: B008  # frozen
     reference: ReferenceConfig = ReferenceConfig(),  # noqa: B008
 ) -> Models:
-    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place.
+    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
+    saved = find_models(config, reward.models)
+    loaded = load_policy(config, generator, policy, tokenizer, saved.policy)
+    vocabulary = loaded.tokenizer.get_vocab()
+    start = critic_start(config, saved, loaded.adapters, lambda each: load_tokenizer(each).get_vocab() == vocabulary)
+    networks, normalized = Networks(config, generator.device), reward.normalize == "dataset"
+    models = build_models(config, networks, loaded, start, generator, normalized=normalized, reference=reference)
+    offloaded = Offloaded(models.reference, generator.device) if config.offload and models.adapters is None else None
+    return dataclasses.replace(models, offloaded=offloaded, rewards=saved.rewards)
 
-    The value model starts from `value_path`, or else from the first reward model where that has the policy's
-    vocabulary; of adapters, where it is an adapter on the policy's base. That of the layout "shared" is a new head.
+
+def critic_start(
+    config: ModelConfig, saved: SavedModels, adapters: Adapters | None, same_vocabulary: Callable[[SavedModel], bool]
+) -> SavedModel | None:
+    """The model that the value model starts from; None: the policy, under a new head.
+
+    It is the one at `value_path`, or else the first reward model, if that has the policy's vocabulary and, in the
+    layout "adapters", is an adapter on the policy's base.
     """
-    loaded = load_policy(config, generator, policy, tokenizer)
-    policy, tokenizer, adapters = loaded.model, loaded.tokenizer, loaded.adapters
-    if config.layout != "shared" and config.value_path is None and reward.models:
-        config = dataclasses.replace(config, value_path=_critics_start(config, reward.models[0], loaded))
-    value = make_value_model(config, loaded, generator, normalized=reward.normalize == "dataset")
+    if saved.value is not None:
+        return saved.value
+    if config.layout == "shared" or not saved.rewards:
+        return None
+    first = saved.rewards[0]
+    fits = adapters is None or first.value.adapter_on(adapters.base) is not None
+    return first if fits and same_vocabulary(first) else None
+
+
+def build_models(
+    config: ModelConfig,
+    networks: Networks,
+    loaded: Loaded,
+    start: SavedModel | None,
+    generator: torch.Generator,
+    *,
+    normalized: bool,
+    reference: ReferenceConfig,
+) -> Models:
+    """Reference and value model of a policy, in their layout; for a run and for a plan."""
+    policy, adapters = loaded.model, loaded.adapters
+    value = make_value_model(config, networks, loaded, start, generator, normalized=normalized)
     if adapters is None:
         frozen = copy.deepcopy(policy).requires_grad_(False)
     elif loaded.saved is not None or reference.update != "fixed":
@@ -130,20 +163,75 @@ def load_models(
         policy=policy,
         reference=policy if adapters is not None else frozen,
         value=disable_dropout(value),
-        tokenizer=tokenizer,
-        pad_id=padding_id(tokenizer),
+        tokenizer=loaded.tokenizer,
+        pad_id=padding_id(loaded.tokenizer),
         eos_ids=loaded.eos_ids,
         linear=config.fused_head,
         packed=config.packing,
         shared=config.layout == "shared",
         adapters=adapters,
-        offloaded=Offloaded(frozen, generator.device) if config.offload and adapters is None else None,
         merge=config.lora.merge,
     )
 
 
-def _critics_start(config: ModelConfig, path: str, loaded: Loaded) -> str | None:
-    """The path of a reward model if the value model can start from it."""
-    fits = loaded.adapters is None or adapter_on(loaded.adapters.base, "reward.models", path) is not None
-    own = load_tokenizer(path, config.trust_remote_code) if fits else None
-    return path if own is not None and own.get_vocab() == loaded.tokenizer.get_vocab() else None
+def make_value_model(
+    config: ModelConfig,
+    networks: Networks,
+    loaded: Loaded,
+    start: SavedModel | None,
+    generator: torch.Generator,
+    *,
+    normalized: bool = True,
+) -> ValueModel:
+    """A backbone, as the layout has it, under the head of the model to start from, or under a new one.
+
+    separate: a copy of the policy's backbone, or the model to start from; adapters: the base with a new adapter or
+    with that of the model to start from; shared: the policy's own trunk. The head of a reward model gives its scores,
+    `normalized` as PPO's reward has them: (score - mean) / std by its `reward_stats.json`. The head is float32.
+
+    Raises UserError for a model that cannot be a value model or knows fewer tokens than the policy.
+    """
+    if loaded.adapters is not None:
+        backbone, scores = _adapted_backbone(networks, loaded.adapters, start, generator)
+    elif config.layout == "shared":
+        backbone, scores = backbone_of(loaded.model), None
+    else:
+        backbone, scores = _own_backbone(config, networks, loaded.model, start)
+        backbone.requires_grad_(True)
+    if scores is None or start is None:
+        head = new_head(config, backbone.config.hidden_size, generator)
+    else:
+        head = head_like(scores, start.stats if normalized else (0.0, 1.0))
+    return ValueModel(backbone, head.to(networks.device).requires_grad_(True))
+
+
+def _adapted_backbone(
+    networks: Networks, adapters: Adapters, start: SavedModel | None, generator: torch.Generator
+) -> tuple[PreTrainedModel, nn.Linear | None]:
+    """The base with an adapter "value": a new one, or that of the model to start from with its head."""
+    backbone = backbone_of(adapters.network)
+    if start is None:
+        adapters.add(VALUE, adapters.config(TRAINED), trained=True)
+        adapters.draw(VALUE, generator)
+        return backbone, None
+    saved, base = start.value.adapter_on(adapters.base), adapters.base
+    if saved is None:
+        raise UserError(f"model.value_path: expected an adapter on {base!r}, the policy's base, got {start.path!r}")
+    adapters.load(VALUE, saved, trained=True)
+    return backbone, networks.head(saved, adapters.network)
+
+
+def _own_backbone(
+    config: ModelConfig, networks: Networks, policy: PreTrainedModel, start: SavedModel | None
+) -> tuple[PreTrainedModel, nn.Linear | None]:
+    """A network that shares nothing with the policy."""
+    if start is None:
+        return copy.deepcopy(backbone_of(policy)), None
+    backbone, scores = networks.backbone(start.value, policy.dtype)
+    known, needed = (len(model.get_input_embeddings().weight) for model in (backbone, policy))
+    if known < needed:
+        raise UserError(f"model.value_path: expected a model of at least {needed} tokens, as the policy, got {known}")
+    networks.place(backbone)
+    if config.gradient_checkpointing:
+        checkpoint_activations(backbone)
+    return backbone, scores

@@ -1,77 +1,56 @@
-"""Reward models from disk: a sequence classification model with one output, and its score statistics."""
+"""Reward models: a sequence classification model with one output, or an adapter with its head on the policy's base."""
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.rlhf.errors import UserError, require
-from ppo_fast.rlhf.models.adapters import SavedAdapter, read_adapter
-from ppo_fast.rlhf.models.loading import (
-    disable_dropout,
-    load_network,
-    load_pretrained,
-)
-
-STATS = "reward_stats.json"  # beside a reward model: mean and std of its scores, and how good they are
-
-
-def load_reward_model(
-    field: str, path: str, dtype: torch.dtype, trust: bool = False
-) -> tuple[Any, SavedAdapter | None] | None:
-    """The sequence classification model at `path`, None when there is another kind of model.
-
-    Of a PEFT directory it is the base with the head of the adapter, which is not on it yet.
-    Raises UserError naming `field` unless it has a linear head "score" with one output.
-    """
-    transformers, saved = require("transformers"), read_adapter(field, path)
-    if saved is not None:
-        return None if saved.head is None else (_load_classifier_base(saved, dtype, trust), saved)
-    architectures = load_pretrained(transformers.AutoConfig, path, trust).architectures or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
-        return None
-    model = load_network(transformers.AutoModelForSequenceClassification, path, trust, dtype=dtype)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"{field}: expected a linear head 'score' with one output, got {head} in {path!r}")
-    return model, None
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.adapters import Adapters, put_on
+from ppo_fast.rlhf.models.forward import backbone_of
+from ppo_fast.rlhf.models.loading import disable_dropout
+from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.saved import SavedModel
+from ppo_fast.rlhf.models.value import ValueModel
 
 
-def _load_classifier_base(saved: SavedAdapter, dtype: torch.dtype, trust: bool) -> Any:
-    """The base of a reward model's adapter as a model for sequence classification, with the head saved."""
-    logging, loader = require("transformers.utils.logging"), require("transformers").AutoModelForSequenceClassification
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the base has no such head
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = load_network(loader, saved.base, trust, new="score.", dtype=dtype, num_labels=1)
-    finally:
-        logging.set_verbosity(verbosity)
-    model.score = saved.head
-    return model
+class RewardNetwork(NamedTuple):
+    """A reward model, and the block in which the network computes its scores."""
+
+    network: ValueModel
+    present: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    shared: bool = False  # it is an adapter on the policy's base
 
 
-def read_stats(directory: str) -> tuple[float, float]:
-    """Mean and standard deviation of a model's scores; 0 and 1 where none are saved."""
-    path = Path(directory) / STATS
-    if not path.is_file():
-        return 0.0, 1.0
-    try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = float(stats["mean"]), float(stats["std"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: expected {{"mean": number, "std": number}}, got {error!r}') from error
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise UserError(f"{path}: expected a finite mean and a std > 0, got {mean} and {std}")
-    return mean, std
+def make_reward_network(saved: SavedModel, networks: Networks, adapters: Adapters | None) -> RewardNetwork:
+    """An adapter on the policy's base, if that is its base too; else a frozen network of its own, not placed yet."""
+    own = None if adapters is None else saved.value.adapter_on(adapters.base)
+    head = None if adapters is None or own is None else networks.head(own, adapters.network)
+    if adapters is not None and own is not None and head is not None:
+        name = f"reward-{sum(each.startswith('reward-') for each in adapters.trained)}"
+        adapters.load(name, own, trained=False)
+        head = head.to(adapters.network.device).requires_grad_(False)
+        scorer = ValueModel(backbone_of(adapters.network), head)
+        return RewardNetwork(scorer, functools.partial(adapters.active, name), shared=True)
+    model = networks.classifier(saved)
+    if model is None:
+        path = saved.path
+        raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
+    if saved.adapter is not None:
+        put_on(model, saved.adapter)
+    return RewardNetwork(ValueModel.from_classifier(disable_dropout(model).requires_grad_(False)))
 
 
-def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> Any:
+def add_score_head(
+    causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+) -> PreTrainedModel:
     """The backbone of a causal LM, in place, under a new head N(0, 1/sqrt(D+1)) without bias.
 
     The saved model itself scores the last token that is not padding, so that a padding token that is EOS as well
@@ -82,7 +61,7 @@ def add_score_head(causal: Any, tokenizer: Any, generator: torch.Generator) -> A
     config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     try:
         with torch.device("meta"):
-            model = require("transformers").AutoModelForSequenceClassification.from_config(config)
+            model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         known = "an architecture that transformers has a sequence classifier of"
         raise UserError(f"model.path: expected {known}, got {type(config).__name__}") from error

@@ -21,7 +21,8 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
 from ppo_fast.rlhf.errors import require
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
-from ppo_fast.rlhf.planning.shapes import Shapes, load_models_without_data
+from ppo_fast.rlhf.models.saved import SavedModels
+from ppo_fast.rlhf.planning.shapes import load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Account, Timeline
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
@@ -41,7 +42,7 @@ _IN_PLACE = {
 class DryRun:
     """The phases of one step, as a run on a device of that type would take them; all responses as long as allowed."""
 
-    def __init__(self, config: PPOConfig, shapes: Shapes, device: str, prompt_tokens: int) -> None:
+    def __init__(self, config: PPOConfig, shapes: SavedModels, device: str, prompt_tokens: int) -> None:
         self.config, self.shapes, self.device = config, shapes, device
         self.prompt, self.response = prompt_tokens, config.rollout.max_new_tokens
         self.timeline = Timeline(lambda func, args: op_workspace(func, args, device))

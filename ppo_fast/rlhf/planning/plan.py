@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.dry_run import DryRun
-from ppo_fast.rlhf.planning.shapes import Shapes, read_shapes
+from ppo_fast.rlhf.planning.shapes import read_shapes
 from ppo_fast.rlhf.planning.tracing import Account
 
 ITEMS = (
@@ -74,7 +75,7 @@ def make_plan(
     device: str,
     *,
     limit: int | None = None,
-    shapes: Shapes | None = None,
+    shapes: SavedModels | None = None,
     prompt_tokens: int | None = None,
 ) -> Plan:
     """Plan the run from the configs of its models alone, by a step on tensors without data.
@@ -93,7 +94,7 @@ def make_plan(
     return Plan({name: _ordered(account) for name, account in phases.items()}, timeline.aside, limit)
 
 
-def longest_prompt(config: PPOConfig, shapes: Shapes) -> int:
+def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
     """`data.max_prompt_tokens`, or what the model's context leaves beside the response."""
     context = getattr(shapes.policy.config.get_text_config(), "max_position_embeddings", None)
     left = config.data.max_prompt_tokens if context is None else context - config.rollout.max_new_tokens

@@ -1,67 +1,31 @@
-"""The networks of a run by the configs of its models alone, without weights."""
+"""The networks of a run from the configs of its models, without weights."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
-from ppo_fast.rlhf.errors import UserError, require
-from ppo_fast.rlhf.models.adapters import (
-    ADAPTER_CONFIG,
-    REFERENCE,
-    TRAINED,
-    VALUE,
-    Adapters,
-    adapt,
-    read_config,
-    same_base,
-)
-from ppo_fast.rlhf.models.forward import backbone_of
-from ppo_fast.rlhf.models.loading import checkpoint_activations, disable_dropout, load_pretrained
-from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.adapter_files import SavedAdapter
+from ppo_fast.rlhf.models.loading import Loaded, disable_dropout, with_adapters
+from ppo_fast.rlhf.models.models import Models, build_models, critic_start
+from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded
-from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, ValueModel
+from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
+from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
 from ppo_fast.rlhf.planning.fakes import attention, quantize
 
-Make = Callable[[str, "Shape"], Any]  # a model of that class
 Name = Callable[[str | None, Iterable[Tensor]], None]  # says what tensors count as; None: they are in host memory
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model: its config of transformers, and that of the adapter on it."""
-
-    config: Any
-    adapter: Any | None = None  # peft.LoraConfig
-    shared: bool = False  # the adapter is on the policy's base
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The models that a run loads."""
-
-    policy: Shape
-    value: Shape | None = None  # None: the policy's
-    rewards: tuple[Shape, ...] = ()
-
-
-class RewardNetwork(NamedTuple):
-    """A reward model, and the block that it is itself in, on the device."""
-
-    network: ValueModel
-    present: Callable[[], AbstractContextManager[Any]]
-    adapter: bool = False  # on the policy's base
+TOKENIZER: Any = SimpleNamespace(eos_token_id=0, pad_token_id=0)  # a plan reads none
 
 
 class LoadedModels(NamedTuple):
@@ -71,129 +35,103 @@ class LoadedModels(NamedTuple):
     rewards: tuple[RewardNetwork, ...]
 
 
-def read_shapes(config: PPOConfig, policy: Any = None) -> Shapes:
-    """The configs of every model that `config` names; `policy` is that of one that is there already."""
+def read_shapes(config: PPOConfig, policy: PretrainedConfig | None = None) -> SavedModels:
+    """The models that `config` names, their configs read; `policy` is the config of a policy in memory."""
     if policy is None and config.model.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
-    field = "model.path"
-    own = (
-        _read(field, config.model.path, config)
-        if policy is None
-        else Shape(policy, read_config(field, config.model.path))
-    )
-    base = config.model.path if own.adapter is None else str(own.adapter.base_model_name_or_path)
-    rewards = tuple(_read("reward.models", path, config, base) for path in config.reward.models)
-    start = config.model.value_path
-    if start is not None:
-        return Shapes(own, _read("model.value_path", _value_directory(start), config), rewards)
-    # As far as configs tell, the critic starts from the first reward model where that has the policy's vocabulary.
-    split_by_length = bool(rewards) and rewards[0].config.vocab_size == own.config.vocab_size
-    return Shapes(own, rewards[0] if split_by_length else None, rewards)
+    saved = find_models(config.model, config.reward.models, policy)
+    for each in (saved.policy, *saved.rewards, *([] if saved.value is None else [saved.value.value])):
+        assert each.config is not None
+    return saved
 
 
-def _value_directory(path: str) -> str:
-    beside = Path(path) / VALUE_DIRECTORY
-    own = Path(path) / VALUE_CONFIG
-    return str(own) if own.is_file() else str(beside) if (beside / ADAPTER_CONFIG).is_file() else path
+class NetworksWithoutData(Networks):
+    """Makes the networks of a run on the meta device, from their configs."""
+
+    def __init__(self, config: ModelConfig, device: str) -> None:
+        super().__init__(config, torch.device("meta"))
+        self.attention = attention(config, device)
+
+    def make(
+        self,
+        loader: Any,
+        saved: SavedModel,
+        dtype: torch.dtype | None = None,
+        *,
+        quantized: bool = False,
+        **options: Any,
+    ) -> PreTrainedModel:
+        config = copy.deepcopy(saved.config)
+        config.num_labels = options.get("num_labels", config.num_labels)
+        kind = {} if self.attention is None else {"attn_implementation": self.attention}
+        network = loader.from_config(config, dtype=dtype or self.dtype, trust_remote_code=saved.trust, **kind)
+        disable_dropout(network)
+        if quantized:
+            quantize(network)
+        return network
+
+    def whole_value(self, saved: SavedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Linear]:
+        backbone = self.make(AutoModel, AutoModelForCausalLM, saved, dtype)
+        return backbone, self._head(backbone)
+
+    def read(self, adapter: SavedAdapter) -> None:
+        pass
+
+    def head(self, adapter: SavedAdapter, network: PreTrainedModel) -> nn.Linear | None:
+        return self._head(network) if adapter.has_head else None
+
+    def merge(self, network: PreTrainedModel, adapter: SavedAdapter) -> None:
+        pass
+
+    def place(self, network: PreTrainedModel) -> None:
+        pass
+
+    def _head(self, network: PreTrainedModel) -> nn.Linear:
+        return nn.Linear(network.config.hidden_size, 1, dtype=torch.float32, device=self.device)
 
 
-def _read(field: str, path: str | None, config: PPOConfig, base: str | None = None) -> Shape:
-    """Of a PEFT directory the config of its base, beside its own; `base` is that of the policy."""
-    adapter = read_config(field, path)
-    path = path if adapter is None else str(adapter.base_model_name_or_path)
-    if path is not None and Path(path).is_dir() and not Path(path, "config.json").is_file():
-        # transformers 4 would go by the name of the directory.
-        raise UserError(f"AutoConfig: cannot load directory {path!r}: it has no config.json")
-    shape = load_pretrained(require("transformers").AutoConfig, path, config.model.trust_remote_code)
-    return Shape(shape, adapter, adapter is not None and base is not None and same_base(str(path), base))
-
-
-def count_weights(shape: Shape, config: ModelConfig) -> int:
+def count_weights(policy: SavedModel, config: ModelConfig) -> int:
     """Bytes of the weights of a causal LM, without its adapter."""
     with torch.device("meta"):
-        model = _make("AutoModelForCausalLM", shape, config=config, attention=None)
+        model = NetworksWithoutData(config, "meta").make(AutoModelForCausalLM, policy)
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def load_models_without_data(config: PPOConfig, shapes: Shapes, device: str, name: Name) -> LoadedModels:
-    """The networks in their layout, of tensors without data: to be called under a FakeTensorMode."""
-    make = functools.partial(_make, config=config.model, attention=attention(config.model, device))
+def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str, name: Name) -> LoadedModels:
+    """The networks in their layout, of tensors without data; to be called under a FakeTensorMode."""
+    networks, offload = NetworksWithoutData(config.model, device), config.model.offload
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
-        models = _make_models(config, shapes, make)
-        rewards = [_make_scoring(shape, models, make) for shape in shapes.rewards]
+        models = _make_models(config, networks, saved)
+        rewards = [make_reward_network(each, networks, models.adapters) for each in saved.rewards]
+        # The head of an adapter on the policy's base is not counted: a reward model's is that of the value model.
+        rewards = [each._replace(network=models.value) if each.shared else each for each in rewards]
     adapters = models.adapters
     if adapters is not None:
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
         _materialize([*own, *models.value.head.parameters()], "adapters", name)
-    offloaded = None
-    if config.model.offload and adapters is None:
-        offloaded = _offload(models.reference, name)
+    offloaded = _offload(models.reference, name) if offload and adapters is None else None
     for network in (models.policy, models.reference, models.value):
         _materialize(_tensors(network), "weights", name)
-    apart = [
-        _offload(reward.network, name) if config.model.offload and not reward.adapter else None for reward in rewards
-    ]
+    apart = [_offload(reward.network, name) if offload and not reward.shared else None for reward in rewards]
     for reward in rewards:
         _materialize(_tensors(reward.network), "weights", name)
-    presences = [
-        reward if offload is None else reward._replace(present=offload.present)
-        for reward, offload in zip(rewards, apart, strict=True)
+    placed = [
+        reward if waiting is None else reward._replace(present=waiting.present)
+        for reward, waiting in zip(rewards, apart, strict=True)
     ]
-    return LoadedModels(dataclasses.replace(models, offloaded=offloaded), tuple(presences))
+    return LoadedModels(dataclasses.replace(models, offloaded=offloaded), tuple(placed))
 
 
-def _make_models(config: PPOConfig, shapes: Shapes, make: Make) -> Models:
-    model, adapters = config.model, None
-    policy = make("AutoModelForCausalLM", shapes.policy)
-    if model.load_in_4bit:
-        quantize(policy)
-    if model.lora.rank:
-        moving = shapes.policy.adapter is not None or config.reference.update != "fixed"
-        adapters = _make_adapters(policy, model, moving=moving)
-    together = adapters is not None or model.layout == "shared"
-    backbone = backbone_of(policy) if together else make("AutoModel", shapes.value or shapes.policy)
-    if model.gradient_checkpointing:
-        checkpoint_activations(policy)
-        checkpoint_activations(backbone)
-    return Models(
-        policy=policy,
-        reference=policy if adapters else make("AutoModelForCausalLM", shapes.policy).requires_grad_(False),
-        value=ValueModel(backbone, nn.Linear(backbone.config.hidden_size, 1, dtype=torch.float32, device="meta")),
-        tokenizer=None,
-        pad_id=0,
-        eos_ids=(0,),
-        linear=model.fused_head,
-        packed=model.packing,
-        shared=model.layout == "shared",
-        adapters=adapters,
-    )
-
-
-def _make_adapters(policy: Any, config: ModelConfig, *, moving: bool) -> Adapters:
-    # There is nothing to draw, and a generator of another device is refused.
-    adapters = adapt(policy, config.lora, None, None)  # type: ignore[arg-type]
-    adapters.add(VALUE, adapters.config(TRAINED), trained=True)
-    if moving:
-        adapters.copy(TRAINED, REFERENCE)
-    return adapters
-
-
-def _make_scoring(shape: Shape, models: Models, make: Make) -> RewardNetwork:
-    """A reward model, on a base of its own or on the policy's."""
-    adapters = models.adapters
-    if adapters is not None and shape.shared:
-        name = f"reward-{len(adapters.trained)}"
-        adapters.add(name, shape.adapter, trained=False)
-        return RewardNetwork(models.value, functools.partial(adapters.active, name), adapter=True)
-    model = make("AutoModelForSequenceClassification", shape).requires_grad_(False)
-    return RewardNetwork(ValueModel(model.base_model, model.score), contextlib.nullcontext)
-
-
-def _make(kind: str, shape: Shape, *, config: ModelConfig, attention: str | None) -> Any:
-    factory, copied = getattr(require("transformers"), kind), copy.deepcopy(shape.config)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
-    options |= {} if attention is None else {"attn_implementation": attention}
-    return disable_dropout(factory.from_config(copied, **options))
+def _make_models(config: PPOConfig, networks: Networks, saved: SavedModels) -> Models:
+    """`load_models`, but a vocabulary is known by its size only."""
+    model, generator, adapter = config.model, torch.Generator(), None
+    if model.lora.rank:  # else it is added to the weights
+        adapter = saved.policy.adapter
+    loaded = Loaded(networks.causal(saved.policy), TOKENIZER, adapter, eos_ids=(0,))
+    loaded = with_adapters(loaded, model, generator)
+    size = saved.policy.config.vocab_size
+    start = critic_start(model, saved, loaded.adapters, lambda reward: reward.config.vocab_size == size)
+    return build_models(model, networks, loaded, start, generator, normalized=False, reference=config.reference)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

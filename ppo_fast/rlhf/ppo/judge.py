@@ -11,7 +11,8 @@ import torch
 
 from ppo_fast.rlhf.data.templates import as_text, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError, require
-from ppo_fast.rlhf.models.loading import all_eos_ids, disable_dropout, load_network, load_pretrained
+from ppo_fast.rlhf.models.loading import all_eos_ids, disable_dropout
+from ppo_fast.rlhf.models.pretrained import load_network, load_pretrained
 from ppo_fast.rlhf.training.runtime import find_device
 
 TASK = """\

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +14,14 @@ from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
 from ppo_fast.rlhf.data.examples import continued, ended, split_tokens
 from ppo_fast.rlhf.data.templates import encode, encode_bare, render, render_prompt
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
-from ppo_fast.rlhf.models.adapters import Adapters, put_on
-from ppo_fast.rlhf.models.forward import backbone_of
-from ppo_fast.rlhf.models.loading import disable_dropout, load_tokenizer, saved_eos_ids
+from ppo_fast.rlhf.models.adapters import Adapters
+from ppo_fast.rlhf.models.loading import load_tokenizer, saved_eos_ids
 from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded
-from ppo_fast.rlhf.models.reward import load_reward_model, read_stats
-from ppo_fast.rlhf.models.value import ValueModel, adapter_on, sequence_scores
+from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
+from ppo_fast.rlhf.models.saved import SavedModel
+from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
 
@@ -93,7 +91,7 @@ class ModelSource:
 
     def __init__(
         self,
-        path: str,
+        path: str | SavedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         model: ModelConfig,
@@ -102,13 +100,14 @@ class ModelSource:
         eos_ids: Sequence[int] = (),
         adapters: Adapters | None = None,
     ) -> None:
-        self.model, self.present = _adapter_scorer(path, adapters) or _whole_scorer(path, model, device)
-        self.tokenizer, self.own = tokenizer, load_tokenizer(path, model.trust_remote_code)
+        saved = SavedModel("reward.models", path, model.trust_remote_code) if isinstance(path, str) else path
+        self.model, self.present, _ = _load_network(saved, model, device, adapters)
+        self.tokenizer, self.own = tokenizer, load_tokenizer(saved)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
-        own_eos_ids = saved_eos_ids(path, self.own, self.model.backbone.config)
+        own_eos_ids = saved_eos_ids(str(saved.path), self.own, self.model.backbone.config)
         self.eos_ids = {*eos_ids, tokenizer.eos_token_id} if self.same else own_eos_ids
-        self.path, self.batch_size, self.device = path, batch_size, device
-        self.saved_stats = read_stats(path)
+        self.path, self.batch_size, self.device = str(saved.path), batch_size, device
+        self.saved_stats = saved.stats
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> list[Score]:
@@ -175,34 +174,18 @@ class ModelSource:
 
 
 Source = FunctionSource | ModelSource
-RewardNetwork = tuple[
-    ValueModel, Callable[[], AbstractContextManager[object]]
-]  # a network, and a block in which it scores
 
 
-def _adapter_scorer(path: str, adapters: Adapters | None) -> RewardNetwork | None:
-    """Return the policy's base with the adapter at `path`, if there is one for this base."""
-    saved = None if adapters is None else adapter_on(adapters.base, "reward.models", path)
-    if adapters is None or saved is None or saved.head is None:
-        return None
-    name = f"reward-{sum(each.startswith('reward-') for each in adapters.trained)}"
-    adapters.load(name, saved, trained=False)
-    head = saved.head.to(adapters.network.device).requires_grad_(False)
-    return ValueModel(backbone_of(adapters.network), head), functools.partial(adapters.active, name)
-
-
-def _whole_scorer(path: str, config: ModelConfig, device: torch.device) -> RewardNetwork:
-    """Return the model at `path`, which may be offloaded; an adapter gets a base of its own."""
-    loaded = load_reward_model("reward.models", path, getattr(torch, config.dtype), config.trust_remote_code)
-    if loaded is None:
-        raise UserError(f"reward.models: expected a model for sequence classification, got another in {path!r}")
-    model, saved = loaded
-    if saved is not None:
-        put_on(model, saved)
-    network = ValueModel.from_classifier(disable_dropout(model).requires_grad_(False))
+def _load_network(
+    saved: SavedModel, config: ModelConfig, device: torch.device, adapters: Adapters | None
+) -> RewardNetwork:
+    """The reward model on the device, or in host memory until it is used."""
+    made = make_reward_network(saved, Networks(config, device), adapters)
+    if made.shared:
+        return made
     if config.offload:
-        return network, Offloaded(network, device).present
-    return network.to(device), contextlib.nullcontext
+        return made._replace(present=Offloaded(made.network, device).present)
+    return made._replace(network=made.network.to(device))
 
 
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
@@ -217,7 +200,8 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
         "adapters": models.adapters,
         "eos_ids": models.eos_ids,
     }
-    return sources + [ModelSource(path, models.tokenizer, **options) for path in reward.models]
+    known: dict[str | None, SavedModel] = {saved.path: saved for saved in models.rewards}
+    return sources + [ModelSource(known.get(path, path), models.tokenizer, **options) for path in reward.models]
 
 
 def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -15,7 +15,6 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import RewardModelConfig
 from ppo_fast.rlhf.data.examples import Pair, chunks, preference_pair
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.models.attention import use_attention
 from ppo_fast.rlhf.models.loading import (
     GENERATION,
     Loaded,
@@ -27,7 +26,9 @@ from ppo_fast.rlhf.models.loading import (
     saved_eos_ids,
     with_adapters,
 )
-from ppo_fast.rlhf.models.reward import STATS, add_score_head, load_reward_model
+from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.reward import add_score_head
+from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 
@@ -148,15 +149,14 @@ def _load(
     else:
         if config.model.load_in_4bit:
             raise UserError("model.load_in_4bit: expected false with init, got True")
-        trust = config.model.trust_remote_code
-        found = load_reward_model("init", config.init, getattr(torch, config.model.dtype), trust)
-        if found is None:
+        saved = SavedModel("init", config.init, config.model.trust_remote_code)
+        networks = Networks(config.model, generator.device)
+        model = networks.classifier(saved)
+        if model is None:
             raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")
-        model, saved = found
-        tokenizer = load_tokenizer(config.init, trust) if tokenizer is None else checked_tokenizer(tokenizer)
-        model = disable_dropout(model.to(generator.device))
-        use_attention(model, config.model)
-        loaded = Loaded(model, tokenizer, saved, eos_ids=saved_eos_ids(config.init, tokenizer, model.config))
+        tokenizer = load_tokenizer(saved) if tokenizer is None else checked_tokenizer(tokenizer)
+        networks.place(disable_dropout(model))
+        loaded = Loaded(model, tokenizer, saved.adapter, eos_ids=saved_eos_ids(config.init, tokenizer, model.config))
     loaded = with_adapters(loaded, config.model, generator)
     if loaded.adapters is not None:
         loaded.model.score.float().requires_grad_(True)

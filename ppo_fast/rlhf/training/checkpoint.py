@@ -34,10 +34,11 @@ from ppo_fast.rlhf.integrity import (
     read_tensors,
     write_sealed,
 )
-from ppo_fast.rlhf.models.adapters import ADAPTER_FILE, HEAD, TRAINED, VALUE, Adapters
-from ppo_fast.rlhf.models.loading import load_network, no_progress_bars
+from ppo_fast.rlhf.models.adapter_files import ADAPTER_FILE, HEAD
+from ppo_fast.rlhf.models.adapters import TRAINED, VALUE, Adapters
 from ppo_fast.rlhf.models.models import Models
-from ppo_fast.rlhf.models.value import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
+from ppo_fast.rlhf.models.pretrained import load_network, no_progress_bars
+from ppo_fast.rlhf.models.saved import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
 from ppo_fast.rlhf.training.state import State, _pack, _unpack
 
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk

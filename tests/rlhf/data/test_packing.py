@@ -189,4 +189,4 @@ def test_a_grid_is_read_from_the_device_once():
     assert grid.lengths.tolist() == [6, 1, 4, 2]
     assert torch.equal(ids.flatten()[grid.flat_indices(np.arange(4))], ids[:, 5:][mask])
     assert torch.equal(ids.flatten()[grid.flat_indices(np.array([2, 0]))], torch.cat([ids[2, 5:9], ids[0, 5:]]))
-    assert {field.name for field in dataclasses.fields(grid)} == {"ids", "attention", "counted"}
+    assert {field.name for field in dataclasses.fields(grid)} == {"ids", "attention", "loss_mask"}

@@ -1,7 +1,6 @@
 """What becomes of rows with messages, tools and special tokens, in every stage that reads them."""
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -16,6 +15,7 @@ from ppo_fast.rlhf.data.prompts import load_prompts
 from ppo_fast.rlhf.data.rows import read_rows
 from ppo_fast.rlhf.data.templates import as_text
 from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.models.reward import RewardNetwork
 from ppo_fast.rlhf.ppo import reward_sources
 from ppo_fast.rlhf.ppo.judge import LocalModel
 from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses
@@ -240,7 +240,7 @@ def make_source(monkeypatch):
 
     def make(own, policys):
         network = SimpleNamespace(backbone=SimpleNamespace(config=None))
-        monkeypatch.setattr(reward_sources, "_whole_scorer", lambda *_: (network, nullcontext))
+        monkeypatch.setattr(reward_sources, "_load_network", lambda *_: RewardNetwork(network))
         monkeypatch.setattr(reward_sources, "load_tokenizer", lambda *_: own)
         return ModelSource("rm", policys, model=ModelConfig(), device=torch.device("cpu"), batch_size=4)
 

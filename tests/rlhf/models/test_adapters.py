@@ -16,24 +16,15 @@ from ppo_fast.rlhf import UserError, arguments
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.config.ppo import LoraConfig
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.models.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    PLAIN_FIELDS,
-    Adapters,
-    adapt,
-    add_to_weights,
-    put_on,
-    read_adapter,
-    same_base,
-)
+from ppo_fast.rlhf.models.adapter_files import ADAPTER_CONFIG, ADAPTER_FILE, PLAIN_FIELDS, same_base
+from ppo_fast.rlhf.models.adapters import Adapters, adapt, add_to_weights, put_on
 from ppo_fast.rlhf.models.loading import checkpoint_activations
 from ppo_fast.rlhf.planning.shapes import read_shapes
 from ppo_fast.rlhf.supervised.train import SupervisedRun
 from ppo_fast.rlhf.training.checkpoint import save_models, write_model
 from ppo_fast.rlhf.training.state import fingerprint
 from tests.helpers import raises_exactly
-from tests.rlhf.layout_factories import IDS, LORA, every_bit, models_in, run_stage, save_base, shift
+from tests.rlhf.layout_factories import IDS, LORA, every_bit, models_in, read_adapter, run_stage, save_base, shift
 from tests.rlhf.supervised_factories import STAGES, make_model, make_tokenizer
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2"]

@@ -271,7 +271,7 @@ def test_a_model_gets_the_attention_asked_for():
 def test_on_a_cpu_a_model_that_adds_to_the_scores_keeps_its_own_attention():
     model = made(transformers.Gemma2Config(**GROUPED, head_dim=8))
     model.set_attn_implementation("sdpa")
-    use_attention(model, CausalConfig(batches="packed"))
+    use_attention(model, CausalConfig(packing=True))
     assert model.config._attn_implementation == "sdpa"
 
 

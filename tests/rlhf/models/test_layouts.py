@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.config.ppo import ReferenceConfig
-from ppo_fast.rlhf.models.adapters import ADAPTER_CONFIG, ADAPTER_FILE
+from ppo_fast.rlhf.models.adapter_files import ADAPTER_CONFIG, ADAPTER_FILE
 from ppo_fast.rlhf.models.forward import _short_batch, reference_terms
 from ppo_fast.rlhf.models.offload import Offloaded
-from ppo_fast.rlhf.models.reward import STATS
+from ppo_fast.rlhf.models.saved import STATS
 from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_sources import load_sources

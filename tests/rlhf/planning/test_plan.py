@@ -15,10 +15,11 @@ from ppo_fast import cli
 from ppo_fast.rlhf.config.files import config_from_dict, load_config
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
 from ppo_fast.rlhf.planning.command import announce, parse_size, told
 from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
-from ppo_fast.rlhf.planning.shapes import Shape, Shapes, count_weights, read_shapes
+from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
 from ppo_fast.rlhf.planning.tracing import Timeline
 from tests.helpers import product_scratch, raises_exactly
 from tests.rlhf.memory_profile import measured_peaks
@@ -50,7 +51,7 @@ def make_config(directory, **values):
 
 def tiny_plan(directory, policy=None, **values):
     config = make_config(directory, **values)
-    shapes = Shapes(Shape((policy or tiny_policy()).config))
+    shapes = SavedModels(SavedModel(given=(policy or tiny_policy()).config))
     return make_plan(config, "cpu", shapes=shapes, prompt_tokens=PROMPT)
 
 
@@ -157,23 +158,25 @@ def test_checkpointing_offloading_adapters_and_4_bits_each_need_less(tmp_path):
 
 def test_peft_directories_are_planned_by_their_configs(tmp_path):
     peft = pytest.importorskip("peft")
-    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    base, adapter, scorer = (str(tmp_path / name) for name in ("base", "adapter", "scorer"))
     tiny_policy().config.save_pretrained(base)
     targets = ["q_proj", "v_proj"]
-    peft.LoraConfig(r=8, target_modules=targets, base_model_name_or_path=base).save_pretrained(adapter)
-    lora = LORA | {"lora": {"rank": 8, "targets": targets}}
+    shape = {"r": 8, "target_modules": targets, "base_model_name_or_path": base}
+    peft.LoraConfig(**shape).save_pretrained(adapter)
+    peft.LoraConfig(**shape, modules_to_save=["score"]).save_pretrained(scorer)
+    lora = LORA | {"lora": {"rank": 8, "alpha": 8, "targets": targets}}
 
     def plan(path, rewards=(), **model):
         values = {"model": {"path": path} | model, "reward": {"models": rewards}}
         return make_plan(make_config(tmp_path, **values), "cpu", prompt_tokens=PROMPT).phases
 
-    plain, from_adapter, judged = plan(base, **lora), plan(adapter, **lora), plan(base, [adapter], **lora)
+    plain, from_adapter, judged = plan(base, **lora), plan(adapter, **lora), plan(base, [scorer], **lora)
     one = 4 * 8 * (128 + 128) * 2 * 2
     assert plain["update"]["weights"] == from_adapter["update"]["weights"] == judged["update"]["weights"]
     assert from_adapter["update"]["adapters"] - plain["update"]["adapters"] == one  # the reference
     assert judged["update"]["adapters"] - plain["update"]["adapters"] == one
     assert "reward" in judged
-    apart = plan(base, [adapter])
+    apart = plan(base, [scorer])
     assert apart["update"]["weights"] > plan(base)["update"]["weights"]
 
 
@@ -191,7 +194,7 @@ def test_a_layer_of_4_bits_is_as_large_as_that_of_bitsandbytes():
 
 def test_attention_of_a_packed_row_on_a_gpu_makes_no_mask_and_repeats_no_heads(tmp_path):
     policy = tiny_policy(arch="qwen2", num_key_value_heads=1)
-    given = {"shapes": Shapes(Shape(policy.config)), "prompt_tokens": PROMPT}
+    given = {"shapes": SavedModels(SavedModel(given=policy.config)), "prompt_tokens": PROMPT}
     by_ends, by_mask = (
         make_plan(
             make_config(tmp_path, model={"packing": True, "dtype": "bfloat16", "attention": kind}), "cuda", **given
@@ -244,7 +247,7 @@ def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
 
 
 def test_what_to_change_is_told_until_it_fits(tmp_path):
-    config, shapes = make_config(tmp_path), Shapes(Shape(tiny_policy().config))
+    config, shapes = make_config(tmp_path), SavedModels(SavedModel(given=tiny_policy().config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     plan = make_plan(config, **given)
     assert advise(config, plan, **given) == []
@@ -262,7 +265,7 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
 
 def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
-    config, shapes = make_config(tmp_path, **lora), Shapes(Shape(tiny_policy().config))
+    config, shapes = make_config(tmp_path, **lora), SavedModels(SavedModel(given=tiny_policy().config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     changes = advise(config, make_plan(config, limit=1, **given), **given)
     assert changes
@@ -290,7 +293,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
 
 
 def test_prompts_are_as_long_as_the_context_leaves_room(tmp_path):
-    shapes = Shapes(Shape(tiny_policy().config))
+    shapes = SavedModels(SavedModel(given=tiny_policy().config))
     config = make_config(tmp_path, rollout={"batch_size": 16, "max_new_tokens": 64})
     with raises_exactly("rollout.max_new_tokens: expected less than the model's context of 64, got 64", UserError):
         make_plan(config, "cpu", shapes=shapes)
@@ -431,7 +434,7 @@ def test_a_plan_that_fails_stops_no_run(saved, monkeypatch):
 @pytest.mark.parametrize("shape", [{}, {"hidden": 64, "layers": 1}])
 def test_weights_are_counted_from_the_config(shape):
     policy = tiny_policy(**shape)
-    counted = count_weights(Shape(policy.config), make_config("run").model)
+    counted = count_weights(SavedModel(given=policy.config), make_config("run").model)
     assert counted == sum(weight.nbytes for weight in policy.parameters())
 
 

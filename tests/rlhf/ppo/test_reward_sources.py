@@ -11,7 +11,7 @@ from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.config.ppo import ModelConfig
 from ppo_fast.rlhf.errors import NotFiniteError
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.models.reward import STATS
+from ppo_fast.rlhf.models.saved import STATS
 from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses
 from tests.rlhf.conftest import EOS, PROMPTS, WORDS
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from ppo_fast.rlhf import train_ppo
 from ppo_fast.rlhf.data.examples import collate, preference_pair
 from ppo_fast.rlhf.models import tiny
-from ppo_fast.rlhf.models.loading import disable_dropout, load_pretrained
+from ppo_fast.rlhf.models.loading import disable_dropout
+from ppo_fast.rlhf.models.pretrained import load_pretrained
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
 from ppo_fast.rlhf.supervised.reward_model import RewardModel, calibration_error, reliability

@@ -18,7 +18,7 @@ from ppo_fast.rlhf import UserError, files
 from ppo_fast.rlhf.files import atomic_directory
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import load_models
-from ppo_fast.rlhf.models.value import VALUE_FILE
+from ppo_fast.rlhf.models.saved import VALUE_FILE
 from ppo_fast.rlhf.training.checkpoint import load_checkpoint, save_checkpoint, save_models
 from ppo_fast.rlhf.training.state import fingerprint, restore_rng, rng_state
 from tests.helpers import raises_exactly

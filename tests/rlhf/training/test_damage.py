@@ -13,9 +13,9 @@ from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.data.prompts import load_prompts
 from ppo_fast.rlhf.integrity import read_sealed, write_sealed
-from ppo_fast.rlhf.models.adapters import ADAPTER_FILE, read_adapter
+from ppo_fast.rlhf.models.adapter_files import ADAPTER_FILE
 from ppo_fast.rlhf.models.models import load_models
-from ppo_fast.rlhf.models.value import VALUE_DIRECTORY, VALUE_FILE
+from ppo_fast.rlhf.models.saved import VALUE_DIRECTORY, VALUE_FILE
 from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.reward_sources import load_sources
 from ppo_fast.rlhf.ppo.rewards import Scorer
@@ -34,7 +34,7 @@ from ppo_fast.rlhf.training.resume import load_start
 from ppo_fast.rlhf.training.signals import StopSignals
 from tests.helpers import raises_exactly
 from tests.rlhf.conftest import PROMPTS
-from tests.rlhf.layout_factories import models_in, save_base
+from tests.rlhf.layout_factories import models_in, read_adapter, save_base
 from tests.rlhf.supervised_factories import make_model, make_tokenizer
 
 NEWEST = "update-000002"

@@ -1,0 +1,61 @@
+"""`from_pretrained` of transformers, strict: a missing weight is an error, and an error is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from ppo_fast.rlhf.errors import UserError
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep the bars that transformers draws while it loads and writes out of the console of the run."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
+    """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
+    failures = (OSError, ValueError, ImportError, SafetensorError)
+    try:
+        with no_progress_bars():
+            return loader.from_pretrained(path, trust_remote_code=trust, **options)
+    except failures as error:
+        where = "directory" if path is not None and Path(path).exists() else "model"
+        reason = str(error).strip().partition("\n")[0]
+        if where == "model" and path is not None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+            reason = "no such directory"  # nor can it be the name of a hub model
+        if "trust_remote_code" in str(error):
+            reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
+        raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error
+
+
+def load_network(
+    loader: Any, path: str | None, trust: bool = False, *, new: str | None = None, exact: bool = False, **options: Any
+) -> Any:
+    """`load_pretrained` of a model; UserError for a weight that is missing or of another shape.
+
+    transformers gives such a weight random values. One whose name begins with `new` may be missing; with `exact` there
+    must be no further tensor either.
+    """
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(loader, path, trust, **told, **options)
+    missing = sorted(name for name in info["missing_keys"] if new is None or not name.startswith(new))
+    others = [name for name, *_ in sorted(info["mismatched_keys"])]
+    further = sorted(info["unexpected_keys"]) if exact else []
+    for problem, names in (("no tensor", missing), ("another shape of", others), ("an unexpected tensor", further)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{loader.__name__}: cannot load {path!r}: it has {problem} {names[0]!r}{more}")
+    return model
