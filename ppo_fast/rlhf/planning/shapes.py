@@ -71,7 +71,7 @@ class NetworksWithoutData(Networks):
         return network
 
     def whole_value(self, saved: SavedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Linear]:
-        backbone = self.make(AutoModel, AutoModelForCausalLM, saved, dtype)
+        backbone = self.make(AutoModel, saved, dtype)
         return backbone, self._head(backbone)
 
     def read(self, adapter: SavedAdapter) -> None:
