@@ -1,4 +1,4 @@
-"""The fused linear head against eager torch, torch.compile, the matrix products only, and the peers that are there.
+"""The fused linear head against eager torch, torch.compile, only the matrix products, and the peers that are there.
 
 Peers run where they can be imported: liger-kernel (chunked GRPO loss), cut-cross-entropy (its log-probabilities under
 the same loss) and TRL's selective_log_softmax (on materialized logits). None of them has an entropy bonus.
@@ -29,7 +29,7 @@ CLIP, KL_COEF = 0.2, 0.05
 
 
 def _imported(**modules: str) -> dict[str, Any]:
-    """The peers' modules by name, except those that are not installed or miss something they need."""
+    """The peers' modules by name, without those that are not installed or miss something they need."""
     found = {}
     for name, module in modules.items():
         with contextlib.suppress(ImportError):

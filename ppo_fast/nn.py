@@ -1,4 +1,4 @@
-"""The losses as modules, so that they can stand in a config or beside a model; each calls the op of its name."""
+"""The losses as modules, for a config or next to a model. Each calls the op of its name."""
 
 from collections.abc import Mapping
 from typing import Any

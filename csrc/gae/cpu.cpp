@@ -50,7 +50,7 @@ struct Tiles {
   Tile<uint8_t> done;
 };
 
-// What each lane hands to its next tile.
+// State that each lane hands to its next tile.
 template <class T>
 struct alignas(64) LaneStates {
   T advantage[kLanes] = {};

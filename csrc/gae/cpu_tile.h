@@ -148,7 +148,7 @@ struct LaneGroup {
   }
 
   // Fetches into the L2 cache what the next group will touch at row i, a line of one lane at a time. The
-  // hardware's prefetchers start anew at each page, and a lane may be no longer than one.
+  // hardware's prefetchers restart at each page, and a lane may be no longer than one.
   template <bool kWrite>
   void prefetch_next(int64_t i) const {
     __builtin_prefetch(at(lane[static_cast<uint64_t>(i) / kWidth % kWidth], i + words_to_next), kWrite, 2);

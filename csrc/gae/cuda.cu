@@ -17,7 +17,7 @@ namespace {
 constexpr int kBlocksPerProcessor = 5;  // leaves a thread 102 registers: no spills
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kManyPerProcessor = 16;  // sequences that keep a multiprocessor busy, a warp each
-constexpr int64_t kWarpSteps = 4096;       // the longest sequence a warp scans alone when there are many
+constexpr int64_t kWarpSteps = 4096;       // the longest sequence that one warp scans when there are many
 
 using gae::kWarps;
 using gae::Map;

@@ -16,7 +16,7 @@ Discounts<T> discounts_of(const GaeArguments& args) {
   return {static_cast<T>(args.gamma), static_cast<T>(args.gamma * args.lam)};
 }
 
-// What a step hands to the step before it.
+// State that a step hands to the step before it.
 template <class T>
 struct State {
   T advantage;

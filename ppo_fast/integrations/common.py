@@ -1,4 +1,4 @@
-"""What the replacements share: dtypes of the originals, and losses of tensors that hold no vocabulary any more."""
+"""Shared by the replacements: dtypes of the originals, and losses of tensors without a vocabulary."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def clipped_objective(
         return NotTaken("torch.compile fuses the original")
     others = (old_logprobs, advantages, importance_weights)
     if any(x is not None and x.requires_grad for x in others):
-        return NotTaken("a gradient beside that of the log-probabilities")
+        return NotTaken("a gradient of more than the log-probabilities")
     shape = logprobs.shape
     per_token = {
         "old_logprobs": old_logprobs,

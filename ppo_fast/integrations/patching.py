@@ -1,7 +1,7 @@
 """Replaces functions of another project wherever they were imported, says what it did, and takes it back.
 
-Everything is looked up and compared with the known sources first; only then is anything replaced. A source that is not
-known is refused by name: what an op replaces was read and tested against that source alone.
+Every function is looked up and compared with the known sources before anything is replaced. A source that is not known
+is an error: the replacement was written for the known source and tested only against it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ACTIVE: dict[str, Report] = {}
 
 
 class NotTaken(NamedTuple):
-    """What a replacement returns for inputs it leaves to the original, which then runs and is counted."""
+    """Returned by a replacement for inputs that it does not take: the original runs, and is counted."""
 
     reason: str
 
@@ -62,12 +62,12 @@ class _Found(NamedTuple):
 
 @dataclass
 class Report:
-    """What a patch has replaced; a context manager that undoes it at the end.
+    """The functions that a patch has replaced; as a context manager it undoes the patch at the end.
 
     Attributes:
         package: the other project and its version.
         replaced: "module.function" -> the places where it was found and replaced.
-        kept: "module.function" -> why it was left alone.
+        kept: "module.function" -> why it was not replaced.
         calls: how often each replacement ran its op. Calls traced by ``torch.compile`` are not counted.
         fallbacks: (function, reason) -> how often the original ran instead.
     """

@@ -1,4 +1,4 @@
-"""The ops: pure functions on tensors, useful alone in any trainer."""
+"""The ops: pure functions on tensors for any trainer."""
 
 from ppo_fast.ops._core.config import PolicyLossConfig
 from ppo_fast.ops._core.registry import backends

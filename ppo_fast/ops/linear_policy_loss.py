@@ -1,4 +1,4 @@
-"""The policy loss from hidden states and the head's weight: no more than a chunk of logits exists at any time."""
+"""The policy loss from hidden states and the head's weight. At most one chunk of logits exists at any time."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ registry.register_public(_OP, kernels="token_stats")
 
 
 class _Result(NamedTuple):
-    """What the registered op returns; the gradients are those of loss / scale, still to be multiplied by scale."""
+    """Results of the registered op. The gradients are those of loss / scale: the backward multiplies them by scale."""
 
     loss: Tensor  # []
     metrics: Tensor  # [len(METRICS)]
@@ -197,7 +197,7 @@ _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The registered op without the dispatcher, which takes longer than a small batch's work."""
+    """Run the registered op without the dispatcher, which takes longer than the work of a small batch."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> _Result:
@@ -257,8 +257,8 @@ def linear_policy_loss(
         importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
         cu_seqlens: int32 or int64 [S + 1], the sequence offsets of packed [N] inputs.
         denominator: replaces the outer count of the aggregation, as in :func:`ppo_fast.policy_loss`.
-        chunk_size: rows per chunk; None chooses by shape and device. Memory beside inputs and gradients: chunk_size*V
-            elements, as many again for ``ref_hidden`` and for softcap, and weight's gradient in float32.
+        chunk_size: rows per chunk; None chooses by shape and device. Memory in addition to inputs and gradients:
+            chunk_size*V elements, as many again for ``ref_hidden`` and for softcap, and weight's gradient in float32.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Per-token log-probability, entropy and exact KL from hidden states: the logits are made a chunk at a time."""
+"""Per-token log-probability, entropy and exact KL from hidden states, computing the logits a chunk at a time."""
 
 from typing import Any
 
@@ -120,8 +120,9 @@ def linear_token_stats(
         mask: [...], bool, True = counts. Other rows are left out of every product, return 0 and get zero gradient.
             Their number is read from the GPU: the op's one host sync.
         temperature: in [1e-9, 1e9], divides both kinds of logits.
-        chunk_size: rows per chunk; None chooses by shape and device. Memory beside inputs and gradients: chunk_size*V
-            elements, as many again for a reference and (in backward) for softcap, and weight's gradient in float32.
+        chunk_size: rows per chunk; None chooses by shape and device. Memory in addition to inputs and gradients:
+            chunk_size*V elements, as many again for a reference and (in backward) for softcap, and weight's gradient
+            in float32.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.
 
     Returns:

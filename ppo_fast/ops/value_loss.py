@@ -118,9 +118,7 @@ def value_loss(
         if old_values is None:
             raise ValueError(f"{_OP}: expected old_values with clip={clip}, got None")
     if aggregation != "token-mean" and cu_seqlens is None and values.dim() < 2:
-        raise ValueError(
-            f"{_OP}: expected cu_seqlens beside packed [N] values with aggregation={aggregation!r}, got None"
-        )
+        raise ValueError(f"{_OP}: expected cu_seqlens for packed [N] values with aggregation={aggregation!r}, got None")
     backend = registry.resolve(_OP, backend, values.device, values.dtype)
     dtype = checks.accumulation_dtype(values.dtype)
     inputs = ValueInputs(

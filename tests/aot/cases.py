@@ -41,7 +41,7 @@ def backward(V: int, dtype: torch.dtype) -> None:
 
 
 def policy(estimator: str) -> None:
-    """The terms of the policy loss: none beside the objective, then all of them."""
+    """The terms of the policy loss: only the objective, then all of them."""
     x, mask, none, coef = rows(), rows(torch.bool), torch.empty(0), torch.ones(())
     clips = (0.2, 0.2, 3.0, "token", estimator, "token-mean")
     stats = RowStats(x, x, none, none, none)
@@ -68,7 +68,7 @@ def scans(dtype: torch.dtype, steps: int) -> None:
         gae.gae(GaeInputs(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode))
 
 
-# bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V alone.
+# bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V only.
 _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
     ("gpt2", torch.float32),
     ("llama3", torch.float32),

@@ -10,7 +10,7 @@ from ppo_fast.ops._core.results import RowStats
 from tests.aot.offline import SM90, compiling
 
 V = 256
-# Rows in odd numbers, in multiples of 16, one alone, and sequences further apart than 2^31 elements.
+# Rows in odd numbers, in multiples of 16, a single one, and sequences further apart than 2^31 elements.
 LAYOUTS = [(1, 1, None), (2, 3, None), (1, 16, None), (4, 40, None), (1, 3, (1 << 31) + 16)]
 
 
@@ -45,7 +45,7 @@ def test_per_token_kernels() -> None:
             policy_loss.policy_loss_from_stats(RowStats(x, x, none, none, none), None, policy)
             value_loss.value_loss(ValueInputs(x, x, None, x, None, None, 0.1 * i, "token-mean"))
     assert len(kernels) == 4 * len(shapes)
-    # The totals of the two losses differ in their number of rows alone, and in which of them is a maximum.
+    # The totals of the two losses differ only in their number of rows, and in which of them is a maximum.
     assert _names(kernels) == ["terms_kernel", "totals_kernel", "totals_kernel", "value_kernel"]
 
 

@@ -16,7 +16,7 @@ from tests.csrc.plain import Array, plain_gae, plain_gae_packed
 HERE = Path(__file__).parent
 WARP_TILE, BLOCK_TILE = 256, 1024  # steps: 8 a thread, 32 threads a warp, 4 warps a block
 BORDERS = (1, 7, 8, 9, WARP_TILE - 1, WARP_TILE, WARP_TILE + 1, BLOCK_TILE, BLOCK_TILE + 1, 2 * BLOCK_TILE + 5)
-GROUPS = {"warp": 10**9, "block": 0}  # the longest sequence that one warp scans alone
+GROUPS = {"warp": 10**9, "block": 0}  # the longest sequence that one warp scans
 GAMMA, LAM = 0.99, 0.95
 Scan = Callable[..., tuple[Array, Array]]
 

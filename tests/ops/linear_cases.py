@@ -61,7 +61,7 @@ def hide_uncounted(case: LinearCase) -> LinearCase:
 
 
 def row_inputs(case: LinearCase, **more: Any) -> dict[str, Any]:
-    """The per-token inputs by name, but for the references."""
+    """The per-token inputs by name, without the references."""
     inputs = {**case.rows._asdict(), **more}
     return {k: v for k, v in inputs.items() if k not in ("logits", "ref_logits", "ref_logprobs")}
 

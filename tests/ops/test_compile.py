@@ -36,7 +36,7 @@ TARGETS = torch.tensor([[0, -100, 4], [2, 3, -100]])
 
 
 def stats_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of token_stats: all outputs, each alone, strided, empty."""
+    """Arguments of token_stats: all outputs, one at a time, strided, empty."""
     logits, ref = logits_of(2, 3, 5), torch.randn(2, 3, 5)
     yield logits, TARGETS, ref, MASK, 0.7, True, backend
     yield logits, TARGETS.int(), None, MASK, 1.0, False, backend
@@ -47,7 +47,7 @@ def stats_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
 
 
 def backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of token_stats_backward: all upstream gradients, each alone."""
+    """Arguments of token_stats_backward: all upstream gradients, one at a time."""
     rows = torch.randn(2, 3)
     for transposed in (False, True):
         logits, ref = logits_of(2, 3, 5, transposed=transposed).detach(), torch.randn(2, 3, 5)
@@ -122,7 +122,7 @@ def linear_calls(backend: str) -> Iterator[tuple[Any, ...]]:
 
 
 def linear_backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of linear_token_stats_backward: all upstream gradients, each alone."""
+    """Arguments of linear_token_stats_backward: all upstream gradients, one at a time."""
     rows = torch.randn(2, 3)
     for call in linear_calls(backend):
         call = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)

@@ -170,7 +170,7 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         policy(cu_seqlens=OFFSETS),
-        "policy_loss: expected packed targets of shape [N] beside cu_seqlens, got [2, 3]",
+        "policy_loss: expected packed targets of shape [N] with cu_seqlens, got [2, 3]",
     ),
     (
         packed_policy(cu_seqlens=OFFSETS.to(META)),
@@ -188,12 +188,12 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         packed_policy(config=Config(ratio="sequence")),
-        "policy_loss: expected cu_seqlens beside packed [N] targets with ratio='sequence', "
+        "policy_loss: expected cu_seqlens for packed [N] targets with ratio='sequence', "
         "aggregation='token-mean', got None",
     ),
     (
         value(values=FLAT, returns=FLAT, mask=None, aggregation="seq-mean-token-sum"),
-        "value_loss: expected cu_seqlens beside packed [N] values with aggregation='seq-mean-token-sum', got None",
+        "value_loss: expected cu_seqlens for packed [N] values with aggregation='seq-mean-token-sum', got None",
     ),
     # denominators
     (

@@ -1,4 +1,4 @@
-"""Every ValueError that the linear ops alone raise, word for word; and that no raise statement is missing here."""
+"""Every ValueError that only the linear ops raise, word for word; and that no raise statement is missing here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -95,15 +95,15 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (stats(targets=TARGETS + 5), f"{STATS}: expected targets in [0, 5) where mask is True, got 5"),
     (loss(targets=TARGETS - 1), f"{LOSS}: expected targets in [0, 5) where mask is True, got -1"),
     # the reference
-    (stats(ref_weight=WEIGHT), f"{STATS}: expected ref_hidden beside ref_weight, got None"),
-    (loss(ref_bias=BIAS), f"{LOSS}: expected ref_hidden beside ref_bias, got None"),
+    (stats(ref_weight=WEIGHT), f"{STATS}: expected ref_hidden with ref_weight, got None"),
+    (loss(ref_bias=BIAS), f"{LOSS}: expected ref_hidden with ref_bias, got None"),
     (
         stats(ref_hidden=REF),
         f"{STATS}: expected ref_weight of shape [V, 7] to match ref_hidden [2, 3, 7], got [5, 4]",
     ),
     (
         stats(ref_hidden=HIDDEN[:1]),
-        f"{STATS}: expected ref_hidden to match hidden [2, 3, 4] but for the last dimension, got [1, 3, 4]",
+        f"{STATS}: expected ref_hidden to match hidden [2, 3, 4] except in the last dimension, got [1, 3, 4]",
     ),
     (
         stats(ref_hidden=REF, ref_weight=torch.zeros(6, 7)),

@@ -1,4 +1,4 @@
-"""Peak memory of the linear ops beside their inputs and gradients, and the rule for the rows of a chunk."""
+"""Peak memory of the linear ops in addition to their inputs and gradients, and the rule for the rows of a chunk."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from tests.helpers import each_backend, product_scratch
 from tests.ops.test_memory import peak_bytes
 
 D, V = 16, 4096
-# Numbers per row beside D of them: the results, their inputs and temporaries.
+# Numbers per row in addition to D of them: the results, their inputs and temporaries.
 PER_ROW = 100
 
 

@@ -27,7 +27,7 @@ struct TargetsView {
   bool is_int64;  // otherwise int32
 };
 
-// Per-row arrays are contiguous [B, T], float32 but for lse; a result that is not asked for is null.
+// Per-row arrays are contiguous [B, T], float32 except lse; a result that is not asked for is null.
 struct Rows {
   LogitsView logits;
   LogitsView ref_logits;

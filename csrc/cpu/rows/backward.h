@@ -12,7 +12,7 @@
 namespace ppo_fast::cpu::ISA_NAMESPACE {
 namespace {
 
-// What turns the logits of each row of a group into log-probabilities: u = (x - max) / temperature - log_sum.
+// Turns the logits of each row of a group into log-probabilities: u = (x - max) / temperature - log_sum.
 struct Normalizers {
   Vec max{}, sum{}, log_sum{};
   Vec ref_max{}, ref_log_sum{};

@@ -11,7 +11,7 @@
 namespace ppo_fast::cpu {
 namespace {
 
-// Rows divided among threads. The division depends on the shape alone, so that sums over chunks do not depend on the
+// Rows divided among threads. The division depends only on the shape, so that sums over chunks do not depend on the
 // number of threads.
 struct Chunks {
   static constexpr int64_t kWords = 1 << 16;  // fewer do not repay waking another thread
@@ -27,7 +27,7 @@ struct Chunks {
   int64_t end(int64_t i) const { return std::min(rows, begin(i) + each); }
 };
 
-// How many rows count.
+// Counts the rows that the mask keeps.
 int64_t count_rows(const uint8_t* mask, int64_t rows) {
   if (mask == nullptr) return rows;
   int64_t count = 0;

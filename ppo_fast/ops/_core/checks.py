@@ -1,7 +1,6 @@
 """Checks shared by the ops: one sentence each, ``op: expected ARG ..., got ...``.
 
-What depends on values (target range, contents of cu_seqlens) is checked on CPU tensors only: on a GPU it would
-be a host sync.
+Values (target range, contents of cu_seqlens) are checked on CPU tensors only: on a GPU the check would be a host sync.
 """
 
 import sys
@@ -162,7 +161,7 @@ def cu_seqlens(op: str, value: Tensor | None, like_name: str, like: Tensor, shap
             f"got {value.dtype} of shape {list(value.shape)}"
         )
     if len(shape) != 1:
-        raise ValueError(f"{op}: expected packed {like_name} of shape [N] beside cu_seqlens, got {list(shape)}")
+        raise ValueError(f"{op}: expected packed {like_name} of shape [N] with cu_seqlens, got {list(shape)}")
     same_device(op, "cu_seqlens", value, like_name, like)
 
 

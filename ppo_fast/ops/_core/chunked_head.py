@@ -33,7 +33,7 @@ _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 
 
 class NeedsGrad(NamedTuple):
-    """Which gradients are asked for."""
+    """Say which gradients are asked for."""
 
     need_hidden: bool
     need_weight: bool
@@ -41,15 +41,15 @@ class NeedsGrad(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of hidden [N, D], weight [V, D] and bias [V], the last two in the accumulation dtype; empty where not needed."""
+    """Gradients of hidden, weight and bias, the last two in the accumulation dtype; empty where not needed."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
 
     @staticmethod
     def zeros(call: LinearCall, needs: NeedsGrad) -> "Gradients":
-        """Sums of nothing yet."""
+        """Return gradients of 0."""
         hidden, weight, dtype = call.hidden, call.weight, accumulation_dtype(call.hidden.dtype)
         return Gradients(
             hidden.new_zeros(hidden.shape if needs.need_hidden else (0,)),
@@ -142,27 +142,27 @@ def chunk_rows(call: LinearCall, count: int, trained: bool, device: str) -> int:
 
 
 class Buffers(NamedTuple):
-    """The logits that exist at one time: [tile, V], as many of a reference, and [chunk, V] of gradient if apart."""
+    """The logits that exist at one time: [tile, V], as many of a reference, and [chunk, V] of separate gradient."""
 
     chunk: int
     tile: int
     dtype: torch.dtype  # of logits
     ref_dtype: torch.dtype | None  # None: no reference
-    apart: bool  # the gradient has a buffer of its own, in the dtype of hidden; else it replaces the logits
+    separate: bool  # the gradient has a buffer of its own, in the dtype of hidden; else it replaces the logits
 
     @staticmethod
     def of(call: LinearCall, count: int, needs: NeedsGrad, device: str) -> "Buffers":
         """For ``count`` rows that count, on a device of that type."""
         chunk = chunk_rows(call, count, needs.need_weight, device)
         dtype, ref = _logits_dtype(call.hidden, call.softcap, device), call.ref_hidden
-        apart = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
-        tile = min(chunk, _TILE.get(device, chunk)) if apart else chunk
-        return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(ref, call.softcap, device), apart)
+        separate = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
+        tile = min(chunk, _TILE.get(device, chunk)) if separate else chunk
+        return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(ref, call.softcap, device), separate)
 
     def bytes(self, call: LinearCall) -> int:
-        """Of all of them."""
+        """Return the size of all of them."""
         logits = self.tile * (self.dtype.itemsize + (self.ref_dtype.itemsize if self.ref_dtype else 0))
-        return (logits + self.apart * self.chunk * call.hidden.element_size()) * call.weight.shape[0]
+        return (logits + self.separate * self.chunk * call.hidden.element_size()) * call.weight.shape[0]
 
 
 def _logits_dtype(hidden: Tensor, softcap: float | None, device: str) -> torch.dtype:
@@ -188,7 +188,7 @@ class ChunkedHead:
         buffers = Buffers.of(call, len(self.rows), needs, hidden.device.type)
         self.chunk, self.tile, V = buffers.chunk, buffers.tile, call.weight.shape[0]
         self.logits = hidden.new_empty(self.tile, V, dtype=buffers.dtype)
-        self.gradient = hidden.new_empty(self.chunk, V) if buffers.apart else self.logits
+        self.gradient = hidden.new_empty(self.chunk, V) if buffers.separate else self.logits
         self.ref_logits = None if buffers.ref_dtype is None else hidden.new_empty(self.tile, V, dtype=buffers.ref_dtype)
         self._loaded: tuple[int, int] | None = None
 

@@ -91,7 +91,7 @@ class PolicyLossConfig:
 
 
 class PolicyInputs(NamedTuple):
-    """What the policy losses take besides logits or hidden states. Floats are of the accumulation dtype."""
+    """Inputs of the policy losses in addition to logits or hidden states. Floats have the accumulation dtype."""
 
     old_logprobs: Tensor | None  # [B, T], contiguous, as all [B, T] here; None: the log-probabilities themselves
     advantages: Tensor  # [B, T]
@@ -111,7 +111,7 @@ class PolicyInputs(NamedTuple):
 
 
 def coefficient(value: float | Tensor, like: Tensor) -> Tensor | None:
-    """``value`` as a 0-d tensor beside ``like`` in the accumulation dtype; None for the Python number 0."""
+    """Return ``value`` as a 0-d tensor on the device of ``like``, in the accumulation dtype; None for the number 0."""
     if isinstance(value, Tensor):
         return value.detach().to(device=like.device, dtype=checks.accumulation_dtype(like.dtype))
     if value == 0:

@@ -1,6 +1,7 @@
-"""What the registered ops take, one NamedTuple for each: the schema of the op and its launchers follow from it.
+"""Inputs of the registered ops, one NamedTuple each: the schema of an op and its launchers follow from it.
 
-Tensors are checked, detached and on one device. B sequences of T tokens; packed, B is 1 or missing and N = T.
+Tensors are checked, detached (except logits and values) and on one device. There are B sequences of T tokens; packed
+sequences are one row of N.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 class RowInputs(NamedTuple):
-    """Rows of logits: of ``token_stats`` and its backward, and the head of the inputs of ``policy_loss``."""
+    """Rows of logits, for ``token_stats``, its backward and ``policy_loss``."""
 
     logits: Tensor  # [B, T, V], unit stride over V
     targets: Tensor | None  # [B, T], int32 or int64, any strides; None: no log-probabilities
@@ -45,7 +46,7 @@ def given_grads(*grads: Tensor | None) -> RowGrads:
 
 
 class ValueInputs(NamedTuple):
-    """Of ``value_loss``. Floats are contiguous and of the accumulation dtype, except the values."""
+    """Inputs of ``value_loss``. Floats except the values are contiguous and have the accumulation dtype."""
 
     values: Tensor  # [B, T], any strides, in the dtype of the caller
     returns: Tensor  # [B, T]
@@ -58,7 +59,7 @@ class ValueInputs(NamedTuple):
 
 
 class GaeInputs(NamedTuple):
-    """Of ``gae`` and ``gae_packed``. Sequences are rows [B, T], or packed [N] where ``cu_seqlens`` is given."""
+    """Inputs of ``gae`` and ``gae_packed``. Sequences are rows [B, T], or packed [N] with ``cu_seqlens``."""
 
     rewards: Tensor  # [B, T] or [N], any strides
     values: Tensor  # the shape of rewards, any strides, perhaps of another dtype

@@ -40,7 +40,7 @@ def as_bools(x: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def as_denominator(value: float | Tensor | None, like: Tensor) -> Tensor | None:
-    """The denominator as a 0-d tensor beside ``like``, in the accumulation dtype."""
+    """Return the denominator as a 0-d tensor on the device of ``like``, in the accumulation dtype."""
     if value is None:
         return None
     dtype = checks.accumulation_dtype(like.dtype)

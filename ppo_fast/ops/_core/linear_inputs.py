@@ -1,4 +1,4 @@
-"""What the linear ops take in common: checked, cast as autocast would, and flattened to rows."""
+"""Check the common inputs of the linear ops, cast them as autocast would, and flatten them to rows."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ppo_fast.ops._core.layout import as_bools, grid
 
 
 class LinearCall(NamedTuple):
-    """What the linear ops take in common: N = B*T rows, V words."""
+    """Common inputs of the linear ops, with N = B*T rows and V words."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D], dtype and device of hidden
@@ -38,7 +38,7 @@ def _check_plain(op: str, name: str, value: object) -> None:
     checks.tensor(op, name, value, "" if name.endswith("hidden") else sharded)
     assert isinstance(value, Tensor)
     kind = type(value)
-    # torch.compile cannot read the module of the class Parameter, whose data are checked by their dtype alone.
+    # torch.compile cannot read the module of the class Parameter: only the dtype of its data is checked.
     package = "torch" if kind is torch.nn.Parameter else kind.__module__.split(".")[0]
     if value.dtype not in checks.FLOATS or package in ("torchao", "bitsandbytes"):
         raise ValueError(
@@ -107,14 +107,14 @@ def _reference(
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
-                raise ValueError(f"{op}: expected ref_hidden beside {name}, got None")
+                raise ValueError(f"{op}: expected ref_hidden with {name}, got None")
         return None
     if ref_weight is None:
         ref_weight, ref_bias = head.weight, head.bias if ref_bias is None else ref_bias
     ref = _head(op, ref_hidden, ref_weight, ref_bias, "ref_")
     if ref.hidden.shape[:-1] != head.hidden.shape[:-1]:
         raise ValueError(
-            f"{op}: expected ref_hidden to match hidden {list(head.hidden.shape)} but for the last dimension, "
+            f"{op}: expected ref_hidden to match hidden {list(head.hidden.shape)} except in the last dimension, "
             f"got {list(ref.hidden.shape)}"
         )
     V = head.weight.shape[0]
@@ -125,7 +125,7 @@ def _reference(
 
 
 def is_eager(call: LinearCall) -> bool:
-    """Whether nothing but this process will see the call: Tensor subclasses, such as those that trace, need the op."""
+    """Whether nobody traces the call: Tensor subclasses, such as those that trace, need the registered op."""
     return not torch.compiler.is_compiling() and type(call.hidden) is Tensor
 
 

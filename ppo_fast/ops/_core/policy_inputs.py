@@ -1,4 +1,4 @@
-"""What the policy losses take besides logits or hidden states: checked, flattened, and the results named again."""
+"""Check and flatten the inputs of the policy losses, and name their results."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ PER_TOKEN = ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")
 def _check_reference(
     op: str, config: PolicyLossConfig, ref_logprobs: Tensor | None, other: Tensor | None, other_name: str
 ) -> None:
-    """One reference at most, of the kind the estimator reads; some reference where kl_coef is not 0."""
+    """Raise unless there is at most one reference, of the kind the estimator reads, and one where kl_coef is not 0."""
     if ref_logprobs is not None and other is not None:
         raise ValueError(f"{op}: expected ref_logprobs or {other_name}, got both")
     full = config.kl_estimator == "full"
@@ -46,7 +46,7 @@ def check_policy_inputs(
     cu_seqlens: Tensor | None,
     denominator: float | Tensor | None,
 ) -> None:
-    """Everything that does not depend on the logits, against checked ``targets``.
+    """Check everything that does not depend on the logits, against checked ``targets``.
 
     Args:
         per_token: the tensors of PER_TOKEN by name.
@@ -61,7 +61,7 @@ def check_policy_inputs(
     checks.denominator(op, denominator)
     if config.needs_sequences and cu_seqlens is None and targets.dim() < 2:
         option = f"ratio={config.ratio!r}, aggregation={config.aggregation!r}"
-        raise ValueError(f"{op}: expected cu_seqlens beside packed [N] targets with {option}, got None")
+        raise ValueError(f"{op}: expected cu_seqlens for packed [N] targets with {option}, got None")
 
 
 def policy_inputs(
@@ -72,7 +72,7 @@ def policy_inputs(
     cu_seqlens: Tensor | None,
     denominator: float | Tensor | None,
 ) -> PolicyInputs:
-    """Checked arguments as the registered ops take them; ``like`` gives device and dtype, ``shape`` is the targets'."""
+    """Flatten checked arguments for the registered ops. ``like`` gives device and dtype, ``shape`` is the targets'."""
     dtype = checks.accumulation_dtype(like.dtype)
     coefficients: dict[str, Any] = {name: coefficient(getattr(config, name), like) for name in COEFFICIENTS}
     rows: dict[str, Any] = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs. This is the only place that decides.
+"""Choose the implementation of an op. This is the only place that decides.
 
 A backend asked for by name runs or raises. ``"auto"`` takes the first entry of ``_AUTO`` for the tensor's device
 that is registered for the op, takes the dtype and is usable on this machine; :func:`backends` shows the choice.

@@ -1,4 +1,4 @@
-"""What the ops return."""
+"""Results of the public and of the registered ops."""
 
 from typing import NamedTuple
 
@@ -50,17 +50,17 @@ class LossOutput(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Of ``token_stats``: [B, T] in the accumulation dtype, 0 where masked; what is not asked for is empty."""
+    """Statistics of each row [B, T] in the accumulation dtype, 0 where masked, empty where not asked for."""
 
     logprobs: Tensor
     entropy: Tensor
     kl: Tensor  # KL(pi || ref) over the vocabulary
-    lse: Tensor  # of the logits divided by the temperature, float64: of a float32 one every probability is off by 1e-3
+    lse: Tensor  # float64: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability
     ref_lse: Tensor  # the same for the reference
 
 
 class PolicyLossResult(NamedTuple):
-    """Of ``policy_loss``: the loss, statistics [B, T], and the gradients of the loss in these; empty: not used."""
+    """The policy loss, the statistics [B, T], and the gradients of the loss in these, empty where not used."""
 
     loss: Tensor  # []
     metrics: Tensor  # [len(METRICS)]
@@ -85,7 +85,7 @@ class PolicyLossResult(NamedTuple):
 
 
 class ValueLossResult(NamedTuple):
-    """Of ``value_loss``."""
+    """The value loss and its gradient."""
 
     loss: Tensor  # []
     metrics: Tensor  # [len(VALUE_METRICS)]
@@ -93,7 +93,7 @@ class ValueLossResult(NamedTuple):
 
 
 class GaeResult(NamedTuple):
-    """Of ``gae``: float32 (float64 if an input is), contiguous, in the shape of the rewards, 0 where masked."""
+    """Contiguous, in the shape of the rewards, 0 where masked; float32 (float64 if an input is)."""
 
     advantages: Tensor
     returns: Tensor

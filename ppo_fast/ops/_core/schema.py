@@ -1,4 +1,4 @@
-"""Registered ops take and return flat lists; their schema and their groups of arguments follow from NamedTuples."""
+"""Derive the schema of a registered op, which takes and returns flat lists, from NamedTuples."""
 
 from typing import Any, NamedTuple, get_type_hints
 
@@ -16,7 +16,7 @@ _TYPES: dict[object, str] = {
 
 
 def schema(*inputs: type[NamedTuple] | str, results: type[NamedTuple] | None = None) -> str:
-    """The schema of an op that takes the fields of ``inputs`` in order; a string is one as it stands.
+    """Return the schema of an op that takes the fields of ``inputs`` in order; a string is used as it is.
 
     ``results``: the NamedTuple of tensors that the op returns; None: one tensor.
     """
@@ -35,7 +35,7 @@ def tensor_fields(group: type[NamedTuple]) -> tuple[str, ...]:
 
 
 def grouped(arguments: list[Any] | tuple[Any, ...], *groups: type[NamedTuple]) -> Any:
-    """The arguments of a registered op as the NamedTuples of its schema, which they fill one after the other."""
+    """Split the arguments of a registered op into the NamedTuples of its schema."""
     found, start = [], 0
     for group in groups:
         stop = start + len(group._fields)
@@ -45,5 +45,5 @@ def grouped(arguments: list[Any] | tuple[Any, ...], *groups: type[NamedTuple]) -
 
 
 def to_first(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the backward of an op returns whose first argument only has a gradient."""
+    """Return ``gradient`` for the first argument of an op, and None for the others."""
     return gradient, *((None,) * (len(ctx.needs_input_grad) - 1))

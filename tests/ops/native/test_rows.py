@@ -273,7 +273,7 @@ def test_a_forked_child_runs_the_kernels() -> None:
 
 
 def test_an_instruction_set_is_forced_by_the_environment_and_an_empty_variable_forces_none() -> None:
-    # The module alone: importing the package takes seconds.
+    # Only the module: importing the package takes seconds.
     code = f"import sys; sys.path.insert(0, {str(Path(extension.__file__).parent)!r}); import _C; print(_C.isa())"
     for forced, isa in [*zip(ISAS, ISAS, strict=True), ("", ISAS[0])]:
         run = subprocess.run(

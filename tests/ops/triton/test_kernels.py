@@ -70,7 +70,7 @@ def test_infinities_anywhere_in_the_row() -> None:
     logits[0, 0, :40] = -INF  # a whole segment, and half of the next
     logits[0, 1] = -INF
     logits[0, 2, 50] = NAN
-    ref[0, 3, 7] = -INF  # possible for pi alone
+    ref[0, 3, 7] = -INF  # possible only for pi
     logits[0, 4, 7] = ref[0, 4, 7] = -INF  # impossible for both
     logits[0, 5, 4:8], ref[0, 5, 7] = -800.0, -INF  # possible when its lane is read, 2^-1154 of the row's maximum
     logprobs, entropy, kl, _, _ = _stats(logits, targets, ref)

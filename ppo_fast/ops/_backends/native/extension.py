@@ -1,6 +1,6 @@
-"""The extension, or why it is not there, and the launchers of its C++ kernels.
+"""Load the extension, or say why it is missing.
 
-Launchers take checked tensors of one device, allocate, launch and check nothing.
+Launchers take checked tensors of one device. They allocate and launch, and check nothing.
 """
 
 import importlib
@@ -14,7 +14,7 @@ _REPORT = Path(__file__).parents[3] / "_build.json"
 
 
 def _build_report() -> dict[str, Any]:
-    """What the build left out, and why: ``{"cpp": reason or None, "cuda": reason or None, "cuda_archs": [...]}``."""
+    """Read what was left out, and why: ``{"cpp": reason or None, "cuda": reason or None, "cuda_archs": [...]}``."""
     return json.loads(_REPORT.read_text()) if _REPORT.exists() else {}
 
 

@@ -1,7 +1,7 @@
 """Launchers of the C++ kernels of token_stats and its backward.
 
 Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everything per token is [B, T] float32,
-contiguous but for the targets.
+contiguous except the targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,14 +46,14 @@ def set_fields(arguments: Any, group: RowGrads | RowStats | ValueLossResult) -> 
 
 
 def readable(rows: RowInputs) -> RowInputs:
-    """With reference logits of a dtype that the kernels read: float16 and float64 are copied to float32."""
+    """Copy float16 and float64 reference logits to float32, which the kernels read."""
     if rows.ref_logits is None or rows.ref_logits.dtype in (torch.float32, torch.bfloat16):
         return rows
     return rows._replace(ref_logits=rows.ref_logits.float())
 
 
 def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a kernel writes; the defaults that a process sets for dtype and device have no say."""
+    """Allocate an output of a kernel, whatever dtype and device a process has set as default."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
@@ -69,7 +69,7 @@ def _logits_view(x: Tensor | None, streamed: bool = False) -> Any:
 
 
 def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
-    """Where the gradient goes: nowhere, over the logits, or into a buffer of its own."""
+    """Describe where the gradient goes: nowhere, over the logits, or into a buffer of its own."""
     if gradient is None:
         return _logits_view(None)
     large = gradient.data_ptr() != logits.data_ptr() and gradient.nbytes >= _LARGE
@@ -88,7 +88,7 @@ def stats_room(rows: RowInputs, want_entropy: bool = True, want_kl: bool = False
 
 
 def rows_view(rows: RowInputs) -> Any:
-    """What every row kernel reads; the rows must outlive the launch."""
+    """Describe the inputs of every row kernel by address; the rows must outlive the launch."""
     logits, targets, ref_logits, mask, temperature = rows
     if targets is None:
         targets_view = extension.TargetsView(0, 0, 0, False)

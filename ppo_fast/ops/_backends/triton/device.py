@@ -1,4 +1,4 @@
-"""What the kernels share: constants, row addressing, and sums of exponentials kept against a running maximum.
+"""Shared by the kernels: constants, row addressing, and sums of exponentials kept against a running maximum.
 
 Notation of the sums over words v, in base 2, with d = (x - m)*scale and scale = log2(e) / temperature:
 s = sum 2^d, w = sum 2^d*d (the *shifted* entropy sum), k = sum 2^d*(d - d_ref). A sum kept against one maximum moves

@@ -1,6 +1,6 @@
 """Log-probability, entropy and KL of each row: one read of the logits, however many rows there are.
 
-Every row is cut into segments by the vocabulary alone. One program reduces one segment of one row; a second kernel
+Only the vocabulary decides how a row is cut into segments. One program reduces one segment of one row; a second kernel
 merges a row's segments in their order. So short batches fill the machine and a row's bits do not depend on the batch.
 The partial results are [fields, N, segments] in float32: m, s, w and, with a reference, its m and s, and k (see
 :mod:`device <ppo_fast.ops._backends.triton.device>`).

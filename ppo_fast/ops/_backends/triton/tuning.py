@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """How one program walks a row.
+    """The walk of one program over a row.
 
     Attributes:
         block: words (or steps of a sequence) that it takes at once, a power of 2.

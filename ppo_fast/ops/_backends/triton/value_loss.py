@@ -27,7 +27,7 @@ def value_kernel(
     clip,
     ROWS: tl.constexpr,
 ):
-    """0.5 * max((v - R)^2, (old_v + clip(v - old_v, -c, c) - R)^2) per token; without old values (v - R)^2 alone."""
+    """0.5 * max((v - R)^2, (old_v + clip(v - old_v, -c, c) - R)^2) per token; without old values 0.5 * (v - R)^2."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < N
     counted = exists
