@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppo_fast.ops._backends.native.extension import extension
 from ppo_fast.ops._core.inputs import GaeInputs
+from ppo_fast.ops._core.results import GaeResult
 
 
 def _matrix(x: Tensor | None) -> tuple[int, int, int]:
@@ -18,12 +19,12 @@ def _matrix(x: Tensor | None) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0) if x.dim() == 2 else 0, x.stride(-1)
 
 
-def gae_arguments(inputs: GaeInputs, results: tuple[Tensor, Tensor]) -> Any:
+def gae_arguments(inputs: GaeInputs, results: GaeResult) -> Any:
     """The call as the extension takes it. It holds addresses: the tensors must outlive the launch.
 
     Args:
         inputs: with a contiguous bootstrap of the dtype of the results.
-        results: advantages and returns, contiguous.
+        results: contiguous tensors that the launch writes.
     """
     rewards, cu_seqlens, bootstrap = inputs.rewards, inputs.cu_seqlens, inputs.bootstrap
     return extension.GaeArguments(
@@ -39,8 +40,8 @@ def gae_arguments(inputs: GaeInputs, results: tuple[Tensor, Tensor]) -> Any:
         gamma=inputs.gamma,
         lam=inputs.lam,
         carry=inputs.mask_mode == "carry",
-        advantages=results[0].data_ptr(),
-        returns=results[1].data_ptr(),
+        advantages=results.advantages.data_ptr(),
+        returns=results.returns.data_ptr(),
     )
 
 
@@ -48,7 +49,7 @@ def dtype_code(dtype: torch.dtype) -> object:
     return getattr(extension.Dtype, str(dtype).removeprefix("torch."))
 
 
-def gae(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
+def gae(inputs: GaeInputs) -> GaeResult:
     """Advantages and returns, of inputs of any strides."""
     rewards, values, bootstrap = inputs.rewards, inputs.values, inputs.bootstrap
     dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
@@ -56,7 +57,7 @@ def gae(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
         inputs = inputs._replace(rewards=rewards.to(dtype), values=values.to(dtype))
     if bootstrap is not None:
         inputs = inputs._replace(bootstrap=bootstrap.to(dtype).contiguous())
-    results = (
+    results = GaeResult(
         torch.empty(rewards.shape, dtype=dtype, device="cpu"),
         torch.empty(rewards.shape, dtype=dtype, device="cpu"),
     )

@@ -1,19 +1,19 @@
 """The launcher of the extension's CUDA kernels; it neither waits for the device nor reads from it."""
 
 import torch
-from torch import Tensor
 
 from ppo_fast.ops._backends.native.extension import extension
 from ppo_fast.ops._backends.native.gae import dtype_code, gae_arguments
 from ppo_fast.ops._core.inputs import GaeInputs
+from ppo_fast.ops._core.results import GaeResult
 
 
-def gae(inputs: GaeInputs) -> tuple[Tensor, Tensor]:
+def gae(inputs: GaeInputs) -> GaeResult:
     """Advantages and returns in float32, of inputs in float32, bfloat16 or float16 and of any strides."""
     rewards, bootstrap = inputs.rewards, inputs.bootstrap
     if bootstrap is not None:
         inputs = inputs._replace(bootstrap=bootstrap.to(torch.float32).contiguous())
-    results = (
+    results = GaeResult(
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
     )
