@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -173,12 +173,12 @@ def _value_file(models: Models) -> str:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors; a tensor that shares storage, such as a tied weight, is copied."""
-    to_python, seen = {}, set()
+    separate, seen = {}, set()
     for name, value in tensors.items():
         storage = value.untyped_storage().data_ptr()
-        to_python[name] = (value.clone() if storage in seen else value).contiguous()
+        separate[name] = (value.clone() if storage in seen else value).contiguous()
         seen.add(storage)
-    save_file(to_python, path)
+    safetensors.torch.save_file(separate, path)
 
 
 def save_model(

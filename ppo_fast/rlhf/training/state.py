@@ -83,8 +83,8 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
     if kind in (dict, OrderedDict):
         packed = [(_pack(key, name, tensors), _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
-        to_python = all(type(key) is str and key not in TAGS for key in value)
-        return dict(packed) if to_python else {ITEMS: packed}
+        is_json = all(type(key) is str and key not in TAGS for key in value)
+        return dict(packed) if is_json else {ITEMS: packed}
     if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_complex() or value.is_quantized):
         while name in tensors:  # "a.b" within "c" and "b" within "c.a"
             name += "'"
