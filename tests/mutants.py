@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/data/packing.py", "first + 1 : last + 1", "first:last", BATCHES),
     Mutant(
         f"{RLHF}/models/forward.py",
-        "(states // width + 1) * (width - logits_to_keep)",
+        "(index // width + 1) * (width - logits_to_keep)",
         "(width - logits_to_keep)",
         BATCHES,
     ),

@@ -33,9 +33,9 @@ def make_arrangement(data: Prompts, config: DataConfig) -> Arrange:
     return arrange
 
 
-def round_robin(rows: list[int], topics: list[Any]) -> list[int]:
+def round_robin(rows: list[int], topics: list[object]) -> list[int]:
     """One row of each topic in turn, each topic in the order of `rows`; small topics start over."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for row in rows:
         groups.setdefault(str(topics[row]), []).append(row)
     longest = max(map(len, groups.values()))

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from ppo_fast.rlhf.config.supervised import ExamplesConfig
 from ppo_fast.rlhf.data.packing import TokenBatch, to_device
-from ppo_fast.rlhf.data.rows import Row, deduplicate, drop_too_long, read_rows
+from ppo_fast.rlhf.data.rows import Item, Messages, Prompt, Row, deduplicate, drop_too_long, read_rows
 from ppo_fast.rlhf.data.templates import encode, encode_bare, is_messages, render, render_prompt
 from ppo_fast.rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,15 @@ class Batch:
 
 
 Kind = TypeVar("Kind", Example, Pair)
-Make = Callable[[Row, Any, str], Kind]  # (row, tokenizer, where it came from)
+Make = Callable[[Row, "PreTrainedTokenizerBase", str], Kind]  # (row, tokenizer, where it came from)
 
 
 def load_examples(
-    source: str | Path | Iterable[Any] | None, name: str, make: Make[Kind], tokenizer: Any, config: ExamplesConfig
+    source: str | Path | Iterable[object] | None,
+    name: str,
+    make: Make[Kind],
+    tokenizer: PreTrainedTokenizerBase,
+    config: ExamplesConfig,
 ) -> list[Kind]:
     """Read `data.<name>` (see `read_rows`) and tokenize it by `make`.
 
@@ -117,7 +124,9 @@ def load_examples(
     return kept
 
 
-def completion_example(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Example:
+def completion_example(
+    row: Row, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int] = ()
+) -> Example:
     """{"prompt", "completion"}, or {"messages"} whose last one, the assistant's, is the completion.
 
     `eos_ids` end a completion as the tokenizer's EOS does, which is appended where there is none.
@@ -129,7 +138,7 @@ def completion_example(row: Row, tokenizer: Any, where: str, eos_ids: Collection
     return _tokenize(prompt, completion, tokenizer, where, row, eos_ids)
 
 
-def preference_pair(row: Row, tokenizer: Any, where: str, eos_ids: Collection[int] = ()) -> Pair:
+def preference_pair(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int] = ()) -> Pair:
     """{"prompt", "chosen", "rejected"[, "margin"]}; without "prompt" it is what the two have in common.
 
     `eos_ids` are those of `completion_example`.
@@ -199,22 +208,27 @@ class Batches:
         if self.bucket:
             windows = chunks(rows, self.WINDOW * self.size)
             rows = [row for window in windows for row in sorted(window, key=self.lengths.__getitem__)]
-        return self._shuffled(list(chunks(rows, self.size)))
+        return self._shuffled([list(batch) for batch in chunks(rows, self.size)])
 
-    def _shuffled(self, items: Sequence[Any]) -> list[Any]:
+    def _shuffled(self, items: Sequence[Item]) -> list[Item]:
         device = self.generator.device
         order = torch.randperm(len(items), generator=self.generator, dtype=torch.int64, device=device)
         return [items[index] for index in order.tolist()]
 
 
-def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive slices of `size` items; the last may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def _tokenize(
-    prompt: Any, completion: Any, tokenizer: Any, where: str, columns: Row, eos_ids: Collection[int]
+    prompt: Prompt,
+    completion: Any,  # text, or messages, as the prompt
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    columns: Row,
+    eos_ids: Collection[int],
 ) -> Example:
     if isinstance(prompt, str):
         start, rest, joined = split_tokens(prompt, completion, tokenizer, encode)
@@ -230,7 +244,10 @@ def _tokenize(
 
 
 def split_tokens(
-    prompt: str, completion: str, tokenizer: Any, encoded: Callable[[str, Any], list[int]]
+    prompt: str,
+    completion: str,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Callable[[str, PreTrainedTokenizerBase], list[int]],
 ) -> tuple[list[int], list[int], bool]:
     """Token ids of two texts, and whether those of the whole text, `encoded` at once, have a boundary there.
 
@@ -241,7 +258,7 @@ def split_tokens(
     return start, both[len(start) :] if joined else encode_bare(completion, tokenizer), joined
 
 
-def continued(prompt: list[Any], completion: list[Any]) -> list[Any]:
+def continued(prompt: Messages, completion: Messages) -> Messages:
     """The messages of both; an answer that the prompt begins goes on in the completion, as one message."""
     last, first = prompt[-1], completion[0]
     if not last["role"] == first["role"] == "assistant":
@@ -252,14 +269,14 @@ def continued(prompt: list[Any], completion: list[Any]) -> list[Any]:
     return [*prompt[:-1], {**last, **first, "content": begun + rest}, *completion[1:]]
 
 
-def ended(ids: list[int], tokenizer: Any, eos_ids: Collection[int]) -> list[int]:
+def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int]) -> list[int]:
     """The completion with an EOS as its last token; white space that a template writes after it is dropped."""
     eos = tokenizer.eos_token_id
     end = max((place for place, token in enumerate(ids, start=1) if token == eos or token in eos_ids), default=0)
     return ids[:end] if end and not tokenizer.decode(ids[end:]).strip() else [*ids, eos]
 
 
-def _fields(row: Any, where: str, *names: str) -> list[Any]:
+def _fields(row: object, where: str, *names: str) -> list[Any]:
     """The columns of those names: all texts, or all messages."""
     values = [row.get(name) for name in names] if isinstance(row, Mapping) else []
     if values and (all(isinstance(value, str) for value in values) or all(map(is_messages, values))):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array = np.ndarray[Any, Any]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class ForwardInputs:
     """Arguments of one forward pass, and its N states that a counted token was drawn from, row by row."""
 
     inputs: dict[str, Tensor | None]  # ids and positions, padded [b, L] with a mask, or [1, S] without one
-    states: Tensor  # [N] int64: places in the flattened batch
+    gather_index: Tensor  # [N] int64: places in the flattened batch
     logits_to_keep: int  # the last columns, that hold all of them
-    ends: Tensor | None = None  # [b + 1] int32: sequence i of a packed row is ends[i] to ends[i + 1]; None: padded
+    cu_seqlens: Tensor | None = None  # [b + 1] int32: where the sequences of a packed row begin and end; None: padded
     max_seqlen: int = 0  # sequence of a packed row
 
 
@@ -90,9 +91,9 @@ class TokenBatch:
             "position_ids": to_device(np.arange(len(row)) - starts.repeat(lengths), device)[None],
         }
         rank = kept.ravel().cumsum() - 1
-        states = to_device(rank[self.loss_mask[rows, 1:].ravel()], device)
-        ends = offsets(lengths[lengths > 0]).astype(np.int32)
-        return ForwardInputs(inputs, states, len(row), to_device(ends, device), int(lengths.max()))
+        gather_index = to_device(rank[self.loss_mask[rows, 1:].ravel()], device)
+        cu_seqlens = offsets(lengths[lengths > 0]).astype(np.int32)
+        return ForwardInputs(inputs, gather_index, len(row), to_device(cu_seqlens, device), int(lengths.max()))
 
 
 def to_device(array: Array, device: torch.device) -> Tensor:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import DataConfig
-from ppo_fast.rlhf.data.rows import RESERVED, Row, deduplicate, drop_too_long, read_rows
+from ppo_fast.rlhf.data.rows import RESERVED, Prompt, Row, deduplicate, drop_too_long, read_rows
 from ppo_fast.rlhf.data.templates import is_messages, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Every usable prompt of the data set; lists of the same length M."""
 
-    prompts: list[Any]  # [M] as given: text, or a list of role/content messages
+    prompts: list[Prompt]  # [M] as given: text, or a list of role/content messages
     token_ids: list[list[int]]  # [M] lists of ints, 1 to max_prompt_tokens each
     columns: dict[str, list[Any]]  # each [M]: the other keys of the rows, for the reward function
     dropped: int  # prompts left out: too long, or repeated with `deduplicate`
@@ -32,12 +35,15 @@ class PromptBatch:
 
     input_ids: Tensor  # [B, P] int64
     attention_mask: Tensor  # [B, P] bool, True: a token of the prompt
-    prompts: list[Any]  # [B] as given in the data
+    prompts: list[Prompt]  # [B] as given in the data
     columns: dict[str, list[Any]]  # each [B]
 
 
 def load_prompts(
-    source: str | Path | Iterable[Any], tokenizer: Any, config: DataConfig, setting: str = "data.prompts"
+    source: str | Path | Iterable[object],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    setting: str = "data.prompts",
 ) -> Prompts:
     """Read prompts from a file (see `read_rows`) or from memory (texts, or rows with a "prompt" key); tokenize them.
 

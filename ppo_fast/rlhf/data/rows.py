@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_fast.rlhf.errors import UserError, require
 
 NESTED = "expected lists and objects less deeply nested"
-
-
 RESERVED = ("prompts", "completions", "completion_ids")
 
-
-Row = Mapping[str, Any]
-
-
+Row = Mapping[str, Any]  # JSON
+Messages = list[dict[str, Any]]  # role/content
+Prompt = str | Messages
 Item = TypeVar("Item")
 
 
-def read_rows(source: str | Path | Iterable[Any], setting: str) -> Iterator[tuple[str, Any]]:
+def read_rows(source: str | Path | Iterable[object], setting: str) -> Iterator[tuple[str, Any]]:
     """Iterate over (where, row) of a JSONL file, a Parquet file, a directory saved by `datasets`, or rows in memory.
 
     `where` is file:line, file[row], or for rows in memory the last part of `setting` with the number of the row. Of a
@@ -56,9 +53,9 @@ def drop_too_long(items: list[Item], noun: str, field: str, limit: int, length: 
     return kept
 
 
-def deduplicate(items: list[Item], noun: str, key: Callable[[Item], Any]) -> list[Item]:
+def deduplicate(items: list[Item], noun: str, key: Callable[[Item], Hashable]) -> list[Item]:
     """The first of each key, in order; warns how many are dropped."""
-    first: dict[Any, Item] = {}
+    first: dict[Hashable, Item] = {}
     for item in items:
         first.setdefault(key(item), item)
     kept = list(first.values())

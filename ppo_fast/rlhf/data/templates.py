@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ppo_fast.rlhf.data.rows import Row
+from ppo_fast.rlhf.data.rows import Messages, Prompt, Row
 from ppo_fast.rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, given to the chat template as TRL does
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: object) -> bool:
     """Whether it is a list of role/content messages."""
     return bool(value) and isinstance(value, list) and all(_is_message(message) for message in value)
 
 
-def as_text(prompt: Any) -> str:
+def as_text(prompt: Prompt) -> str:
     """A prompt as people read it: messages become one "role: content" line each, with the calls of tools as JSON."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {_message_text(message)}" for message in prompt)
 
 
-def tokenize_prompt(prompt: str | list[Any], tokenizer: Any, where: str, columns: Row | None = None) -> list[int]:
+def tokenize_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, where: str, columns: Row | None = None
+) -> list[int]:
     """Token ids of a text, or of messages through the chat template up to where the answer begins or goes on."""
     if isinstance(prompt, str):
         ids = encode(prompt, tokenizer)
@@ -36,7 +41,7 @@ def tokenize_prompt(prompt: str | list[Any], tokenizer: Any, where: str, columns
     return ids
 
 
-def encode(text: str, tokenizer: Any) -> list[int]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the beginning of a sequence: with the tokenizer's BOS once, without the EOS that it appends."""
     bare, ids = encode_bare(text, tokenizer), list(tokenizer(text)["input_ids"])
     appended = len(ids) > len(bare) and ids[-1 - len(bare) :] == [*bare, tokenizer.eos_token_id]
@@ -45,12 +50,14 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     return ids[1:] if doubled else ids
 
 
-def encode_bare(text: str, tokenizer: Any) -> list[int]:
+def encode_bare(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a text, and nothing that the tokenizer adds."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def render_prompt(messages: list[Any], tokenizer: Any, where: str, columns: Row | None = None) -> str:
+def render_prompt(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, columns: Row | None = None
+) -> str:
     """`render` up to where the answer begins; an answer that the assistant has begun is left open."""
     last = messages[-1]
     if last["role"] != "assistant":
@@ -60,7 +67,9 @@ def render_prompt(messages: list[Any], tokenizer: Any, where: str, columns: Row 
     return render(messages, tokenizer, where, columns, continue_final_message=True)
 
 
-def render(messages: list[Any], tokenizer: Any, where: str, columns: Row | None = None, **options: Any) -> str:
+def render(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, columns: Row | None = None, **options: object
+) -> str:
     """The text that the chat template makes of messages.
 
     It is given the row's columns "tools" (JSON schemas, or their JSON text) and "chat_template_kwargs", as TRL does,
@@ -86,7 +95,7 @@ def render(messages: list[Any], tokenizer: Any, where: str, columns: Row | None 
     return text
 
 
-def _template_columns(columns: Row, where: str) -> tuple[list[Any], Row]:
+def _template_columns(columns: Row, where: str) -> tuple[Sequence[Row], Row]:
     """The tools and the further arguments of the chat template."""
     tools, further = ([] if columns.get(name) is None else columns[name] for name in TEMPLATE_COLUMNS)
     if isinstance(tools, str):
@@ -99,7 +108,7 @@ def _template_columns(columns: Row, where: str) -> tuple[list[Any], Row]:
     return tools, further or {}
 
 
-def _is_message(value: Any) -> bool:
+def _is_message(value: object) -> bool:
     """Whether it has a role, and a text, a list of texts or calls of tools as its content."""
     if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
         return False
@@ -109,7 +118,7 @@ def _is_message(value: Any) -> bool:
     return bool(value.get("tool_calls")) if content is None else isinstance(content, str)
 
 
-def _is_text_part(part: Any) -> bool:
+def _is_text_part(part: object) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 

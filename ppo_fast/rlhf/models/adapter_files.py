@@ -115,7 +115,7 @@ def _config_file(path: str) -> str | None:
     return file
 
 
-def _check_plain(field: str, path: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check_plain(field: str, path: str, values: Mapping[str, Any], defaults: Mapping[str, object]) -> None:
     """Refuse by name what makes an adapter more than matrices A and B of layers, and a scalar head.
 
     Args:

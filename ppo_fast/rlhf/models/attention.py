@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 
 from ppo_fast.rlhf.config.ppo import WeightsConfig
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.errors import UserError
 
 VARLEN = "ppo_fast_varlen"
 # What the kernel takes; other weights go by the mask.
@@ -40,13 +43,13 @@ def attention_implementation(
     half = (dtype or getattr(torch, config.dtype)) in VARLEN_DTYPES
     if config.attention is not None or not (packed and half and device.type == "cuda"):
         return config.attention
-    if require("transformers.utils").is_flash_attn_2_available():
+    if is_flash_attn_2_available():
         return "flash_attention_2"
     register()
     return VARLEN
 
 
-def use_attention(model: Any, config: WeightsConfig) -> None:
+def use_attention(model: PreTrainedModel, config: WeightsConfig) -> None:
     """Give a model on its device, or a backbone, the attention that `config` means, packed rows included.
 
     On a CPU packed rows of a model with sdpa go sequence by sequence, unless that model adds to the scores.
@@ -66,7 +69,7 @@ def use_attention(model: Any, config: WeightsConfig) -> None:
         check_packed(model.base_model)
 
 
-def _use_by_sequence(model: Any) -> bool:
+def _use_by_sequence(model: PreTrainedModel) -> bool:
     """Give a model with sdpa the attention sequence by sequence; False leaves its own, where that one cannot be had."""
     own = model.config._attn_implementation
     if own != "sdpa":
@@ -81,7 +84,7 @@ def _use_by_sequence(model: Any) -> bool:
     return True
 
 
-def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
+def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
     """What a backbone's forward pass takes, above ids and positions, to know the ends of the sequences of a row.
 
     Args:
@@ -98,7 +101,7 @@ def packed_arguments(model: Any, cu_seqlens: Tensor, longest: int) -> dict[str, 
 
 
 @torch.no_grad()
-def check_packed(backbone: Any) -> None:
+def check_packed(backbone: PreTrainedModel) -> None:
     """Compare a sequence in a packed row with the same one alone.
 
     Raises:
@@ -123,14 +126,12 @@ def check_packed(backbone: Any) -> None:
 @functools.cache
 def register() -> None:
     """Make `VARLEN` known to transformers: attention by the ends of the sequences, else its own sdpa, mask and all."""
-    transformers = require("transformers")
-    transformers.AttentionInterface.register(VARLEN, varlen_attention)
-    masks = require("transformers.masking_utils")
-    masks.AttentionMaskInterface.register(VARLEN, masks.sdpa_mask)
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
 
 
 def varlen_attention(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -139,14 +140,14 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention [1, S, H, E] of query [1, H, S, E] to key and value [1, K, S, E], each sequence to itself.
 
     Without the ends of sequences it is transformers' sdpa.
     """
     if attention_mask is None or attention_mask.numel():
-        sdpa = require("transformers").AttentionInterface()["sdpa"]
+        sdpa = AttentionInterface()["sdpa"]
         output: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, scaling=scaling, **others)
         return output
     if cu_seq_lens_q is None:
@@ -159,7 +160,7 @@ def varlen_attention(
     return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window_size=window)[None], None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: Any, **options: Any) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int | None, **options: Any) -> Tensor:
     """Causal attention [S, H, E] of query [S, H, E] to key and value [S, K, E]; K divides H."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -201,5 +202,5 @@ def _by_sequence(
     return torch.cat(found, dim=1).transpose(0, 1)
 
 
-def _refused(module: Any, why: str) -> UserError:
+def _refused(module: nn.Module, why: str) -> UserError:
     return UserError(f"model.packing: expected false for {type(module).__name__}, {why}, got True")

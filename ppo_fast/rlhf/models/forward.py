@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ppo_fast import ops
 from ppo_fast.rlhf.data.packing import ForwardInputs, TokenBatch
@@ -34,23 +36,27 @@ class HeadInputs(NamedTuple):
     softcap: float | None
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal LM itself, out of a PEFT wrapper, whose `base_model` is no backbone."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def backbone_of(model: Any) -> Any:
+def backbone_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The part of a causal LM below its head."""
     return unwrapped(model).base_model
 
 
-def model_inputs(model: Any, sequences: ForwardInputs) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, sequences: ForwardInputs) -> dict[str, Any]:
     """Arguments of a forward pass."""
     inputs = {"use_cache": False} | filter_kwargs(model, sequences.inputs)
-    return inputs if sequences.ends is None else inputs | packed_arguments(model, sequences.ends, sequences.max_seqlen)
+    return (
+        inputs
+        if sequences.cu_seqlens is None
+        else inputs | packed_arguments(model, sequences.cu_seqlens, sequences.max_seqlen)
+    )
 
 
-def filter_kwargs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def filter_kwargs(model: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The inputs of a backbone or model, without positions where it takes none."""
     return {name: x for name, x in inputs.items() if name != "position_ids" or name in _parameters(model.__class__)}
 
@@ -61,10 +67,10 @@ def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def hidden_states(backbone: Any, sequences: ForwardInputs) -> Tensor:
+def hidden_states(backbone: PreTrainedModel, sequences: ForwardInputs) -> Tensor:
     """The states [N, D] that the counted tokens were drawn from."""
     output = backbone(**model_inputs(backbone, sequences)).last_hidden_state
-    return output.flatten(0, 1).index_select(0, sequences.states)
+    return output.flatten(0, 1).index_select(0, sequences.gather_index)
 
 
 def response_values(value: Any, sequences: ForwardInputs) -> Tensor:
@@ -79,19 +85,19 @@ def head_values(head: nn.Linear, hidden: Tensor) -> Tensor:
     return nn.functional.linear(hidden.to(wide), head.weight.to(wide), bias).squeeze(-1)
 
 
-def response_logits(model: Any, sequences: ForwardInputs) -> Tensor:
+def response_logits(model: PreTrainedModel, sequences: ForwardInputs) -> Tensor:
     """Logits [N, V] whose row n is the distribution that counted token n was drawn from; the model's own."""
-    inputs, states = model_inputs(unwrapped(model), sequences), sequences.states
+    inputs, index = model_inputs(unwrapped(model), sequences), sequences.gather_index
     if "logits_to_keep" not in _parameters(unwrapped(model).__class__):
-        return model(**inputs).logits.flatten(0, 1).index_select(0, states)
-    if sequences.ends is not None:
-        return model(**inputs, logits_to_keep=states).logits[0]
+        return model(**inputs).logits.flatten(0, 1).index_select(0, index)
+    if sequences.cu_seqlens is not None:
+        return model(**inputs, logits_to_keep=index).logits[0]
     width, logits_to_keep = inputs["input_ids"].shape[1], sequences.logits_to_keep
     logits = model(**inputs, logits_to_keep=logits_to_keep).logits
-    return logits.flatten(0, 1).index_select(0, states - (states // width + 1) * (width - logits_to_keep))
+    return logits.flatten(0, 1).index_select(0, index - (index // width + 1) * (width - logits_to_keep))
 
 
-def response_hidden(model: Any, sequences: ForwardInputs) -> HeadInputs:
+def response_hidden(model: PreTrainedModel, sequences: ForwardInputs) -> HeadInputs:
     """The hidden states that `response_logits` come from, and the head above them."""
     head, config = model.get_output_embeddings(), unwrapped(model).config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -99,7 +105,7 @@ def response_hidden(model: Any, sequences: ForwardInputs) -> HeadInputs:
 
 
 def response_stats(
-    model: Any, sequences: ForwardInputs, targets: Tensor, *, linear: bool, **options: Any
+    model: PreTrainedModel, sequences: ForwardInputs, targets: Tensor, *, linear: bool, **options: Any
 ) -> ops.TokenStats:
     """`token_stats` of the counted tokens `targets` [N]; `options` are those of the op."""
     if not linear:
@@ -112,7 +118,7 @@ def head_stats(x: HeadInputs, targets: Tensor, **options: Any) -> ops.TokenStats
     return ops.linear_token_stats(x.hidden, x.weight, targets, bias=x.bias, softcap=x.softcap, **options)
 
 
-def response_loss(policy: Any, sequences: ForwardInputs, *, linear: bool, **terms: Any) -> ops.LossOutput:
+def response_loss(policy: PreTrainedModel, sequences: ForwardInputs, *, linear: bool, **terms: Any) -> ops.LossOutput:
     """`policy_loss` of the counted tokens; `terms` are the op's arguments by name, tensors [N]."""
     if linear:
         return head_loss(response_hidden(policy, sequences), **terms)
@@ -125,7 +131,7 @@ def head_loss(x: HeadInputs, **terms: Any) -> ops.LossOutput:
 
 
 @torch.no_grad()
-def reference_terms(reference: Any, sequences: ForwardInputs, *, linear: bool) -> dict[str, Tensor | None]:
+def reference_terms(reference: PreTrainedModel, sequences: ForwardInputs, *, linear: bool) -> dict[str, Tensor | None]:
     """What `response_loss` needs beside its terms to charge the exact KL to the reference, kl_estimator "full"."""
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
@@ -136,7 +142,7 @@ def reference_terms(reference: Any, sequences: ForwardInputs, *, linear: bool) -
 
 
 @torch.no_grad()
-def check_linear(model: Any) -> None:
+def check_linear(model: PreTrainedModel) -> None:
     """Compare log-probabilities from hidden states and head with those of the model's logits on one short batch.
 
     Raises:
@@ -168,7 +174,7 @@ def check_linear(model: Any) -> None:
         )
 
 
-def _short_batch(model: Any) -> tuple[ForwardInputs, Tensor]:
+def _short_batch(model: PreTrainedModel) -> tuple[ForwardInputs, Tensor]:
     """Two rows of eight words from all over the vocabulary, one of them left-padded, and the last four of each."""
     count = len(model.get_input_embeddings().weight)
     ids = (torch.arange(16, dtype=torch.int64, device=model.device) * count // 16).view(2, 8)
@@ -177,10 +183,10 @@ def _short_batch(model: Any) -> tuple[ForwardInputs, Tensor]:
     return grid.sequences(np.arange(2), packed=False), ids[:, 4:].flatten()
 
 
-def _kind(head: Any) -> str:
+def _kind(head: object) -> str:
     return "none" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
 
 
-def _refuse(model: Any, found: str) -> NoReturn:
+def _refuse(model: PreTrainedModel, found: str) -> NoReturn:
     name = type(unwrapped(model)).__name__
     raise UserError(f"model.fused_head: expected {name} to have {found}; set it to false for this model")

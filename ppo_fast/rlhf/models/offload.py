@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Offloaded:
@@ -18,14 +17,14 @@ class Offloaded:
     changed inside is lost. Host memory is pinned where the device is a GPU, so that copies run at full speed.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.network, self.device, self._depth = network, device, 0
         self._tensors = [*chain(network.parameters(), network.buffers())]
         self._host = [self._in_host_memory(tensor) for tensor in self._tensors]
         self._point_at(self._host)
 
     @contextlib.contextmanager
-    def present(self) -> Iterator[Any]:
+    def present(self) -> Iterator[nn.Module]:
         """The network on the device; the outermost of nested blocks brings it there and takes it away."""
         self._depth += 1
         try:
@@ -41,6 +40,6 @@ class Offloaded:
         host = tensor.detach().cpu()
         return host.pin_memory() if self.device.type == "cuda" else host
 
-    def _point_at(self, values: Any) -> None:
+    def _point_at(self, values: Iterable[Tensor]) -> None:
         for tensor, value in zip(self._tensors, values, strict=True):
             tensor.data = value

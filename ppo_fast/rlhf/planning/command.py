@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.ppo import PPOConfig
@@ -85,16 +86,16 @@ def print_plan(plan: Plan, changes: Sequence[Change], console: Console) -> None:
     for phase in plan.phases:
         table.add_column(phase, justify="right")
     for item in ITEMS:
-        if any(item in account for account in plan.phases.values()):
-            table.add_row(item, *(_number(account.get(item), unit) for account in plan.phases.values()))
+        if any(item in breakdown for breakdown in plan.phases.values()):
+            table.add_row(item, *(_number(breakdown.get(item), unit) for breakdown in plan.phases.values()))
     table.add_section()
-    table.add_row("all", *(_number(sum(account.values()), unit) for account in plan.phases.values()))
+    table.add_row("all", *(_number(sum(breakdown.values()), unit) for breakdown in plan.phases.values()))
     console.print(table)
-    for line in told(plan, changes):
+    for line in describe(plan, changes):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def told(plan: Plan, changes: Sequence[Change]) -> list[str]:
+def describe(plan: Plan, changes: Sequence[Change]) -> list[str]:
     """Peak, host memory, verdict and changes, a line each."""
     lines = [f"peak {readable(plan.peak)} in {plan.fullest}" + _verdict(plan)]
     if plan.host:

@@ -6,24 +6,26 @@ Sampling is `generate` at the two moments that count, after the prompts and at t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
-from ppo_fast.rlhf.errors import require
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
-from ppo_fast.rlhf.planning.tracing import Account, Timeline
+from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
 from ppo_fast.rlhf.ppo.rollout import Sampler, score
@@ -141,13 +143,13 @@ class DryRun:
         numbers = {name: _zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
         return Experience(grid, _zeros(count, dtype=torch.long), **numbers)
 
-    def _make_cache(self, policy: Any) -> Any:
-        kinds, shape = require("transformers"), policy.config.get_text_config(decoder=True)
+    def _make_cache(self, policy: PreTrainedModel) -> Cache:
+        shape = policy.config.get_text_config(decoder=True)
         if self.config.rollout.static_cache:
-            return kinds.StaticCache(shape, max_cache_len=self.prompt + self.response)
-        return kinds.DynamicCache(config=shape)
+            return StaticCache(shape, max_cache_len=self.prompt + self.response)
+        return DynamicCache(config=shape)
 
-    def _sample(self, policy: Any, rows: int, new: int, seen: int, cache: Any) -> None:
+    def _sample(self, policy: PreTrainedModel, rows: int, new: int, seen: int, cache: Cache) -> None:
         """The forward pass over the last `new` of `seen` tokens, and a draw."""
         ids = _zeros(rows, new, dtype=torch.long)
         attention_mask = torch.ones(rows, seen, dtype=torch.long, device="cpu")
@@ -165,7 +167,7 @@ class DryRun:
         scores = Sampler(self.config.rollout, None)(ids, latest)  # type: ignore[arg-type]  # no number is drawn
         scores.argmax(dim=-1)
 
-    def _fill(self, cache: Any) -> None:
+    def _fill(self, cache: Cache) -> None:
         """All responses but for their last two tokens."""
         count = self.response - 2
         for index, layer in enumerate(cache.layers):
@@ -176,7 +178,7 @@ class DryRun:
                 del new
                 self._name_cache(cache)
 
-    def _name_cache(self, cache: Any) -> None:
+    def _name_cache(self, cache: Cache) -> None:
         states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
         self.timeline.name("KV cache", [x for x in states if x is not None])
 
@@ -185,7 +187,7 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def op_workspace(func: Any, args: Any, device: str) -> Account:
+def op_workspace(func: OpOverload, args: Sequence[Any], device: str) -> Breakdown:
     """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits.
 
     Negative where the op of a run writes to an argument, and only that of tensors without data makes another.

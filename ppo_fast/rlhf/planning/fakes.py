@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ppo_fast.rlhf.config.ppo import ModelConfig
-from ppo_fast.rlhf.errors import require
 
 FUSED = "ppo_fast_fused"
 SCALED = 64  # weights to a scale of 8 bits, and 4 * 64 of these to one of 32 bits
@@ -28,28 +29,27 @@ def attention(config: ModelConfig, device: str) -> str | None:
 
 @functools.cache
 def _register() -> None:
-    transformers, masks = require("transformers"), require("transformers.masking_utils")
-    transformers.AttentionInterface.register(FUSED, _fused_attention)
-    masks.AttentionMaskInterface.register(FUSED, _mask)
+    AttentionInterface.register(FUSED, _fused_attention)
+    AttentionMaskInterface.register(FUSED, _mask)
 
 
-def _mask(batch_size: int, q_length: Any = None, kv_length: Any = None, **others: Any) -> Tensor | None:
+def _mask(
+    batch_size: int, q_length: int | None = None, kv_length: int | None = None, **others: object
+) -> Tensor | None:
     """None for a packed row; else that of sdpa, which such kernels leave generation to."""
     if batch_size == 1 and q_length == kv_length:
         return None
-    made: Tensor | None = require("transformers.masking_utils").sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, **others
-    )
+    made: Tensor | None = sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **others)
     return made
 
 
 def _fused_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: object
 ) -> tuple[Tensor, None]:
     """Attention [B, S, H, E] of query [B, H, S, E] to key and value [B, K, S, E]."""
     if attention_mask is None:
         return _Fused.apply(query, key, value), None
-    sdpa = require("transformers").AttentionInterface()["sdpa"]
+    sdpa = AttentionInterface()["sdpa"]
     output: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **others)
     return output
 
@@ -69,7 +69,7 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def quantize(network: Any) -> None:
+def quantize(network: PreTrainedModel) -> None:
     """Put what takes the memory of a layer of 4 bits in the place of every linear layer but the head."""
     for parent in [*network.modules()]:
         for name, layer in [*parent.named_children()]:

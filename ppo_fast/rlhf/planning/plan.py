@@ -13,7 +13,7 @@ from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.shapes import read_shapes
-from ppo_fast.rlhf.planning.tracing import Account
+from ppo_fast.rlhf.planning.tracing import Breakdown
 
 ITEMS = (
     "weights",
@@ -31,13 +31,14 @@ _VARYING, _LOST = ("gradients", "KV cache", "activations", "logits chunk"), 0.05
 # CUDA's own and the workspace of cuBLAS; an estimate, which differs between GPUs by a few hundred MiB.
 _CONTEXT = 600 * 2**20
 ADAPTER_RANK = 64  # of the adapters that are advised
+SettingValue = str | int | bool
 
 
 @dataclass(frozen=True)
 class Plan:
     """The fullest moment of each phase of a run."""
 
-    phases: dict[str, Account]  # bytes on the device by phase and item
+    phases: dict[str, Breakdown]  # bytes on the device by phase and item
     host: int  # bytes of models that wait in host memory
     limit: int | None  # bytes of the device; None: not known
 
@@ -66,7 +67,7 @@ class Change:
     """A setting that lowers the peak, on top of those before it."""
 
     name: str
-    value: Any
+    value: SettingValue
     plan: Plan
 
 
@@ -89,9 +90,9 @@ def make_plan(
     shapes = shapes or read_shapes(config)
     longest = prompt_tokens or longest_prompt(config, shapes)
     timeline = DryRun(config, shapes, device, longest).run()
-    overhead = _overhead if device == "cuda" else lambda account: account
-    phases = {name: overhead(account) for name, account in timeline.peaks().items()}
-    return Plan({name: _ordered(account) for name, account in phases.items()}, timeline.aside, limit)
+    overhead = _overhead if device == "cuda" else lambda breakdown: breakdown
+    phases = {name: overhead(breakdown) for name, breakdown in timeline.peaks().items()}
+    return Plan({name: _ordered(breakdown) for name, breakdown in phases.items()}, timeline.host, limit)
 
 
 def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
@@ -113,17 +114,17 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
     more time, then what rounds them, then what trains less.
     """
     changes, replan = list[Change](), functools.partial(make_plan, limit=plan.limit, **given)
-    for knob in (*_SETTINGS, *_SETTINGS):  # again, as the peak may have moved to another phase
+    for setting in (*_SETTINGS, *_SETTINGS):  # again, as the peak may have moved to another phase
         if plan.fits:
             break
-        values = knob.values(config) if plan.fullest in knob.phases else ()
+        values = setting.values(config) if plan.fullest in setting.phases else ()
         if not values:
             continue
-        tried = [_with_setting(config, knob.name, value) for value in values]
-        index, found = _first_that_fits(tried, replan, knob.phases)
+        tried = [_with_setting(config, setting.name, value) for value in values]
+        index, found = _first_that_fits(tried, replan, setting.phases)
         if found.peak < plan.peak:
             config, plan = tried[index], found
-            changes.append(Change(knob.name, values[index], plan))
+            changes.append(Change(setting.name, values[index], plan))
     return changes
 
 
@@ -147,7 +148,7 @@ class Setting(NamedTuple):
     """A setting, and the values it may be turned to: the mildest first, none where it is turned already."""
 
     name: str
-    values: Callable[[PPOConfig], Sequence[Any]]
+    values: Callable[[PPOConfig], Sequence[SettingValue]]
     phases: tuple[str, ...] = ("rollout", "scoring", "reward", "update")  # whose peak it lowers
 
 
@@ -203,18 +204,18 @@ _SETTINGS = (
 )
 
 
-def _with_setting(config: PPOConfig, name: str, value: Any) -> PPOConfig:
+def _with_setting(config: PPOConfig, name: str, value: SettingValue) -> PPOConfig:
     group, _, field = name.partition(".")
-    fields = {field: value}
+    fields: dict[str, object] = {field: value}
     if value == "adapters":  # which say no more where the critic begins, and need a rank
         fields |= {"value_path": None, "lora": dataclasses.replace(config.model.lora, rank=ADAPTER_RANK)}
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **fields)})
 
 
-def _overhead(account: Account) -> Account:
-    lost = int(_LOST * sum(account.get(item, 0) for item in _VARYING))
-    return account | {"fragmentation": lost, "CUDA context": _CONTEXT}
+def _overhead(breakdown: Breakdown) -> Breakdown:
+    lost = int(_LOST * sum(breakdown.get(item, 0) for item in _VARYING))
+    return breakdown | {"fragmentation": lost, "CUDA context": _CONTEXT}
 
 
-def _ordered(account: Account) -> Account:
-    return {item: account[item] for item in ITEMS if account.get(item)}
+def _ordered(breakdown: Breakdown) -> Breakdown:
+    return {item: breakdown[item] for item in ITEMS if breakdown.get(item)}

@@ -163,7 +163,7 @@ class _NamedOffloaded(Offloaded):
         self.name = name
 
     @contextlib.contextmanager
-    def present(self) -> Iterator[Any]:
+    def present(self) -> Iterator[nn.Module]:
         with super().present() as network:
             self.name("weights", _tensors(self.network))
             yield network

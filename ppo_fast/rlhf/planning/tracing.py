@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 _DEVICE, _READ = torch.ops.prim.device.default, torch.ops.aten._local_scalar_dense.default
-Account = dict[str, int]  # bytes by item
+Breakdown = dict[str, int]  # bytes by item
 
 
 @dataclass
@@ -33,16 +35,16 @@ class Timeline(TorchDispatchMode):
     """Keeps the life of every storage that an operation in its `with` block makes, fake tensors' too.
 
     A tick of the clock is one operation. What an operation needs for its own time alone does not show, but for what
-    `inside(operation, arguments)` says, in bytes.
+    `op_workspace(operation, arguments)` says, in bytes.
     """
 
-    def __init__(self, op_workspace: Callable[[Any, Any], Account]) -> None:
+    def __init__(self, op_workspace: Callable[[OpOverload, Sequence[Any]], Breakdown]) -> None:
         super().__init__()
-        self.inside = op_workspace
+        self.op_workspace = op_workspace
         self.now, self.blocks, self.phases = 0, list[Block](), list[tuple[str, int, int]]()
         self._block_of = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # half of all calls on fake tensors, and nothing is made
             return args[0].fake_device
         if func is _READ and args[0].dtype == torch.bool:
@@ -53,7 +55,7 @@ class Timeline(TorchDispatchMode):
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        for item, count in self.inside(func, args).items():
+        for item, count in self.op_workspace(func, args).items():
             self.blocks.append(Block(count, item, self.now, self.now))
         return output
 
@@ -85,20 +87,20 @@ class Timeline(TorchDispatchMode):
             self.phases.append((name, start, self.now))
 
     @property
-    def aside(self) -> int:
+    def host(self) -> int:
         """Bytes that are not on the device, and alive."""
         return sum(block.bytes for block in self.blocks if block.item is None and block.died is None)
 
-    def peaks(self) -> dict[str, Account]:
+    def peaks(self) -> dict[str, Breakdown]:
         """The items at the moment of each phase when their sum is largest; of phases of one name, the largest."""
-        alive, found = self._alive(), dict[str, Account]()
+        alive, found = self._alive(), dict[str, Breakdown]()
         for name, start, stop in self.phases:
-            at = start + int(sum(alive.values())[start : stop + 1].argmax())
-            account = {item: int(count[at]) for item, count in alive.items() if count[at]}
-            found[name] = max(account, found.get(name, {}), key=lambda items: sum(items.values()))
+            at = start + int(sum(alive.values(), np.zeros(self.now + 2, dtype=np.int64))[start : stop + 1].argmax())
+            breakdown = {item: int(count[at]) for item, count in alive.items() if count[at]}
+            found[name] = max(breakdown, found.get(name, {}), key=lambda items: sum(items.values()))
         return found
 
-    def _alive(self) -> dict[str, Any]:
+    def _alive(self) -> dict[str, npt.NDArray[np.int64]]:
         """Bytes [ticks] by item."""
         changes = {block.item: np.zeros(self.now + 2, dtype=np.int64) for block in self.blocks if block.item}
         for block in self.blocks:

@@ -40,7 +40,7 @@ def test_a_packed_row_holds_every_token_but_the_last_of_each_sequence():
     assert torch.equal(packed.inputs["input_ids"], torch.cat(rows)[None])
     assert torch.equal(packed.inputs["position_ids"], torch.cat([torch.arange(len(row)) for row in rows])[None])
     assert packed.inputs["attention_mask"] is None
-    assert packed.ends.diff().tolist() == [len(row) for row in rows]
+    assert packed.cu_seqlens.diff().tolist() == [len(row) for row in rows]
     assert packed.max_seqlen == max(map(len, rows))
     assert packed.logits_to_keep == packed.inputs["input_ids"].numel()
 
@@ -53,8 +53,8 @@ def test_a_sequence_of_one_token_leaves_nothing_in_a_packed_row(lone):
     packed = forward_pass(ids, attention, mask, packed=True)
     rows = [row[keep][:-1] for row, keep in zip(ids, attention, strict=True)]
     assert torch.equal(packed.inputs["input_ids"], torch.cat(rows)[None])
-    assert packed.ends.diff().tolist() == [len(row) for row in rows if len(row)]
-    assert len(packed.states) == mask.sum()
+    assert packed.cu_seqlens.diff().tolist() == [len(row) for row in rows if len(row)]
+    assert len(packed.gather_index) == mask.sum()
 
 
 def test_a_padded_pass_has_no_mask_where_there_is_no_padding():

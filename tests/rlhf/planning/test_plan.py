@@ -16,7 +16,7 @@ from ppo_fast.rlhf.config.files import config_from_dict, load_config
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
-from ppo_fast.rlhf.planning.command import announce, parse_size, told
+from ppo_fast.rlhf.planning.command import announce, describe, parse_size
 from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
@@ -347,14 +347,14 @@ def test_the_command_says_what_to_change(command, capsys):
 def test_it_is_told_when_nothing_helps_enough():
     plan = Plan({"rollout": {"weights": 3 * GIB}, "update": {"weights": 4 * GIB}}, host=GIB, limit=2 * GIB)
     changed = dataclasses.replace(plan, phases={"update": {"weights": 5 * GIB // 2}})
-    assert told(plan, [Change("model.layout", "adapters", changed)]) == [
+    assert describe(plan, [Change("model.layout", "adapters", changed)]) == [
         "peak 4.0 GiB in update, of 2.0 GiB: does not fit by 2.0 GiB",
         "1.0 GiB of models wait in host memory",
         "  set model.layout to adapters and model.lora.rank to 64: peak 2.5 GiB",
         "that is not enough: take shorter responses or a smaller model",
     ]
     fits = dataclasses.replace(plan, limit=5 * GIB, host=0)
-    assert told(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+    assert describe(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
 
 
 @pytest.mark.parametrize(
@@ -456,4 +456,4 @@ def test_a_timeline_knows_what_lives_when():
     peaks = timeline.peaks()
     assert peaks["first"] == {"kept": 1024, "activations": 1024, "inside": 4096}
     assert peaks["second"] == {"kept": 1024, "activations": 1024}  # of b, whose sum is in host memory
-    assert timeline.aside == 1024
+    assert timeline.host == 1024
