@@ -186,7 +186,7 @@ class Batches:
         self.order: list[list[int]] = []
         self.position = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"order": self.order, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def _fields(row: object, where: str, *names: str) -> list[Any]:
     raise UserError(f"{where}: expected {columns}, all of them text or all role/content messages, got {row!r}")
 
 
-def _split_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
+def _split_prompt(chosen: Any, rejected: Any) -> dict[str, object]:
     """Their common beginning as the prompt: whole words of texts, whole messages of conversations."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     end = min(sum(1 for _ in same), len(chosen) - 1, len(rejected) - 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import DataConfig
-from ppo_fast.rlhf.data.rows import RESERVED, Prompt, Row, deduplicate, drop_too_long, read_rows
+from ppo_fast.rlhf.data.rows import RESERVED, Columns, Prompt, Row, deduplicate, drop_too_long, read_rows
 from ppo_fast.rlhf.data.templates import is_messages, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError
 
@@ -25,7 +25,7 @@ class Prompts:
 
     prompts: list[Prompt]  # [M] as given: text, or a list of role/content messages
     token_ids: list[list[int]]  # [M] lists of ints, 1 to max_prompt_tokens each
-    columns: dict[str, list[Any]]  # each [M]: the other keys of the rows, for the reward function
+    columns: Columns  # each [M]: the other keys of the rows, for the reward function
     dropped: int  # prompts left out: too long, or repeated with `deduplicate`
 
 
@@ -36,7 +36,7 @@ class PromptBatch:
     input_ids: Tensor  # [B, P] int64
     attention_mask: Tensor  # [B, P] bool, True: a token of the prompt
     prompts: list[Prompt]  # [B] as given in the data
-    columns: dict[str, list[Any]]  # each [B]
+    columns: Columns  # each [B]
 
 
 def load_prompts(
@@ -84,7 +84,7 @@ class PromptSampler:
         self.order: list[int] = []
         self.position = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"order": self.order, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.errors import UserError
 
 NESTED = "expected lists and objects less deeply nested"
 RESERVED = ("prompts", "completions", "completion_ids")
@@ -16,10 +16,12 @@ RESERVED = ("prompts", "completions", "completion_ids")
 Row = Mapping[str, Any]  # JSON
 Messages = list[dict[str, Any]]  # role/content
 Prompt = str | Messages
+Columns = dict[str, list[Any]]  # by name
+Rows = Iterator[tuple[str, Any]]  # where a row is, and the row
 Item = TypeVar("Item")
 
 
-def read_rows(source: str | Path | Iterable[object], setting: str) -> Iterator[tuple[str, Any]]:
+def read_rows(source: str | Path | Iterable[object], setting: str) -> Rows:
     """Iterate over (where, row) of a JSONL file, a Parquet file, a directory saved by `datasets`, or rows in memory.
 
     `where` is file:line, file[row], or for rows in memory the last part of `setting` with the number of the row. Of a
@@ -64,7 +66,7 @@ def deduplicate(items: list[Item], noun: str, key: Callable[[Item], Hashable]) -
     return kept
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -85,7 +87,7 @@ def parse_line(line: bytes, where: str) -> Any:
         raise UserError(f"{where}: not JSON: {error}") from error
 
 
-def _checked_rows(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _checked_rows(rows: Iterable[tuple[str, Any]]) -> Rows:
     """The rows, each of which can be written as JSON in UTF-8, as tokenizers and the files of a run need it."""
     for where, row in rows:
         try:
@@ -100,8 +102,9 @@ def _checked_rows(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield where, row
 
 
-def _dataset_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    datasets = require("datasets")
+def _dataset_rows(path: Path) -> Rows:
+    import datasets  # 1 s, which only Parquet files and saved datasets need
+
     try:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel, utils
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.utils import is_flash_attn_2_available
 
 from ppo_fast.rlhf.config.ppo import WeightsConfig
 from ppo_fast.rlhf.errors import UserError
@@ -43,7 +42,7 @@ def attention_implementation(
     half = (dtype or getattr(torch, config.dtype)) in VARLEN_DTYPES
     if config.attention is not None or not (packed and half and device.type == "cuda"):
         return config.attention
-    if is_flash_attn_2_available():
+    if utils.is_flash_attn_2_available():
         return "flash_attention_2"
     register()
     return VARLEN
@@ -84,7 +83,7 @@ def _use_by_sequence(model: PreTrainedModel) -> bool:
     return True
 
 
-def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -> dict[str, Any]:
+def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -> dict[str, Tensor | int]:
     """What a backbone's forward pass takes, above ids and positions, to know the ends of the sequences of a row.
 
     Args:
@@ -92,7 +91,8 @@ def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -
         longest: tokens of the longest sequence.
     """
     kind = model.config._attn_implementation or ""
-    ends = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
+    ends: dict[str, Tensor | int] = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+    ends |= {"max_length_q": longest, "max_length_k": longest}
     if kind == VARLEN and (model.dtype in VARLEN_DTYPES or model.device.type == "cpu"):
         # A mask of four dimensions is handed on as it is: transformers neither makes one nor asks the device, which
         # the host would wait for, whether positions start again. Nothing can attend by an empty one unnoticed.

@@ -129,7 +129,7 @@ class Networks:
             logging.set_verbosity(verbosity)
 
 
-def quantization(config: WeightsConfig, device: torch.device) -> dict[str, Any]:
+def quantization(config: WeightsConfig, device: torch.device) -> dict[str, object]:
     """Options of `from_pretrained` that `config.load_in_4bit` means.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314.

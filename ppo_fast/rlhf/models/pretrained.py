@@ -25,7 +25,7 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: Any) -> Any:
+def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: object) -> Any:
     """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
     failures = (OSError, ValueError, ImportError, SafetensorError)
     try:
@@ -42,7 +42,13 @@ def load_pretrained(loader: Any, path: str | None, trust: bool = False, **option
 
 
 def load_network(
-    loader: Any, path: str | None, trust: bool = False, *, new: str | None = None, exact: bool = False, **options: Any
+    loader: Any,
+    path: str | None,
+    trust: bool = False,
+    *,
+    new: str | None = None,
+    exact: bool = False,
+    **options: object,
 ) -> Any:
     """`load_pretrained` of a model; UserError for a weight that is missing or of another shape.
 

@@ -6,7 +6,7 @@ They are ordinary ``transformers`` objects. The quickstart trains them and the t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -55,7 +55,7 @@ def make_model(
     heads: int = 4,
     max_positions: int = 128,
     seed: int = 0,
-    **overrides: Any,
+    **overrides: object,
 ) -> PreTrainedModel:
     """Make a randomly initialized causal language model, in float32, in evaluation mode, on the CPU.
 

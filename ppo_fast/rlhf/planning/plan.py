@@ -113,7 +113,10 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
     The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
     more time, then what rounds them, then what trains less.
     """
-    changes, replan = list[Change](), functools.partial(make_plan, limit=plan.limit, **given)
+    changes, replan = (
+        list[Change](),
+        functools.partial(make_plan, limit=plan.limit, **given),
+    )
     for setting in (*_SETTINGS, *_SETTINGS):  # again, as the peak may have moved to another phase
         if plan.fits:
             break
