@@ -285,6 +285,28 @@ def test_help_and_version(capsys):
     assert re.search(r"--preset NAME \(7b-24g, 7b-80g-full, 7b-80g-lora,\s+tiny-cpu\)", text)
 
 
+WITHOUT_TRANSFORMERS = """
+import sys
+for name in ("transformers", "peft", "datasets"):
+    sys.modules[name] = None
+from ppo_fast import cli
+try:
+    cli.main(["sft", "--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+sys.exit(cli.main(["sft", "--model", "base", "--data", "examples.jsonl"]))
+"""
+
+
+def test_help_needs_no_transformers_and_a_run_names_the_extra():
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.splitlines()[-1:]) == (
+        2,
+        ["ppo-fast: sft needs transformers, which is not installed: pip install 'ppo-fast[train]'"],
+    ), ran.stderr
+    assert "--model.path" in ran.stdout
+
+
 def test_doctor_and_quickstart_are_reached(monkeypatch, capsys):
     assert cli.main(["doctor", "--json"]) == 0
     assert "versions" in json.loads(capsys.readouterr().out)
