@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.ppo import PPOConfig

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.data.templates import TEMPLATE_COLUMNS, as_text
+from ppo_fast.rlhf.data.templates import TEMPLATE_COLUMNS, Prompt, as_text
 from ppo_fast.rlhf.errors import printable
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
@@ -72,6 +72,6 @@ class RunLog(StageLog):
         )
 
 
-def _one_line(text: object) -> Text:
+def _one_line(text: Prompt) -> Text:
     """Text or messages without line breaks; never read as markup or by the terminal."""
     return Text(printable(" ".join(as_text(text).split())))
