@@ -64,7 +64,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _run(op: str, inputs: GaeInputs, backend: str) -> tuple[Tensor, Tensor]:
     rewards = inputs.rewards
     backend = registry.resolve(op, backend, rewards.device, torch.promote_types(rewards.dtype, inputs.values.dtype))
-    return _launch(inputs, backend) if registry.runs_directly(rewards) else _gae(*inputs, backend)
+    advantages, returns = _launch(inputs, backend) if registry.runs_directly(rewards) else _gae(*inputs, backend)
+    return advantages, returns
 
 
 def _check(
