@@ -31,14 +31,15 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter run what has backend="triton" or lies in a test_triton_*.py; elsewhere run the rest.
+    """Under the interpreter run the tests with backend="triton" and those in tests/ops/triton; elsewhere run the rest.
 
     What is marked gpu is skipped without a CUDA device.
     """
 
     def interpreted(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return parameters.get("backend") == "triton" or item.path.name.startswith("test_triton_")
+        on_a_gpu = item.get_closest_marker("gpu") is not None
+        return parameters.get("backend") == "triton" or (item.path.parent.name == "triton" and not on_a_gpu)
 
     if not torch.cuda.is_available():
         for item in items:
