@@ -15,7 +15,7 @@ Arrange = Callable[[list[int]], list[int]]
 
 
 def make_arrangement(data: Prompts, config: DataConfig) -> Arrange:
-    """What `config` asks for: rows of an epoch in, in any order, and out in the order of the curriculum.
+    """Return a function that orders the rows of an epoch by the curriculum.
 
     `data.order` sorts by rising difficulty, prompts of the same difficulty as they came in; `data.balance` then deals
     the topics out in turn, the prompts of smaller topics again until the largest is through.

@@ -176,7 +176,8 @@ class Batches:
     """Endless batches of row numbers; every row once per epoch, a new order in each.
 
     With `bucket` the rows of every `WINDOW` batches are sorted by length before they are cut. An epoch's last batch
-    may be smaller. `order` and `position` are its whole state, the generator aside.
+    may be smaller. `order` and `position` are the whole state
+    except the generator.
     """
 
     WINDOW = 50

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class ForwardInputs:
-    """Arguments of one forward pass, and its N states that a counted token was drawn from, row by row."""
+    """Arguments of one forward pass, and the indices of the hidden states that predict each counted token."""
 
     inputs: dict[str, Tensor | None]  # ids and positions, padded [b, L] with a mask, or [1, S] without one
     gather_index: Tensor  # [N] int64: places in the flattened batch

@@ -68,8 +68,7 @@ def load_prompts(
 class PromptSampler:
     """Endless batches of row numbers; every prompt once per epoch, a new order in each.
 
-    `arrange` makes the rows of an epoch out of that order. `order` and `position` are the whole state, the generator
-    aside.
+    `arrange` reorders the rows of an epoch. `order` and `position` are the whole state except the generator.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ def _json_lines(path: Path) -> Rows:
 
 
 def parse_line(line: bytes, where: str) -> Any:
-    """What a line of a JSONL file says; UserError, naming `where`, when it is not JSON."""
+    """Parse a line of a JSONL file; UserError, naming `where`, when it is not JSON."""
     try:
         return json.loads(line.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:

@@ -30,7 +30,7 @@ TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 
 
 class Adapters:
-    """Adapters by name on one base, whose own weights are frozen; one of them is on at a time, or none."""
+    """Adapters by name on one frozen base. At most one of them is on at a time."""
 
     def __init__(self, network: PreTrainedModel, config: peft.LoraConfig) -> None:
         self.network = network  # the base, with layers for adapters in it
@@ -42,7 +42,7 @@ class Adapters:
 
     @property
     def base(self) -> str:
-        """Directory or hub id that the base was loaded from; empty when it was given."""
+        """Directory or hub id that the base was loaded from; empty for a model given as an object."""
         return str(getattr(self.network, "name_or_path", ""))
 
     @property
@@ -52,18 +52,18 @@ class Adapters:
 
     @property
     def reference(self) -> str | None:
-        """Adapter that is the network as it was at the start; None: that is the base."""
+        """Name of the adapter of the reference; None: the reference is the base."""
         return REFERENCE if REFERENCE in self.trained else None
 
     def add(self, name: str, config: peft.LoraConfig, *, trained: bool) -> None:
-        """A further adapter, which `draw`, `fill` or `copy` gives its values."""
+        """Add an adapter. `draw`, `fill` or `copy` gives it values."""
         with torch.random.fork_rng(devices=[]):
             self.model.add_adapter(name, copy.deepcopy(config))
         self._settle(name, trained=trained)
 
     @torch.no_grad()
     def draw(self, name: str, generator: torch.Generator) -> None:
-        """A new adapter: A uniform in +-1 / sqrt(inputs), as that of a linear layer; B = 0."""
+        """Initialize an adapter: A uniform in +-1 / sqrt(inputs), as torch initializes a linear layer; B = 0."""
         if self.without_data:  # has no numbers, and takes no generator of another device
             return
         for parameter_name, parameter in self.named(name).items():
@@ -74,7 +74,7 @@ class Adapters:
 
     @torch.no_grad()
     def fill(self, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Values by peft's names; UserError naming their `source` when they are of other layers."""
+        """Set the values by peft's names; UserError naming their `source` when they belong to other layers."""
         for layer in () if _quantized(self.network) else self._adapted(name).values():
             base = layer.get_base_layer()
             linear = isinstance(base, nn.Linear | Conv1D)
@@ -89,7 +89,7 @@ class Adapters:
             parameter.copy_(tensors[key])
 
     def load(self, name: str, saved: SavedAdapter, *, trained: bool) -> None:
-        """A further adapter, from disk."""
+        """Add an adapter from disk."""
         with _errors_of_peft(saved):
             self.add(name, saved.config, trained=trained)
         self.fill_from(name, saved)
@@ -100,7 +100,7 @@ class Adapters:
             self.fill(name, saved.tensors, saved.path)
 
     def copy(self, source: str, name: str) -> None:
-        """A further adapter, frozen, equal to another."""
+        """Add a frozen copy of an adapter."""
         self.add(name, self.config(source), trained=False)
         self.fill(name, self.named(source), source)
 
@@ -136,9 +136,9 @@ class Adapters:
 
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:
-        """Within the block the network is the base with that adapter, or the base alone.
+        """Turn on that adapter within the block, or none, which leaves the base.
 
-        Afterwards it is what it was before, whatever happened in between; blocks nest.
+        The adapter of before is on again afterwards, also after an error. Blocks nest.
         """
         before = self._now
         try:
@@ -154,7 +154,7 @@ class Adapters:
             weight = layer.get_base_layer().weight.detach()
             with torch.no_grad():
                 sums = weight + layer.get_delta_weight(TRAINED)  # of float32
-            # In host memory: a second copy of a base may not fit beside the first.
+            # In host memory: the device may not hold two copies of a base.
             state[f"{name}.base_layer.weight"] = sums.to(weight.dtype).cpu()
         return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
@@ -174,7 +174,7 @@ class Adapters:
         return {key: layer for key, layer in layers if name in getattr(layer, "r", ())}
 
     def _settle(self, name: str, *, trained: bool) -> None:
-        """Put right what peft does to all adapters when it adds one."""
+        """Restore what peft changes in all adapters when it adds one."""
         self.trained[name] = trained
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         self._switch(self._now)
@@ -223,7 +223,7 @@ def put_on(network: PreTrainedModel, saved: SavedAdapter) -> Adapters:
 
 
 def add_to_weights(network: PreTrainedModel, saved: SavedAdapter) -> None:
-    """Add the adapter that was saved to the weights of `network`, for good, and make all of it trainable."""
+    """Add the saved adapter to the weights of `network`, for good, and make all of them trainable."""
     adapters = put_on(network, saved)
     adapters.check_mergeable(saved.path)
     adapters.model.merge_and_unload()
@@ -249,7 +249,7 @@ def _new_config(network: PreTrainedModel, config: LoraConfig) -> peft.LoraConfig
 
 @contextlib.contextmanager
 def _errors_of_peft(saved: SavedAdapter) -> Iterator[None]:
-    """Where an error of peft is a sentence about the adapter that was saved."""
+    """Turn an error of peft into a sentence about the saved adapter."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:

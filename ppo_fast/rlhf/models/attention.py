@@ -1,9 +1,9 @@
-"""Attention over packed rows: sequences one after another in a row [1, S], of which none sees another.
+"""Attention over packed rows: the sequences of a row [1, S] do not see each other.
 
-A packed row is given to a backbone as `input_ids` and `position_ids` [1, S], the positions starting again at 0 with
-each sequence, `attention_mask` None, `use_cache` False and `packed_arguments`. From positions alone transformers makes
-a mask [S, S]; on a GPU flash-attn, or without it the attention registered here, takes the ends of the sequences and
-makes none. On a CPU the attention registered here computes each sequence by itself.
+A backbone takes a packed row as `input_ids` and `position_ids` [1, S], whose positions start again at 0 with each
+sequence, `attention_mask` None, `use_cache` False and `packed_arguments`. transformers would make a mask [S, S] from
+the positions. On a GPU flash-attn, or the attention registered here, takes `cu_seqlens` instead and needs no mask. On a
+CPU the attention registered here computes each sequence by itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ppo_fast.rlhf.config.ppo import WeightsConfig
 from ppo_fast.rlhf.errors import UserError
 
 VARLEN = "ppo_fast_varlen"
-# What the kernel takes; other weights go by the mask.
+# Dtypes that the kernel takes; other weights use the mask.
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-# Of what an attention may add to its scores, nothing that the kernel could do.
+# Score modifications that the kernel cannot apply.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 _ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 5e-3}
 _ROUNDING_OF_SUMS = 1e-4
@@ -33,7 +33,7 @@ _ROUNDING_OF_SUMS = 1e-4
 def attention_implementation(
     config: WeightsConfig, device: torch.device, dtype: torch.dtype | None = None
 ) -> str | None:
-    """What `from_pretrained` takes as attn_implementation, or `set_attn_implementation`; None: the model's own.
+    """Choose attn_implementation for `from_pretrained` or `set_attn_implementation`; None: the model's own.
 
     Args:
         dtype: of a model that is there already; None: that of `config`.
@@ -84,7 +84,7 @@ def _use_by_sequence(model: PreTrainedModel) -> bool:
 
 
 def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -> dict[str, Tensor | int]:
-    """What a backbone's forward pass takes, above ids and positions, to know the ends of the sequences of a row.
+    """Return the arguments that give a backbone's forward pass the ends of the sequences of a packed row.
 
     Args:
         cu_seqlens: [b + 1] int32: sequence i is cu_seqlens[i] to cu_seqlens[i + 1].
@@ -102,7 +102,7 @@ def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -
 
 @torch.no_grad()
 def check_packed(backbone: PreTrainedModel) -> None:
-    """Compare a sequence in a packed row with the same one alone.
+    """Compare a sequence in a packed row with the same sequence by itself.
 
     Raises:
         UserError: hidden states differ by more than rounding: the model sees across sequences, or goes on counting.
@@ -116,8 +116,8 @@ def check_packed(backbone: PreTrainedModel) -> None:
     row = {"input_ids": ids, "position_ids": positions, "attention_mask": None, "use_cache": False}
     ends = torch.tensor([0, 5, 12], dtype=torch.int32, device=ids.device)
     packed = backbone(**row | packed_arguments(backbone, ends, max(lengths))).last_hidden_state[:, 5:]
-    alone = {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids[:, 5:])}
-    expected = backbone(**alone, use_cache=False).last_hidden_state
+    single = {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids[:, 5:])}
+    expected = backbone(**single, use_cache=False).last_hidden_state
     allowed = _ROUNDING.get(expected.dtype, _ROUNDING_OF_SUMS) * expected.abs().max()
     if (packed - expected).abs().max() > allowed:
         raise _refused(backbone, "whose sequences in one row do not stay apart")
@@ -187,7 +187,7 @@ def _by_sequence(
     window_size: tuple[int, int] = (-1, 0),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What torch's varlen_attn computes, by one sdpa for each sequence: the work is that of the sequences."""
+    """Compute torch's varlen_attn by one sdpa for each sequence."""
     found = []
     inner = ends[1:-1].long()  # what tensor_split takes
     for parts in zip(*(x.transpose(0, 1).tensor_split(inner, dim=1) for x in (query, key, value)), strict=True):

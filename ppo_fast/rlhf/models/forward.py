@@ -28,7 +28,7 @@ _ROUNDING_OF_SUMS = 1e-5
 
 
 class HeadInputs(NamedTuple):
-    """What the head makes logits of: softcap * tanh(x / softcap), x = hidden @ weight.T + bias; None: x."""
+    """Inputs of the head, whose logits are softcap * tanh(x / softcap), x = hidden @ weight.T + bias; None: x."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -68,7 +68,7 @@ def _parameters(kind: Any) -> frozenset[str]:
 
 
 def hidden_states(backbone: PreTrainedModel, sequences: ForwardInputs) -> Tensor:
-    """The states [N, D] that the counted tokens were drawn from."""
+    """The hidden states [N, D] that predict the counted tokens."""
     output = backbone(**model_inputs(backbone, sequences)).last_hidden_state
     return output.flatten(0, 1).index_select(0, sequences.gather_index)
 
@@ -132,7 +132,7 @@ def head_loss(x: HeadInputs, **terms: Any) -> ops.LossOutput:
 
 @torch.no_grad()
 def reference_terms(reference: PreTrainedModel, sequences: ForwardInputs, *, linear: bool) -> dict[str, Tensor | None]:
-    """What `response_loss` needs beside its terms to charge the exact KL to the reference, kl_estimator "full"."""
+    """Terms of `response_loss` for the exact KL to the reference, kl_estimator "full"."""
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
     x = response_hidden(reference, sequences)

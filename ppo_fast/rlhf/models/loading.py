@@ -61,8 +61,8 @@ def load_causal(
 ) -> Loaded:
     """The causal LM and tokenizer given, or those at `config.path` in place of None; dropout off, fit to be saved.
 
-    Of a PEFT directory it is the base, with the adapter that belongs on it. `saved` is what is at `config.path`, if
-    somebody has asked already.
+    For a PEFT directory the model is the base, and `Loaded.saved` is the adapter that belongs on it. `saved` describes
+    `config.path`; None: it is inspected here.
     """
     if (model is None or tokenizer is None) and config.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
@@ -94,7 +94,7 @@ def with_adapters(loaded: Loaded, config: WeightsConfig, generator: torch.Genera
 
 
 def checkpoint_activations(network: PreTrainedModel) -> None:
-    """Have the layers of a network recompute their activations in backward passes, within `recomputing` alone."""
+    """Enable activation checkpointing in the layers of a network; it is active within `recomputing` only."""
     if not network.supports_gradient_checkpointing:
         name = type(network).__name__
         raise UserError(f"model.gradient_checkpointing: expected false for {name}, which has none, got True")
@@ -103,10 +103,10 @@ def checkpoint_activations(network: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def recomputing(*networks: nn.Module) -> Iterator[None]:
-    """Where the layers of these networks that are to recompute their activations do so.
+    """Activate the checkpointing of activations within the block.
 
-    transformers does it in train mode alone, in which `generate` makes no use of its cache; only the layers concerned
-    are put into it.
+    transformers does it only in train mode, in which `generate` does not use its cache. The block puts only the layers
+    concerned into train mode.
     """
     layers = [m for network in networks for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
     before = [layer.training for layer in layers]
@@ -157,7 +157,7 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Set every dropout probability to 0, modules and plain attributes alike, and go to eval mode.
 
     Some architectures read a float attribute (`attention_dropout`) rather than own an `nn.Dropout`, so that
-    eval mode alone would be undone by a later `train()`.
+    a later `train()` would undo eval mode.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -172,7 +172,7 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
 def _make_saveable(policy: PreTrainedModel) -> None:
     """Find out before the run, not after it, whether `save_pretrained` will take the generation config.
 
-    It refuses a temperature or top-p beside do_sample = False, which many published models have.
+    It refuses a temperature or top-p with do_sample = False, which many published models have.
     """
     try:
         policy.generation_config.validate(strict=True)

@@ -1,8 +1,8 @@
 """Policy, reference and value model, in one of three layouts.
 
 separate: three networks. shared: the value model is a head on the policy's own trunk. adapters: one frozen base with an
-adapter each for policy and value model; the reference is the base alone, or a frozen adapter where the policy began
-with an adapter or the reference moves.
+adapter each for policy and value model. The reference is the base, or a frozen adapter if the policy started from an
+adapter or the reference moves.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Models:
     def using(self, role: Role) -> Iterator[Any]:
         """The network of that role, ready on the device; what it does and its backward pass belong in the block.
 
-        Blocks nest. In the layout "adapters" a network is that of its role within its block alone; outside of all
-        blocks it is the policy.
+        Blocks nest. In the layout "adapters" the adapter of `role` is active only inside the block; outside of all
+        blocks the network is the policy.
         """
         with contextlib.ExitStack() as stack:
             if self.adapters is not None:
@@ -87,7 +87,7 @@ class Models:
             yield
 
     def weights(self, role: Role) -> list[nn.Parameter]:
-        """What the network of a role has for itself; nothing where the reference is the base of adapters."""
+        """The weights that only the network of a role has; none if the reference is the base of adapters."""
         head = [*self.value.head.parameters()] if role == "value" else []
         if self.adapters is not None:
             name = self._adapter(role)
@@ -97,7 +97,7 @@ class Models:
         return [*getattr(self, role).parameters()]
 
     def trained(self, role: Role) -> list[nn.Parameter]:
-        """What an optimizer step of "policy" or "value" changes."""
+        """The weights that an optimizer step of "policy" or "value" changes."""
         return [parameter for parameter in self.weights(role) if parameter.requires_grad]
 
     def _adapter(self, role: Role) -> str | None:

@@ -35,7 +35,7 @@ class Networks:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
 
     def causal(self, saved: SavedModel) -> PreTrainedModel:
-        """The causal LM, in 4 bits if asked for; of an adapter the base, which the adapter is not on yet."""
+        """Make the causal LM, in 4 bits if `config.quantize` says so. For an adapter, make its base without it."""
         if saved.adapter is not None:
             if saved.adapter.has_head:
                 path = saved.path
@@ -46,9 +46,9 @@ class Networks:
         return self.make(AutoModelForCausalLM, saved, quantized=self.config.load_in_4bit)
 
     def classifier(self, saved: SavedModel, dtype: torch.dtype | None = None) -> PreTrainedModel | None:
-        """The model for sequence classification with one output; None for another kind of model.
+        """Make the model for sequence classification with one output; None for another kind of model.
 
-        Of an adapter it is the base under the head of the adapter, which is not on it yet.
+        For an adapter, make its base under the saved head, without the adapter.
         Raises UserError unless it has a linear head "score" with one output.
         """
         if saved.kind != "classifier":
@@ -66,7 +66,7 @@ class Networks:
         return model
 
     def backbone(self, saved: SavedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Linear | None]:
-        """The part below the head, with an adapter added to its weights, and the scalar head if there is one."""
+        """Make the part below the head, an adapter added to its weights, and the scalar head if there is one."""
         if saved.kind == "value":
             return self.whole_value(saved, dtype)
         classifier, adapter = self.classifier(saved, dtype), saved.adapter
@@ -77,7 +77,7 @@ class Networks:
             self.merge(model, adapter)
         return model.base_model, None if classifier is None else model.score
 
-    # What follows differs in a plan.
+    # A plan overrides the methods below.
 
     def make(
         self,

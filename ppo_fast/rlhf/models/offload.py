@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Offloaded:
-    """A frozen network whose weights are on the device within `present()` alone.
+    """A frozen network whose weights are on the device only within `present()`.
 
-    The copy in host memory is the master: what is changed outside of the block is there the next time, and what is
-    changed inside is lost. Host memory is pinned where the device is a GPU, so that copies run at full speed.
+    The copy in host memory is the master: changes made outside of the block last, changes made inside are lost. Host
+    memory is pinned if the device is a GPU, so that copies run at full speed.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What is at a path: the only place that looks at a directory or hub id, before any weights are read."""
+"""Inspect the model at a path. Only this module looks at a directory or hub id before weights are read."""
 
 from __future__ import annotations
 

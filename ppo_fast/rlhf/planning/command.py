@@ -20,7 +20,7 @@ HELP = """\
 usage: ppo-fast plan [--gpu SIZE] [options of ppo-fast train]
 
   Bytes by item and phase of the run that `ppo-fast train` would begin with the same options, the peak, whether it fits,
-  and what to change if not. It needs the config.json of every model alone: no weights, and no GPU.
+  and what to change if not. It needs only the config.json of every model: no weights, and no GPU.
 
   --gpu SIZE  memory of the GPU, such as 24GB or 22.5GiB; without it, the GPU of this machine if model.device means one
 

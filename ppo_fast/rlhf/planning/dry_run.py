@@ -1,4 +1,4 @@
-"""One step of a run on tensors that have a shape but no data: what it keeps alive is what the run will.
+"""Run one step on fake tensors and record the memory that is alive.
 
 The engine's own code runs: models of transformers made from their configs, scoring and the update's backward passes.
 Sampling is `generate` at the two moments that count, after the prompts and at the last token.
@@ -97,7 +97,7 @@ class DryRun:
                     model.network(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def update(self) -> None:
-        """Two micro-batches of a minibatch, the second beside the gradients of the first, and the optimizer step."""
+        """Run two micro-batches of a minibatch, which accumulate gradients, and the optimizer step."""
         settings, networks = self.config.optim, (self.learner.policy, self.learner.value)
         rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
         for network in networks:
@@ -111,7 +111,7 @@ class DryRun:
                 self._step(network)
 
     def _make_states(self) -> None:
-        """What optimizers keep from one step to the next."""
+        """Make the states that optimizers keep from one step to the next."""
         for network in (self.learner.policy, self.learner.value):
             for parameter in network.parameters:
                 parameter.grad = torch.empty_like(parameter)
@@ -168,7 +168,7 @@ class DryRun:
         scores.argmax(dim=-1)
 
     def _fill(self, cache: Cache) -> None:
-        """All responses but for their last two tokens."""
+        """Fill the cache with the responses except their last two tokens."""
         count = self.response - 2
         for index, layer in enumerate(cache.layers):
             keys = getattr(layer, "keys", None)
@@ -188,7 +188,7 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def op_workspace(func: OpOverload, args: Sequence[Any], device: str) -> Breakdown:
-    """What an op holds while it runs on a device of that type, in itself: linear ops a chunk of logits.
+    """Bytes that an op holds only while it runs on a device of that type: a chunk of logits of the linear ops.
 
     Negative where the op of a run writes to an argument, and only that of tensors without data makes another.
     """

@@ -1,4 +1,4 @@
-"""What takes the memory, and not the numbers, of parts that need a GPU: layers of 4 bits, fused attention."""
+"""Fakes with the memory footprint of GPU-only layers: layers of 4 bits, fused attention."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def quantize(network: PreTrainedModel) -> None:
 
 
 class FourBits(nn.Linear):
-    """The memory, and not the numbers, of a linear layer of 4 bits: its weight is there in full within a product alone.
+    """The memory, not the numbers, of a linear layer of 4 bits, whose weight is whole only during a product.
 
     4 bits a weight, 8 bits a scale of 64 weights, and 32 bits a scale of 256 scales.
     """

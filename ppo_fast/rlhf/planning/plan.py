@@ -1,4 +1,4 @@
-"""Where the memory of a run goes, before the run: bytes by item and phase, and what to change if they are too many."""
+"""Plan the memory of a run: bytes by item and phase, and the settings to change if they are too many."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def make_plan(
     shapes: SavedModels | None = None,
     prompt_tokens: int | None = None,
 ) -> Plan:
-    """Plan the run from the configs of its models alone, by a step on tensors without data.
+    """Plan the run from the configs of its models, by a step on tensors without data.
 
     Args:
         device: type, "cpu" or "cuda"; it need not be there.
@@ -96,7 +96,7 @@ def make_plan(
 
 
 def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
-    """`data.max_prompt_tokens`, or what the model's context leaves beside the response."""
+    """`data.max_prompt_tokens`, or the part of the model's context that the response leaves."""
     context = getattr(shapes.policy.config.get_text_config(), "max_position_embeddings", None)
     left = config.data.max_prompt_tokens if context is None else context - config.rollout.max_new_tokens
     if left < 1:
@@ -108,7 +108,7 @@ def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
 
 
 def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
-    """What to change, in order, until the run fits; the last may still not do. `given` are arguments of `make_plan`.
+    """Choose settings to change until the run fits; the last may not suffice. `given` are arguments of `make_plan`.
 
     The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
     more time, then what rounds them, then what trains less.

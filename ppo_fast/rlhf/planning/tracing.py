@@ -1,4 +1,4 @@
-"""Which storages are alive when: every operation is watched, and the death of what it made."""
+"""Record when each storage is allocated and freed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Block:
 class Timeline(TorchDispatchMode):
     """Keeps the life of every storage that an operation in its `with` block makes, fake tensors' too.
 
-    A tick of the clock is one operation. What an operation needs for its own time alone does not show, but for what
-    `op_workspace(operation, arguments)` says, in bytes.
+    A tick of the clock is one operation. Memory that an operation holds only while it runs is not seen;
+    `op_workspace(operation, arguments)` adds it, in bytes.
     """
 
     def __init__(self, op_workspace: Callable[[OpOverload, Sequence[Any]], Breakdown]) -> None:
