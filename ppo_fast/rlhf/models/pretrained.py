@@ -55,8 +55,8 @@ def load_network(
     transformers gives such a weight random values. One whose name begins with `new` may be missing; with `exact` there
     must be no further tensor either.
     """
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = load_pretrained(loader, path, trust, **told, **options)
+    flags = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(loader, path, trust, **flags, **options)
     missing = sorted(name for name in info["missing_keys"] if new is None or not name.startswith(new))
     others = [name for name, *_ in sorted(info["mismatched_keys"])]
     further = sorted(info["unexpected_keys"]) if exact else []
