@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from ppo_fast.rlhf.config.files import (
+    Config,
+    Values,
     check_names,
     config_from_dict,
     field_defaults,
@@ -16,7 +18,7 @@ from ppo_fast.rlhf.config.files import (
     preset_names,
     read_values,
 )
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
 from ppo_fast.rlhf.config.renamed import old_keys
 from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
 from ppo_fast.rlhf.errors import UserError, require
@@ -38,7 +40,7 @@ CONFIG, PRESET, RESUME = "config", "preset", "resume"  # flags that are no field
 class Stage(NamedTuple):
     """A command that trains."""
 
-    config: type[Any]
+    config: type[RunConfig]
     about: str
     short: str = "--model, --merge, --data, --out"  # flags
 
@@ -84,7 +86,7 @@ def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
     return resumed_config(read_values(path, preset=preset_name, flags=flags), stage.config, resume), resume
 
 
-def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str = True) -> Any:
+def resumed_config(given: Values, kind: type[Config], resume: bool | str = True) -> Config:
     """The config that the checkpoint to resume was saved with, under what the file and the flags say."""
     check_names(given, "resume", kind)  # before one of them says where the checkpoint is
     directory = given.get("output_dir") or field_defaults(kind)["output_dir"]
@@ -93,7 +95,7 @@ def resumed_config(given: Mapping[str, Any], kind: type[Any], resume: bool | str
     return config_from_dict(merge(saved, given), source="resume", kind=kind)
 
 
-def read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
+def read_flags(argv: Sequence[str], kind: type[RunConfig]) -> dict[str, Any]:
     """Dotted names with what follows them: text, a list of texts, True for a bare switch, False for its "no-" form.
 
     "null" is None, and an empty list where a list is due. Types and ranges are not checked here: flags join the values
@@ -118,14 +120,14 @@ def read_flags(argv: Sequence[str], kind: type[Any]) -> dict[str, Any]:
     return given
 
 
-def _texts(names: Iterable[str]) -> Any:
+def _texts(names: Iterable[str]) -> object:
     """A type of flags with these dotted names: tyro gives any number of texts for each, and leaves absent ones out."""
     arg = require("tyro").conf.arg
     kinds = {name: Annotated[list[str], arg(aliases=[SHORT[name]] if name in SHORT else [])] for name in names}
     return TypedDict("Flags", kinds, total=False)  # type: ignore[operator]  # names known only when it runs
 
 
-def _value(name: str, values: list[str], default: Any) -> Any:
+def _value(name: str, values: list[str], default: object) -> object:
     texts = [value for value in values if value not in ("None", "null")]
     if isinstance(default, tuple) and values:
         return texts
@@ -136,7 +138,7 @@ def _value(name: str, values: list[str], default: Any) -> Any:
     return True if not values else texts[0] if texts else None
 
 
-def _no_option(flag: str, kind: type[Any]) -> UserError:
+def _no_option(flag: str, kind: type[RunConfig]) -> UserError:
     if not flag.startswith("--"):
         return UserError(f"expected an option, got {flag!r}")
     long = {short: name for name, short in SHORT.items()}  # of other commands too

@@ -7,7 +7,8 @@ import importlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_type_hints
+from types import ModuleType
+from typing import Literal, get_args, get_type_hints
 
 # Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,7 +34,7 @@ class NotFiniteError(UserError):
         self.rows = rows
 
 
-def require(module: str, package: str = "'ppo-fast[train]'") -> Any:
+def require(module: str, package: str = "'ppo-fast[train]'") -> ModuleType:
     """Import an optional dependency on use; UserError with the command that installs `package` when it is missing."""
     try:
         return importlib.import_module(module)
@@ -41,12 +42,12 @@ def require(module: str, package: str = "'ppo-fast[train]'") -> Any:
         raise UserError(f"this command needs {error.name}, which is not installed: pip install {package}") from error
 
 
-def check(ok: bool, name: str, expected: str, got: Any) -> None:
+def check(ok: bool, name: str, expected: str, got: object) -> None:
     if not ok:
         raise UserError(f"{name}: expected {expected}, got {got!r}")
 
 
-def check_choices(group: str, config: Any) -> None:
+def check_choices(group: str, config: object) -> None:
     """Refuse what no Literal of the fields lists; a config made in Python is checked by nobody else."""
     for name, kind in get_type_hints(type(config)).items():
         choices, value = get_args(kind), getattr(config, name)

@@ -35,7 +35,7 @@ def digest(path: Path) -> str:
     return str(sum_.hexdigest())
 
 
-def write_sealed(state: Any, path: Path) -> None:
+def write_sealed(state: object, path: Path) -> None:
     """Write `state` as JSON with the digests of all other files in its directory, and with one of the JSON itself."""
     files = sorted(found for found in path.parent.rglob("*") if found.is_file() and found != path)
     content = {"files": {str(found.relative_to(path.parent)): digest(found) for found in files}, "state": state}
@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {str(path)!r}: {error}") from error
 
 
-def check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Any], source: str, *, dtypes: bool = True) -> None:
+def check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, object], source: str, *, dtypes: bool = True) -> None:
     """UserError naming the `source` unless `saved` has the names, shapes and, with `dtypes`, the dtypes of `own`."""
     for name in [*own, *saved]:
         if name not in saved:
@@ -88,23 +88,23 @@ def check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Any], source: s
 
 
 @torch.no_grad()
-def copy_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Any], source: str, *, dtypes: bool = True) -> None:
+def copy_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str, *, dtypes: bool = True) -> None:
     """Copy `saved` into `own`, name by name; UserError of `check_tensors` before anything is changed."""
     check_tensors(own, saved, source, dtypes=dtypes)
     for name, value in own.items():
         value.copy_(saved[name])
 
 
-def numbered(tensors: Iterable[Any]) -> dict[str, Any]:
+def numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Tensors by their place."""
     return {str(index): tensor for index, tensor in enumerate(tensors)}
 
 
-def _digest_of(content: Any) -> str:
+def _digest_of(content: object) -> str:
     return str(xxhash.xxh3_128_hexdigest(json.dumps(content).encode()))
 
 
-def _kind(value: Any, dtypes: bool) -> str:
+def _kind(value: object, dtypes: bool) -> str:
     """Shape and dtype in words."""
     if not isinstance(value, Tensor):
         return type(value).__name__

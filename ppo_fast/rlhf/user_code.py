@@ -48,7 +48,7 @@ def _module(path: str, changed: int) -> ModuleType:
     return module
 
 
-def call(role: str, function: Callable[..., Any], /, *records: Any, **arguments: Any) -> Any:
+def call(role: str, function: Callable[..., object], /, *records: object, **arguments: object) -> object:
     """The function's answer; UserError, "the <role> <name> failed with ...", when it raises or exits.
 
     The function gets `records` as they are, and copies of the lists and dicts in `arguments`, so that emptying them
@@ -70,20 +70,20 @@ class UserState:
     def __init__(self, role: str, owner: Any) -> None:
         self.role, self.owner = role, owner
 
-    def state_dict(self) -> Any:
-        def state_dict() -> Any:
+    def state_dict(self) -> object:
+        def state_dict() -> object:
             return self.owner.state_dict()
 
         return call(f"{self.role}'s", state_dict)
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state: object) -> None:
         def load_state_dict() -> None:
             self.owner.load_state_dict(state)
 
         call(f"{self.role}'s", load_state_dict)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     """Lists and dicts within each other as new ones; everything else as it is."""
     if type(value) is list:
         return [_copied(item) if type(item) in (list, dict) else item for item in value]
@@ -92,7 +92,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def as_list(role: str, noun: str, answer: Any, count: int) -> list[Any]:
+def as_list(role: str, noun: str, answer: object, count: int) -> list[Any]:
     """The answer as a list of `count` plain Python values; UserError when it is none."""
     try:
         answer = list(to_python(answer))
@@ -103,7 +103,7 @@ def as_list(role: str, noun: str, answer: Any, count: int) -> list[Any]:
     return [to_python(value) for value in answer]
 
 
-def to_python(value: Any) -> Any:
+def to_python(value: object) -> Any:
     """Numbers and lists of tensors and of NumPy arrays."""
     return value.tolist() if hasattr(value, "tolist") else value
 

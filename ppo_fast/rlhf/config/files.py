@@ -7,22 +7,24 @@ import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
 from ppo_fast.rlhf.config.renamed import what_became_of
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.files import write_whole
 
 PRESETS = Path(__file__).parent / "presets"
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=RunConfig)
+Values = Mapping[str, Any]  # of a config, nested
 
 
 def load_config(
     path: str | Path | None = None,
     *,
     preset: str | None = None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Values | None = None,
     kind: type[Config] = PPOConfig,  # type: ignore[assignment]  # a default of a type variable
 ) -> Config:
     """A config of `kind`: flags {"optim.lr": "1e-5"} over a YAML or TOML file over a preset over the defaults.
@@ -38,11 +40,9 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def read_values(
-    path: str | Path | None, *, preset: str | None = None, flags: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def read_values(path: str | Path | None, *, preset: str | None = None, flags: Values | None = None) -> Values:
     """What flags, file and preset say, nested; neither checked nor complete."""
-    values: dict[str, Any] = {}
+    values: Values = {}
     if preset is not None:
         known = preset_names()
         if preset not in known:
@@ -59,7 +59,7 @@ def read_values(
 
 
 def config_from_dict(
-    values: Mapping[str, Any],
+    values: Values,
     *,
     source: str = "config",
     kind: type[Config] = PPOConfig,  # type: ignore[assignment]
@@ -67,15 +67,14 @@ def config_from_dict(
     """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
     check_names(values, source, kind)
     pydantic = require("pydantic")
-    defaults: Any = kind()
     try:
         # Over all defaults: a group that is given in part keeps those that its config has for it.
-        return pydantic.TypeAdapter(kind).validate_python(merge(dataclasses.asdict(defaults), values))
+        return pydantic.TypeAdapter(kind).validate_python(merge(dataclasses.asdict(kind()), values))
     except pydantic.ValidationError as error:
         raise UserError(f"{source}: {_first_problem(error.errors()[0])}") from error
 
 
-def check_names(values: Mapping[str, Any], source: str, kind: type[Any]) -> None:
+def check_names(values: Values, source: str, kind: type[RunConfig]) -> None:
     """UserError for a key that the config has not, or has under another name."""
     known = field_defaults(kind)
     for name, value in _leaves(values):
@@ -85,12 +84,12 @@ def check_names(values: Mapping[str, Any], source: str, kind: type[Any]) -> None
             raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name, kind)!r}")
 
 
-def save_config(config: Any, path: Path) -> None:
+def save_config(config: RunConfig, path: Path) -> None:
     """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
     write_whole(path, require("yaml").safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Values:
     if not path.is_file():
         raise UserError(f"config: no such file {str(path)!r}")
     if path.suffix == ".toml":
@@ -116,14 +115,14 @@ def _first_problem(problem: Mapping[str, Any]) -> str:
     return f"{where}: {problem['msg']}, got {problem['input']!r}"
 
 
-def _toml() -> Any:
+def _toml() -> ModuleType:
     try:
         return importlib.import_module("tomllib")
     except ModuleNotFoundError:
         return require("tomli")
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Values, over: Values) -> Values:
     """Nested `base` with the values of `over`."""
     merged = dict(base)
     for key, value in over.items():
@@ -132,7 +131,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+def first_difference(a: RunConfig, b: RunConfig, free: Sequence[str] = ()) -> tuple[str, object, object] | None:
     """The dotted name of the first field that differs between two configs of one kind, with both values.
 
     Fields that `free` names, by themselves or by their group, may differ.
@@ -144,12 +143,12 @@ def first_difference(a: Any, b: Any, free: Sequence[str] = ()) -> tuple[str, Any
     )
 
 
-def field_defaults(kind: type[Any] = PPOConfig) -> dict[str, Any]:
+def field_defaults(kind: type[RunConfig] = PPOConfig) -> dict[str, object]:
     """Dotted names of the fields of a config with their defaults."""
     return dict(_leaves(dataclasses.asdict(kind())))
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Values, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted names of what nested mappings hold."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -158,7 +157,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def nearest_name(name: str, kind: type[Any] = PPOConfig) -> str:
+def nearest_name(name: str, kind: type[RunConfig] = PPOConfig) -> str:
     """The dotted field of a config most like `name`, as a whole or in its last part."""
 
     def likeness(candidate: str) -> float:

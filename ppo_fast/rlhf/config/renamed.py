@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 # "key" or "key: value" -> the same under the present names.
 RENAMED = {
     "model.park": "model.offload",
@@ -37,7 +35,7 @@ def old_keys() -> list[str]:
     return [row for row in (*RENAMED, *GONE) if ":" not in row]
 
 
-def what_became_of(name: str, value: Any) -> str | None:
+def what_became_of(name: str, value: object) -> str | None:
     """A sentence that names the present key, or value, in place of an old one; None for any other."""
     pair = f"{name}: {value}"
     for old in (pair, name):

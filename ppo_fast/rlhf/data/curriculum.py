@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from ppo_fast.rlhf.config.ppo import DataConfig
 from ppo_fast.rlhf.data.prompts import Prompts
@@ -55,7 +54,7 @@ def _difficulty(data: Prompts, order: str) -> list[float]:
     return values
 
 
-def _column(data: Prompts, name: str, setting: str) -> list[Any]:
+def _column(data: Prompts, name: str, setting: str) -> list[object]:
     if name not in data.columns:
         raise UserError(
             f"{setting}: expected a column of the prompts ({', '.join(data.columns) or 'none'}), got {name!r}"

@@ -131,7 +131,7 @@ def completion_example(
 
     `eos_ids` end a completion as the tokenizer's EOS does, which is appended where there is none.
     """
-    messages: Any = row.get("messages") if isinstance(row, Mapping) else None
+    messages: object = row.get("messages") if isinstance(row, Mapping) else None
     if is_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant":
         row = {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     prompt, completion = _fields(row, where, "prompt", "completion")
@@ -286,7 +286,7 @@ def _fields(row: object, where: str, *names: str) -> list[Any]:
     raise UserError(f"{where}: expected {columns}, all of them text or all role/content messages, got {row!r}")
 
 
-def _split_prompt(chosen: Any, rejected: Any) -> dict[str, object]:
+def _split_prompt(chosen: Prompt, rejected: Prompt) -> dict[str, object]:
     """Their common beginning as the prompt: whole words of texts, whole messages of conversations."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     end = min(sum(1 for _ in same), len(chosen) - 1, len(rejected) - 1)

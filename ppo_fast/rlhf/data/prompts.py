@@ -117,7 +117,7 @@ def make_batch(prompts: Prompts, rows: list[int], pad_id: int, device: torch.dev
     )
 
 
-def _prompt_row(item: Any, where: str) -> Row:
+def _prompt_row(item: str | Row, where: str) -> Row:
     row = {"prompt": item} if isinstance(item, str) else item
     prompt = row.get("prompt") if isinstance(row, Mapping) else None
     if not (isinstance(prompt, str) or is_messages(prompt)):

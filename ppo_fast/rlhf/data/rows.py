@@ -16,7 +16,7 @@ RESERVED = ("prompts", "completions", "completion_ids")
 Row = Mapping[str, Any]  # JSON
 Messages = list[dict[str, Any]]  # role/content
 Prompt = str | Messages
-Columns = dict[str, list[Any]]  # by name
+Columns = dict[str, list[object]]  # by name
 Rows = Iterator[tuple[str, Any]]  # where a row is, and the row
 Item = TypeVar("Item")
 
@@ -87,7 +87,7 @@ def parse_line(line: bytes, where: str) -> Any:
         raise UserError(f"{where}: not JSON: {error}") from error
 
 
-def _checked_rows(rows: Iterable[tuple[str, Any]]) -> Rows:
+def _checked_rows(rows: Rows) -> Rows:
     """The rows, each of which can be written as JSON in UTF-8, as tokenizers and the files of a run need it."""
     for where, row in rows:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ppo_fast.rlhf.data.rows import Messages, Prompt, Row
 from ppo_fast.rlhf.errors import UserError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, given to the chat template as TRL does
 
 
-def is_messages(value: object) -> bool:
+def is_messages(value: object) -> TypeGuard[Messages]:
     """Whether it is a list of role/content messages."""
     return bool(value) and isinstance(value, list) and all(_is_message(message) for message in value)
 

@@ -160,7 +160,7 @@ def varlen_attention(
     return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window_size=window)[None], None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int | None, **options: Any) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int | None, **options: object) -> Tensor:
     """Causal attention [S, H, E] of query [S, H, E] to key and value [S, K, E]; K divides H."""
     from torch.nn.attention.varlen import varlen_attn
 

@@ -62,7 +62,7 @@ def filter_kwargs(model: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -
 
 
 @functools.cache
-def _parameters(kind: Any) -> frozenset[str]:
+def _parameters(kind: type[nn.Module]) -> frozenset[str]:
     """Names of the arguments of the forward pass of a class of modules; asking takes 20 us."""
     return frozenset(inspect.signature(kind.forward).parameters)
 

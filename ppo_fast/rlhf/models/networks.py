@@ -22,7 +22,7 @@ from ppo_fast.rlhf.integrity import copy_tensors, read_tensors
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.adapters import add_to_weights
 from ppo_fast.rlhf.models.attention import use_attention
-from ppo_fast.rlhf.models.pretrained import load_network
+from ppo_fast.rlhf.models.pretrained import Loader, load_network
 from ppo_fast.rlhf.models.saved import CLASSIFIER, VALUE_FILE, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel
 
@@ -81,7 +81,7 @@ class Networks:
 
     def make(
         self,
-        loader: Any,
+        loader: Loader,
         saved: SavedModel,
         dtype: torch.dtype | None = None,
         *,

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ppo_fast.rlhf.errors import UserError
+
+Loader = Any  # a class of transformers that has `from_pretrained`, such as AutoModel
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_pretrained(loader: Any, path: str | None, trust: bool = False, **options: object) -> Any:
+def load_pretrained(loader: Loader, path: str | None, trust: bool = False, **options: object) -> Any:
     """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
     failures = (OSError, ValueError, ImportError, SafetensorError)
     try:
@@ -42,14 +45,14 @@ def load_pretrained(loader: Any, path: str | None, trust: bool = False, **option
 
 
 def load_network(
-    loader: Any,
+    loader: Loader,
     path: str | None,
     trust: bool = False,
     *,
     new: str | None = None,
     exact: bool = False,
     **options: object,
-) -> Any:
+) -> PreTrainedModel:
     """`load_pretrained` of a model; UserError for a weight that is missing or of another shape.
 
     transformers gives such a weight random values. One whose name begins with `new` may be missing; with `exact` there

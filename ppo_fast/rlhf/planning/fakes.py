@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ppo_fast.rlhf.config.ppo import ModelConfig
 
+Context = Any  # of a torch.autograd.Function, with what its forward pass keeps
 FUSED = "ppo_fast_fused"
 SCALED = 64  # weights to a scale of 8 bits, and 4 * 64 of these to one of 32 bits
 
@@ -58,14 +59,14 @@ class _Fused(torch.autograd.Function):
     """Keeps its inputs, its output and the logsumexp of each row."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Context, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, heads, length, width = query.shape
         output = query.new_empty(batch, length, heads, width)
         ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, length, dtype=torch.float32))
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
@@ -97,11 +98,11 @@ class FourBits(nn.Linear):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         ctx.in_features = x.shape[-1]
         return nn.functional.linear(x, x.new_empty(out_features, x.shape[-1]), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
         return gradient @ gradient.new_empty(gradient.shape[-1], ctx.in_features), None, None

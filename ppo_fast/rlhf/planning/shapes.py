@@ -20,6 +20,7 @@ from ppo_fast.rlhf.models.loading import Loaded, disable_dropout, with_adapters
 from ppo_fast.rlhf.models.models import Models, build_models, critic_start
 from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded
+from ppo_fast.rlhf.models.pretrained import Loader
 from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
 from ppo_fast.rlhf.planning.fakes import attention, quantize
@@ -54,12 +55,12 @@ class NetworksWithoutData(Networks):
 
     def make(
         self,
-        loader: Any,
+        loader: Loader,
         saved: SavedModel,
         dtype: torch.dtype | None = None,
         *,
         quantized: bool = False,
-        **options: Any,
+        **options: object,
     ) -> PreTrainedModel:
         config = copy.deepcopy(saved.config)
         config.num_labels = options.get("num_labels", config.num_labels)

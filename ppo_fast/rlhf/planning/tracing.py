@@ -38,13 +38,13 @@ class Timeline(TorchDispatchMode):
     `op_workspace(operation, arguments)` adds it, in bytes.
     """
 
-    def __init__(self, op_workspace: Callable[[OpOverload, Sequence[Any]], Breakdown]) -> None:
+    def __init__(self, op_workspace: Callable[[OpOverload, Sequence[object]], Breakdown]) -> None:
         super().__init__()
         self.op_workspace = op_workspace
         self.now, self.blocks, self.phases = 0, list[Block](), list[tuple[str, int, int]]()
         self._block_of = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # half of all calls on fake tensors, and nothing is made
             return args[0].fake_device
         if func is _READ and args[0].dtype == torch.bool:

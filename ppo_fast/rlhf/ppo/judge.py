@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
+from ppo_fast.rlhf.data.rows import Prompt
 from ppo_fast.rlhf.data.templates import as_text, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.models.loading import all_eos_ids, disable_dropout
@@ -72,7 +72,7 @@ class Judge:
         self.scale, self.unread = scale, 0
         self.answer = model if callable(model) else LocalModel(model, max_new_tokens, batch_size, device, dtype)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **_: object) -> list[float]:
         answers = self.answer([self.instruction(*pair) for pair in zip(prompts, completions, strict=True)])
         scores = [read_score(answer, self.scale) for answer in answers]
         missing = scores.count(None)
@@ -82,7 +82,7 @@ class Judge:
         lowest, highest = self.scale
         return [0.5 if score is None else (score - lowest) / (highest - lowest) for score in scores]
 
-    def instruction(self, prompt: Any, response: str) -> str:
+    def instruction(self, prompt: Prompt, response: str) -> str:
         """What the judge is asked; messages become "role: content" lines."""
         lowest, highest = self.scale
         return TASK.format(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
 from ppo_fast.rlhf.data.examples import continued, ended, split_tokens
+from ppo_fast.rlhf.data.rows import Columns, Prompt, Row
 from ppo_fast.rlhf.data.templates import encode, encode_bare, render, render_prompt
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
@@ -26,8 +27,7 @@ from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
 
 REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
-Prompt = str | list[dict[str, Any]]  # text or messages
-PromptRows = Iterable[str | Mapping[str, Any]]  # texts, or rows {"prompt": Prompt, column: ...}
+PromptRows = Iterable[str | Row]  # texts, or rows {"prompt": Prompt, column: ...}
 RewardFunction = Callable[..., Sequence[float | Sequence[float]]]
 Score = float | list[float]  # of a response, or of each of its tokens
 
@@ -41,7 +41,7 @@ class Responses:
     completions: list[str]  # decoded, without special tokens
     completion_ids: list[list[int]]  # the counted tokens, EOS included
     ended: list[bool]  # there is an EOS or a stop string
-    columns: dict[str, list[Any]]  # the other keys of the prompts' rows
+    columns: Columns  # the other keys of the prompts' rows
 
     @classmethod
     def from_generation(cls, generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Responses:
@@ -56,7 +56,7 @@ class Responses:
             columns=prompts.columns,
         )
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """Return the arguments of a user's function of responses."""
         return {
             "prompts": self.prompts,

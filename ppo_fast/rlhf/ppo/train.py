@@ -8,7 +8,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +30,7 @@ from ppo_fast.rlhf.ppo.reward_sources import PromptRows, RewardFunction, load_so
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
 from ppo_fast.rlhf.ppo.rollout import generate, score, warn_about_filters
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback, user_callbacks
+from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
@@ -40,7 +39,7 @@ from ppo_fast.rlhf.training.loop import TrainingLoop
 from ppo_fast.rlhf.training.resume import file_digests, inputs, load_start, prompt_inputs, report_write_errors
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
-from ppo_fast.rlhf.training.state import check_state
+from ppo_fast.rlhf.training.state import Stateful, check_state
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
 
 
@@ -128,7 +127,7 @@ class PPORun(TrainingLoop):
             skipped=self.skipped,
         )
 
-    def _objects(self) -> dict[str, Any]:
+    def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
 
     def _own_callbacks(self) -> list[Callback]:
@@ -140,7 +139,7 @@ class PPORun(TrainingLoop):
     def _load(self, directory: Path) -> None:
         load_weights(self.models, directory)
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Stateful]:
         """Return the objects whose state changes during a run, except the weights."""
         named = ("sampler", "learner", "kl", "reference", "monitors", "scorer", "evaluation")
         parts = {name: getattr(self, name) for name in named}

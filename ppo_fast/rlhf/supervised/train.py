@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic
+from typing import ClassVar, Generic
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.forward import response_stats
 from ppo_fast.rlhf.models.loading import recomputing
-from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback, user_callbacks
+from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, load_saved, save_model, write_model
 from ppo_fast.rlhf.training.failures import save_batch
 from ppo_fast.rlhf.training.finite import check_metrics, require_finite
@@ -35,6 +35,7 @@ from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
 from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
+from ppo_fast.rlhf.training.state import Stateful
 
 Source = str | Path | Iterable[Mapping[str, object]]
 
@@ -199,13 +200,13 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         return save_batch(target, self._write, tensors, record)
 
-    def _objects(self) -> dict[str, Any]:
+    def _objects(self) -> Objects:
         return {"models": self.objective.model, "tokenizer": self.tokenizer}
 
     def _own_callbacks(self) -> list[Callback]:
         return [self.evaluation]
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Stateful]:
         return {"batches": self.batches, "network": self.network}
 
     def _write(self, directory: Path) -> None:

@@ -20,6 +20,8 @@ from ppo_fast.rlhf.user_code import UserState, call, to_python
 
 HOOKS = ("on_start", "on_step", "on_checkpoint", "on_end")
 
+Objects = dict[str, Any]  # `models` and `tokenizer` of a StepRecord
+
 
 @dataclass(frozen=True)
 class StepRecord:

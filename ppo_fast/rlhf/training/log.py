@@ -217,7 +217,7 @@ def _is_metrics(record: Record) -> bool:
     return all(isinstance(value, str if name == "note" else int | float) for name, value in record.items())
 
 
-def _has(record: dict[str, Any], name: str) -> bool:
+def _has(record: Record, name: str) -> bool:
     value = record.get(name)
     if name in ("update", "score"):
         return isinstance(value, int | float)

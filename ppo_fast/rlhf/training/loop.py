@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -15,12 +14,12 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
-from ppo_fast.rlhf.training.callbacks import Callback, StepRecord, UserCallback
+from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, supersede_newer
 from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
-from ppo_fast.rlhf.training.state import State, restore_rng, rng_state
+from ppo_fast.rlhf.training.state import State, Stateful, restore_rng, rng_state
 
 
 class TrainingLoop(ABC):
@@ -42,7 +41,7 @@ class TrainingLoop(ABC):
         """Take step `index`, from 0."""
 
     @abstractmethod
-    def _objects(self) -> dict[str, Any]:
+    def _objects(self) -> Objects:
         """Return `models` and `tokenizer` of a StepRecord."""
 
     @abstractmethod
@@ -50,7 +49,7 @@ class TrainingLoop(ABC):
         """Return the callbacks that come before those of the user."""
 
     @abstractmethod
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Stateful]:
         """Return the objects whose state changes during a run, except the weights."""
 
     @abstractmethod
@@ -135,7 +134,7 @@ class TrainingLoop(ABC):
         restore_rng(state["rng"], self.generator)
         self.done, self.skipped = done, state["skipped"]
 
-    def _all_parts(self) -> dict[str, Any]:
+    def _all_parts(self) -> dict[str, Stateful]:
         """Return `_parts` and the states of the user's callbacks."""
         return self._parts() | {callback.name: callback.state for callback in self.callbacks if callback.state}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,7 +29,7 @@ class StopSignals:
     def __init__(self, unit: str) -> None:
         self.unit = unit
         self.number: int | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

@@ -6,7 +6,7 @@ import base64
 import random
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,14 @@ TAGS = {
 
 
 PACKED = "tensors, NumPy arrays, numbers, text, bytes, lists, tuples, sets and dicts"
+
+
+class Stateful(Protocol):
+    """A part of a run whose state changes."""
+
+    def state_dict(self) -> object: ...
+
+    def load_state_dict(self, state: Any, /) -> object: ...
 
 
 def check_state(state: object, name: str) -> None:
@@ -71,7 +79,7 @@ def fingerprint(module: nn.Module) -> list[int]:
     return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> object:
     """Return `value` as JSON that `_unpack` reads back exactly; its tensors move into `tensors`, by name.
 
     Raises UserError for a type that would be read back as another.
