@@ -93,8 +93,8 @@ class Judge:
 def read_score(answer: str, scale: tuple[float, float]) -> float | None:
     """The last score that an answer states, if it lies within the scale.
 
-    A score is "Score: N", "rating of N", "N/10", "N out of 10" where 10 is the highest, or N as the whole line; the scale
-    itself, "1-10" or "1 to 10", is none.
+    A score is "Score: N", "rating of N", "N/10", "N out of 10" where 10 is the highest, or N as the whole line. The
+    scale itself, "1-10" or "1 to 10", is none.
     """
     lowest, highest = scale
     answer = re.sub(rf"\b{lowest:g}\s*(?:-|–|to)\s*{highest:g}\b", "", answer)
