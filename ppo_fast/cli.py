@@ -97,10 +97,11 @@ def train(command: str, argv: list[str]) -> None:
     """`ppo-fast sft | reward | train | dpo`: preset, then file, then flags, into one config; then the run."""
     from ppo_fast import rlhf
     from ppo_fast.rlhf.arguments import parse_run
-    from ppo_fast.rlhf.planning.command import announce
 
     config, resume = parse_run(command, argv)
     if command == "train":
+        from ppo_fast.rlhf.planning.command import announce  # not above: the help needs no transformers
+
         announce(config)
     result = getattr(rlhf, STAGES[command])(config, resume=resume)
     print(f"model: {result.model}")

@@ -22,8 +22,6 @@ from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
 from ppo_fast.rlhf.config.renamed import old_keys
 from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
 from ppo_fast.rlhf.errors import UserError, require
-from ppo_fast.rlhf.training.checkpoint import load_checkpoint
-from ppo_fast.rlhf.training.log import CHECKPOINTS
 
 # Short names of the flags that nearly every run sets.
 SHORT = {
@@ -88,6 +86,10 @@ def parse_run(command: str, argv: Sequence[str]) -> tuple[Any, bool | str]:
 
 def resumed_config(given: Values, kind: type[Config], resume: bool | str = True) -> Config:
     """The config that the checkpoint to resume was saved with, under what the file and the flags say."""
+    # Here, so that the help needs no transformers.
+    from ppo_fast.rlhf.training.checkpoint import load_checkpoint
+    from ppo_fast.rlhf.training.log import CHECKPOINTS
+
     check_names(given, "resume", kind)  # before one of them says where the checkpoint is
     directory = given.get("output_dir") or field_defaults(kind)["output_dir"]
     name = resume if isinstance(resume, str) else None

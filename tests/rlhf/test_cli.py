@@ -198,7 +198,7 @@ def test_file_and_flags_are_checked_together(files):
 )
 def test_the_run_gets_what_to_resume(monkeypatch, flags, resume):
     saved = SimpleNamespace(state={"config": {"seed": 3}})
-    monkeypatch.setattr(arguments, "load_checkpoint", lambda *_, **__: saved)
+    monkeypatch.setattr("ppo_fast.rlhf.training.checkpoint.load_checkpoint", lambda *_, **__: saved)
     calls = []
     run = lambda config, **options: calls.append((config, options)) or SimpleNamespace(model="m")  # noqa: E731
     monkeypatch.setattr(rlhf, "train_sft", run)
