@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ppo_fast import cli
-from ppo_fast.rlhf import UserError, train_ppo
+from ppo_fast.rlhf import UserError, arguments, train_ppo
 from ppo_fast.rlhf.data.prompts import Prompts
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.ppo.reward_hacking import Rule
@@ -505,7 +505,7 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
         (["--out", "none"], "resume: expected a complete checkpoint in 'none/checkpoints', got none"),
         (["--config", "null.yaml"], "resume: expected a complete checkpoint in 'runs/ppo/checkpoints', got none"),
         (["--config", "run.yaml", "--optim.lr", "1"], "resume: optim.lr: expected 0.001 as in {}, got 1.0"),
-        (["--out", "run", "update-9"], "--out: expected one value, got 'run update-9'"),
+        (["--out", "run", "update-9"], "--output-dir: expected one value, got 'run update-9'"),
         (["update-9", "--out", "run"], "resume: expected one of update-000001 in 'run/checkpoints', got 'update-9'"),
         (["", "--out", "run"], "--resume: expected no value or the name of a checkpoint, got an empty one"),
         (["--out", "run", "--seed", "7"], "resume: seed: expected 0 as in {}, got 7"),
@@ -530,7 +530,7 @@ def test_the_command_resumes_the_checkpoint_that_is_named(files):
     assert cli.main(["train", *named]) == 0
     assert Path("run/metrics.jsonl").read_text().splitlines() == metrics
     assert sorted(os.listdir("run/checkpoints")) == ["update-000001", "update-000002.superseded"]
-    assert cli.parse_run("train", ["--resume=update-000001", "--out", "run"])[1] == "update-000001"
+    assert arguments.parse_run("train", ["--resume=update-000001", "--out", "run"])[1] == "update-000001"
 
 
 def test_flags_and_file_of_a_resumed_run_may_change_its_length_and_log(files):
