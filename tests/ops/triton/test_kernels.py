@@ -126,9 +126,8 @@ def test_rows_without_an_upstream_gradient_are_not_read() -> None:
     assert (expected[0, [0, 2]] != 0).all()
     stats = _stats(logits, targets, logits * 2)
     logits[0, 1] = NAN
-    again = token_stats_backward.token_stats_backward(
-        *upstream, logits, targets, logits * 2, None, stats[3], stats[4], stats[1], stats[2], 1.0
-    )
+    rows = RowInputs(logits, targets, logits * 2, None, 1.0)
+    again = token_stats_backward.token_stats_backward(RowGrads(*upstream), rows, stats)
     assert_same(again, expected)
 
 
