@@ -1,5 +1,6 @@
 """Derive the schema of a registered op, which takes and returns flat lists, from NamedTuples."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -34,7 +35,7 @@ def tensor_fields(group: type[NamedTuple]) -> tuple[str, ...]:
     return tuple(name for name, kind in get_type_hints(group).items() if _TYPES[kind].startswith("Tensor"))
 
 
-def grouped(arguments: list[Any] | tuple[Any, ...], *groups: type[NamedTuple]) -> Any:
+def grouped(arguments: Sequence[Any], *groups: type[NamedTuple]) -> Any:
     """Split the arguments of a registered op into the NamedTuples of its schema."""
     found, start = [], 0
     for group in groups:

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
+from ppo_fast.ops._core.schema import grouped
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
@@ -32,7 +33,7 @@ from ppo_fast.rlhf.ppo.rollout import Sampler, score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.optim import ClippedOptimizer
 
-_OPS, _FIELDS = torch.ops.ppo_fast, len(LinearCall._fields)
+_OPS = torch.ops.ppo_fast
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
 _IN_PLACE = {
     _OPS.token_stats_backward.default: 3,
@@ -196,7 +197,8 @@ def op_workspace(func: OpOverload, args: Sequence[Any], device: str) -> Breakdow
         return {"activations": -args[_IN_PLACE[func]].untyped_storage().nbytes()}
     if func not in (_OPS.linear_token_stats.default, _OPS.linear_policy_loss.default):
         return {}
-    call = LinearCall(*args[:_FIELDS])
-    trained = func is _OPS.linear_policy_loss.default
-    needs = NeedsGrad(*args[_FIELDS : _FIELDS + 3]) if trained else NeedsGrad(*[False] * 3)
+    if func is _OPS.linear_policy_loss.default:
+        call, needs = grouped(args, LinearCall, NeedsGrad)
+    else:
+        (call,), needs = grouped(args, LinearCall), NeedsGrad(False, False, False)
     return {"logits chunk": Buffers.of(call, len(call.hidden), needs, device).bytes(call)}
