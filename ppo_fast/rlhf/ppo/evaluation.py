@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ppo_fast.rlhf.config.ppo import PPOConfig, RolloutConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.models import Models
@@ -81,8 +81,7 @@ class Evaluation(Callback):
 
     def _measured(self) -> dict[str, float]:
         generation = self._answers(self.data)
-        width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
-        rollout = score(self.models, generation, self._rollout(width))
+        rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
         scores = self.scorer(responses, learn=False).totals
         start, start_scores = self._at_the_start(responses)
@@ -138,10 +137,8 @@ class Evaluation(Callback):
         batch = make_batch(data, rows, self.models.pad_id, self.models.device)
         generator = torch.Generator(self.models.device).manual_seed(self.config.seed)
         width = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
-        return generate(self.models, batch, self._rollout(width), generator)
-
-    def _rollout(self, width: int) -> RolloutConfig:
-        return dataclasses.replace(self.config.rollout, micro_batch_size=width)
+        settings = dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
+        return generate(self.models, batch, settings, generator)
 
     def state_dict(self) -> State:
         return {"start": self.start, "start_ended": self.start_ended, "best": self.best}

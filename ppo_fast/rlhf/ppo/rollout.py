@@ -168,10 +168,10 @@ class Pass(NamedTuple):
 def score(models: Models, generation: Generation, config: RolloutConfig) -> Rollout:
     """Compute old and reference log-probabilities, entropies and values, micro-batch by micro-batch."""
     grid = generation.to_token_batch()
-    device, lengths = grid.ids.device, grid.lengths
+    device, lengths, rows = grid.ids.device, grid.lengths, np.arange(len(grid.ids))
     passes = [
-        Pass(token_indices(lengths, rows, device), grid.sequences(rows, packed=models.packed))
-        for rows in grid.split_by_length(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
+        Pass(token_indices(lengths, part, device), grid.sequences(part, packed=models.packed))
+        for part in grid.split(rows, config.micro_batch_size, config.tokens_per_pass, packed=models.packed)
     ]
     order = torch.cat([part.indices for part in passes])
     counted = to_device(grid.loss_mask[:, -generation.mask.shape[1] :].ravel().nonzero()[0], device)
