@@ -34,7 +34,7 @@ class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and activations; adapters are float32
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing
@@ -247,7 +247,7 @@ class AdamWConfig:
     """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
-    master_weights: bool = False  # keep float32 copies of bfloat16 weights, which take the steps
+    master_weights: bool = False  # keep float32 copies of 16-bit weights, which take the steps
     lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
@@ -409,6 +409,9 @@ class PPOConfig(RunConfig):
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         skips = self.on_nan == "skip"
         check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
+        check_float16(self.model, self.optim)
+        float16 = self.model.dtype == "float16"
+        check(not (float16 and self.optim.in_backward), "optim.in_backward", "false with model.dtype 'float16'", True)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -426,6 +429,17 @@ class PPOConfig(RunConfig):
         if optim.tokens_per_pass:
             return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
         return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def check_float16(model: WeightsConfig, optim: AdamWConfig) -> None:
+    """Refuse float16 weights that take the steps themselves: the squares of their gradients would be 0."""
+    trained = model.dtype == "float16" and not model.lora.rank
+    check(
+        not trained or bool(optim.master_weights),
+        "optim.master_weights",
+        "true with model.dtype 'float16' unless adapters are trained",
+        optim.master_weights,
+    )
 
 
 def _check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:
