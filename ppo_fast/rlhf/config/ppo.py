@@ -34,7 +34,9 @@ class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of weights, activations and products; adapters' weights: float32
+    )
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing

@@ -110,6 +110,9 @@ def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str,
     if adapters is not None:
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
         _materialize([*own, *models.value.head.parameters()], "adapters", name)
+        if models.policy.dtype != torch.float32:
+            copies = (copy for each in adapters.copies.values() for copy in each)
+            name("adapters", [copy.get(models.policy.dtype) for copy in copies])
     offloaded = _offload(models.reference, name) if offload and adapters is None else None
     for network in (models.policy, models.reference, models.value):
         _materialize(_tensors(network), "weights", name)
