@@ -40,6 +40,7 @@ class WeightsConfig:
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing
+    kernels: Literal["auto", "liger", "none"] = "auto"  # norms, rotary embedding, MLP; auto: liger-kernel's if possible
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -55,10 +54,10 @@ class RoundedCopy:
 @torch.no_grad()
 def refresh(copies: Iterable[RoundedCopy]) -> None:
     """Renew the stale ones, in place: a captured CUDA graph reads the new values."""
-    stale = [copy for copy in copies if copy.stale]
+    stale = [(copy, copy.value) for copy in copies if copy.value is not None and copy.stale]
     if stale:
-        torch._foreach_copy_([copy.value for copy in stale], [copy.parameter for copy in stale])
-    for copy in stale:
+        torch._foreach_copy_([value for _, value in stale], [copy.parameter for copy, _ in stale])
+    for copy, _ in stale:
         copy._version = copy.parameter._version
 
 
@@ -74,7 +73,7 @@ def _count_step(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
             torch.autograd.graph.increment_version(group["params"])
 
 
-def use_fast_forward(layer: LoraLayer, name: str) -> list[RoundedCopy]:
+def use_fast_forward(layer: Any, name: str) -> list[RoundedCopy]:
     """Give a layer of peft this module's forward pass for the adapter `name`, and return the copies that it reads.
 
     Nothing is done to a layer of another kind than `KINDS`, which keeps peft's.
@@ -94,7 +93,7 @@ def use_fast_forward(layer: LoraLayer, name: str) -> list[RoundedCopy]:
 
 
 @functools.cache
-def _fast(kind: type[nn.Module]) -> type[nn.Module]:
+def _fast(kind: type) -> type:
     return type(kind.__name__, (AdapterLayer, kind), {})
 
 
@@ -108,7 +107,7 @@ class AdapterLayer:
         layer: Any = self
         name = None if args or kwargs or torch.is_autocast_enabled(x.device.type) else _only_adapter(layer)
         if name is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]  # of the class mixed with
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class mixed with
         dropout, base = layer.lora_dropout[name], layer.base_layer
         dropped = dropout(x) if dropout.training and getattr(dropout, "p", 0.0) else None
         weight = _frozen_weight(base, x)
@@ -137,14 +136,15 @@ def _only_adapter(layer: Any) -> str | None:
     return None if layer.lora_bias[name] or name in layer.lora_variant else name
 
 
-def _frozen_weight(base: nn.Module, x: Tensor) -> Tensor | None:
+def _frozen_weight(base: Any, x: Tensor) -> Tensor | None:
     """The weight [out, in] of a frozen linear layer without hooks in the dtype of x; None for any other layer."""
     if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
         return None
     weight, bias = base.weight, base.bias
     if weight.requires_grad or weight.dtype != x.dtype or (bias is not None and bias.requires_grad):
         return None
-    return weight if type(base) is nn.Linear else weight.T
+    matrix: Tensor = weight if type(base) is nn.Linear else weight.T
+    return matrix
 
 
 class _Adapted(torch.autograd.Function):

@@ -36,7 +36,14 @@ from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog
 from ppo_fast.rlhf.training.loop import TrainingLoop
-from ppo_fast.rlhf.training.resume import file_digests, inputs, load_start, prompt_inputs, report_write_errors
+from ppo_fast.rlhf.training.resume import (
+    file_digests,
+    inputs,
+    load_start,
+    prompt_inputs,
+    report_write_errors,
+    with_kernels,
+)
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
@@ -215,7 +222,7 @@ def open_run(
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(
-            config.model,
+            with_kernels(config.model, start),
             generator,
             policy=policy,
             tokenizer=tokenizer,
