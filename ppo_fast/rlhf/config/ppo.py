@@ -246,7 +246,7 @@ class AdamWConfig:
     """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
-    master_weights: bool = False  # keep float32 copies of bfloat16 weights, which take the steps
+    master_weights: bool | None = None  # float32 copies of 16-bit weights take the steps; null: those of adapters only
     lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment

@@ -136,6 +136,14 @@ class Adapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         return [*self.named(name).values()]
 
+    def drop_masters(self) -> None:
+        """Keep the trained adapters in the dtype of the base: 16-bit weights take the steps."""
+        for name in (name for name, trained in self.trained.items() if trained):
+            for parameter in self.parameters(name):
+                parameter.data = parameter.data.to(self.network.dtype)
+            for rounded in self.copies[name]:
+                rounded.value = None
+
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:
         """Turn on that adapter within the block, or none, which leaves the base.

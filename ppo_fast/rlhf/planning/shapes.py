@@ -108,6 +108,8 @@ def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str,
         rewards = [each._replace(network=models.value) if each.shared else each for each in rewards]
     adapters = models.adapters
     if adapters is not None:
+        if config.optim.master_weights is False:
+            adapters.drop_masters()
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
         _materialize([*own, *models.value.head.parameters()], "adapters", name)
         if models.policy.dtype != torch.float32:

@@ -229,6 +229,8 @@ def open_run(
             reward=config.reward,
             reference=config.reference,
         )
+        if models.adapters is not None and config.optim.master_weights is False:
+            models.adapters.drop_masters()
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
