@@ -78,7 +78,7 @@ def use_fast_forward(layer: Any, name: str) -> list[RoundedCopy]:
 
     Nothing is done to a layer of another kind than `KINDS`, which keeps peft's.
     """
-    kind = type(layer)
+    kind: Any = type(layer)
     if not isinstance(layer, AdapterLayer):
         if kind.__name__ not in KINDS or not kind.__module__.startswith("peft.tuners.lora."):
             return []
