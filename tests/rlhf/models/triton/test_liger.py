@@ -42,9 +42,10 @@ def _interpretable(monkeypatch):
     monkeypatch.setattr(gated, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
 
 
-@pytest.mark.parametrize(
-    "kind", ["qwen2", *(pytest.param(k, marks=pytest.mark.slow) for k in kernels.KNOWN - {"qwen2"})]
-)
+OTHERS = sorted(kernels.KNOWN - {"qwen2"})
+
+
+@pytest.mark.parametrize("kind", ["qwen2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
 def test_hidden_states_and_gradients_are_the_models_own(kind):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).eval()
