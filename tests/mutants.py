@@ -29,6 +29,7 @@ class Mutant(NamedTuple):
 
 
 NATIVE = "tests/ops/native/test_rows.py"
+ADAMW = "tests/ops/triton/test_adamw_8bit.py"
 GAE = "tests/ops/test_gae.py"
 MASKED = "tests/ops/test_masked.py"
 TRAPS = "tests/ops/test_numerical_edge_cases.py"
@@ -132,15 +133,18 @@ MUTANTS = [
     Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
-    Mutant(f"{RLHF}/training/adamw.py", "            weight.copy_(master)\n", "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_(weights, masters)\n", "", OPTIM),
     Mutant(f"{RLHF}/training/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "self.taken += 1 - keep", "self.taken += 1", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "torch.where(keep, part, new[name])", "new[name]", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", '        self.noise.set_state(state_dict["noise"].cpu())\n', "", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "(noise.int() & 0xFFFF)", "0x8000", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "(book[1:] + book[:-1]) / 2", "book[1:]", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", 'old["root"].square()', 'old["root"]', OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "clamp_min(1e-30)", "clamp_min(1e-3)", OPTIM),
+    Mutant(f"{RLHF}/training/adamw_8bit.py", "count += 1 - keep", "count += 1", OPTIM),
+    Mutant(f"{RLHF}/training/adamw_8bit.py", '        self.draws = state_dict["draws"]\n', "", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "torch.where(keep > 0, old, changed)", "changed", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "noise(first, len(value), seed, value.device)", "0x8000", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "* highest + 0.5", "* highest", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "square = root * root", "square = root", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "SMALLEST_SCALE = 1e-30", "SMALLEST_SCALE = 1e-3", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "code.clamp_min(1)", "code", OPTIM),
+    Mutant(f"{TRITON}/adamw_8bit.py", "tl.where(keep == 0.0, n_blocks, 0)", "n_blocks", ADAMW),
+    Mutant(f"{TRITON}/adamw_8bit.py", "(x >> 15)", "(x >> 14)", ADAMW),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
     Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
     # attention over packed rows

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._backends.reference.adamw_8bit import BLOCK, AdamWStep, Moments
+from ppo_fast.ops._backends.triton import adamw_8bit, gae, policy_loss, token_stats, token_stats_backward, value_loss
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, ValueInputs
 from ppo_fast.ops._core.results import RowStats
@@ -68,6 +69,14 @@ def scans(dtype: torch.dtype, steps: int) -> None:
         gae.gae(GaeInputs(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode))
 
 
+def adamw(dtype: torch.dtype) -> None:
+    """The step of a weight of eight blocks."""
+    weight, scale = torch.empty(8 * BLOCK, dtype=dtype), torch.empty(8)
+    codes = (torch.empty(8 * BLOCK, dtype=kind) for kind in (torch.int8, torch.uint8))
+    step = AdamWStep(torch.empty(5), 0.9, 0.95, 1e-5)
+    adamw_8bit.adamw_8bit(weight, weight, Moments(*codes, scale, scale), step, 0)
+
+
 # bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V only.
 _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
     ("gpt2", torch.float32),
@@ -79,5 +88,6 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"backward-{n}-{d}": functools.partial(backward, VOCABULARIES[n], d) for n, d in _LOGITS},
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
+    **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},
     **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},
 }

@@ -233,11 +233,9 @@ def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make
 
 def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeypatch):
     calls = []
-    clip = torch.nn.utils.clip_grads_with_norm_
+    clip = ClippedOptimizer.clip
     monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grads_with_norm_",
-        lambda parameters, *norms: calls.append(len(parameters)) or clip(parameters, *norms),
+        ClippedOptimizer, "clip", lambda network: calls.append(len(network.parameters)) or clip(network)
     )
     learner, _, experience = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
     stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
