@@ -1,4 +1,4 @@
-"""The engine `generate`: transformers' own loop, with the draws of this package. It runs any model and is the reference.
+"""The engine `generate`: transformers' own loop with our draws. It runs any model and is the reference.
 
 It samples in batches; the longest response of a batch holds up the others.
 """

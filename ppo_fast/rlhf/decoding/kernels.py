@@ -1,4 +1,4 @@
-"""Attention kernels for one query token of each slot, where the machine has them."""
+"""Attention kernels for one query token of each slot: flash-attn's where it is installed, else our own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 from transformers import utils
 
+# query [S, H, 1, E], key and value [S, K, L, E], positions [S], scaling, window, softcap -> [S, 1, H, E]
 CachedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, int | None, float | None], Tensor]
 
 
 def cached_attention(query: Tensor) -> CachedAttention | None:
-    """Return the kernel for a query [n, H, 1, E], or None: torch's attention with a mask."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return _flash if query.device.type == "cuda" and half and utils.is_flash_attn_2_available() else None
+    """Return the kernel for a query on its device; None: torch's attention with a mask.
+
+    The kernels read a slot's keys and values up to its position, whatever the length of the buffers.
+    """
+    if query.device.type != "cuda":
+        return None
+    if query.dtype in (torch.bfloat16, torch.float16) and utils.is_flash_attn_2_available():
+        return flash_attention
+    from ppo_fast.rlhf.decoding.triton_attention import slot_attention
+
+    return slot_attention
 
 
-def _flash(
+def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -26,7 +35,7 @@ def _flash(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Return [n, 1, H, E] by flash-attn's kernel, which reads keys and values up to each slot's position only."""
+    """Return [S, 1, H, E] by flash-attn, whose kernel takes heads after positions."""
     from flash_attn import flash_attn_with_kvcache
 
     output: Tensor = flash_attn_with_kvcache(

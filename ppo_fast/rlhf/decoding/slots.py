@@ -30,13 +30,13 @@ PREFILL_TOKENS = 4096  # of one forward pass, padding included
 class Pace(NamedTuple):
     """How the loop divides its work."""
 
-    grain: int  # attention reads a length that is a multiple of it
+    grain: int | None  # torch's attention reads lengths that are multiples of it; None: a kernel reads what it needs
     fewest: int  # slots that take part in a step even if they are free
     every: int  # steps from one look at the flags to the next
 
 
-# On a GPU each length is a graph, and a step of few slots reads the weights like one of 64.
-PACES = {"cpu": Pace(16, 1, 2), "cuda": Pace(256, 64, 4)}
+# On a GPU a step of few slots takes as long as one of 64: it reads the same weights.
+PACES = {"cpu": Pace(16, 1, 2), "cuda": Pace(None, 64, 4)}
 
 
 def run_slots(model: PreTrainedModel, requests: Sequence[Request], settings: DecodingSettings) -> Responses:
@@ -114,9 +114,10 @@ class Loop:
         """Take a few steps in all slots, and a snapshot of the flags."""
         busy = [self.schedule.slots[index] for index in self.schedule.busy]
         steps = min(self.pace.every, max(slot.left for slot in busy))
-        length = round_up(max(slot.position for slot in busy) + steps, self.pace.grain)
+        grain = self.pace.grain or self.buffers.length
+        length = min(round_up(max(slot.position for slot in busy) + steps, grain), self.buffers.length)
         for _ in range(steps):
-            self.decode(len(self.schedule.slots), min(length, self.buffers.length))
+            self.decode(len(self.schedule.slots), length)
         self.schedule.advance(steps)
         self.flags.take()
 
