@@ -117,6 +117,8 @@ class RolloutConfig:
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
 
     def __post_init__(self) -> None:
+        engines = (None, "slots", "generate")
+        check(self.engine in engines, "rollout.engine", "'slots', 'generate' or null", self.engine)
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
         check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
