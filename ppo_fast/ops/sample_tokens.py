@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends import reference
+from ppo_fast.ops._backends import reference, triton
+from ppo_fast.ops._backends.native import rows as native_rows
+from ppo_fast.ops._backends.native import sample_tokens as native_sample_tokens
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.inputs import SampleInputs
 from ppo_fast.ops._core.layout import as_logits, grid
@@ -14,6 +16,8 @@ from ppo_fast.ops._core.schema import schema
 
 registry.register_public("sample_tokens")
 registry.register("sample_tokens", "torch", registry.Implementation(reference.sample_tokens))
+registry.register("sample_tokens", "triton", triton.implementation("sample_tokens", "sample_tokens"))
+registry.register("sample_tokens", "native", native_rows.implementation(native_sample_tokens.sample_tokens))
 
 
 def _launch(*arguments: Any) -> SampledTokens:

@@ -1,4 +1,4 @@
-"""sample_tokens: published noise, the distribution drawn from, filters against their definition, keys and nothing else."""
+"""sample_tokens: published noise, the distribution that it draws from, filters against their definition, keys."""
 
 import math
 
@@ -8,10 +8,12 @@ from torch import Tensor
 
 import ppo_fast as pf
 from ppo_fast.ops._backends.reference.sample_tokens import exponential, noise, philox
-from tests.helpers import DTYPES, assert_near_truth, assert_same, each_backend, each_case
+from tests.helpers import INTERPRETED, assert_near_truth, assert_same, each_backend, each_case
 from tests.ops.test_memory import peak_bytes
 
 INF, NAN = math.inf, math.nan
+# The interpreter takes milliseconds for a row.
+ROWS = 300 if INTERPRETED else 4000
 EXTREMES = {0: 2.0**-32, 1: 1.5 * 2.0**-31, (1 << 31) - 1: 32 * math.log(2)}
 
 
@@ -20,20 +22,21 @@ def keys_of(n: int, seed: int = 3, step: int = 0) -> Tensor:
     return torch.stack([torch.full((n,), seed), torch.arange(n), torch.full((n,), step)], dim=-1)
 
 
-def frequencies(logits: Tensor, backend: str, n: int = 4000, **options: object) -> Tensor:
+def frequencies(logits: Tensor, backend: str, n: int = ROWS, **options: object) -> Tensor:
     """How often each word of logits [V] is drawn in n rows."""
     sampled = pf.sample_tokens(logits.expand(n, -1), keys_of(n), backend=backend, **options)
     return torch.bincount(sampled.tokens, minlength=len(logits))
 
 
 def kept_by_definition(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> list[int]:
-    """The words of logits [V] that the docstring keeps, each decided by itself."""
-    values = logits.double().tolist()
-    larger = [[w for w, y in enumerate(values) if y > x] for x in values]
-    words = [v for v in range(len(values)) if top_k is None or len(larger[v]) < top_k]
-    p = [math.exp((x - max(values)) / temperature) for x in values]
-    share = (1.0 if top_p is None else top_p) * sum(p[v] for v in words)
-    return [v for v in words if not larger[v] or top_p is None or sum(p[w] for w in larger[v]) < share]
+    """The words of logits [V] that the docstring keeps, each compared with all others."""
+    x = logits.double()
+    larger = x[None, :] > x[:, None]
+    kept = larger.sum(-1) < (top_k or len(x))
+    if top_p is not None:
+        p = torch.where(kept, torch.exp((x - x.max()) / temperature), 0.0)
+        kept &= (torch.where(larger, p, 0.0).sum(-1) < top_p * p.sum()) | ~larger.any(-1)
+    return kept.nonzero()[:, 0].tolist()
 
 
 def test_words_are_those_of_random123() -> None:
@@ -68,7 +71,7 @@ def test_each_part_of_the_key_and_each_word_draws_other_noise() -> None:
 @each_case("sample_tokens")
 @pytest.mark.parametrize("V", [1, 2, 3, 33, 1000, 50_257])
 def test_the_race_is_won_by_the_word_of_the_definition(backend: str, dtype: torch.dtype, V: int) -> None:
-    n = 3 if V > 1000 else 40
+    n = 3 if V > 1000 else ROWS // 100
     logits, keys = (3 * torch.randn(n, V)).to(dtype), keys_of(n, seed=-(1 << 40) + V, step=(1 << 32) - 1)
     sampled = pf.sample_tokens(logits, keys, temperature=0.7, backend=backend)
     scores = logits.double() / 0.7 - noise(keys, V).double().log()
@@ -82,7 +85,7 @@ def test_the_race_is_won_by_the_word_of_the_definition(backend: str, dtype: torc
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_chi_square_of_the_distribution(backend: str, temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -INF, 1.5, -2.0, 0.0])
-    expected = 4000 * torch.softmax(logits / temperature, -1)
+    expected = ROWS * torch.softmax(logits / temperature, -1)
     seen = frequencies(logits, backend, temperature=temperature)
     possible = expected > 0
     assert seen[~possible].sum() == 0
@@ -103,21 +106,23 @@ def test_chi_square_of_the_distribution(backend: str, temperature: float) -> Non
     ],
 )
 def test_filters_keep_the_words_of_the_definition(backend: str, logits: list[float]) -> None:
-    x = torch.tensor(logits)
-    for top_k in (None, 1, 2, 3, 5, 100):
-        for top_p in (None, 1e-9, 0.3, 0.55, 0.9, 0.999, 1.0):
-            kept = kept_by_definition(x, 1.5, top_k, top_p)
-            seen = frequencies(x, backend, 400, temperature=1.5, top_k=top_k, top_p=top_p).nonzero()[:, 0].tolist()
-            likely = [v for v in kept if torch.softmax(x[kept] / 1.5, -1)[kept.index(v)] > 0.03]
-            assert set(likely) <= set(seen) <= set(kept), (top_k, top_p)
+    x, n = torch.tensor(logits), ROWS // 40
+    scores = x.double() / 1.5 - noise(keys_of(n), len(x)).double().log()
+    for top_k in (None, 2, 5) if INTERPRETED else (None, 1, 2, 3, 5, 100):
+        for top_p in (None, 0.55, 0.9) if INTERPRETED else (None, 1e-9, 0.3, 0.55, 0.9, 0.999, 1.0):
+            kept = torch.tensor(kept_by_definition(x, 1.5, top_k, top_p))
+            ours = pf.sample_tokens(
+                x.expand(n, -1), keys_of(n), temperature=1.5, top_k=top_k, top_p=top_p, backend=backend
+            )
+            assert_same(ours.tokens, kept[scores[:, kept].argmax(-1)])
 
 
 @each_case("sample_tokens")
 def test_filters_of_wide_rows(backend: str, dtype: torch.dtype) -> None:
-    n, V = 6, 3001
+    n, V = 6, 1501
     logits, keys = (4 * torch.randn(n, V)).to(dtype), keys_of(n)
     scores = logits.double() / 0.9 - noise(keys, V).double().log()
-    for top_k, top_p in ((50, None), (None, 0.95), (700, 0.8), (V, 0.3), (3000, None)):
+    for top_k, top_p in ((50, None), (None, 0.95), (700, 0.8), (V, 0.3), (1500, None)):
         ours = pf.sample_tokens(logits, keys, temperature=0.9, top_k=top_k, top_p=top_p, backend=backend)
         for row in range(n):
             words = torch.tensor(kept_by_definition(logits[row], 0.9, top_k, top_p))
@@ -144,10 +149,10 @@ def test_a_row_depends_on_its_key_and_logits_only(backend: str, V: int, filters:
 @each_backend("sample_tokens")
 def test_extreme_temperatures(backend: str) -> None:
     logits = torch.tensor([0.0, 1e-6, -3.0, 1e-6])
-    cold = frequencies(logits, backend, 200, temperature=1e-9)
+    cold = frequencies(logits, backend, 90, temperature=1e-9)
     assert (cold[[0, 2]] == 0).all()
-    assert (cold[[1, 3]] > 60).all()
-    assert (frequencies(logits, backend, 400, temperature=1e9) > 60).all()
+    assert (cold[[1, 3]] > 25).all()
+    assert (frequencies(logits, backend, 90, temperature=1e9) > 10).all()
     far = torch.tensor([3e38, -3e38, 0.0])
     assert frequencies(far, backend, 20).tolist() == [20, 0, 0]
 

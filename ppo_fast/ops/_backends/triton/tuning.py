@@ -41,6 +41,12 @@ _BACKWARD: _Table = {
     (9, 0): ((1 << 31, Tile(4096, 1, 4)),),
     (10, 0): ((1 << 31, Tile(4096, 1, 4)),),
 }
+_SAMPLE: _Table = {
+    (8, 0): ((1 << 31, Tile(2048, 8, 4)),),
+    (9, 0): ((1 << 31, Tile(2048, 8, 4)),),
+    (10, 0): ((1 << 31, Tile(2048, 8, 4)),),
+}
+_FILTER = Tile(1024, 1, 8)
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 256  # partial results per program of the kernel that merges them
 
@@ -76,6 +82,16 @@ def forward_tile(logits: Tensor, aligned: bool) -> Tile:
 def backward_tile(logits: Tensor, aligned: bool) -> Tile:
     """The tile of the kernel that writes their gradient; its programs take one block."""
     return _lookup(_BACKWARD, logits, aligned)
+
+
+def sample_tile(logits: Tensor) -> Tile:
+    """The tile of the race of ``sample_tokens``."""
+    return _lookup(_SAMPLE, logits, True)
+
+
+def filter_tile(V: int) -> Tile:
+    """The tile of the passes that look for the smallest logit to keep; a program takes a whole row."""
+    return _fitted(_FILTER, V)
 
 
 def group(logits: Tensor) -> int:
