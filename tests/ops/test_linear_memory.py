@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ppo_fast as pf
-from ppo_fast.ops._core import chunked_head
+from ppo_fast.ops._core import head_buffers
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from tests.helpers import each_backend, product_scratch
 from tests.ops.test_memory import peak_bytes
@@ -115,10 +115,10 @@ def test_nothing_is_kept_without_gradients(backend: str) -> None:
 @pytest.mark.parametrize(("N", "chunk"), [*CHUNKS.items(), (1, 1), (255, 255), (0, 1), (300, 300)])
 def test_the_rule_on_a_cpu(N: int, chunk: int) -> None:
     hidden, weight = torch.empty(N, D, device="meta"), torch.empty(V, D, device="meta")
-    given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, "torch")
-    assert chunked_head.chunk_rows(given, N, True, "cpu") == chunked_head.chunk_rows(given, N, False, "cpu") == chunk
+    given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, False, "torch")
+    assert head_buffers.chunk_rows(given, N, True, "cpu") == head_buffers.chunk_rows(given, N, False, "cpu") == chunk
     assert N < 2048 or chunk * 8 <= N
-    assert chunked_head.chunk_rows(given._replace(chunk_size=7), N, True, "cpu") == max(1, min(7, N))
+    assert head_buffers.chunk_rows(given._replace(chunk_size=7), N, True, "cpu") == max(1, min(7, N))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,6 @@ def test_the_rule_on_a_cpu(N: int, chunk: int) -> None:
 def test_the_rule_on_a_gpu(words: int, dtype: torch.dtype, trained: bool, chunk: int) -> None:
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, D, device="cuda", dtype=dtype) for n in (8192, words))
-        given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, "torch")
-        assert chunked_head.chunk_rows(given, 8192, trained, "cuda") == chunk
-        assert chunked_head.chunk_rows(given, 100, trained, "cuda") == 100
+        given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, False, "torch")
+        assert head_buffers.chunk_rows(given, 8192, trained, "cuda") == chunk
+        assert head_buffers.chunk_rows(given, 100, trained, "cuda") == 100
