@@ -222,7 +222,9 @@ def test_tiles_smaller_than_a_chunk(backend: str, ratio: str, monkeypatch: pytes
     case = make_linear_case("padded")
     config = pf.PolicyLossConfig(ratio=ratio, ent_coef=0.1, kl_coef=0.2, kl_estimator="full")
     monkeypatch.setitem(head_buffers._TILE, "cpu", 2)
-    check(case, config, backend, softcap=5.0, chunk_size=5)
+    monkeypatch.setattr(head_buffers, "_PRODUCT_ROWS", 1)
+    for chunk_size in (5, 9):
+        check(case, config, backend, softcap=5.0, chunk_size=chunk_size)
 
 
 @each_backend("linear_policy_loss")
