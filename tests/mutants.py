@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
     Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
     Mutant(f"{TRITON}/policy_loss.py", "slope += penalty_coef * rise", "slope += 0.0", POLICY),
-    Mutant(f"{TRITON}/gae.py", "tl.where(passes1, b2, 0.0)", "b2", GAE),
+    Mutant(f"{TRITON}/gae.py", "tl.where(passes2, value1, value2)", "value2", GAE),
     # the C++ kernels
     Mutant(f"{CPU}/rows/forward.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
     Mutant(f"{CPU}/rows/forward.h", "sums.cross += delta * sums.sum;", ";", NATIVE),

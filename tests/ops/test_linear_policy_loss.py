@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast as pf
-from ppo_fast.ops._core import chunked_head
+from ppo_fast.ops._core import head_buffers
 from tests.helpers import INTERPRETED, assert_same, each_backend, each_case
 from tests.ops.linear_cases import (
     D,
@@ -221,8 +221,10 @@ def test_a_transposed_weight(backend: str) -> None:
 def test_tiles_smaller_than_a_chunk(backend: str, ratio: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_linear_case("padded")
     config = pf.PolicyLossConfig(ratio=ratio, ent_coef=0.1, kl_coef=0.2, kl_estimator="full")
-    monkeypatch.setitem(chunked_head._TILE, "cpu", 2)
-    check(case, config, backend, softcap=5.0, chunk_size=5)
+    monkeypatch.setitem(head_buffers._TILE, "cpu", 2)
+    monkeypatch.setattr(head_buffers, "_PRODUCT_ROWS", 1)
+    for chunk_size in (5, 9):
+        check(case, config, backend, softcap=5.0, chunk_size=chunk_size)
 
 
 @each_backend("linear_policy_loss")

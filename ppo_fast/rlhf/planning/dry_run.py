@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
+from ppo_fast.ops._core.head_buffers import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.schema import grouped
 from ppo_fast.rlhf.config.ppo import PPOConfig

@@ -101,4 +101,4 @@ def group(logits: Tensor) -> int:
 
 def scan_tile(steps: int) -> Tile:
     """The tile of the reverse scans, for sequences of about ``steps`` steps."""
-    return Tile(128, 1, 1) if steps <= 128 else Tile(512, 1, 4)
+    return Tile(128 if steps <= 128 else 512, 1, 1)
