@@ -19,9 +19,8 @@ from ppo_fast.ops._core.inputs import ValueInputs
 def number(x):
     """A number that comes as it is, or in a 0-d tensor."""
     value = x
-    if isinstance(x, tl.tensor):  # the interpreter passes a number on as a float
-        if x.dtype.is_ptr():
-            value = tl.load(x)
+    if isinstance(x, tl.tensor) and x.dtype.is_ptr():  # the interpreter passes a number on as a float
+        value = tl.load(x)
     return value
 
 
