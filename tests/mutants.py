@@ -48,6 +48,8 @@ EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
+ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
@@ -192,8 +194,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/ppo/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
     Mutant(
         f"{RLHF}/ppo/train.py",
-        "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n"
-        "                self.kl.update(rollout.sums(rewards.kl))\n",
+        "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n",
         "                self.kl.update(rollout.sums(rewards.kl))\n"
         "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n",
         "tests/rlhf/ppo/test_train.py",
@@ -209,8 +210,24 @@ MUTANTS = [
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",
         "offsets(lengths)[1:].repeat(lengths) - 1",
-        "tests/rlhf/ppo/test_advantages.py",
+        ADVANTAGES,
     ),
+    Mutant(f"{RLHF}/ppo/advantages.py", "torch.where(left >= step,", "torch.where(left >= 0,", ADVANTAGES),
+    Mutant(f"{RLHF}/ppo/advantages.py", "        _, returns = _gae(", "        _gae(", ADVANTAGES),
+    Mutant(f"{RLHF}/ppo/update.py", "schedule(step - self.warmup,", "schedule(step,", WARMUP),
+    Mutant(
+        f"{RLHF}/ppo/update.py",
+        "            with torch.set_grad_enabled(not self.warming_up):\n                x = ",
+        "            if True:\n                x = ",
+        WARMUP,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/update.py",
+        "        if not self.warming_up:\n            self.penalty",
+        "        if True:\n            self.penalty",
+        WARMUP,
+    ),
+    Mutant(f"{RLHF}/ppo/train.py", "if not self.learner.warming_up:", "if True:", WARMUP),
     Mutant(
         f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),

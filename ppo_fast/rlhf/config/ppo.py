@@ -200,13 +200,19 @@ class AdvantageConfig:
 
     kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
     gamma: float = 1.0  # discount
-    lam: float = 0.95  # 0: one-step TD error, 1: Monte Carlo return minus value
+    lam: float | Literal["adaptive"] = 0.95  # 0: TD error, 1: return minus value; adaptive: by each response's length
+    lam_alpha: float = 0.05  # adaptive: lam = 1 - 1 / (lam_alpha * length), at least 0
+    value_lam: float | None = None  # lam of the value model's targets; 1: the returns themselves; null: lam
     whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
 
     def __post_init__(self) -> None:
         check_choices("advantage", self)
         check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
-        check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
+        known = self.lam == "adaptive" or (not isinstance(self.lam, str) and 0 <= self.lam <= 1)
+        check(known, "advantage.lam", "0 <= lam <= 1 or 'adaptive'", self.lam)
+        positive("advantage.lam_alpha", self.lam_alpha)
+        if self.value_lam is not None:
+            check(0 <= self.value_lam <= 1, "advantage.value_lam", "0 <= value_lam <= 1 or null", self.value_lam)
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,7 @@ class OptimConfig(AdamWConfig):
     """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
 
     value_lr: float = 5e-6  # peak for the value model
+    critic_warmup_updates: int = 0  # first updates in which only the value model learns; shared layout: only its head
     epochs: int = 4  # passes over one rollout batch
     minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
@@ -290,6 +297,7 @@ class OptimConfig(AdamWConfig):
         super().__post_init__()
         for name in ("value_lr", "epochs"):
             positive(f"optim.{name}", getattr(self, name))
+        not_negative("optim.critic_warmup_updates", self.critic_warmup_updates)
         if self.target_kl is not None:
             positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
@@ -401,6 +409,8 @@ class PPOConfig(RunConfig):
         super().__post_init__()
         positive("updates", self.updates)
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
+        warmup = self.optim.critic_warmup_updates
+        check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ppo_fast import ops
@@ -23,7 +26,7 @@ class Experience:
     ref_logprobs: Tensor  # [N] float32
     values: Tensor  # [N] float32: old
     advantages: Tensor  # [N] float32: whitened over all of them when configured
-    returns: Tensor  # [N] float32: advantage before whitening + old value: the target of the value model
+    returns: Tensor  # [N] float32: advantage by value_lam, before whitening, + old value: target of the value model
 
     @property
     def lengths(self) -> Array:
@@ -38,17 +41,19 @@ class Experience:
 
 
 def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig) -> Experience:
-    """Estimate advantages (GAE) with value 0 after the last counted token, then whitening.
+    """Estimate advantages and returns with value 0 after the last counted token; then whiten the advantages.
 
-    Per sequence, every token has the advantage of the first, A = return - value at the last prompt token, and the
-    value model regresses on the Monte Carlo returns.
+    gae: `lam` for the advantages of the policy, `value_lam` for the returns that the value model regresses on.
+    sequence: every token has the advantage of the first, A = return - value at the last prompt token, by lam 1.
 
-    Source: Schulman et al. 2016, arXiv:1506.02438, equation 16; per sequence Ahmadian et al. 2024, arXiv:2402.14740.
+    Source: Schulman et al. 2016, arXiv:1506.02438, equation 16; two lambdas Yuan et al. 2025, arXiv:2503.01491,
+    section 3.2; per sequence Ahmadian et al. 2024, arXiv:2402.14740.
     """
     whole, lengths = config.kind == "sequence", rollout.grid.lengths
-    advantages, returns = ops.gae_packed(
-        rewards.rewards, rollout.values, rollout.cu_seqlens, gamma=config.gamma, lam=1.0 if whole else config.lam
-    )
+    lam = 1.0 if whole else config.lam
+    advantages, returns = _gae(rollout, rewards, config, lam)
+    if config.value_lam not in (None, lam):
+        _, returns = _gae(rollout, rewards, config, config.value_lam)
     if whole:
         firsts = offsets(lengths)[:-1].repeat(lengths)
         advantages = advantages.index_select(0, to_device(firsts, advantages.device))
@@ -56,3 +61,42 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
         advantages = ops.whiten(advantages, None)
     old = rollout.logprobs, rollout.ref_logprobs, rollout.values
     return Experience(rollout.grid, rollout.tokens, *old, advantages, returns)
+
+
+def _gae(
+    rollout: Rollout, rewards: Rewards, config: AdvantageConfig, lam: float | Literal["adaptive"]
+) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns [N]."""
+    if lam == "adaptive":
+        lams = adaptive_lam(rollout.grid.lengths, config.lam_alpha)
+        return gae_by_response(rewards.rewards, rollout.values, rollout.grid.lengths, config.gamma, lams)
+    return ops.gae_packed(rewards.rewards, rollout.values, rollout.cu_seqlens, gamma=config.gamma, lam=lam)
+
+
+def adaptive_lam(lengths: Array, alpha: float) -> Array:
+    """Return [B] float64: max(0, 1 - 1 / (alpha * length)), so that sum_k lam^k = alpha * length.
+
+    Source: Yue et al. 2025, arXiv:2504.05118, section 4.2.
+    """
+    return (1 - 1 / (alpha * lengths.clip(min=1))).clip(min=0.0)
+
+
+def gae_by_response(rewards: Tensor, values: Tensor, lengths: Array, gamma: float, lam: Array) -> tuple[Tensor, Tensor]:
+    """:func:`ppo_fast.gae_packed` with one lambda [B] for each response: advantages and returns [N].
+
+    By doubling, in log2(longest response) passes: with c = gamma * lam and S_0 = delta, the TD errors,
+    S_{j+1}[t] = S_j[t] + c^(2^j) * S_j[t + 2^j] is the sum of the first 2^(j+1) terms of A[t].
+    """
+    device = rewards.device
+    left = to_device(offsets(lengths)[1:].repeat(lengths) - 1 - np.arange(lengths.sum()), device)  # [N] tokens after t
+    factor = to_device((gamma * lam).repeat(lengths), device).to(rewards.dtype)
+
+    def ahead(x: Tensor, step: int) -> Tensor:
+        """Return x[t + step], 0 beyond the response."""
+        return torch.where(left >= step, torch.roll(x, -step), 0.0)
+
+    advantages, step = rewards + gamma * ahead(values, 1) - values, 1
+    while step < lengths.max(initial=0):
+        advantages = advantages + factor * ahead(advantages, step)
+        factor, step = factor * factor, 2 * step
+    return advantages, advantages + values

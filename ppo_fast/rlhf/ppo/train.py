@@ -122,7 +122,8 @@ class PPORun(TrainingLoop):
                 experience = make_experience(rollout, rewards, config.advantage)
                 batch = PPOBatch(rollout.generation, rollout, rewards, experience)
                 stats = self.learner.update(experience, self.kl.coef, update, self.generator)
-                self.kl.update(rollout.sums(rewards.kl))
+                if not self.learner.warming_up:  # else the KL would lower a coefficient that had no effect yet
+                    self.kl.update(rollout.sums(rewards.kl))
                 self.reference.update(update)
             metrics, note = collect(rollout, rewards, experience, stats, config, watch), stats.note
         except NotFiniteError as error:

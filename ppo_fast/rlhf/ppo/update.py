@@ -98,12 +98,16 @@ class Learner:
         self.penalty = PenaltyCoefficient(config.loss, models.device)
         self.kl_coef, self.penalty_coef = torch.zeros(2, dtype=torch.float32, device=models.device)
         self.loss_config = self._loss_config()
-        self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
+        per_update = config.optim.epochs * config.steps_per_epoch
+        self.steps, self.warmup = config.updates * per_update, config.optim.critic_warmup_updates * per_update
+        self.warming_up = False  # only the value model learns
 
     def update(
         self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator
     ) -> UpdateStats:
-        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
+        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rates.
+
+        While the critic warms up the policy is measured and stays as it is; its schedule begins afterwards.
 
         A step with a number that is not finite changes nothing. With on_nan = "skip" it is skipped and counted;
         else, or if no step is left, NotFiniteError names the first one, and no later step changes anything either.
@@ -111,25 +115,30 @@ class Learner:
         """
         steps, device = list[Step](), experience.tokens.device
         first = index * self.config.optim.epochs * self.config.steps_per_epoch
+        self.warming_up = index < self.config.optim.critic_warmup_updates
         stop = self.config.on_nan == "stop"
         failed = torch.zeros((), dtype=torch.bool, device=device)
         lr_factor, note = 0.0, None
         for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
             policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
-            norm = torch.stack([self.policy.clip(), self.value.clip()])
+            none = torch.zeros((), dtype=torch.float32, device=device)
+            norm = torch.stack([none if self.warming_up else self.policy.clip(), self.value.clip()])
             steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
                 break
             not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
             failed = failed | not_finite if stop else not_finite
-            lr_factor = schedule(first + len(steps) - 1, self.steps, self.config.optim)
-            self.policy.step(lr_factor, failed)
-            self.value.step(lr_factor, failed)
+            step = first + len(steps) - 1
+            if not self.warming_up:
+                lr_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
+                self.policy.step(lr_factor, failed)
+            self.value.step(schedule(step, self.steps, self.config.optim), failed)
         good, skipped = finite_steps(steps, stop=stop)
         norms = [step.norms for step in good if step.taken]
-        self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
+        if not self.warming_up:
+            self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
         return UpdateStats(
             policy=combine([step.policy for step in good]),
             value=combine([step.value for step in good]),
@@ -158,9 +167,10 @@ class Learner:
         return self._policy_backward(micro, terms), self._value_backward(micro, tokens)
 
     def _policy_backward(self, micro: MicroBatch, terms: Terms) -> Metrics:
-        with self.models.using("policy") as policy:
+        with self.models.using("policy") as policy, torch.set_grad_enabled(not self.warming_up):
             loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
-            loss.loss.backward()
+            if not self.warming_up:
+                loss.loss.backward()
         return loss.metrics | {"loss": loss.loss.detach()}
 
     def _value_backward(self, micro: MicroBatch, tokens: int) -> Metrics:
@@ -170,10 +180,14 @@ class Learner:
         return error.metrics
 
     def _joint_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
-        """Run policy and value head on one trunk: one forward pass, one backward pass of the sum."""
+        """Run policy and value head on one trunk: one forward pass, one backward pass of the sum.
+
+        While the critic warms up the trunk has no gradient: the loss of the value reaches only the head.
+        """
         with self.models.using("policy") as policy:
-            x = response_hidden(policy, micro.sequences)
-            loss = head_loss(x, **terms)
+            with torch.set_grad_enabled(not self.warming_up):
+                x = response_hidden(policy, micro.sequences)
+                loss = head_loss(x, **terms)
             error = self._value_loss(head_values(self.models.value.head, x.hidden), micro, tokens)
             (loss.loss + self.config.loss.vf_coef * error.loss).backward()
         return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
