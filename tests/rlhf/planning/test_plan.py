@@ -236,7 +236,9 @@ def test_a_7b_is_planned_from_its_config_alone(qwen, tmp_path):
     assert small.phases["update"]["CUDA context"] == full.phases["update"]["CUDA context"] > 0
 
 
-@pytest.mark.parametrize("preset", ["7b-80g-lora", "7b-80g-full", "7b-24g"])
+@pytest.mark.parametrize(
+    "preset", ["7b-80g-full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("7b-80g-lora", "7b-24g"))]
+)
 def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
     row = next(line for line in README.read_text().splitlines() if line.startswith(f"| `{preset}` |"))
     plan = make_plan(load_config(preset=preset, flags={"model.path": qwen}), "cuda")
