@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 NATIVE = "tests/ops/native/test_rows.py"
 ADAMW = "tests/ops/triton/test_adamw_8bit.py"
 GAE = "tests/ops/test_gae.py"
+IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
 MASKED = "tests/ops/test_masked.py"
 TRAPS = "tests/ops/test_numerical_edge_cases.py"
 POLICY = "tests/ops/test_policy_loss.py"
@@ -135,7 +136,7 @@ MUTANTS = [
     Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
-    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_(weights, masters)\n", "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_(chunk, masters)\n", "", OPTIM),
     Mutant(f"{RLHF}/training/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
     Mutant(f"{RLHF}/training/adamw_8bit.py", "count += 1 - keep", "count += 1", OPTIM),
     Mutant(f"{RLHF}/training/adamw_8bit.py", '        self.draws = state_dict["draws"]\n', "", OPTIM),
@@ -147,6 +148,14 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/adamw_8bit.py", "code.clamp_min(1)", "code", OPTIM),
     Mutant(f"{TRITON}/adamw_8bit.py", "tl.where(keep == 0.0, n_blocks, 0)", "n_blocks", ADAMW),
     Mutant(f"{TRITON}/adamw_8bit.py", "(x >> 15)", "(x >> 14)", ADAMW),
+    Mutant(f"{RLHF}/training/optim.py", "self.last_norm = self.norm", "pass", IN_BACKWARD),
+    Mutant(
+        f"{RLHF}/training/optim.py",
+        ' | {"last_norm": self.last_norm}',
+        ' | {"last_norm": self.last_norm * 0}',
+        IN_BACKWARD,
+    ),
+    Mutant(f"{RLHF}/data/packing.py", "count + size <= tokens", "count <= tokens", BATCHES),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
     Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
     # attention over packed rows

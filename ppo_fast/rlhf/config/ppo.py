@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ppo_fast.ops import PolicyLossConfig
@@ -110,6 +110,7 @@ class RolloutConfig:
     batch_size: int = 64  # responses per update
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
+    tokens_per_pass: int | None = None  # of scoring, in place of micro_batch_size; null: by that
     max_new_tokens: int = 64  # a response without EOS ends here
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
     engine: Literal["slots", "generate"] | None = (
@@ -131,6 +132,7 @@ class RolloutConfig:
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
         if self.micro_batch_size is not None:
             positive("rollout.micro_batch_size", self.micro_batch_size)
+        _check_tokens_per_pass("rollout", self.tokens_per_pass, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,11 @@ class OptimConfig(AdamWConfig):
     epochs: int = 4  # passes over one rollout batch
     minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    tokens_per_pass: int | None = None  # tokens per forward pass, prompts and padding included, in place of that
     target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+    in_backward: bool = (
+        False  # a weight takes its step once its gradient is complete; clips by the norm of the last step
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,6 +308,11 @@ class OptimConfig(AdamWConfig):
             positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
             divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
+        _check_tokens_per_pass("optim", self.tokens_per_pass, self.micro_batch_size)
+        if self.in_backward:
+            whole = self.tokens_per_pass is None and self.micro_batch_size in (None, self.minibatch_size)
+            check(whole, "optim.in_backward", "false with several forward passes an optimizer step", True)
+            check(self.target_kl is None, "optim.target_kl", "null with optim.in_backward", self.target_kl)
 
 
 @dataclass(frozen=True)
@@ -411,7 +422,28 @@ class PPOConfig(RunConfig):
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         warmup = self.optim.critic_warmup_updates
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
+        skips = self.on_nan == "skip"
+        check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.rollout.batch_size // self.optim.minibatch_size
+
+    @property
+    def scoring(self) -> RolloutConfig:
+        """The settings of sampling with the passes of scoring: by default those of the update.
+
+        So scoring never materializes the logits of the whole rollout.
+        """
+        rollout, optim = self.rollout, self.optim
+        if rollout.micro_batch_size or rollout.tokens_per_pass:
+            return rollout
+        if optim.tokens_per_pass:
+            return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
+        return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def _check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:
+    if tokens is not None:
+        positive(f"{group}.tokens_per_pass", tokens)
+        check(micro_batch_size is None, f"{group}.tokens_per_pass", f"null with {group}.micro_batch_size", tokens)

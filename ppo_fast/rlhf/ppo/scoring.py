@@ -37,7 +37,9 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
     device, lengths = grid.ids.device, grid.lengths
     passes = [
         Pass(token_indices(lengths, rows, device), grid.sequences(rows, packed=models.packed))
-        for rows in grid.split_by_length(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
+        for rows in grid.split(
+            np.arange(len(grid.ids)), config.micro_batch_size, config.tokens_per_pass, packed=models.packed
+        )
     ]
     order = torch.cat([part.indices for part in passes])
     counted = to_device(grid.loss_mask[:, -generation.mask.shape[1] :].ravel().nonzero()[0], device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,6 @@ class PPORun(TrainingLoop):
         for name, user in self.user_states.items():
             check_state(user.state_dict(), f"{name} function's state_dict")
         self.total = self.config.updates
-        # Scoring in the batches of the update never materializes the logits of the whole rollout.
-        optim, rollout = self.config.optim, self.config.rollout
-        width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
-        self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
         self.seed = noise_seed(self.config.seed, "rollout")
 
     def step(self, update: int, log: StageLog) -> StepRecord:
@@ -110,7 +107,7 @@ class PPORun(TrainingLoop):
             batch = PPOBatch(generate(self.models, self._next_prompts(), config.rollout, self.seed, first))
         try:
             with watch("logprobs"):
-                rollout = score(self.models, batch.generation, self.scoring)
+                rollout = score(self.models, batch.generation, config.scoring)
                 batch = PPOBatch(rollout.generation, rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
             with watch("score"):
@@ -245,6 +242,7 @@ def open_run(
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
+        _warn_about_long_responses(config, data)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks)
         if start is not None:
             run.restore(start)
@@ -265,6 +263,17 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
+
+
+def _warn_about_long_responses(config: PPOConfig, data: Prompts) -> None:
+    longest = max(map(len, data.token_ids)) + config.rollout.max_new_tokens
+    for group, limit in (("optim", config.optim.tokens_per_pass), ("rollout", config.rollout.tokens_per_pass)):
+        if limit is not None and longest > limit:
+            warnings.warn(
+                f"{group}.tokens_per_pass: a prompt and its response may have {longest} tokens, more than {limit}; "
+                "such a response goes by itself",
+                stacklevel=3,
+            )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

@@ -1,8 +1,8 @@
-"""AdamW for 16-bit weights with float32 master weights."""
+"""AdamW on the weights, or on float32 master weights of 16-bit ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,37 +14,65 @@ from ppo_fast.rlhf.training.state import State
 _CHUNK = 2**28  # elements: 1 GiB
 
 
-class MasterAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, of all weights or of some."""
+
+    found_inf: Tensor | None = None  # 0-d float32, 1: leave everything as it is; read by torch's step
+    grad_scale: Tensor | None = None  # 0-d float32, divides the gradients; the same
+
+    def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
+        super().__init__(weights, fused=True, **options)
+
+    def begin(self) -> None:
+        """Begin a step."""
+
+    def take(self, weights: Sequence[nn.Parameter]) -> None:
+        """Take the step of these weights, those without a gradient excepted."""
+        self._take(weights)
+
+    def _take(self, own: Sequence[Tensor]) -> None:
+        """Take the step of some of the optimizer's own tensors."""
+        group = self.param_groups[0]
+        everything, group["params"] = group["params"], own
+        try:
+            super().step()
+        finally:
+            group["params"] = everything
+
+
+class MasterAdamW(AdamW):
     """AdamW on float32 copies of the weights; after each step the weights are the copies rounded to nearest.
 
     Float32 weights are their own masters.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
-        weights = list(weights)
-        masters = [w if w.dtype == torch.float32 else w.detach().float() for w in weights]
-        super().__init__(masters, fused=True, **options)
-        pairs = [(w, master) for w, master in zip(weights, masters, strict=True) if master is not w]
+        self.all = list(weights)
+        masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.all]
+        super().__init__(masters, **options)
+        pairs = [(w, master) for w, master in zip(self.all, masters, strict=True) if master is not w]
         self.weights, self.masters = [w for w, _ in pairs], [master for _, master in pairs]
-        self._own = [w for w in weights if w.dtype == torch.float32]
-        self._chunks = list(_chunks(pairs))
+        self._master_of = dict(pairs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
-        super().step(closure)  # of float32 weights; weights without a gradient are skipped
-        for own in self._own:
-            own.grad = None
-        for chunk in self._chunks:
-            given = [(weight, master) for weight, master in chunk if weight.grad is not None]
-            if not given:
-                continue
-            weights, masters = map(list, zip(*given, strict=True))
-            for master, gradient in zip(masters, _in_float32([weight.grad for weight in weights]), strict=True):
+        self.take(self.all)
+
+    @torch.no_grad()
+    def take(self, weights: Sequence[nn.Parameter]) -> None:
+        given = [weight for weight in weights if weight.grad is not None]
+        own = [weight for weight in given if weight not in self._master_of]
+        self._take(own)
+        for weight in own:
+            weight.grad = None
+        for chunk in _chunks(weight for weight in given if weight in self._master_of):
+            masters = [self._master_of[weight] for weight in chunk]
+            for master, gradient in zip(masters, _in_float32([weight.grad for weight in chunk]), strict=True):
                 master.grad = gradient
-            for weight in weights:
+            for weight in chunk:
                 weight.grad = None
-            super().step()
-            torch._foreach_copy_(weights, masters)
+            self._take(masters)
+            torch._foreach_copy_(chunk, masters)
             for master in masters:
                 master.grad = None
 
@@ -70,13 +98,14 @@ def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _chunks(weights: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Split into lists of about `_CHUNK` elements: float32 gradients of 7 billion weights would take 28 GB."""
-    chunk, size = list[tuple[Tensor, Tensor]](), 0
-    for pair in pairs:
-        chunk.append(pair)
-        size += pair[0].numel()
+    chunk, size = list[nn.Parameter](), 0
+    for weight in weights:
+        chunk.append(weight)
+        size += weight.numel()
         if size >= _CHUNK:
             yield chunk
             chunk, size = [], 0
-    yield chunk
+    if chunk:
+        yield chunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,21 @@ class AdamW8bit(torch.optim.Optimizer):
         self.taken = torch.zeros((), dtype=torch.float32, device=weights[0].device)  # steps that changed the weights
         self.draws = 0  # steps
         self.state.update({weight: new_moments(weight) for weight in weights})
-        self.take = find_kernel(weights[0].device)
+        self.index = {weight: index for index, weight in enumerate(weights)}
+        self.kernel = find_kernel(weights[0].device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
-        step, small = self._begin(), dict[torch.dtype, list[nn.Parameter]]()
-        for index, weight in enumerate(self.param_groups[0]["params"]):
+        self.begin()
+        self.take(self.param_groups[0]["params"])
+
+    @torch.no_grad()
+    def take(self, weights: Sequence[nn.Parameter]) -> None:
+        """Take the step of these weights, those without a gradient excepted."""
+        step, small = self.current, dict[torch.dtype, list[nn.Parameter]]()
+        if self.found_inf is not None:
+            step.scalars[4].copy_(self.found_inf)
+        for weight in weights:
             if weight.grad is None:
                 continue
             moments = Moments(**self.state[weight])
@@ -60,12 +69,13 @@ class AdamW8bit(torch.optim.Optimizer):
                 small.setdefault(weight.dtype, []).append(weight)
             else:
                 flat = weight.detach().view(-1), weight.grad.contiguous().view(-1)
-                self.take(*flat, moments, step, self._seed(index))
+                self.kernel(*flat, moments, step, self._seed(self.index[weight]))
         for dtype, weights in small.items():
             self._step_together(weights, step, self._seed(dtype))
 
-    def _begin(self) -> AdamWStep:
-        """Count a step and return its numbers, made on the device: the host waits for nothing."""
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begin a step: count it and make its numbers on the device; the host waits for nothing."""
         group, count = self.param_groups[0], self.taken
         keep = torch.zeros_like(count) if self.found_inf is None else self.found_inf
         factor = torch.ones_like(count) if self.grad_scale is None else self.grad_scale.reciprocal()
@@ -73,7 +83,7 @@ class AdamW8bit(torch.optim.Optimizer):
         count += 1 - keep
         (beta1, beta2), lr = group["betas"], torch.full_like(count, group["lr"])
         scalars = factor, 1 - lr * group["weight_decay"], lr / (1 - beta1**count), (1 - beta2**count).rsqrt(), keep
-        return AdamWStep(torch.stack(scalars), beta1, beta2, group["eps"])
+        self.current = AdamWStep(torch.stack(scalars), beta1, beta2, group["eps"])
 
     def _step_together(self, weights: list[nn.Parameter], step: AdamWStep, seed: int) -> None:
         """Take the step of weights of one dtype as that of one vector."""

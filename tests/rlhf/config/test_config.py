@@ -147,6 +147,13 @@ def test_rule_18_batch_sizes_that_do_not_divide_name_the_numbers():
         "optim.micro_batch_size: expected a divisor of optim.minibatch_size = 16, got 5": {
             "optim": {"micro_batch_size": 5}
         },
+        "optim.tokens_per_pass: expected null with optim.micro_batch_size, got 4096": {
+            "optim": {"micro_batch_size": 4, "tokens_per_pass": 4096}
+        },
+        "rollout.tokens_per_pass: expected null with rollout.micro_batch_size, got 4096": {
+            "rollout": {"micro_batch_size": 4, "tokens_per_pass": 4096}
+        },
+        "optim.tokens_per_pass: expected a number > 0, got 0": {"optim": {"tokens_per_pass": 0}},
         "rollout.samples_per_prompt: expected a divisor of rollout.batch_size = 64, got 3": {
             "rollout": {"samples_per_prompt": 3}
         },

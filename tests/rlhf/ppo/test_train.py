@@ -113,6 +113,16 @@ def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, value
     assert set(seen) == {width}
 
 
+def test_a_response_longer_than_a_pass_is_warned_of_once(run):
+    message = (
+        r"^optim\.tokens_per_pass: a prompt and its response may have \d+ tokens, more than 8; such a response goes by "
+        r"itself$"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        run(optim={"tokens_per_pass": 8})
+    assert len(caught) == 1
+
+
 def test_samples_per_prompt_share_a_prompt(run):
     seen = []
 

@@ -106,10 +106,10 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
     loss = {"aggregation": aggregation, "ratio": ratio, "ent_coef": 0.1, "dual_clip": 3.0}
     kl = {"placement": "loss", "loss_estimator": "k2", "coef": 0.1}
     results = []
-    for micro in (None, 4, 1):
-        learner, rollout, experience = setup(
-            rollout={"max_new_tokens": 12}, loss=loss, kl=kl, optim={"micro_batch_size": micro}
-        )
+    tokens = {"optim": {"tokens_per_pass": 40}}  # packed and padded; a response goes by itself
+    packed = {"model": {"packing": True}}
+    for values in ({}, *({"optim": {"micro_batch_size": size}} for size in (4, 1)), tokens, tokens | packed):
+        learner, rollout, experience = setup(rollout={"max_new_tokens": 12}, loss=loss, kl=kl, **values)
         assert len(set(rollout.generation.mask.sum(dim=1).tolist())) > 2
         # The policy has moved since the rollout, so that ratios differ from 1 and some are clipped.
         with torch.no_grad():

@@ -63,7 +63,7 @@ def adamw_8bit(weight: Tensor, gradient: Tensor, moments: Moments, step: AdamWSt
         (mean_code, mean_scale), (root_code, root_scale) = encode(mean, MEANS), encode(root, ROOTS)
         new = Moments(mean_code.to(torch.int8), root_code.to(torch.uint8), mean_scale, root_scale)
     for old, changed in zip((weight, *moments), (value.to(weight.dtype), *new), strict=True):
-        if old is not None:
+        if old is not None and changed is not None:
             old.copy_(torch.where(keep > 0, old, changed))
 
 
