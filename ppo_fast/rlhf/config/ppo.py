@@ -109,6 +109,7 @@ class RolloutConfig:
     micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
+    dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
     static_cache: bool = False  # keys and values in buffers of fixed size; on a GPU the decoding step is then compiled
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
@@ -117,6 +118,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
+        not_negative("rollout.dynamic_sampling", self.dynamic_sampling)
         check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
         allowed = 1e-9 <= self.temperature <= 1e9
         check(allowed, "rollout.temperature", "1e-9 <= temperature <= 1e9", self.temperature)
@@ -189,14 +191,17 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Per token by generalized advantage estimation, or one for the whole response."""
+    """Per token by generalized advantage estimation, or one for the whole response, with a value model or without."""
 
-    kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
+    # sequence: return - value of the prompt, on every token; group: return - mean of the prompt's samples, no critic.
+    kind: Literal["gae", "sequence", "group"] = "gae"  # gae: per token, by lam; the others: one for each response
     gamma: float = 1.0  # discount
     lam: float | Literal["adaptive"] = 0.95  # 0: TD error, 1: return minus value; adaptive: by each response's length
     lam_alpha: float = 0.05  # adaptive: lam = 1 - 1 / (lam_alpha * length), at least 0
     value_lam: float | None = None  # lam of the value model's targets; 1: the returns themselves; null: lam
-    whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
+    whiten: bool | None = None  # mean 0, variance 1 over the rollout batch's counted tokens; null: true, group: false
+    leave_one_out: bool = False  # group: the mean of the other samples (RLOO)
+    divide_by_std: bool = False  # group: in units of the samples' deviation (GRPO)
 
     def __post_init__(self) -> None:
         check_choices("advantage", self)
@@ -206,6 +211,19 @@ class AdvantageConfig:
         positive("advantage.lam_alpha", self.lam_alpha)
         if self.value_lam is not None:
             check(0 <= self.value_lam <= 1, "advantage.value_lam", "0 <= value_lam <= 1 or null", self.value_lam)
+        for name in ("leave_one_out", "divide_by_std"):
+            on = getattr(self, name)
+            check(self.kind == "group" or not on, f"advantage.{name}", "false without advantage.kind 'group'", on)
+
+    @property
+    def critic(self) -> bool:
+        """There is a value model."""
+        return self.kind != "group"
+
+    @property
+    def whitened(self) -> bool:
+        """Whitening would lift the 0 of samples that agree: a group has none by default."""
+        return self.critic if self.whiten is None else self.whiten
 
 
 @dataclass(frozen=True)
@@ -404,6 +422,22 @@ class PPOConfig(RunConfig):
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         warmup = self.optim.critic_warmup_updates
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Refuse what a group of samples cannot have, and what only a group can have."""
+        samples, model, tries = self.rollout.samples_per_prompt, self.model, self.rollout.dynamic_sampling
+        if self.advantage.critic:
+            check(not tries, "rollout.dynamic_sampling", "0 without advantage.kind 'group'", tries)
+            return
+        group = "with advantage.kind 'group'"
+        check(samples > 1, "rollout.samples_per_prompt", f"2 or more {group}", samples)
+        no_critic = f"{group}, which has no value model"
+        check(model.layout != "shared", "model.layout", f"'separate' or 'adapters' {no_critic}", model.layout)
+        check(model.value_path is None, "model.value_path", f"null {no_critic}", model.value_path)
+        warmup, value_lam = self.optim.critic_warmup_updates, self.advantage.value_lam
+        check(not warmup, "optim.critic_warmup_updates", f"0 {no_critic}", warmup)
+        check(value_lam is None, "advantage.value_lam", f"null {no_critic}", value_lam)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -99,7 +99,7 @@ class DryRun:
 
     def update(self) -> None:
         """Run two micro-batches of a minibatch, which accumulate gradients, and the optimizer step."""
-        settings, networks = self.config.optim, (self.learner.policy, self.learner.value)
+        settings, networks = self.config.optim, self.learner.optimizers
         rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
         for network in networks:
             for parameter in network.parameters:
@@ -113,7 +113,7 @@ class DryRun:
 
     def _make_states(self) -> None:
         """Make the states that optimizers keep from one step to the next."""
-        for network in (self.learner.policy, self.learner.value):
+        for network in self.learner.optimizers:
             for parameter in network.parameters:
                 parameter.grad = torch.empty_like(parameter)
             self._step(network)

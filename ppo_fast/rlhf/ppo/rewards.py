@@ -55,6 +55,9 @@ class Rewards:
         return replace(self, rewards=self.rewards.index_select(0, chosen), kl=self.kl.index_select(0, chosen), **kept)
 
 
+ScoreResponses = Callable[[Responses], ScoredBatch]  # a Scorer, or what remembers its answer
+
+
 class KLCoefficient:
     """coef, fixed or steered: error = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + error * n / horizon.
 
@@ -209,7 +212,9 @@ class RunningStats:
         vars(self).update(state)
 
 
-def compute_rewards(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, kl: KLCoefficient) -> Rewards:
+def compute_rewards(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, scorer: ScoreResponses, kl: KLCoefficient
+) -> Rewards:
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
     responses, device = Responses.from_generation(rollout.generation, tokenizer), rollout.logprobs.device
     scores = scorer(responses)

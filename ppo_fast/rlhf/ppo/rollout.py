@@ -69,7 +69,7 @@ class Rollout:
     logprobs: Tensor  # [N] float32: under the policy that sampled them, by the training forward
     ref_logprobs: Tensor  # [N] float32: under the reference
     entropy: Tensor  # [N] float32: of the policy's full distribution, nats
-    values: Tensor  # [N] float32: of the state before each token
+    values: Tensor  # [N] float32: of the state before each token; 0 without a value model
 
     def sums(self, x: Tensor) -> Tensor:
         """Return [B]: the sum of x [N] over the tokens of each response."""
@@ -188,7 +188,9 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
 
     values: list[Tensor] = []
     policy, reference = stats("policy", values if models.shared else None), stats("reference")
-    if not models.shared:
+    if models.value is None:
+        values = [torch.zeros_like(part.logprobs) for part in policy]
+    elif not models.shared:
         with models.using("value") as value:
             values = [response_values(value, part.sequences) for part in passes]
     return Rollout(
@@ -212,6 +214,7 @@ def _stats(
     if values is None:
         return response_stats(model, part.sequences, chosen, linear=models.linear, temperature=temperature)
     x = response_hidden(model, part.sequences)
+    assert models.value is not None  # on this trunk
     values.append(head_values(models.value.head, x.hidden))
     return head_stats(x, chosen, temperature=temperature)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,15 +21,24 @@ from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
+from ppo_fast.rlhf.ppo.dynamic_sampling import resample
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.metrics import collect
 from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
-from ppo_fast.rlhf.ppo.reward_sources import PromptRows, RewardFunction, load_sources
-from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
-from ppo_fast.rlhf.ppo.rollout import generate, score, warn_about_filters
+from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
+from ppo_fast.rlhf.ppo.rewards import (
+    KLCoefficient,
+    ScoredBatch,
+    Scorer,
+    ScoreResponses,
+    compute_rewards,
+    warn_about_whitening,
+    without_masked,
+)
+from ppo_fast.rlhf.ppo.rollout import Generation, generate, score, warn_about_filters
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
@@ -95,14 +105,19 @@ class PPORun(TrainingLoop):
         config, watch, metrics = self.config, self.watch, dict[str, float]()
         watch.restart()
         with watch("rollout"):
-            batch = PPOBatch(generate(self.models, self._next_prompts(), config.rollout, self.generator))
+            batch = PPOBatch(self._answers(config.rollout.batch_size // config.rollout.samples_per_prompt))
+        scorer: ScoreResponses = self.scorer
+        replaced = dict[str, float]()
         try:
+            if config.rollout.dynamic_sampling:
+                with watch("resample"):
+                    batch, scorer, replaced = self._resample(batch.generation)
             with watch("logprobs"):
                 rollout = score(self.models, batch.generation, self.scoring)
                 batch = PPOBatch(rollout.generation, rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
             with watch("score"):
-                rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
+                rewards = compute_rewards(rollout, self.models.tokenizer, scorer, self.kl)
                 rollout, rewards = without_masked(rollout, rewards)
                 batch = PPOBatch(rollout.generation, rollout, rewards)
                 require_finite(rewards=rewards.rewards)
@@ -113,7 +128,7 @@ class PPORun(TrainingLoop):
                 if not self.learner.warming_up:  # else the KL would lower a coefficient that had no effect yet
                     self.kl.update(rollout.sums(rewards.kl))
                 self.reference.update(update)
-            metrics, note = collect(rollout, rewards, experience, stats, config, watch), stats.note
+            metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return dataclasses.replace(
@@ -146,11 +161,26 @@ class PPORun(TrainingLoop):
         parts = {name: getattr(self, name) for name in named}
         return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")} | self.user_states
 
-    def _next_prompts(self) -> PromptBatch:
+    def _answers(self, count: int) -> Generation:
+        """Sample responses to the next `count` prompts."""
+        return generate(self.models, self._next_prompts(count), self.config.rollout, self.generator)
+
+    def _resample(self, generation: Generation) -> tuple[PPOBatch, ScoreResponses, dict[str, float]]:
+        """Return the batch after `rollout.dynamic_sampling`, a scorer that knows its scores, and a metric."""
+        tries = self.config.rollout.dynamic_sampling
+
+        def score_now(generation: Generation) -> ScoredBatch:
+            return self.scorer(Responses.from_generation(generation, self.models.tokenizer))
+
+        found = resample(generation, self._answers, score_now, tries=tries, pad_id=self.models.pad_id)
+        return PPOBatch(found.generation), lambda responses: found.scores, {"group/replaced": float(found.replaced)}
+
+    def _next_prompts(self, count: int) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt
-        rows = self.sampler.take(self.config.rollout.batch_size // repeat)
+        rows = self.sampler.take(count)
         rows = [row for row in rows for _ in range(repeat)]
-        return make_batch(self.data, rows, self.models.pad_id, self.models.device)
+        batch = make_batch(self.data, rows, self.models.pad_id, self.models.device)
+        return dataclasses.replace(batch, groups=np.arange(len(rows)) // repeat) if repeat > 1 else batch
 
 
 def train_ppo(
@@ -211,7 +241,7 @@ def open_run(
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
-        warn_about_whitening(config.kl, config.advantage.whiten)
+        warn_about_whitening(config.kl, config.advantage.whitened)
         clear_module_cache()
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
@@ -222,6 +252,7 @@ def open_run(
             tokenizer=tokenizer,
             reward=config.reward,
             reference=config.reference,
+            critic=config.advantage.critic,
         )
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)

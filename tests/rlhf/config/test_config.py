@@ -260,7 +260,7 @@ def test_choices_are_checked_in_a_config_made_in_python_too():
         ModelConfig(dtype="float16")
     with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
         RewardConfig(combine="max")
-    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', got 'mc'$"):
+    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', 'group', got 'mc'$"):
         AdvantageConfig(kind="mc")
     with pytest.raises(
         UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"
