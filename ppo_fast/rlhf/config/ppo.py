@@ -108,6 +108,7 @@ class RolloutConfig:
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
+    mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
     dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
     static_cache: bool = False  # keys and values in buffers of fixed size; on a GPU the decoding step is then compiled
@@ -141,6 +142,8 @@ class RewardConfig:
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
+    overlong_penalty: float = 0.0  # subtracted, after the clip, at max_new_tokens; less, linearly, within the buffer
+    overlong_buffer: int | None = None  # tokens before max_new_tokens; null: a fifth of it
     filter: str | None = None  # "file.py:function" -> True (keep), False (reject) or "mask" for each response
     rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
@@ -148,8 +151,10 @@ class RewardConfig:
         check_choices("reward", self)
         if self.clip is not None:
             positive("reward.clip", self.clip)
-        for name in ("missing_eos_penalty", "length_penalty", "std_coef"):
+        for name in ("missing_eos_penalty", "length_penalty", "overlong_penalty", "std_coef"):
             not_negative(f"reward.{name}", getattr(self, name))
+        if self.overlong_buffer is not None:
+            positive("reward.overlong_buffer", self.overlong_buffer)
         check(math.isfinite(self.rejected_score), "reward.rejected_score", "a finite number", self.rejected_score)
         for weight in self.weights:
             not_negative("reward.weights", weight)
@@ -422,6 +427,9 @@ class PPOConfig(RunConfig):
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         warmup = self.optim.critic_warmup_updates
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
+        buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
+        allowed = f"at most rollout.max_new_tokens = {longest}"
+        check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
         self._check_groups()
 
     def _check_groups(self) -> None:

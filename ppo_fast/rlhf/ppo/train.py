@@ -37,6 +37,7 @@ from ppo_fast.rlhf.ppo.rewards import (
     compute_rewards,
     warn_about_whitening,
     without_masked,
+    without_truncated,
 )
 from ppo_fast.rlhf.ppo.rollout import Generation, generate, score, warn_about_filters
 from ppo_fast.rlhf.ppo.update import Learner
@@ -121,13 +122,18 @@ class PPORun(TrainingLoop):
                 rollout, rewards = without_masked(rollout, rewards)
                 batch = PPOBatch(rollout.generation, rollout, rewards)
                 require_finite(rewards=rewards.rewards)
+            learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
+            if learned is None:
+                note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
+                return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
             with watch("update"), self.models.recomputing():
-                experience = make_experience(rollout, rewards, config.advantage)
-                batch = PPOBatch(rollout.generation, rollout, rewards, experience)
+                experience = make_experience(*learned, config.advantage)
+                batch = PPOBatch(learned[0].generation, *learned, experience)
                 stats = self.learner.update(experience, self.kl.coef, update, self.generator)
                 if not self.learner.warming_up:  # else the KL would lower a coefficient that had no effect yet
                     self.kl.update(rollout.sums(rewards.kl))
                 self.reference.update(update)
+            batch = PPOBatch(rollout.generation, rollout, rewards, experience)
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
@@ -256,7 +262,12 @@ def open_run(
         )
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
-        scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
+        scorer = Scorer(
+            load_sources(config, models, reward_fn),
+            config.reward,
+            filter_fn,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
         evaluation = load_evaluation(config, models, scorer, eval_prompts)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)

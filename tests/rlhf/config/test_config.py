@@ -231,6 +231,13 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
         ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
         ({"reward": {"length_penalty": -1}}, "reward.length_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"overlong_penalty": -1}}, "reward.overlong_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"overlong_buffer": 0}}, "reward.overlong_buffer: expected a number > 0, got 0"),
+        (
+            {"reward": {"overlong_buffer": 65}},
+            "reward.overlong_buffer: expected at most rollout.max_new_tokens = 64, got 65",
+        ),
+        ({"rollout": {"dynamic_sampling": -1}}, "rollout.dynamic_sampling: expected a number >= 0, got -1"),
         ({"reward": {"std_coef": -1}}, "reward.std_coef: expected a number >= 0, got -1.0"),
         ({"reward": {"weights": [1, -1]}}, "reward.weights: expected a number >= 0, got -1.0"),
         ({"reward": {"weights": [0, 0]}}, "reward.weights: expected one above 0, got (0.0, 0.0)"),

@@ -50,6 +50,26 @@ def test_rule_06_reward_is_minus_kl_per_token_plus_the_score_on_the_last_counted
     torch.testing.assert_close(rewards.kl[:2], (rollout.logprobs - rollout.ref_logprobs)[:2])
 
 
+def published(length, longest, buffer):
+    """Equation 13 of DAPO."""
+    if length <= longest - buffer:
+        return 0.0
+    return ((longest - buffer) - length) / buffer if length <= longest else -1.0
+
+
+@pytest.mark.parametrize(("longest", "buffer"), [(10, 4), (10, None), (7, 7), (3, None)])
+def test_an_overlong_response_pays_by_its_length(longest, buffer, tokenizer):
+    lengths = list(range(1, longest + 3))
+    settings = {"overlong_penalty": 0.5, "overlong_buffer": buffer, "clip": 1.0}
+    scorer = Scorer(
+        [FunctionSource(lambda **_: [7.0] * len(lengths))], RewardConfig(**settings), max_new_tokens=longest
+    )
+    rewards = compute_rewards(made_rollout(lengths), tokenizer, scorer, KLCoefficient(KLConfig(), CPU))
+    width = buffer or max(1, longest // 5)
+    expected = [1 + 0.5 * published(length, longest, width) for length in lengths]
+    assert rewards.scores.tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("placement", "charged"), [("reward", True), ("both", True), ("loss", False)])
 def test_rule_07_the_reward_pays_for_kl_only_where_it_is_placed_there(rewarded, placement, charged):
     rewards = rewarded(made_rollout([3]), scores(0.0), kl={"coef": 0.5, "placement": placement})
