@@ -96,7 +96,7 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
-    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or "file.py:function" giving them
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or a function as in reward
     balance: str | None = None  # column of topics; every topic is drawn equally often
 
     def __post_init__(self) -> None:
@@ -112,7 +112,9 @@ class RolloutConfig:
     micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
     tokens_per_pass: int | None = None  # of scoring, in place of micro_batch_size; null: by that
     max_new_tokens: int = 64  # a response without EOS ends here
+    mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
+    dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
     engine: Literal["slots", "generate"] | None = (
         None  # generate: transformers' loop; null: slots if they run the model
     )
@@ -125,6 +127,7 @@ class RolloutConfig:
         check(self.engine in engines, "rollout.engine", "'slots', 'generate' or null", self.engine)
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
+        not_negative("rollout.dynamic_sampling", self.dynamic_sampling)
         check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
         allowed = 1e-9 <= self.temperature <= 1e9
         check(allowed, "rollout.temperature", "1e-9 <= temperature <= 1e9", self.temperature)
@@ -139,7 +142,7 @@ class RolloutConfig:
 class RewardConfig:
     """The score of a response, before the KL term: sources, normalized, weighted, combined, clipped, less penalties."""
 
-    function: str | None = None  # "path/to/file.py:function"
+    function: str | None = None  # "path/to/file.py:function" or "module:function", as ppo_fast.rewards:exact_answer
     models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
@@ -148,15 +151,19 @@ class RewardConfig:
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
-    filter: str | None = None  # "file.py:function" -> True (keep), False (reject) or "mask" for each response
+    overlong_penalty: float = 0.0  # subtracted, after the clip, at max_new_tokens; less, linearly, within the buffer
+    overlong_buffer: int | None = None  # tokens before max_new_tokens; null: a fifth of it
+    filter: str | None = None  # such a function -> True (keep), False (reject) or "mask" for each response
     rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
     def __post_init__(self) -> None:
         check_choices("reward", self)
         if self.clip is not None:
             positive("reward.clip", self.clip)
-        for name in ("missing_eos_penalty", "length_penalty", "std_coef"):
+        for name in ("missing_eos_penalty", "length_penalty", "overlong_penalty", "std_coef"):
             not_negative(f"reward.{name}", getattr(self, name))
+        if self.overlong_buffer is not None:
+            positive("reward.overlong_buffer", self.overlong_buffer)
         check(math.isfinite(self.rejected_score), "reward.rejected_score", "a finite number", self.rejected_score)
         for weight in self.weights:
             not_negative("reward.weights", weight)
@@ -198,14 +205,17 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Per token by generalized advantage estimation, or one for the whole response."""
+    """Per token by generalized advantage estimation, or one for the whole response, with a value model or without."""
 
-    kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
+    # sequence: return - value of the prompt, on every token; group: return - mean of the prompt's samples, no critic.
+    kind: Literal["gae", "sequence", "group"] = "gae"  # gae: per token, by lam; the others: one for each response
     gamma: float = 1.0  # discount
     lam: float | Literal["adaptive"] = 0.95  # 0: TD error, 1: return minus value; adaptive: by each response's length
     lam_alpha: float = 0.05  # adaptive: lam = 1 - 1 / (lam_alpha * length), at least 0
     value_lam: float | None = None  # lam of the value model's targets; 1: the returns themselves; null: lam
-    whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
+    whiten: bool | None = None  # mean 0, variance 1 over the rollout batch's counted tokens; null: true, group: false
+    leave_one_out: bool = False  # group: the mean of the other samples (RLOO)
+    divide_by_std: bool = False  # group: in units of the samples' deviation (GRPO)
 
     def __post_init__(self) -> None:
         check_choices("advantage", self)
@@ -215,6 +225,19 @@ class AdvantageConfig:
         positive("advantage.lam_alpha", self.lam_alpha)
         if self.value_lam is not None:
             check(0 <= self.value_lam <= 1, "advantage.value_lam", "0 <= value_lam <= 1 or null", self.value_lam)
+        for name in ("leave_one_out", "divide_by_std"):
+            on = getattr(self, name)
+            check(self.kind == "group" or not on, f"advantage.{name}", "false without advantage.kind 'group'", on)
+
+    @property
+    def critic(self) -> bool:
+        """There is a value model."""
+        return self.kind != "group"
+
+    @property
+    def whitened(self) -> bool:
+        """Whitening would lift the 0 of samples that agree: a group has none by default."""
+        return self.critic if self.whiten is None else self.whiten
 
 
 @dataclass(frozen=True)
@@ -371,7 +394,9 @@ class EvaluationConfig:
 
     every: int = 0  # updates between evaluations; 0: never
     prompts: str | None = None  # held-out prompts, in the format of data.prompts
-    evaluators: tuple[str, ...] = ()  # "file.py:function"; f(generate, model, tokenizer) -> {name: number}
+    evaluators: tuple[
+        str, ...
+    ] = ()  # "file.py:function" or "module:function"; f(generate, model, tokenizer) -> {name: number}
     best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
     best_is: Literal["max", "min"] = "max"  # of that metric
 
@@ -424,6 +449,25 @@ class PPOConfig(RunConfig):
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
         skips = self.on_nan == "skip"
         check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
+        buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
+        allowed = f"at most rollout.max_new_tokens = {longest}"
+        check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Refuse what a group of samples cannot have, and what only a group can have."""
+        samples, model, tries = self.rollout.samples_per_prompt, self.model, self.rollout.dynamic_sampling
+        if self.advantage.critic:
+            check(not tries, "rollout.dynamic_sampling", "0 without advantage.kind 'group'", tries)
+            return
+        group = "with advantage.kind 'group'"
+        check(samples > 1, "rollout.samples_per_prompt", f"2 or more {group}", samples)
+        no_critic = f"{group}, which has no value model"
+        check(model.layout != "shared", "model.layout", f"'separate' or 'adapters' {no_critic}", model.layout)
+        check(model.value_path is None, "model.value_path", f"null {no_critic}", model.value_path)
+        warmup, value_lam = self.optim.critic_warmup_updates, self.advantage.value_lam
+        check(not warmup, "optim.critic_warmup_updates", f"0 {no_critic}", warmup)
+        check(value_lam is None, "advantage.value_lam", f"null {no_critic}", value_lam)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -113,7 +113,7 @@ class DryRun:
 
     def update(self) -> None:
         """Run two micro-batches of a minibatch, which accumulate gradients, and the optimizer step."""
-        settings, networks = self.config.optim, (self.learner.policy, self.learner.value)
+        settings, networks = self.config.optim, self.learner.optimizers
         shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.minibatch_size)
         rows = min(2 * shape.rows, settings.minibatch_size)
         failed = _zeros(dtype=torch.bool)
@@ -128,7 +128,7 @@ class DryRun:
 
     def _make_states(self) -> None:
         """Make the states that optimizers keep from one step to the next."""
-        for network in (self.learner.policy, self.learner.value):
+        for network in self.learner.optimizers:
             for parameter in network.parameters:
                 parameter.grad = torch.empty_like(parameter)
             network.step(1.0)

@@ -13,7 +13,7 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import AdvantageConfig
 from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, to_device
 from ppo_fast.rlhf.ppo.rewards import Rewards
-from ppo_fast.rlhf.ppo.rollout import Rollout, token_indices
+from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, token_indices
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
 
     gae: `lam` for the advantages of the policy, `value_lam` for the returns that the value model regresses on.
     sequence: every token has the advantage of the first, A = return - value at the last prompt token, by lam 1.
+    group: every token has the return of its response less the mean of its prompt's samples, see `group_advantages`.
 
     Source: Schulman et al. 2016, arXiv:1506.02438, equation 16; two lambdas Yuan et al. 2025, arXiv:2503.01491,
     section 3.2; per sequence Ahmadian et al. 2024, arXiv:2402.14740.
     """
-    whole, lengths = config.kind == "sequence", rollout.grid.lengths
+    whole, lengths = config.kind != "gae", rollout.grid.lengths
     lam = 1.0 if whole else config.lam
     advantages, returns = _gae(rollout, rewards, config, lam)
     if config.value_lam not in (None, lam):
@@ -57,7 +58,9 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
     if whole:
         firsts = offsets(lengths)[:-1].repeat(lengths)
         advantages = advantages.index_select(0, to_device(firsts, advantages.device))
-    if config.whiten:
+    if config.kind == "group":
+        advantages = _less_group_mean(rollout, advantages, config)
+    if config.whitened:
         advantages = ops.whiten(advantages, None)
     old = rollout.logprobs, rollout.ref_logprobs, rollout.values
     return Experience(rollout.grid, rollout.tokens, *old, advantages, returns)
@@ -71,6 +74,43 @@ def _gae(
         lams = adaptive_lam(rollout.grid.lengths, config.lam_alpha)
         return gae_by_response(rewards.rewards, rollout.values, rollout.grid.lengths, config.gamma, lams)
     return ops.gae_packed(rewards.rewards, rollout.values, rollout.cu_seqlens, gamma=config.gamma, lam=lam)
+
+
+def _less_group_mean(rollout: Rollout, returns: Tensor, config: AdvantageConfig) -> Tensor:
+    """Return the advantages [N] from the return of its response on every token [N]; the old values are 0."""
+    groups, lengths = rollout.generation.prompts.groups, rollout.grid.lengths
+    assert groups is not None  # samples_per_prompt is 2 or more
+    device = returns.device
+    per_response = returns.index_select(0, to_device(offsets(lengths)[:-1], device))
+    options = {"leave_one_out": config.leave_one_out, "divide_by_std": config.divide_by_std}
+    rows = to_device(np.arange(len(lengths)).repeat(lengths), device)
+    return group_advantages(per_response, groups, **options).index_select(0, rows)
+
+
+def group_advantages(returns: Tensor, groups: Array, *, leave_one_out: bool, divide_by_std: bool) -> Tensor:
+    """A [B] = R - mean of the n samples of a prompt, or of the n - 1 others; 0 where all are equal, or n = 1.
+
+    With `divide_by_std` in units of their deviation, sqrt(sum (R - mean)^2 / (n - 1)). `groups` [B] rise.
+
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2 (GRPO); the others' mean Ahmadian et al. 2024,
+    arXiv:2402.14740, equation 5 (RLOO); without the deviation Liu et al. 2025, arXiv:2503.20783 (Dr. GRPO).
+    """
+    sizes, device = np.unique(groups, return_counts=True)[1], returns.device
+    rows = to_device(np.arange(len(sizes)).repeat(sizes), device)
+    count, lengths = to_device(sizes, device).to(returns.dtype), to_device(sizes, device)
+    centered = returns - (response_sums(returns, lengths) / count)[rows]
+    others = (count - 1).clamp_min(1)
+    advantages = centered * (count / others)[rows] if leave_one_out else centered
+    if divide_by_std:
+        advantages = advantages / (response_sums(centered**2, lengths) / others).sqrt()[rows]
+    return torch.where(agreeing(returns, groups)[rows], 0.0, advantages)
+
+
+def agreeing(x: Tensor, groups: Array) -> Tensor:
+    """Return [G] bool, by group: x [B] is the same in all its rows; `groups` [B] rise."""
+    lengths = to_device(np.unique(groups, return_counts=True)[1], x.device)
+    low, high = (torch.segment_reduce(x, extreme, lengths=lengths, unsafe=True) for extreme in ("min", "max"))
+    return low == high
 
 
 def adaptive_lam(lengths: Array, alpha: float) -> Array:

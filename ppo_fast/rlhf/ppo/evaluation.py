@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import UserError

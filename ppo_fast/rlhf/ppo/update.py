@@ -56,7 +56,7 @@ class UpdateStats:
     """The result of the update of one rollout batch; the metrics are 0-d float32 tensors on the device."""
 
     policy: Metrics  # metrics of `policy_loss` and "loss", combined over all optimizer steps
-    value: Metrics  # metrics of `value_loss`, the same
+    value: Metrics  # metrics of `value_loss`, the same; none without a value model
     grad_norms: Tensor  # [2] float32: policy, value; before clipping, mean over the optimizer steps; 0: no step
     lr: float  # of the policy at the last step
     note: str | None  # why the epochs stopped early, or which steps were skipped
@@ -79,7 +79,7 @@ class Step:
         """Return the 0-d numbers that must be finite for the step to be taken, by metric."""
         return {
             "loss/policy": self.policy["policy_loss"],
-            "loss/value": self.value["value_loss"],
+            **({"loss/value": self.value["value_loss"]} if self.value else {}),
             "loss/total": self.policy["loss"],
             "policy/approxkl": self.policy["approx_kl"],
             "policy/ratio_max": self.policy["ratio_max"],
@@ -95,7 +95,9 @@ class Learner:
         self.models, self.config = models, config
         kind = InBackwardOptimizer if config.optim.in_backward else ClippedOptimizer
         self.policy = kind(models.trained("policy"), config.optim.lr, config.optim)
-        self.value = kind(models.trained("value"), config.optim.value_lr, config.optim)
+        self.value = None  # without a value model
+        if models.value is not None:
+            self.value = kind(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
         self.kl_coef, self.penalty_coef = torch.zeros(2, dtype=torch.float32, device=models.device)
         self.loss_config = self._loss_config()
@@ -126,11 +128,13 @@ class Learner:
             policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
             if not self.warming_up:
                 self.policy.begin(policy_factor, failed)
-            self.value.begin(value_factor, failed)
+            if self.value is not None:
+                self.value.begin(value_factor, failed)
             policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
             none = torch.zeros((), dtype=torch.float32, device=device)
-            norm = torch.stack([none if self.warming_up else self.policy.clip(), self.value.clip()])
+            value_norm = none if self.value is None else self.value.clip()
+            norm = torch.stack([none if self.warming_up else self.policy.clip(), value_norm])
             steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
@@ -140,7 +144,8 @@ class Learner:
             if not self.warming_up:
                 lr_factor = policy_factor
                 self.policy.step(policy_factor, failed)
-            self.value.step(value_factor, failed)
+            if self.value is not None:
+                self.value.step(value_factor, failed)
         good, skipped = finite_steps(steps, stop=stop)
         norms = [step.norms for step in good if step.taken]
         if not self.warming_up:
@@ -171,7 +176,8 @@ class Learner:
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
     def _separate_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
-        return self._policy_backward(micro, terms), self._value_backward(micro, tokens)
+        value = {} if self.value is None else self._value_backward(micro, tokens)
+        return self._policy_backward(micro, terms), value
 
     def _policy_backward(self, micro: MicroBatch, terms: Terms) -> Metrics:
         with self.models.using("policy") as policy, torch.set_grad_enabled(not self.warming_up):
@@ -191,6 +197,7 @@ class Learner:
 
         While the critic warms up the trunk has no gradient: the loss of the value reaches only the head.
         """
+        assert self.models.value is not None  # on this trunk
         with self.models.using("policy") as policy:
             with torch.set_grad_enabled(not self.warming_up):
                 x = response_hidden(policy, micro.sequences)
@@ -238,17 +245,23 @@ class Learner:
             for number, start in enumerate(range(0, size, self.config.optim.minibatch_size)):
                 yield epoch, number, order[start : start + self.config.optim.minibatch_size]
 
+    @property
+    def optimizers(self) -> list[ClippedOptimizer]:
+        """The optimizers of the policy and of the value model, if there is one."""
+        return [self.policy, *([] if self.value is None else [self.value])]
+
     def state_dict(self) -> State:
         """Return the states of optimizers and penalty coefficient; the models hold the weights."""
-        return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
+        parts = {name: getattr(self, name) for name in ("policy", "value", "penalty")}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State) -> None:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
     def _discard_gradients(self) -> None:
-        self.policy.zero_grad()
-        self.value.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def _stop_note(self, approx_kl: Tensor, epoch: int) -> str | None:
         """Return why the epochs stop; reads one number from the device, only if target_kl is set."""
@@ -281,6 +294,8 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
 
 def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch.mean) -> Metrics:
     """Join metrics of several batches: means weighted by their `tokens`, maxima by max, losses by `losses`."""
+    if not parts[0]:
+        return {}
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     weight = joined["tokens"] / joined["tokens"].sum()
 

@@ -23,7 +23,7 @@ from ppo_fast.rlhf.models.kernels import kernels_of
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoint
 from ppo_fast.rlhf.training.log import CHECKPOINTS
 from ppo_fast.rlhf.training.state import State, fingerprint
-from ppo_fast.rlhf.user_code import to_python
+from ppo_fast.rlhf.user_code import source_of, to_python
 
 Weights = TypeVar("Weights", bound=WeightsConfig)
 KERNELS = "kernels of the model"  # in `inputs`
@@ -109,9 +109,9 @@ def _written(value: object) -> str:
 
 
 def file_digests(specs: Iterable[str | None]) -> dict[str, str]:
-    """Return file -> digest of the files in "file.py:function" specs."""
-    paths = sorted({spec.rpartition(":")[0] for spec in specs if spec})
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()}
+    """Return file or module -> digest of its file, of "file.py:function" and "module:function" specs, once loaded."""
+    files = {path: source_of(path) for path in sorted({spec.rpartition(":")[0] for spec in specs if spec})}
+    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items() if file is not None}
 
 
 def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -238,6 +238,13 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
         ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
         ({"reward": {"length_penalty": -1}}, "reward.length_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"overlong_penalty": -1}}, "reward.overlong_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"overlong_buffer": 0}}, "reward.overlong_buffer: expected a number > 0, got 0"),
+        (
+            {"reward": {"overlong_buffer": 65}},
+            "reward.overlong_buffer: expected at most rollout.max_new_tokens = 64, got 65",
+        ),
+        ({"rollout": {"dynamic_sampling": -1}}, "rollout.dynamic_sampling: expected a number >= 0, got -1"),
         ({"reward": {"std_coef": -1}}, "reward.std_coef: expected a number >= 0, got -1.0"),
         ({"reward": {"weights": [1, -1]}}, "reward.weights: expected a number >= 0, got -1.0"),
         ({"reward": {"weights": [0, 0]}}, "reward.weights: expected one above 0, got (0.0, 0.0)"),
@@ -267,7 +274,7 @@ def test_choices_are_checked_in_a_config_made_in_python_too():
         ModelConfig(dtype="float16")
     with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
         RewardConfig(combine="max")
-    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', got 'mc'$"):
+    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', 'group', got 'mc'$"):
         AdvantageConfig(kind="mc")
     with pytest.raises(
         UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"

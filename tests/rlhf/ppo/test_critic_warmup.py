@@ -57,6 +57,7 @@ def test_only_the_value_model_learns_in_the_first_updates(layout, make_models, m
         assert (stats.lr, stats.grad_norms[0].item()) == (0.0, 0.0)
         assert stats.grad_norms[1] > 0
         assert learner.penalty.coef == 1.0
+        assert all(weight.grad is None for weight in models.weights("policy"))  # for the first step to add to
         assert stats.policy["ratio_max"] == pytest.approx(1, abs=1e-5)
         assert stats.policy["entropy"] == pytest.approx(rollout.entropy.mean().item(), rel=1e-4)
     before = weights(models)
