@@ -106,15 +106,19 @@ class RolloutConfig:
 
     batch_size: int = 64  # responses per update
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
-    micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
+    micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
-    static_cache: bool = False  # keys and values in buffers of fixed size; on a GPU the decoding step is then compiled
+    engine: Literal["slots", "generate"] | None = (
+        None  # generate: transformers' loop; null: slots if they run the model
+    )
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
 
     def __post_init__(self) -> None:
+        engines = (None, "slots", "generate")
+        check(self.engine in engines, "rollout.engine", "'slots', 'generate' or null", self.engine)
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
         check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)

@@ -23,7 +23,7 @@ from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
 from ppo_fast.rlhf.models.saved import SavedModel
 from ppo_fast.rlhf.models.value import sequence_scores
-from ppo_fast.rlhf.ppo.rollout import Generation
+from ppo_fast.rlhf.ppo.rollout import Generation, counted_ids
 from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
 
 REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
@@ -46,10 +46,10 @@ class Responses:
     @classmethod
     def from_generation(cls, generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Responses:
         prompts = generation.prompts
-        ids = _counted(generation.responses, generation.mask)
+        ids = counted_ids(generation.responses, generation.mask)
         return cls(
             prompts=prompts.prompts,
-            prompt_ids=_counted(prompts.input_ids, prompts.attention_mask),
+            prompt_ids=counted_ids(prompts.input_ids, prompts.attention_mask),
             completions=tokenizer.batch_decode(ids, skip_special_tokens=True),
             completion_ids=ids,
             ended=generation.ended.tolist(),
@@ -202,12 +202,6 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
     }
     known: dict[str | None, SavedModel] = {saved.path: saved for saved in models.rewards}
     return sources + [ModelSource(known.get(path, path), models.tokenizer, **options) for path in reward.models]
-
-
-def _counted(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    """Return the ids [B, L] of each row where mask is True."""
-    rows = zip(ids.tolist(), mask.tolist(), strict=True)
-    return [[token for token, counts in zip(*row, strict=True) if counts] for row in rows]
 
 
 def _checked(score: object, ids: list[int], sample: int) -> Score:

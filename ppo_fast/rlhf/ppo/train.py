@@ -16,6 +16,8 @@ from ppo_fast.rlhf.config.files import save_config
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
+from ppo_fast.rlhf.decoding.engines import check_engine
+from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
@@ -28,7 +30,8 @@ from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
-from ppo_fast.rlhf.ppo.rollout import generate, score, warn_about_filters
+from ppo_fast.rlhf.ppo.rollout import generate, warn_about_filters
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
@@ -62,7 +65,7 @@ class PPORun(TrainingLoop):
     data: Prompts
     scorer: Scorer
     evaluation: Evaluation | None
-    generator: torch.Generator  # every random number of the run except those of the evaluation
+    generator: torch.Generator  # every random number of the run except the noise that draws tokens
     callbacks: Sequence[UserCallback] = ()
     length = "updates"
 
@@ -89,13 +92,15 @@ class PPORun(TrainingLoop):
         optim, rollout = self.config.optim, self.config.rollout
         width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
         self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
+        self.seed = noise_seed(self.config.seed, "rollout")
 
     def step(self, update: int, log: StageLog) -> StepRecord:
         """Take update `update`, from 0: sample, score, improve, measure."""
         config, watch, metrics = self.config, self.watch, dict[str, float]()
         watch.restart()
         with watch("rollout"):
-            batch = PPOBatch(generate(self.models, self._next_prompts(), config.rollout, self.generator))
+            first = update * config.rollout.batch_size
+            batch = PPOBatch(generate(self.models, self._next_prompts(), config.rollout, self.seed, first))
         try:
             with watch("logprobs"):
                 rollout = score(self.models, batch.generation, self.scoring)
@@ -222,6 +227,7 @@ def open_run(
             reward=config.reward,
             reference=config.reference,
         )
+        check_engine(config.rollout.engine, models.policy)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
