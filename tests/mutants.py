@@ -44,6 +44,7 @@ BATCHES = "tests/rlhf/data/test_packing.py"
 TEMPLATES = "tests/rlhf/data/test_templates.py"
 ADAPTERS = "tests/rlhf/models/test_adapters.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
+CORRECTION = "tests/rlhf/ppo/test_correction.py"
 EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
@@ -353,6 +354,14 @@ MUTANTS = [
         "if end == len(ids)",
         TEMPLATES,
     ),
+    Mutant(
+        f"{RLHF}/ppo/correction.py",
+        "rollout.logprobs - rollout.sampled_logprobs\n    if",
+        "0 * rollout.logprobs\n    if",
+        CORRECTION,
+    ),
+    Mutant(f"{RLHF}/ppo/advantages.py", "loss_mask[loss_mask] = host", "pass", CORRECTION),
+    Mutant(f"{RLHF}/ppo/update.py", '"importance_weights": micro.weights,', "", CORRECTION),
     Mutant(f"{RLHF}/data/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
     Mutant(f"{RLHF}/data/examples.py", "if not whole.startswith(before):", "if False:", EXAMPLES),
     Mutant(f"{RLHF}/data/examples.py", "joined = both[: len(start)] == start", "joined = True", EXAMPLES),
