@@ -145,6 +145,7 @@ class RewardConfig:
     """The score of a response, before the KL term: sources, normalized, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function"
+    timeout: float | None = 600.0  # seconds that an `async def` function may take for a batch; null: no limit
     models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
@@ -158,6 +159,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_choices("reward", self)
+        if self.timeout is not None:
+            positive("reward.timeout", self.timeout)
         if self.clip is not None:
             positive("reward.clip", self.clip)
         for name in ("missing_eos_penalty", "length_penalty", "std_coef"):

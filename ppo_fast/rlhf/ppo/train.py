@@ -175,7 +175,7 @@ def train_ppo(
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
-            token, for each completion; called by keyword.
+            token, for each completion; called by keyword. It may be `async def`, or return coroutines.
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
