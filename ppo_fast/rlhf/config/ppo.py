@@ -121,6 +121,10 @@ class RolloutConfig:
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
+    correction: Literal["none", "truncate", "mask"] | None = None  # of sampled for trained probabilities; null: none
+    correction_cap: float = 2.0  # truncate: weights of the policy loss are min(pi_train / pi_sampled, cap)
+    correction_band: tuple[float, float] = (0.5, 2.0)  # mask: tokens with a weight outside are left out of the update
+    correction_level: Literal["token", "sequence"] = "token"  # sequence: the product of a response's weights
 
     def __post_init__(self) -> None:
         engines = (None, "slots", "generate")
@@ -136,6 +140,12 @@ class RolloutConfig:
         if self.micro_batch_size is not None:
             positive("rollout.micro_batch_size", self.micro_batch_size)
         _check_tokens_per_pass("rollout", self.tokens_per_pass, self.micro_batch_size)
+        check_choices("rollout", self)
+        kinds, low, high = (None, "none", "truncate", "mask"), *self.correction_band
+        check(self.correction in kinds, "rollout.correction", "'none', 'truncate', 'mask' or null", self.correction)
+        check(1 <= self.correction_cap < math.inf, "rollout.correction_cap", "a number >= 1", self.correction_cap)
+        around = 0 <= low <= 1 <= high < math.inf
+        check(around, "rollout.correction_band", "two numbers, 0 <= low <= 1 <= high", self.correction_band)
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,7 @@ class RewardConfig:
     """The score of a response, before the KL term: sources, normalized, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function" or "module:function", as ppo_fast.rewards:exact_answer
+    timeout: float | None = 600.0  # seconds that an `async def` function may take for a batch; null: no limit
     models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
@@ -158,6 +169,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_choices("reward", self)
+        if self.timeout is not None:
+            positive("reward.timeout", self.timeout)
         if self.clip is not None:
             positive("reward.clip", self.clip)
         for name in ("missing_eos_penalty", "length_penalty", "overlong_penalty", "std_coef"):

@@ -24,6 +24,7 @@ from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
+from ppo_fast.rlhf.ppo.correction import make_correction
 from ppo_fast.rlhf.ppo.dynamic_sampling import resample
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
@@ -137,7 +138,8 @@ class PPORun(TrainingLoop):
                 note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
                 return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
             with watch("update"), self.models.recomputing():
-                experience = make_experience(*learned, config.advantage)
+                correction = make_correction(learned[0], config.rollout)
+                experience = make_experience(*learned, config.advantage, correction)
                 batch = PPOBatch(learned[0].generation, *learned, experience)
                 stats = self.learner.update(experience, self.kl.coef, update, self.generator)
                 if not self.learner.warming_up:  # else the KL would lower a coefficient that had no effect yet
@@ -218,7 +220,7 @@ def train_ppo(
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
-            token, for each completion; called by keyword.
+            token, for each completion; called by keyword. It may be `async def`, or return coroutines.
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
