@@ -17,7 +17,7 @@ from transformers import Cache
 from ppo_fast.rlhf.decoding import kernels
 
 
-class Buffers:
+class KeyValues:
     """Keys and values [slots, heads, length, width] of each layer, made when a layer first writes to them."""
 
     def __init__(self, slots: int, length: int) -> None:
@@ -44,7 +44,7 @@ class View(Cache):
 
     is_compileable = True
 
-    def __init__(self, buffers: Buffers) -> None:  # the base class makes layers of its own
+    def __init__(self, buffers: KeyValues) -> None:  # the base class makes layers of its own
         self.buffers, self.layers = buffers, []
 
     def get_seq_length(self, *_: object, **__: object) -> int:
@@ -69,7 +69,7 @@ class Prefill(View):
     Padding follows the prompt, so no token of it attends there, and sampled tokens overwrite its keys.
     """
 
-    def __init__(self, buffers: Buffers, slots: Tensor, start: int) -> None:
+    def __init__(self, buffers: KeyValues, slots: Tensor, start: int) -> None:
         super().__init__(buffers)
         self.slots, self.start = slots, start
 
@@ -109,7 +109,7 @@ class Decode(View):
         length: attention reads the buffers up to here; beyond every position, except those of slots that are free.
     """
 
-    def __init__(self, buffers: Buffers, positions: Tensor, length: int) -> None:
+    def __init__(self, buffers: KeyValues, positions: Tensor, length: int) -> None:
         super().__init__(buffers)
         self.positions, self.length = positions, length
         self.count = len(positions)

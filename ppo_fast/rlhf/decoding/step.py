@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppo_fast.rlhf.decoding.cache import Buffers, Decode, View
+from ppo_fast.rlhf.decoding.cache import KeyValues, Decode, View
 from ppo_fast.rlhf.decoding.requests import DecodingSettings
 from ppo_fast.rlhf.models.forward import backbone_of, unwrapped
 
@@ -76,7 +76,7 @@ class SlotState:
 class Step:
     """Samples a token in each of the first slots."""
 
-    def __init__(self, network: Network, state: SlotState, buffers: Buffers, settings: DecodingSettings) -> None:
+    def __init__(self, network: Network, state: SlotState, buffers: KeyValues, settings: DecodingSettings) -> None:
         self.network, self.state, self.buffers, self.settings = network, state, buffers, settings
         device = state.ids.device
         self.eos = torch.tensor(settings.eos_ids, dtype=torch.int64, device=device)
