@@ -115,26 +115,25 @@ class Step:
 class Graphs:
     """Replays a step as a CUDA graph, one for each number of slots and length; on a CPU, runs it.
 
-    The first step in all runs as it is: it makes buffers and compiles kernels. A capture waits for nothing, so it
-    overlaps with what the device still has to do.
+    The first step of each runs as it is: it makes buffers, and compiles and loads kernels. A capture waits for nothing,
+    so it overlaps with what the device still has to do.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self.step, self.device, self.warm = step, device, False
+    def __init__(self, sample: Step, device: torch.device) -> None:
+        self.sample, self.device = sample, device
+        self.warm = set[tuple[int, int]]()
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def __call__(self, count: int, length: int) -> None:
-        if self.device.type != "cuda":
-            self.step(count, length)
+        key = (count, length)
+        if self.device.type != "cuda" or key not in self.warm:
+            self.warm.add(key)
+            self.sample(count, length)
             return
-        with side_by_side(capture_stream(self.device)):
-            if not self.warm:
-                self.step(count, length)
-                self.warm = True
-                return
-            if (count, length) not in self.graphs:
-                self.graphs[count, length] = self._captured(count, length)
-        self.graphs[count, length].replay()
+        if key not in self.graphs:
+            with side_by_side(capture_stream(self.device)):
+                self.graphs[key] = self._captured(count, length)
+        self.graphs[key].replay()
 
     def _captured(self, count: int, length: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -142,7 +141,7 @@ class Graphs:
         with without_collector():
             graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
             try:
-                self.step(count, length)
+                self.sample(count, length)
             finally:
                 graph.capture_end()
         return graph

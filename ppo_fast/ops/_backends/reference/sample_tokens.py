@@ -32,7 +32,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 def noise(keys: Tensor, vocab: int) -> Tensor:
     """Exponential variables [N, V] float32 of keys [N, 3]: word v takes lane v % 4 of counter (v // 4, step, row)."""
     seed, row, step = (x[:, None] for x in keys.unbind(-1))
-    counter = torch.arange((vocab + 3) // 4, device=keys.device)[None]
+    counter = torch.arange((vocab + 3) // 4, dtype=torch.int64, device=keys.device)[None]
     halves = row & _LOW, row >> 32 & _LOW
     words = philox((counter, step & _LOW, *halves), (seed & _LOW, seed >> 32 & _LOW))
     return exponential(torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab])
