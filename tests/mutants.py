@@ -36,6 +36,7 @@ POLICY = "tests/ops/test_policy_loss.py"
 METRICS = "tests/ops/test_policy_metrics.py"
 PREFERENCE = "tests/ops/test_preference.py"
 MANNERS = "tests/ops/test_side_effects.py"
+SAMPLE = "tests/ops/test_sample_tokens.py"
 STATS = "tests/ops/test_token_stats.py"
 VALUE = "tests/ops/test_value_loss.py"
 EXAMPLES = "tests/rlhf/data/test_examples.py"
@@ -43,6 +44,7 @@ BATCHES = "tests/rlhf/data/test_packing.py"
 TEMPLATES = "tests/rlhf/data/test_templates.py"
 ADAPTERS = "tests/rlhf/models/test_adapters.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
+CORRECTION = "tests/rlhf/ppo/test_correction.py"
 EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
@@ -65,6 +67,14 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/token_stats.py", "(u - w.to(u.dtype) - kl[..., None])", "(u - w.to(u.dtype))", STATS),
     Mutant(f"{REFERENCE}/token_stats.py", "(grad / temperature)", "grad", STATS),
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(mask[..., None], grad, 0.0)", "grad * mask[..., None]", TRAPS),
+    # sample_tokens
+    Mutant(f"{REFERENCE}/sample_tokens.py", "(k1 + round_ * _WEYL[1])", "(k1 + round_ * _WEYL[0])", SAMPLE),
+    Mutant(f"{REFERENCE}/sample_tokens.py", "torch.log1p(-x)", "(1 - x).log()", SAMPLE),
+    Mutant(f"{REFERENCE}/sample_tokens.py", "larger = mass.cumsum(-1) - mass", "larger = mass.cumsum(-1)", SAMPLE),
+    Mutant(f"{CPU}/simd/philox.h", "a.high ^ c3 ^ k1", "a.high ^ c3 ^ k0", SAMPLE),
+    Mutant(f"{CPU}/rows/sample.h", "row.max != -kInfinity", "false", SAMPLE),
+    Mutant(f"{CPU}/rows/sample.h", "p[0] * 0x1p33f", "p[0] * 0x1p3f", SAMPLE),
+    Mutant(f"{CPU}/rows/sample.h", "(k > 0 ? mass(scratch, n) : sum)", "sum", SAMPLE),
     # policy_loss
     Mutant(
         f"{REFERENCE}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped != unclipped", POLICY
@@ -344,6 +354,14 @@ MUTANTS = [
         "if end == len(ids)",
         TEMPLATES,
     ),
+    Mutant(
+        f"{RLHF}/ppo/correction.py",
+        "rollout.logprobs - rollout.sampled_logprobs\n    if",
+        "0 * rollout.logprobs\n    if",
+        CORRECTION,
+    ),
+    Mutant(f"{RLHF}/ppo/advantages.py", "loss_mask[loss_mask] = host", "pass", CORRECTION),
+    Mutant(f"{RLHF}/ppo/update.py", '"importance_weights": micro.weights,', "", CORRECTION),
     Mutant(f"{RLHF}/data/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
     Mutant(f"{RLHF}/data/examples.py", "if not whole.startswith(before):", "if False:", EXAMPLES),
     Mutant(f"{RLHF}/data/examples.py", "joined = both[: len(start)] == start", "joined = True", EXAMPLES),

@@ -113,6 +113,10 @@ class RolloutConfig:
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
+    correction: Literal["none", "truncate", "mask"] | None = None  # of sampled for trained probabilities; null: none
+    correction_cap: float = 2.0  # truncate: weights of the policy loss are min(pi_train / pi_sampled, cap)
+    correction_band: tuple[float, float] = (0.5, 2.0)  # mask: tokens with a weight outside are left out of the update
+    correction_level: Literal["token", "sequence"] = "token"  # sequence: the product of a response's weights
 
     def __post_init__(self) -> None:
         engines = (None, "slots", "generate")
@@ -126,6 +130,12 @@ class RolloutConfig:
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
         if self.micro_batch_size is not None:
             positive("rollout.micro_batch_size", self.micro_batch_size)
+        check_choices("rollout", self)
+        kinds, low, high = (None, "none", "truncate", "mask"), *self.correction_band
+        check(self.correction in kinds, "rollout.correction", "'none', 'truncate', 'mask' or null", self.correction)
+        check(1 <= self.correction_cap < math.inf, "rollout.correction_cap", "a number >= 1", self.correction_cap)
+        around = 0 <= low <= 1 <= high < math.inf
+        check(around, "rollout.correction_band", "two numbers, 0 <= low <= 1 <= high", self.correction_band)
 
 
 @dataclass(frozen=True)

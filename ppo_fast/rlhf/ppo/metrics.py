@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.ppo.advantages import Experience
+from ppo_fast.rlhf.ppo.correction import mismatch_metrics
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
 from ppo_fast.rlhf.ppo.update import UpdateStats
@@ -35,6 +36,7 @@ def collect(
         _objective(rollout, rewards)
         | _update(stats, config)
         | _lengths(rollout, rewards)
+        | mismatch_metrics(rollout, config.rollout)
         | {"value/explained_variance": explained_variance(experience.values, experience.returns)}
         | ({} if rewards.std is None else {"hacking/ensemble_std": rewards.std.mean()})
     )

@@ -22,6 +22,7 @@ from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
+from ppo_fast.rlhf.ppo.correction import make_correction
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
@@ -112,7 +113,8 @@ class PPORun(TrainingLoop):
                 batch = PPOBatch(rollout.generation, rollout, rewards)
                 require_finite(rewards=rewards.rewards)
             with watch("update"), self.models.recomputing():
-                experience = make_experience(rollout, rewards, config.advantage)
+                correction = make_correction(rollout, config.rollout)
+                experience = make_experience(rollout, rewards, config.advantage, correction)
                 batch = PPOBatch(rollout.generation, rollout, rewards, experience)
                 stats = self.learner.update(experience, self.kl.coef, update, self.generator)
                 self.kl.update(rollout.sums(rewards.kl))

@@ -43,6 +43,7 @@ class MicroBatch:
     values: Tensor  # [n] float32: old
     advantages: Tensor  # [n] float32
     returns: Tensor  # [n] float32
+    weights: Tensor | None = None  # [n] float32: importance weights of the policy loss; None: 1
 
     @classmethod
     def from_experience(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
@@ -142,8 +143,8 @@ class Learner:
     def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
         """Accumulate the gradients of a minibatch of these rows, micro-batch by micro-batch, under one normalizer."""
         lengths = experience.lengths[rows]
-        tokens = int(lengths.sum())
-        count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
+        tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
+        count = tokens if self.config.loss.aggregation == "token-mean" else sequences
         run = self._joint_backward if self.models.shared else self._separate_backward
         self.kl_coef.fill_(kl_coef)
         self.penalty_coef.fill_(self.penalty.coef)
@@ -199,6 +200,7 @@ class Learner:
             "targets": micro.tokens,
             "old_logprobs": micro.logprobs,
             "advantages": micro.advantages,
+            "importance_weights": micro.weights,
             "cu_seqlens": micro.cu_seqlens,
             "denominator": count,
             "config": self.loss_config,
@@ -261,7 +263,7 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
 def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch.mean) -> Metrics:
     """Join metrics of several batches: means weighted by their `tokens`, maxima by max, losses by `losses`."""
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    weight = joined["tokens"] / joined["tokens"].sum()
+    weight = joined["tokens"] / joined["tokens"].sum().clamp_min(1)
 
     def join(name: str, values: Tensor) -> Tensor:
         if name == "tokens":

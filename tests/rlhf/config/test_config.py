@@ -210,6 +210,14 @@ def test_rule_07_k1_is_no_loss():
     [
         ({"rollout": {"temperature": 0}}, "rollout.temperature: expected 1e-9 <= temperature <= 1e9, got 0.0"),
         ({"rollout": {"stop": [""]}}, "rollout.stop: expected strings that are not empty, got ('',)"),
+        (
+            {"rollout": {"correction_cap": 0.5}},
+            "rollout.correction_cap: expected a number >= 1, got 0.5",
+        ),
+        (
+            {"rollout": {"correction_band": [1.1, 2.0]}},
+            "rollout.correction_band: expected two numbers, 0 <= low <= 1 <= high, got (1.1, 2.0)",
+        ),
         ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
         ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),
         ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1, got 2.0"),

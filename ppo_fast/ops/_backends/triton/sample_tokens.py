@@ -148,16 +148,15 @@ def merge_kernel(
 def ordered(x, BITS: tl.constexpr):
     """Unsigned integers of BITS bits that are ordered as the float32 x."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000) >> (32 - BITS)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000) >> (32 - BITS)
 
 
 @triton.jit
 def from_ordered(image, BITS: tl.constexpr):
     """The float32 of the integer; the bits that its dtype cannot set are 0."""
     bits = image << (32 - BITS)
-    return tl.where(bits >> 31 != 0, bits & 0x7FFFFFFF, ~bits & (0xFFFFFFFF << (32 - BITS))).to(
-        tl.float32, bitcast=True
-    )
+    flipped = ((bits ^ 0xFFFFFFFF) >> (32 - BITS)) << (32 - BITS)
+    return tl.where(bits >> 31 != 0, bits & 0x7FFFFFFF, flipped).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -178,10 +177,9 @@ def smallest_within(
     Four bits at a time, the highest first: the words above each of 16 images are measured in one pass.
     """
     columns, digits = tl.arange(0, BLOCK), tl.arange(0, 16).to(tl.uint32)
-    base = tl.zeros([1], tl.uint32)
-    for level in tl.static_range(BITS // 4):
-        unit: tl.constexpr = BITS - 4 * (level + 1)
-        pivots = base + (digits << unit) + ((1 << unit) - 1)
+    base, unit = tl.zeros([1], tl.uint32), tl.full([1], 1 << (BITS - 4), tl.uint32)
+    for _ in range(BITS // 4):
+        pivots = base + digits * unit + (unit - 1)
         measure = tl.zeros([16, BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             x = tl.load(x_ptr + start + columns, columns < V - start, other=-float("inf")).to(tl.float32)
@@ -191,7 +189,8 @@ def smallest_within(
             image = ordered(x, BITS)
             measure += tl.where(image[None, :] > pivots[:, None], weight[None, :], 0.0)
         too_low = (tl.sum(measure, 1) >= limit).to(tl.uint32)
-        base += tl.sum(too_low, 0) << unit
+        base += tl.sum(too_low, 0) * unit
+        unit >>= 4
     return base
 
 
