@@ -115,9 +115,7 @@ class RolloutConfig:
     mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
     dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
-    engine: Literal["slots", "generate"] | None = (
-        None  # generate: transformers' loop; null: slots if they run the model
-    )
+    engine: Literal["slots", "generate"] | None = None  # null: slots if they take the model; generate: any
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
