@@ -20,6 +20,7 @@ from ppo_fast.ops._core.policy_inputs import (
     check_values,
     named_output,
     policy_inputs,
+    with_tensors,
 )
 from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import grouped, schema
@@ -312,7 +313,9 @@ def linear_policy_loss(
     check_policy_inputs(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
     head = (call.hidden, call.weight, call.bias)
     needs = NeedsGrad(*[torch.is_grad_enabled() and x is not None and x.requires_grad for x in head])
-    policy = policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
+    policy = with_tensors(
+        policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator), call.hidden
+    )
     run = _Eager.apply if is_eager(call) else _linear_policy_loss
     loss, metrics, logprobs, entropy, kl, *_ = run(*call, *needs, *policy)
     return named_output(loss, metrics, logprobs, entropy, kl, targets.shape)

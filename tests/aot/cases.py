@@ -13,7 +13,7 @@ from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, ValueInput
 from ppo_fast.ops._core.results import RowStats
 
 B, T = 1, 2
-VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
+VOCABULARIES = {"tiny": 32, "small": 1000, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,6 +50,9 @@ def policy(estimator: str) -> None:
     full, ref = (x, None) if estimator == "full" else (none, x)
     inputs = PolicyInputs(x, x, ref, x, None, None, coef, coef, coef, *clips)
     policy_loss.policy_loss_from_stats(stats._replace(kl=full), mask, inputs)
+    logits, targets = torch.empty(B, T, 8192, dtype=torch.bfloat16), rows(torch.int64)
+    reference = logits if estimator == "full" else None
+    policy_loss.policy_loss(RowInputs(logits, targets, reference, mask, 1.0), inputs)
 
 
 def value(dtype: torch.dtype) -> None:

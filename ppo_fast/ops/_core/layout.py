@@ -39,11 +39,15 @@ def as_bools(x: Tensor | None, shape: torch.Size) -> Tensor | None:
     return None if rows is None else rows.contiguous()
 
 
-def as_denominator(value: float | Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the denominator as a 0-d tensor on the device of ``like``, in the accumulation dtype."""
-    if value is None:
-        return None
-    dtype = checks.accumulation_dtype(like.dtype)
+def as_scalar(value: float | Tensor | None, like: Tensor) -> float | Tensor | None:
+    """Return a tensor on the device of ``like`` in the accumulation dtype, without gradient; a number as a float."""
     if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=like.device)
+        return value.detach().to(device=like.device, dtype=checks.accumulation_dtype(like.dtype))
+    return None if value is None else float(value)
+
+
+def as_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """Return what :func:`as_scalar` returned as a 0-d tensor, which the registered ops take."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=checks.accumulation_dtype(like.dtype), device=like.device)

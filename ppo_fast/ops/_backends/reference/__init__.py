@@ -8,7 +8,7 @@ from ppo_fast.ops._backends.reference.gae import gae
 from ppo_fast.ops._backends.reference.policy_loss import kl_values, policy_loss, policy_loss_from_stats
 from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
 from ppo_fast.ops._backends.reference.token_stats import token_stats, token_stats_backward
-from ppo_fast.ops._backends.reference.value_loss import value_loss
+from ppo_fast.ops._backends.reference.value_loss import value_loss, value_loss_backward
 
 __all__ = [
     "counted_mean",
@@ -22,4 +22,5 @@ __all__ = [
     "token_stats_backward",
     "token_weights",
     "value_loss",
+    "value_loss_backward",
 ]
