@@ -48,10 +48,8 @@ class _Result(NamedTuple):
 _Outcome = tuple[PolicyLossResult, RowStats, Gradients, Tensor]
 
 
-def _from_stats(
-    backend: str, stats: RowStats, mask: Tensor | None, policy: PolicyInputs, **weights: Tensor
-) -> PolicyLossResult:
-    return registry.implementation("policy_loss_from_stats", backend)(stats, mask, policy, **weights)
+def _from_stats(backend: str, stats: RowStats, mask: Tensor | None, policy: PolicyInputs) -> PolicyLossResult:
+    return registry.implementation("policy_loss_from_stats", backend)(stats, mask, policy)
 
 
 def _counted(head: ChunkedHead, policy: PolicyInputs) -> PolicyInputs:
@@ -69,6 +67,7 @@ def _some(policy: PolicyInputs, first: int, last: int) -> PolicyInputs:
 def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     """Each tile once: a token's share of the loss depends on its own row only, and its weight on the mask."""
     call, found = head.call, []
+    run = registry.implementation("policy_gradients", call.backend)
     weights = _weights(call, policy)
     scale = unit_scale(call.hidden, weights)
     weights, counted = head.rows.of(weights / scale), _counted(head, policy)
@@ -76,12 +75,8 @@ def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     for start, stop in head.chunks():
         for tile in head.tiles(start, stop):
             first, last = tile.first, tile.last
-            with head.stream.reading(tile.slot):
-                stats = head.tile_stats(tile)
-                loss = _from_stats(
-                    call.backend, stats, None, _some(counted, first, last), weights=weights[:, first:last]
-                )
-                head.write_gradient(tile, loss.grads, stats)
+            stats, grads = run(head.inputs(tile), _some(counted, first, last), weights[:, first:last])
+            head.write_gradient(tile, grads, stats)
             found.append((tile, stats))
         head.add_chunk(total, start, stop)
     stats = head.joined(found)

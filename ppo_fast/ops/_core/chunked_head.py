@@ -5,8 +5,6 @@ backend and overwritten with their gradient; a chunk of gradients then gives its
 weight and bias. Rows that do not count are left out before any product.
 """
 
-import contextlib
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
@@ -85,53 +83,6 @@ def _product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         torch.mm(x, weight.T, out=out)
 
 
-@functools.lru_cache(maxsize=8)
-def _side_stream(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """The stream of the row kernels of those who work on ``stream``."""
-    return torch.cuda.Stream(device)
-
-
-class RowStream:
-    """Where row kernels run: with two slots of logits on a stream of their own, while a product fills the other slot.
-
-    Everything is ordered by events, so a caller's stream, whichever it is, sees one sequence of work.
-    """
-
-    def __init__(self, device: torch.device, slots: int) -> None:
-        self._main = self._side = None
-        self._read: dict[int, torch.cuda.Event] = {}
-        if slots > 1:
-            self._main = torch.cuda.current_stream(device)
-            self._side = _side_stream(device, self._main.cuda_stream)
-
-    def before_filling(self, slot: int) -> None:
-        """Let the caller's stream wait until row kernels have read a slot."""
-        if self._main is not None and slot in self._read:
-            self._main.wait_event(self._read[slot])
-
-    @contextlib.contextmanager
-    def reading(self, slot: int) -> Iterator[None]:
-        """Row kernels on a slot that is filled."""
-        if self._side is None or self._main is None:
-            yield
-            return
-        self._side.wait_stream(self._main)
-        with torch.cuda.stream(self._side):
-            yield
-        self._read[slot] = self._side.record_event()
-
-    def hand_over(self, *tensors: Tensor) -> None:
-        """Say that the caller's stream reads tensors that row kernels made."""
-        for x in tensors:
-            if self._main is not None and x.numel():
-                x.record_stream(self._main)
-
-    def join(self) -> None:
-        """Let the caller's stream wait for all row kernels."""
-        if self._main is not None and self._side is not None:
-            self._main.wait_stream(self._side)
-
-
 class ChunkedHead:
     """The rows that count, the buffers of a chunk, and the row kernels on them.
 
@@ -148,7 +99,6 @@ class ChunkedHead:
         buffers = Buffers.of(call, self.count, needs, hidden.device.type)
         self.chunk, self._layout = buffers.chunk, Layout(call, buffers)
         self.one_tile = 0 < self.count <= self._layout.rows(0)
-        self.stream = RowStream(hidden.device, buffers.slots)
         self._loaded: tuple[int, int] | None = None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
@@ -164,7 +114,6 @@ class ChunkedHead:
                     rows = self.rows[start:stop]
                     hidden = self.call.hidden[rows]
                     ref_hidden = None if self.call.ref_hidden is None else self.call.ref_hidden[rows]
-                self.stream.before_filling(tile.slot)
                 some = slice(tile.first - start, tile.last - start)
                 self._compute(tile, hidden[some], None if ref_hidden is None else ref_hidden[some])
                 self._loaded = tile.first, tile.last
@@ -175,18 +124,14 @@ class ChunkedHead:
         found = []
         for start, stop in self.chunks():
             for tile in self.tiles(start, stop):
-                with self.stream.reading(tile.slot):
-                    found.append((tile, self.tile_stats(tile)))
+                found.append((tile, self.tile_stats(tile)))
         return self.joined(found)
 
     def joined(self, found: list[tuple[Tile, RowStats]]) -> RowStats:
         """The statistics of all rows from those of every tile."""
-        self.stream.join()
         if not found:
             return zero_stats(self.call, self.call.ref_hidden is not None)
         parts = [stats for _, stats in sorted(found, key=lambda pair: pair[0].first)]
-        for stats in parts:
-            self.stream.hand_over(*stats)
         shape = self.call.targets.shape
         whole = parts[0] if len(parts) == 1 else [torch.cat(some, -1) for some in zip(*parts, strict=True)]
         return RowStats(*[self.rows.spread(x, shape) for x in whole])
@@ -198,8 +143,7 @@ class ChunkedHead:
         for start, stop in self.chunks():
             for tile in self.tiles(start, stop):
                 rows = tile.first, tile.last
-                with self.stream.reading(tile.slot):
-                    self.write_gradient(tile, part(grads, *rows), part(stats, *rows))
+                self.write_gradient(tile, part(grads, *rows), part(stats, *rows))
             self.add_chunk(total, start, stop)
         return total
 
@@ -234,7 +178,6 @@ class ChunkedHead:
 
     def add_chunk(self, total: Gradients, start: int, stop: int) -> None:
         """Add what the gradient of a chunk's logits gives."""
-        self.stream.join()
         rows = self.rows[start:stop]
         total.add(self.call, rows, self.call.hidden[rows], self._layout.gradient(stop - start), start == 0)
 

@@ -64,8 +64,7 @@ class Buffers(NamedTuple):
     """The rows whose logits, and those of a reference, or whose gradient exist at one time."""
 
     chunk: int  # rows of gradient, in the dtype of hidden
-    tile: int  # rows of logits; more, in the part of the chunk that has no gradient yet
-    slots: int  # tiles at one time: the row kernels read one while a product fills the other
+    tile: int  # rows of logits; more of them where the chunk has no gradient yet
     dtype: torch.dtype  # of logits
     ref_dtype: torch.dtype | None  # None: no reference
     separate: bool  # the gradient has memory of its own; else it replaces the logits
@@ -77,9 +76,7 @@ class Buffers(NamedTuple):
         dtype, ref = _logits_dtype(call, call.hidden, device), call.ref_hidden
         separate = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
         tile = min(chunk, _TILE.get(device, chunk)) if separate else chunk
-        in_place = any(needs) and not separate
-        slots = 2 if overlaps(device) and not in_place and count > tile else 1
-        return Buffers(chunk, tile, slots, dtype, None if ref is None else _logits_dtype(call, ref, device), separate)
+        return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(call, ref, device), separate)
 
     @property
     def row_bytes(self) -> int:
@@ -89,16 +86,7 @@ class Buffers(NamedTuple):
     def bytes(self, call: LinearCall) -> int:
         """Return the size of all of them."""
         gradient = self.separate * self.chunk * call.hidden.element_size()
-        return (self.slots * self.tile * self.row_bytes + gradient) * call.weight.shape[0]
-
-
-def overlaps(device: str) -> bool:
-    """Whether row kernels run on a stream of their own."""
-    return device == "cuda"
-
-
-def _aligned(start: int) -> int:
-    return -(-start // _ALIGNMENT) * _ALIGNMENT
+        return (self.tile * self.row_bytes + gradient) * call.weight.shape[0]
 
 
 class Tile(NamedTuple):
@@ -106,7 +94,6 @@ class Tile(NamedTuple):
 
     first: int
     last: int
-    slot: int
     logits: Tensor  # [n, V]
     ref_logits: Tensor | None
     gradient: Tensor  # [n, V] in the dtype of hidden; the logits where it replaces them
@@ -115,40 +102,37 @@ class Tile(NamedTuple):
 class Layout:
     """One buffer: logits at its start, the gradient of a chunk at its end.
 
-    With one slot the gradient grows from the chunk's last row to its first. So the first tiles, which find most of the
-    buffer empty, are larger than the last ones: a product of more rows is quicker.
+    The gradient grows from the chunk's last row to its first. So the first tiles, which find most of the buffer empty,
+    are larger than the last ones: a product of more rows is quicker.
     """
 
     def __init__(self, call: LinearCall, buffers: Buffers) -> None:
         self.buffers, self.V, self.dtype = buffers, call.weight.shape[0], call.hidden.dtype
-        self._storage = call.hidden.new_empty(buffers.bytes(call) + 3 * _ALIGNMENT, dtype=torch.uint8)
-        self._slot = 0
+        self._storage = call.hidden.new_empty(buffers.bytes(call) + 2 * _ALIGNMENT, dtype=torch.uint8)
 
     def _view(self, start: int, rows: int, dtype: torch.dtype) -> Tensor:
         stop = start + rows * self.V * dtype.itemsize
         return self._storage[start:stop].view(dtype).view(rows, self.V)
 
-    def _logits(self, slot: int, rows: int) -> tuple[Tensor, Tensor | None]:
-        start = _aligned(slot * self.buffers.tile * self.buffers.row_bytes * self.V)
-        logits, ref_dtype = self._view(start, rows, self.buffers.dtype), self.buffers.ref_dtype
-        if ref_dtype is None:
-            return logits, None
-        return logits, self._view(_aligned(start + logits.nbytes), rows, ref_dtype)
+    def _logits(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        logits, ref_dtype = self._view(0, rows, self.buffers.dtype), self.buffers.ref_dtype
+        after = -(-logits.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return logits, None if ref_dtype is None else self._view(after, rows, ref_dtype)
 
     def gradient(self, rows: int) -> Tensor:
         """The gradient [rows, V] of the logits of a chunk."""
         if not self.buffers.separate:
-            return self._logits(self._slot, rows)[0]
+            return self._logits(rows)[0]
         start = (len(self._storage) - rows * self.V * self.dtype.itemsize) // _ALIGNMENT * _ALIGNMENT
         return self._view(start, rows, self.dtype)
 
     def rows(self, done: int) -> int:
         """Rows of the next tile of a chunk, ``done`` of whose rows have their gradient."""
         buffers = self.buffers
-        if not buffers.separate or buffers.slots > 1:
+        if not buffers.separate:
             return buffers.tile
         itemsize = self.dtype.itemsize
-        free = buffers.chunk * itemsize + buffers.tile * buffers.row_bytes - done * itemsize
+        free = (buffers.chunk - done) * itemsize + buffers.tile * buffers.row_bytes
         rows = free // (itemsize + buffers.row_bytes)
         return max(buffers.tile, rows // _PRODUCT_ROWS * _PRODUCT_ROWS)
 
@@ -157,7 +141,6 @@ class Layout:
         last = stop
         while last > start:
             first = max(start, last - self.rows(stop - last))
-            logits, ref_logits = self._logits(self._slot, last - first)
             gradient = self.gradient(stop - start)[first - start : last - start]
-            yield Tile(first, last, self._slot, logits, ref_logits, gradient)
-            last, self._slot = first, (self._slot + 1) % self.buffers.slots
+            yield Tile(first, last, *self._logits(last - first), gradient)
+            last = first
