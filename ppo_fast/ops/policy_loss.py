@@ -131,7 +131,7 @@ class _Eager(torch.autograd.Function):
         if grad_loss is None:
             return to_first(ctx, None)
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None or grad_loss != 1:
+        if dlogits is None or grad_loss.item() != 1:
             del dlogits
             return _backward(ctx, grad_loss)
         return to_first(ctx, dlogits)
@@ -172,7 +172,7 @@ class _InPlace(torch.autograd.Function):
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
             run(grads, rows._replace(logits=logits), stats, out=logits, scale=grad_loss)
-        elif grad_loss != 1:
+        elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
         return to_first(ctx, logits)
