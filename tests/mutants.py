@@ -45,6 +45,8 @@ EXAMPLES = "tests/rlhf/data/test_examples.py"
 BATCHES = "tests/rlhf/data/test_packing.py"
 TEMPLATES = "tests/rlhf/data/test_templates.py"
 ADAPTERS = "tests/rlhf/models/test_adapters.py"
+ADAPTER_LAYERS = "tests/rlhf/models/test_adapter_layers.py"
+KERNELS = "tests/rlhf/models/test_kernels.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
 CORRECTION = "tests/rlhf/ppo/test_correction.py"
 EOS = "tests/rlhf/models/test_eos.py"
@@ -364,6 +366,33 @@ MUTANTS = [
     ),
     Mutant(f"{RLHF}/models/adapter_files.py", 'if kind != "LORA":', "if False:", ADAPTERS),
     Mutant(f"{RLHF}/models/adapters.py", "layer.get_base_layer().weight)] == 1", "layer)] == 0", ADAPTERS),
+    Mutant(
+        f"{RLHF}/models/adapter_layers.py",
+        'increment_version(group["params"])',
+        "increment_version(())",
+        ADAPTER_LAYERS,
+    ),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "and copy.parameter is factor", "", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "dx.addmm_(low_grad, a)", "dx", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "_scaled(dy, b, ctx.scale)", "_scaled(dy, b, 1.0)", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "(x if dropped is None else dropped)", "x", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", " or name in layer.lora_variant", "", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", " or base._forward_hooks", "", ADAPTER_LAYERS),
+    Mutant(
+        f"{RLHF}/models/adapters.py",
+        "        refresh(self.copies.get(name, ()) if name is not None else ())\n",
+        "",
+        ADAPTER_LAYERS,
+    ),
+    Mutant(f"{RLHF}/models/kernels.py", "        vars(module).update(own)\n", "        pass\n", KERNELS),
+    Mutant(f"{RLHF}/models/kernels.py", "            vars(module).pop(name, None)\n", "            pass\n", KERNELS),
+    Mutant(f"{RLHF}/models/kernels.py", "names = vars(module) | functions", "names = vars(module)", KERNELS),
+    Mutant(
+        f"{RLHF}/training/resume.py",
+        'kernels="none") if begun_without',
+        "kernels=config.kernels) if begun_without",
+        KERNELS,
+    ),
     Mutant(f"{RLHF}/models/networks.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
     Mutant(f"{RLHF}/models/loading.py", "            layer.training = training", "            pass", LAYOUTS),
     Mutant(f"{RLHF}/models/loading.py", "            layer.training = True", "            pass", LAYOUTS),

@@ -89,10 +89,10 @@ def _apply_checked(model: PreTrainedModel) -> str | None:
     errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True)]
     if max(errors) <= _ROUNDING.get(model.dtype, _ROUNDING_OF_SUMS) or not all(y.isfinite().all() for y in expected):
         return None  # a network without finite numbers is for the first update to name
-    for module, own in zip(modules, before, strict=True):
+    for module, methods in zip(modules, before, strict=True):
         for name in BOUND:
             vars(module).pop(name, None)
-        vars(module).update(own)
+        vars(module).update(methods)
     return f"for {type(model).__name__}, whose hidden states or gradients liger-kernel changes by {max(errors):.2g}"
 
 
