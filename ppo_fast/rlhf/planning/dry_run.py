@@ -30,6 +30,7 @@ from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling,
 from ppo_fast.rlhf.decoding.slots import PREFILL_TOKENS, Loop, run_slots
 from ppo_fast.rlhf.decoding.step import Network
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
+from ppo_fast.rlhf.models.models import Role
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
@@ -69,11 +70,12 @@ class DryRun:
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
             self.resident = load_models_without_data(self.config, self.shapes, self.device, self.timeline.name)
             self.models = self.resident.models
-            for role in ("policy", "value"):  # before the hooks of the optimizers, which free gradients
+            roles: tuple[Role, ...] = ("policy",) if self.models.value is None else ("policy", "value")
+            for role in roles:  # before the hooks of the optimizers, which free gradients
                 for parameter in self.models.trained(role):
                     parameter.register_post_accumulate_grad_hook(self._name_gradient)
             self.learner = Learner(self.models, self.config)
-            for network in (self.learner.policy, self.learner.value):
+            for network in self.learner.optimizers:
                 if isinstance(network.optimizer, AdamW8bit):  # on a GPU one kernel, in place
                     network.optimizer.kernel = lambda *step: None
             self._make_states()
