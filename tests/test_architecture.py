@@ -17,6 +17,7 @@ ORDER = [
     "config",
     "data",
     "models",
+    "decoding",
     "training",
     "ppo",
     "supervised",

@@ -14,7 +14,7 @@ from ppo_fast.rlhf.data.packing import TokenBatch, offsets, ranges, split_by_tok
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import hidden_states, model_inputs, response_logits, response_values
 from ppo_fast.rlhf.models.value import ValueModel
-from ppo_fast.rlhf.ppo.rollout import score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from tests.rlhf.factories import all_rows, forward_pass, made_experience
 

@@ -13,7 +13,7 @@ from ppo_fast.rlhf.config.ppo import AdvantageConfig, LossConfig
 from ppo_fast.rlhf.models.forward import response_logits, response_values
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.rewards import Rewards
-from ppo_fast.rlhf.ppo.rollout import score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner, MicroBatch, combine
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
 from tests.rlhf.factories import all_rows, forward_of, made_experience, padded

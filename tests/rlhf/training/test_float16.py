@@ -138,7 +138,7 @@ def test_float16_weights_need_masters(kind):
     with pytest.raises(UserError) as error:
         config_from_dict({"model": {"dtype": "float16"}}, **options)
     expected = "true with model.dtype 'float16' unless adapters are trained"
-    assert str(error.value) == f"config: optim.master_weights: expected {expected}, got False"
+    assert str(error.value) == f"config: optim.master_weights: expected {expected}, got None"
     config_from_dict({"model": {"dtype": "float16"}, "optim": {"master_weights": True}}, **options)
 
 
