@@ -64,6 +64,7 @@ class ModelConfig(CausalConfig):
 
     layout: Literal["separate", "shared", "adapters"] = "separate"  # value model apart; a head on the policy; one base
     offload: bool = False  # reference and reward models wait in host memory while they are not used
+    offload_activations: bool = False  # those of the update wait in host memory for the backward pass; for long rows
     value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
 
