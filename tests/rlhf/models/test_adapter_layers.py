@@ -235,6 +235,17 @@ def test_a_parameter_put_in_the_place_of_another_is_read_at_the_call():
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
+def test_a_copy_and_a_moved_layer_read_their_own_parameters():
+    _, ours, _ = pair(dtype=torch.bfloat16)
+    x = torch.randn(3, 5).bfloat16()
+    ours(x)
+    with torch.no_grad():
+        ours.lora_B["default"].weight.zero_()  # not read before the copy is made, whose versions start again
+    assert torch.equal(copy.deepcopy(ours)(x), ours.base_layer(x))
+    moved = ours.to("meta")
+    assert moved(x.to("meta")).device.type == "meta"
+
+
 def test_it_learns_as_pefts_forward_does():
     def losses(kind):
         torch.manual_seed(0)
