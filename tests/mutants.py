@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 NATIVE = "tests/ops/native/test_rows.py"
 ADAMW = "tests/ops/triton/test_adamw_8bit.py"
+FLOAT16 = "tests/rlhf/training/test_float16.py"
 GAE = "tests/ops/test_gae.py"
 IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
 MASKED = "tests/ops/test_masked.py"
@@ -167,9 +168,10 @@ MUTANTS = [
         ' | {"last_norm": self.last_norm * 0}',
         IN_BACKWARD,
     ),
+    Mutant(f"{RLHF}/training/optim.py", "scale * self.loss_scale", "scale", FLOAT16),
     Mutant(f"{RLHF}/data/packing.py", "count + size <= tokens", "count <= tokens", BATCHES),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
-    Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
+    Mutant(f"{RLHF}/training/runtime.py", "if p.requires_grad and p.dtype in lost", "if p.dtype in lost", OPTIM),
     # attention over packed rows
     Mutant(f"{RLHF}/models/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
@@ -255,7 +257,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised/train.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "schedule(index,", "schedule(index + 1,", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**metrics, grad_norm=norm)\n", "", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "step(factor, failed)", "step(factor)", RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", ', "network": self.network}', "}", RESUMED),
