@@ -35,6 +35,10 @@ _FROM_STATS = "policy_loss_from_stats"
 registry.register(_FROM_STATS, "torch", registry.Implementation(reference.policy_loss_from_stats))
 registry.register(_FROM_STATS, "native", registry.Implementation(reference.policy_loss_from_stats))
 registry.register(_FROM_STATS, "triton", triton.implementation(_FROM_STATS, "policy_loss"))
+_GRADIENTS = "policy_gradients"
+registry.register(_GRADIENTS, "torch", registry.Implementation(reference.policy_gradients))
+registry.register(_GRADIENTS, "native", registry.Implementation(native_policy_loss.policy_gradients))
+registry.register(_GRADIENTS, "triton", triton.implementation(_GRADIENTS, "policy_loss"))
 
 
 def _launch(rows: RowInputs, policy: PolicyInputs, backend: str, **out: Tensor) -> PolicyLossResult:

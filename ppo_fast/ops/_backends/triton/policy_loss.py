@@ -1,6 +1,6 @@
 """The policy loss: the statistics of :mod:`token_stats`, then every per-token term and its gradient in one kernel."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,7 +30,7 @@ from ppo_fast.ops._backends.triton.totals import (
     weights_or_denominator,
 )
 from ppo_fast.ops._core.config import PolicyInputs
-from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
 from ppo_fast.ops._core.results import METRICS, PolicyLossResult, RowStats
 
 MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
@@ -198,15 +198,24 @@ def terms_kernel(
     store_metrics(partials_ptr, counted, entropy, kl, rise - log_r, is_clipped, is_dual, r)
 
 
-def _loss(
+class _Terms(NamedTuple):
+    """Per-token results of :func:`terms_kernel` [B, T], empty where not used, and its partial sums."""
+
+    kl: Tensor
+    grads: tuple[Tensor, Tensor, Tensor]
+    partials: Tensor
+    by_count: bool  # nothing has been divided by the number of tokens
+
+
+def _terms(
     rows: tuple[Any, ...],
     segments: Tensor | None,
     stats: RowStats,
     mask: Tensor | None,
     policy: PolicyInputs,
     weights: Tensor | None,
-) -> PolicyLossResult:
-    """Launch :func:`terms_kernel` with its arguments ``rows``, and make the totals."""
+) -> _Terms:
+    """Launch :func:`terms_kernel` with its arguments ``rows``."""
     logprobs, full = stats.logprobs, stats.kl.numel() > 0
 
     def room(wanted: bool) -> Tensor:
@@ -221,8 +230,8 @@ def _loss(
     weights, denominator = weights_or_denominator(weights, mask, policy, logprobs)
     constants = {"SEGMENTS": 1, "WIDTH": 1, "ROWS": tuning.ROWS} if segments is None else merging(segments)
     partials = new_partials(logprobs, _TOTALS, constants["ROWS"])
-    with on_device_of(logprobs):
-        if logprobs.numel():
+    if logprobs.numel():
+        with on_device_of(logprobs):
             terms_kernel[(partials.shape[1],)](
                 segments,
                 *rows,
@@ -245,9 +254,37 @@ def _loss(
                 **constants,
                 enable_fp_fusion=False,
             )
-        by_count = weights is None and denominator is None
-        loss, metrics = totals(partials, grads if by_count else None, _RATIO_MAX)
-    return PolicyLossResult(loss, metrics, logprobs, stats.entropy, kl, stats.lse, stats.ref_lse, *grads)
+    return _Terms(kl, grads, partials, weights is None and denominator is None)
+
+
+def _loss(stats: RowStats, terms: _Terms) -> PolicyLossResult:
+    """Make the totals."""
+    with on_device_of(stats.logprobs):
+        loss, metrics = totals(terms.partials, terms.grads if terms.by_count else None, _RATIO_MAX)
+    return PolicyLossResult(
+        loss, metrics, stats.logprobs, stats.entropy, terms.kl, stats.lse, stats.ref_lse, *terms.grads
+    )
+
+
+def _from_stats(stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None) -> _Terms:
+    """The terms of statistics that exist."""
+    kl = stats.kl if stats.kl.numel() else None
+    N = stats.logprobs.numel()
+    rows = (None, None, None, mask, stats.logprobs, stats.entropy, kl, None, None, N, 1, 1, *(0,) * 4, 1.0, 1.0)
+    return _terms(rows, None, stats, mask, policy, weights)
+
+
+def _from_rows(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, _Terms]:
+    """Statistics and terms; of rows that are cut into segments, the merge and the terms are one kernel."""
+    logits = rows.logits
+    whole = tuning.whole_tile(logits, aligned(logits, rows.ref_logits)) is not None
+    if whole or logits.shape[:2].numel() == 0:
+        stats = token_stats(rows, True)
+        return stats, _from_stats(stats, rows.mask, policy, weights)
+    stats = stats_room(rows, True)
+    with on_device_of(logits):
+        partials = segments(rows, True)
+    return stats, _terms(row_arguments(rows, stats), partials, stats, rows.mask, policy, weights)
 
 
 def policy_loss_from_stats(
@@ -259,19 +296,17 @@ def policy_loss_from_stats(
     """
     if policy.ratio == "sequence":
         return reference.policy_loss_from_stats(stats, mask, policy, weights)
-    kl = stats.kl if stats.kl.numel() else None
-    N = stats.logprobs.numel()
-    rows = (None, None, None, mask, stats.logprobs, stats.entropy, kl, None, None, N, 1, 1, *(0,) * 4, 1.0, 1.0)
-    return _loss(rows, None, stats, mask, policy, weights)
+    return _loss(stats, _from_stats(stats, mask, policy, weights))
+
+
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+    """The statistics of some rows of a batch, and the gradients of their loss in these, weighted by token."""
+    stats, terms = _from_rows(rows, policy, weights)
+    return stats, given_grads(*terms.grads)
 
 
 def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:
-    """Statistics and loss; of rows that are cut into segments, the merge and the terms are one kernel."""
-    logits = rows.logits
-    whole = tuning.whole_tile(logits, aligned(logits, rows.ref_logits)) is not None
-    if policy.ratio == "sequence" or whole or logits.shape[:2].numel() == 0:
+    """Statistics and loss."""
+    if policy.ratio == "sequence":
         return policy_loss_from_stats(token_stats(rows, True), rows.mask, policy)
-    stats = stats_room(rows, True)
-    with on_device_of(logits):
-        partials = segments(rows, True)
-    return _loss(row_arguments(rows, stats), partials, stats, rows.mask, policy, None)
+    return _loss(*_from_rows(rows, policy, None))
