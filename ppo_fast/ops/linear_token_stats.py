@@ -126,6 +126,10 @@ def linear_token_stats(
         chunk_size: rows per chunk; None chooses by shape and device. Memory in addition to inputs and gradients:
             chunk_size*V elements, as many again for a reference and (in backward) for softcap, and weight's gradient
             in float32.
+        half_logits: on a GPU, round half-precision logits to the dtype of ``hidden``, as a head that returns them does;
+            False keeps them in float32. At V = 128,256 and logits of standard deviation 3, rounding to bfloat16 changes
+            a log-probability by up to 0.03 (0.01 on average) and the gradient of ``hidden`` by 0.2 %. A CPU always
+            rounds them, softcap never does.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.
 
     Returns:
