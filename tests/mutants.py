@@ -94,7 +94,7 @@ MUTANTS = [
         "torch.clamp(v, old - clip, old + 2 * clip)",
         VALUE,
     ),
-    Mutant("ppo_fast/ops/value_loss.py", "(d_values * grad_loss)", "d_values", VALUE),
+    Mutant(f"{REFERENCE}/value_loss.py", "(grad_values * grad_loss)", "grad_values", VALUE),
     Mutant(
         f"{TRITON}/value_loss.py", "clamped(v, old - clip, old + clip)", "old + clamped(v - old, -clip, clip)", VALUE
     ),
@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant(f"{TRITON}/device.py", "tl.constexpr(-3.4028234663852886e38)", "tl.constexpr(0.0)", TRAPS),
     Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
     Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
-    Mutant(f"{TRITON}/policy_loss.py", "slope += penalty_coef * rise", "slope += 0.0", POLICY),
+    Mutant(f"{TRITON}/policy_loss.py", "slope += penalty * rise", "slope += 0.0", POLICY),
     Mutant(f"{TRITON}/gae.py", "tl.where(passes2, value1, value2)", "value2", GAE),
     # the C++ kernels
     Mutant(f"{CPU}/rows/forward.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),

@@ -52,7 +52,7 @@ def backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     for transposed in (False, True):
         logits, ref = logits_of(2, 3, 5, transposed=transposed).detach(), torch.randn(2, 3, 5)
         rows_of = (logits, TARGETS, ref, MASK, 0.7)
-        common = (*rows_of, *OPS.token_stats(*rows_of, True, backend), backend)
+        common = (*rows_of, *OPS.token_stats(*rows_of, True, backend), None, backend)
         for upstream_ in ((rows, rows, rows), (rows, None, None), (None, rows, None), (None, None, rows)):
             yield *upstream_, *common
 

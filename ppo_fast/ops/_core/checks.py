@@ -213,6 +213,9 @@ def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int
     """Every counted target lies in [0, V). CPU tensors only. None passes."""
     if value is None or value.device.type != "cpu" or value.numel() == 0:
         return
+    lowest, highest = value.aminmax()
+    if lowest >= 0 and highest < vocab:
+        return
     bad = (value < 0) | (value >= vocab)
     if mask is not None:
         bad &= mask

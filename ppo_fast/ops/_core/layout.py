@@ -24,7 +24,13 @@ def as_logits(logits: Tensor) -> Tensor:
 
 def as_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
     """A per-token tensor, broadcast to ``shape``, as [B, T] with its own strides where possible. No gradient."""
-    return None if x is None else x.detach().expand(shape).reshape(grid(shape))
+    if x is None:
+        return None
+    if x.requires_grad:
+        x = x.detach()
+    if x.shape != shape:
+        x = x.expand(shape)
+    return x if len(shape) == 2 else x.reshape(grid(shape))
 
 
 def as_floats(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:

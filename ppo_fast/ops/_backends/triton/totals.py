@@ -112,7 +112,7 @@ def weights_or_denominator(
         counted = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
         weights = reference.token_weights(counted, loss.cu_seqlens, loss.denominator, loss.aggregation, torch.float32)
         return weights.contiguous(), None
-    return None, float(like.numel()) if loss.denominator is None and mask is None else loss.denominator
+    return None, loss.denominator
 
 
 def new_partials(like: Tensor, totals: int, rows: int = tuning.ROWS) -> Tensor:
