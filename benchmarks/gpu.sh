@@ -32,7 +32,7 @@ start() {
     test) python3 -m pytest -q -p no:benchmark -n 6 -m "gpu and not slow" tests ;;
     ops) python3 -m benchmarks.ops ;;
     tiles) python3 -m benchmarks.tune --json "$out/tiles.json" ;;
-    rollout) python3 -m benchmarks.bench_rollout --out "$out" ;;
+    rollout) python3 -m benchmarks.bench_rollout --scale 7b --rounds 2 --out "$out" ;;
     7b) python3 -m benchmarks.bench_7b --preset "${PPO_FAST_PRESET:-7b-80g-lora}" --cap 80 --set optim.epochs=1 \
       --model "${PPO_FAST_7B:-qwen2.5-7b}" --out "$out" ;;
     profile) python3 -m benchmarks.profile_update --size mid ;;

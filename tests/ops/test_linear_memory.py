@@ -67,7 +67,7 @@ CHUNKS = {1024: 512, 2047: 512, 2048: 256, 3072: 384, 4096: 512, 8192: 512}
 
 @on_a_cpu
 @pytest.mark.parametrize("op", [policy_loss, token_stats])
-@pytest.mark.parametrize("N", [1024, 2048, 4096])
+@pytest.mark.parametrize("N", [1024, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_does_not_grow_with_the_logits(
     backend: str, op: Callable[..., Any], N: int, dtype: torch.dtype
@@ -83,7 +83,7 @@ def test_peak_memory_does_not_grow_with_the_logits(
 def test_buffers_for_softcap_and_reference_keep_within_the_same_memory(
     backend: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    N = 4096
+    N = 2048
     given = inputs(N, dtype)
     if "ref_hidden" in options:
         options = {**options, "ref_hidden": torch.randn(N, D).to(dtype)}

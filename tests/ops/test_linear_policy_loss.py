@@ -30,7 +30,7 @@ ALL = pf.PolicyLossConfig(
     clip_low=0.1, clip_high=0.3, dual_clip=1.5, penalty_coef=0.3, ent_coef=0.1, kl_coef=0.2, temperature=0.7
 )
 # One combination of the options in so many: against the oracle, and against policy_loss.
-ORACLE_FRACTION, FRACTION = (997, 499) if INTERPRETED else (53, 12)
+ORACLE_FRACTION, FRACTION = (997, 499) if INTERPRETED else (151, 97)
 ESTIMATORS = [("token", "full"), ("sequence", "k3"), ("token", "k3"), ("sequence", "full")][: 2 if INTERPRETED else 4]
 
 
@@ -316,4 +316,4 @@ def test_gradcheck(layout: str, ratio: str, estimator: str) -> None:
             hidden, weight, bias=bias, **inputs, softcap=5.0, chunk_size=5, config=config, backend="torch"
         ).loss
 
-    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in case.head()])
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in case.head()], fast_mode=True)

@@ -45,6 +45,16 @@ def given_grads(*grads: Tensor | None) -> RowGrads:
     return RowGrads(*[None if x is None or not x.numel() else x.contiguous() for x in grads])
 
 
+class SampleInputs(NamedTuple):
+    """Inputs of ``sample_tokens``, without gradient."""
+
+    logits: Tensor  # [B, T, V], unit stride over V
+    keys: Tensor  # [B, T, 3], int64, contiguous: seed, row of the global batch, step
+    temperature: float
+    top_k: int | None  # below V; None: no filter
+    top_p: float | None  # below 1; None: no filter
+
+
 class ValueInputs(NamedTuple):
     """Inputs of ``value_loss``. Floats except the values are contiguous and have the accumulation dtype."""
 

@@ -13,7 +13,7 @@ from ppo_fast.ops._core import head_buffers
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import check_linear, reference_terms, response_logits, response_loss, response_stats
-from ppo_fast.rlhf.ppo.rollout import score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from tests.rlhf.conftest import PROMPTS
 from tests.rlhf.factories import all_rows, forward_pass, made_experience

@@ -11,6 +11,7 @@ from ppo_fast.ops._backends.reference.policy_loss import (
     policy_loss,
     policy_loss_from_stats,
 )
+from ppo_fast.ops._backends.reference.sample_tokens import sample_tokens
 from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
 from ppo_fast.ops._backends.reference.token_stats import token_stats, token_stats_backward
 from ppo_fast.ops._backends.reference.value_loss import value_loss, value_loss_backward
@@ -22,6 +23,7 @@ __all__ = [
     "policy_gradients",
     "policy_loss",
     "policy_loss_from_stats",
+    "sample_tokens",
     "sequence_sum",
     "to_tokens",
     "token_stats",

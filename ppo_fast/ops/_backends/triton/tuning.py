@@ -44,6 +44,8 @@ _FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 32, 4
 _BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(4096, 1, 8), (10, 0): Tile(2048, 1, 4)}
 WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
 _WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together
+_SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
+_FILTER = Tile(1024, 1, 8)
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 256  # partial results per program of the kernel that merges them
 
@@ -103,6 +105,16 @@ def backward_tile(logits: Tensor, aligned: bool) -> Tile:
     if not aligned:
         return _fitted(_lookup(_BACKWARD_UNALIGNED, logits), logits.shape[-1])
     return _fitted(_in_bytes(_lookup(_BACKWARD, logits), logits), logits.shape[-1])
+
+
+def sample_tile(logits: Tensor) -> Tile:
+    """The tile of the race of ``sample_tokens``."""
+    return _fitted(_in_bytes(_lookup(_SAMPLE, logits), logits), logits.shape[-1])
+
+
+def filter_tile(V: int) -> Tile:
+    """The tile of the passes that look for the smallest logit to keep; a program takes a whole row."""
+    return _fitted(_FILTER, V)
 
 
 def group(logits: Tensor) -> int:
