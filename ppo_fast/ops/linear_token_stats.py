@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.ops._backends import triton
 from ppo_fast.ops._core import checks, linear_inputs, registry
 from ppo_fast.ops._core.chunked_head import ChunkedHead, zero_stats
 from ppo_fast.ops._core.head_buffers import NeedsGrad
@@ -17,6 +18,9 @@ from ppo_fast.ops._core.schema import grouped, schema, tensor_fields
 _OP = "linear_token_stats"
 
 registry.register_public(_OP, kernels="token_stats")
+registry.register("scaled", "torch", registry.Implementation(scaled))
+registry.register("scaled", "native", registry.Implementation(scaled))
+registry.register("scaled", "triton", triton.implementation("scaled", "scaled"))
 
 
 def _launch(*arguments: Any) -> RowStats:
@@ -48,7 +52,8 @@ def _linear_token_stats_backward(*arguments: Any) -> Gradients:
     with torch.autocast(call.hidden.device.type, enabled=False):
         scale = unit_scale(call.hidden, *grads)
         total = ChunkedHead(call, needs).gradients(grads.divided(scale), stats)
-        return Gradients(*[scaled(x, scale, call.hidden.dtype) for x in total])
+        run = registry.implementation("scaled", call.backend)
+        return Gradients(*[run(x, scale, call.hidden.dtype) for x in total])
 
 
 @_linear_token_stats_backward.register_fake
