@@ -45,10 +45,11 @@ class Gradients(NamedTuple):
 
         ``rows`` are those of the hidden states, in order where they are a slice.
         """
-        if self.hidden.numel() and isinstance(rows, slice):
-            torch.mm(dlogits, call.weight, out=self.hidden[rows])
-        elif self.hidden.numel():
-            self.hidden.index_copy_(0, rows, dlogits @ call.weight)
+        if self.hidden.numel():
+            if isinstance(rows, slice):
+                torch.mm(dlogits, call.weight, out=self.hidden[rows])
+            else:
+                self.hidden.index_copy_(0, rows, dlogits @ call.weight)
         if self.weight.numel():
             _add_product(self.weight, dlogits.T, hidden, first)
         if self.bias.numel():
