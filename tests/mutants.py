@@ -49,6 +49,7 @@ LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
 ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
+EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
@@ -274,7 +275,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
-    Mutant(f"{RLHF}/training/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "every == 0 or finished", "every == 0", RESUMED),
+    Mutant(f"{RLHF}/training/signals.py", "if late and not finished", "if late", RESUMED_PPO),
+    Mutant(f"{RLHF}/ppo/evaluation.py", ", self.worse = metrics[watched], 0", " = metrics[watched]", EVALUATION),
+    Mutant(f"{RLHF}/training/optim.py", "math.cos(math.pi * share)", "math.cos(share)", UPDATE),
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
     ),

@@ -149,6 +149,9 @@ class PPORun(TrainingLoop):
             skipped=self.skipped,
         )
 
+    def _finished(self) -> bool:
+        return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
+
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
 
@@ -275,7 +278,7 @@ def open_run(
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
             save_config(config, log.directory / "config.yaml")
             yield run, log, stop
 
