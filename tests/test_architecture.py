@@ -21,6 +21,7 @@ ORDER = [
     "ppo",
     "supervised",
     "reports",
+    "critic",
     "arguments",
     "planning",
 ]

@@ -124,8 +124,8 @@ class PPORun(TrainingLoop):
                 require_finite(rewards=rewards.rewards)
             learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
             if learned is None:
-                note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
-                return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
+                why = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
+                return dataclasses.replace(self.record, step=update, metrics={}, notes=(why,), batch=batch)
             with watch("update"), self.models.recomputing():
                 experience = make_experience(*learned, config.advantage)
                 batch = PPOBatch(learned[0].generation, *learned, experience)
@@ -215,8 +215,8 @@ def train_ppo(
         eval_prompts: held-out prompts, in the forms of `prompts`.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
-            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `checkpoint` and
-            `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
+            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `max_hours`,
+            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
             "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
 
     Raises:

@@ -128,7 +128,7 @@ def train_reward_model(
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with setup_run(config, resume, callbacks) as start:
-        loaded = _load(config, start.generator, model, tokenizer)
+        loaded = load_scalar_model(config, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
@@ -136,7 +136,7 @@ def train_reward_model(
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
-def _load(
+def load_scalar_model(
     config: RewardModelConfig,
     generator: torch.Generator,
     model: PreTrainedModel | None,

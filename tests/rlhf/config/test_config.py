@@ -30,11 +30,11 @@ from ppo_fast.rlhf.config.ppo import (
     RewardConfig,
 )
 from ppo_fast.rlhf.config.renamed import RENAMED
-from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
 from ppo_fast.rlhf.errors import UserError, require
 from tests.helpers import raises_exactly
 
-KINDS = (PPOConfig, SFTConfig, RewardModelConfig, DPOConfig)
+KINDS = (PPOConfig, SFTConfig, RewardModelConfig, ValueConfig, DPOConfig)
 GROUPS = dict.fromkeys(
     type(f.default_factory()) for kind in KINDS for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
 )

@@ -173,7 +173,9 @@ def test_a_run_evaluates_in_time_and_leaves_its_random_numbers_alone(run, tmp_pa
 
 
 def test_a_run_ends_when_the_best_has_not_been_bettered_for_long_enough(run, tmp_path):
-    scores = iter([0.0, 0.0, -1.0, 0.0, 2.0, 1.0, 2.0, 2.0, 1.0, 3.0])  # of evaluations: of answers now, then of the first
+    scores = iter(
+        [0.0, 0.0, -1.0, 0.0, 2.0, 1.0, 2.0, 2.0, 1.0, 3.0]
+    )  # of evaluations: of answers now, then of the first
 
     def reward(completion_ids, **_):
         return [next(scores) if len(completion_ids) == len(HELD_OUT) else 0.5] * len(completion_ids)
