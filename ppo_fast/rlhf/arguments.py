@@ -61,7 +61,7 @@ Values come from {preset}--config FILE (YAML or TOML, the same names, nested), t
 Short flags: {short}.
 
 --resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
-and flags may then change only the length of the run, `checkpoint.*` and `log.*`."""
+and flags may then change only the length of the run, `max_hours`, `checkpoint.*` and `log.*`."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:

@@ -216,8 +216,9 @@ def train_ppo(
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
             inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `max_hours`,
-            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
-            "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
+            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name
+            such as "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is
+            complete.
 
     Raises:
         UserError: an input that cannot be used, a failing reward function or callback, a NaN, a full disk; one
