@@ -93,7 +93,7 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
-    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or a function as in reward
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or a function, as reward.function
     balance: str | None = None  # column of topics; every topic is drawn equally often
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class RewardConfig:
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
     overlong_penalty: float = 0.0  # subtracted, after the clip, at max_new_tokens; less, linearly, within the buffer
     overlong_buffer: int | None = None  # tokens before max_new_tokens; null: a fifth of it
-    filter: str | None = None  # such a function -> True (keep), False (reject) or "mask" for each response
+    filter: str | None = None  # named as function -> True (keep), False (reject) or "mask" for each response
     rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
     def __post_init__(self) -> None:
@@ -380,9 +380,7 @@ class EvaluationConfig:
 
     every: int = 0  # updates between evaluations; 0: never
     prompts: str | None = None  # held-out prompts, in the format of data.prompts
-    evaluators: tuple[
-        str, ...
-    ] = ()  # "file.py:function" or "module:function"; f(generate, model, tokenizer) -> {name: number}
+    evaluators: tuple[str, ...] = ()  # named as reward.function; f(generate, model, tokenizer) -> {name: number}
     best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
     best_is: Literal["max", "min"] = "max"  # of that metric
     patience: int = 0  # evaluations in a row without a better `best` that end the run; 0: none do
