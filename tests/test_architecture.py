@@ -17,6 +17,7 @@ ORDER = [
     "config",
     "data",
     "models",
+    "decoding",
     "training",
     "ppo",
     "supervised",
@@ -149,6 +150,7 @@ def calls(path: Path, *names: str) -> list[str]:
             {
                 "training/optim": {"step", "zero_grad"},
                 "training/adamw": {"step", "zero_grad"},
+                "training/adamw_8bit": {"step"},
                 "training/loop": {"step"},
                 "supervised/train": {"step", "backward"},
                 "planning": {"step", "zero_grad", "backward"},  # without numbers

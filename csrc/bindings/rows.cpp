@@ -91,6 +91,17 @@ void bind_value_loss(py::module_& m) {
   m.def("value_loss", &value_loss, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_sample_tokens(py::module_& m) {
+  using Args = SampleArguments;
+  py::class_<Args> args(m, "SampleArguments");
+  args.def(py::init<>())
+      .def_readwrite("rows", &Args::in)
+      .def_readwrite("top_k", &Args::top_k)
+      .def_readwrite("top_p", &Args::top_p);
+  def_pointers(args);
+  m.def("sample_tokens", &sample_tokens, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -98,6 +109,7 @@ void bind_rows(py::module_& m) {
   bind_token_stats(m);
   bind_policy_loss(m);
   bind_value_loss(m);
+  bind_sample_tokens(m);
   m.def(
       "advise_huge_pages",
       [](std::uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },

@@ -17,7 +17,8 @@ from ppo_fast.rlhf.config.ppo import DataConfig, ModelConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses
-from ppo_fast.rlhf.ppo.rollout import Generation, generate, score
+from ppo_fast.rlhf.ppo.rollout import Generation, generate
+from ppo_fast.rlhf.ppo.scoring import score
 
 WIDTH = 256  # answers sampled at a time
 
@@ -105,7 +106,7 @@ def _answer(models: Models, prompts: list[str], seed: int) -> Generation:
     data = load_prompts(prompts, models.tokenizer, DataConfig())
     batch = make_batch(data, list(range(len(prompts))), models.pad_id, models.device)
     config = RolloutConfig(micro_batch_size=WIDTH, max_new_tokens=language.MAX_WORDS)
-    return generate(models, batch, config, torch.Generator().manual_seed(seed))
+    return generate(models, batch, config, seed)
 
 
 def _texts(prompts: Sequence[str], completions: Sequence[str]) -> list[Any]:

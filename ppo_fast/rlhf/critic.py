@@ -20,6 +20,7 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import ValueConfig
 from ppo_fast.rlhf.data.examples import Scored, chunks, scored_example
 from ppo_fast.rlhf.data.prompts import PromptSampler, load_prompts, make_batch
+from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.forward import response_values
 from ppo_fast.rlhf.models.loading import GENERATION, padding_id
@@ -32,6 +33,7 @@ from ppo_fast.rlhf.ppo.rollout import generate
 from ppo_fast.rlhf.supervised.reward_model import load_scalar_model
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.log import SAMPLES, sample_records
+from ppo_fast.rlhf.training.resume import with_kernels
 from ppo_fast.rlhf.training.runtime import find_device
 from ppo_fast.rlhf.user_code import load_callable
 
@@ -114,7 +116,8 @@ def train_value_model(
     Source: Yuan et al. 2025, arXiv:2503.01491, section 3.1.
     """
     with setup_run(config, resume, callbacks) as start:
-        loaded = load_scalar_model(config, start.generator, model, tokenizer)
+        weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
+        loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(scored_example, eos_ids=loaded.eos_ids)
         train, held_out = (
             _rows(named if source is None else source, config, loaded.tokenizer)
@@ -157,9 +160,12 @@ def sample_scored(
         PromptSampler(len(data.token_ids), generator, shuffle=config.data.shuffle),
         list[dict[str, Any]](),
     )
+    drawn = 0  # responses
     while len(found) < count:
         batch = make_batch(data, sampler.take(config.rollout.batch_size), models.pad_id, models.device)
-        responses = Responses.from_generation(generate(models, batch, config.rollout, generator), models.tokenizer)
+        answers = generate(models, batch, config.rollout, noise_seed(config.seed, "rollout"), drawn)
+        drawn += config.rollout.batch_size
+        responses = Responses.from_generation(answers, models.tokenizer)
         scores = scorer(responses)
         rows = zip(responses.prompt_ids, responses.completion_ids, scores.totals.tolist(), scores.verdicts, strict=True)
         names = ("prompt_ids", "completion_ids", "score")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,8 +93,64 @@ def call(role: str, function: Callable[..., object], /, *records: object, **argu
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise UserError(f"the {role} {name!r} failed with {_told(error)}") from error
+        raise _failure(role, function, error) from error
+
+
+def call_async(
+    role: str, function: Callable[..., object], setting: str, seconds: float | None, /, **arguments: object
+) -> object:
+    """:func:`call`, except that the answer may be awaitable, or a list of awaitables, which are awaited together.
+
+    They run in an event loop of their own thread, the same for all calls of the process, so that the clients a user
+    keeps stay usable and a loop that already runs, such as a notebook's, does not matter. UserError, which names
+    `setting`, when they take longer than `seconds`; None: no limit.
+    """
+    answer = call(role, function, **arguments)
+    parts = answer if isinstance(answer, list | tuple) else [answer]
+    if not any(map(inspect.isawaitable, parts)):
+        return answer
+    future = asyncio.run_coroutine_threadsafe(_outcome(answer), _event_loop())
+    try:
+        value, error = future.result(seconds)
+    except concurrent.futures.TimeoutError:
+        future.cancel()
+        raise UserError(f"{setting}: the {role} {_name(function)!r} gave no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error if isinstance(error, UserError) else _failure(role, function, error) from error
+    return value
+
+
+async def _outcome(answer: Any) -> tuple[Any, BaseException | None]:
+    """The value of the answer and of the awaitables in it, or the first error."""
+    value, error = await _caught(answer)
+    if error is None and isinstance(value, list | tuple):
+        parts = await asyncio.gather(*map(_caught, value))
+        value, error = [part for part, _ in parts], next((error for _, error in parts if error is not None), None)
+    return value, error
+
+
+async def _caught(answer: Any) -> tuple[Any, BaseException | None]:
+    """The value and None, or None and the error: a SystemExit that leaves a task ends the event loop."""
+    try:
+        return (await answer if inspect.isawaitable(answer) else answer), None
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        return None, error
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all asynchronous user code; its thread ends with the process."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="ppo_fast user code", daemon=True).start()
+    return loop
+
+
+def _failure(role: str, function: Callable[..., object], error: BaseException) -> UserError:
+    return UserError(f"the {role} {_name(function)!r} failed with {_told(error)}")
+
+
+def _name(function: Callable[..., object]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 class UserState:

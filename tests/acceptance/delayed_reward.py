@@ -18,20 +18,20 @@ from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.models import tiny
 
 WORDS = [f"w{i}" for i in range(12)]
-V, EOS, GOOD, LENGTH, UPDATES = 16, 2, (5, 9), 64, 40
-WARMUP = 5
+V, EOS, GOOD, LENGTH, UPDATES = 16, 2, (5, 9), 64, 50
+WARMUP = 3
 SETTINGS: dict[str, Any] = {
     "threads": 1,
     "model": {"value_head": "zero"},
-    "rollout": {"batch_size": 32, "samples_per_prompt": 8, "max_new_tokens": LENGTH},
+    "rollout": {"batch_size": 64, "samples_per_prompt": 8, "max_new_tokens": LENGTH},
     "reward": {"missing_eos_penalty": 0.0},
     "kl": {"coef": 0.0},
     "loss": {"value_clip": None},
     "optim": {
-        "lr": 2e-3,
-        "value_lr": 2e-3,
-        "epochs": 2,
-        "minibatch_size": 16,
+        "lr": 5e-3,
+        "value_lr": 5e-3,
+        "epochs": 4,
+        "minibatch_size": 32,
         "warmup_frac": 0.0,
         "final_lr_frac": 0.0,
     },

@@ -136,6 +136,13 @@ EXAMPLES: dict[str, Example] = {
         None,
         ("rewards", "values", "dones"),
     ),
+    "sample_tokens": Example(
+        "sample_tokens",
+        lambda **k: pf.sample_tokens(**k, temperature=0.8, top_k=7, top_p=0.9),
+        {"logits": 2 * _normal(B, T, V), "keys": torch.arange(B * T * 3).view(B, T, 3)},
+        None,
+        (),
+    ),
     "preference_loss": Example(
         "", pf.preference_loss, _rows("chosen_scores", "rejected_scores", "margin", shape=(B,)), "chosen_scores", ()
     ),

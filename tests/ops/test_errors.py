@@ -18,6 +18,7 @@ OPS = Path(pf.__file__).parent / "ops"
 LOGITS, TARGETS, ROWS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
 FULL = Config(kl_estimator="full")
 MASK, FLAT, OFFSETS = torch.ones(2, 3, dtype=torch.bool), torch.zeros(6), torch.tensor([0, 2, 6])
+KEYS = torch.zeros(2, 3, 3, dtype=torch.long)
 META = "meta"
 
 
@@ -51,6 +52,11 @@ def gae_packed(**changes: Any) -> Callable[[], Any]:
 def stats(**changes: Any) -> Callable[[], Any]:
     """A token_stats call with one thing wrong."""
     return lambda: pf.token_stats(**{"logits": LOGITS, "targets": TARGETS, **changes})
+
+
+def sample(**changes: Any) -> Callable[[], Any]:
+    """A sample_tokens call with one thing wrong."""
+    return lambda: pf.sample_tokens(**{"logits": LOGITS, "keys": KEYS, **changes})
 
 
 class DTensor(torch.Tensor):
@@ -154,6 +160,22 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         lambda: pf.token_logprobs(LOGITS, TARGETS, mask=MASK[0]),
         "token_logprobs: expected mask to match logits [2, 3], got [3]",
     ),
+    # sampling
+    (sample(logits=LOGITS.long()), f"sample_tokens: expected logits to be {FLOATS}, got torch.int64"),
+    (sample(keys=None), "sample_tokens: expected keys to be a tensor, got NoneType"),
+    (sample(keys=KEYS.int()), "sample_tokens: expected keys to be int64, got torch.int32"),
+    (
+        sample(keys=KEYS[0]),
+        "sample_tokens: expected keys to be [2, 3, 3]: seed, row and step for each row of logits [2, 3, 4], got [3, 3]",
+    ),
+    (sample(keys=KEYS.to(META)), "sample_tokens: expected keys on the device of logits (cpu), got meta"),
+    (sample(keys=KEYS - 1), "sample_tokens: expected steps, keys[..., 2], in [0, 2^32), got -1"),
+    (sample(keys=KEYS + (1 << 32)), "sample_tokens: expected steps, keys[..., 2], in [0, 2^32), got 4294967296"),
+    (sample(temperature=0), "sample_tokens: expected temperature to be a number in [1e-09, 1e+09], got 0"),
+    (sample(top_k=0), "sample_tokens: expected top_k to be an integer >= 1 or None, got 0"),
+    (sample(top_k=2.0), "sample_tokens: expected top_k to be an integer >= 1 or None, got 2.0"),
+    (sample(top_p=0), "sample_tokens: expected top_p to be a number in (0, 1] or None, got 0"),
+    (sample(top_p=math.nan), "sample_tokens: expected top_p to be a number in (0, 1] or None, got nan"),
     # sequences
     (packed_policy(cu_seqlens=[0, 6]), "policy_loss: expected cu_seqlens to be a tensor, got list"),
     (

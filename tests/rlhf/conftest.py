@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from ppo_fast import ops
 from ppo_fast.rlhf import PPOConfig
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
+from ppo_fast.rlhf.decoding.requests import Sampling
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import Models, load_models
-from ppo_fast.rlhf.ppo.rollout import Rollout, Sampler, generate, score
+from ppo_fast.rlhf.ppo.rollout import Rollout, generate
+from ppo_fast.rlhf.ppo.scoring import score
 from tests.rlhf.supervised_factories import EOS, STAGES, WORDS, make_model, rows
 
 PROMPTS = ["w1", "w2 w3 w4", "w5 w6", "w7 w8 w9 w10 w11"]
@@ -59,20 +62,19 @@ def make_models(tokenizer: Any) -> Callable[..., Models]:
 @pytest.fixture
 def make_rollout(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rollout]:
     """make_rollout(models, config): ragged prompts, responses ended after 3 to 7 tokens, scored."""
-    draw = Sampler.draw
+    draw = Sampling.draw
 
-    def draw_or_end(self: Sampler, logits: Tensor) -> Tensor:
-        ends = torch.arange(len(logits)) % 5 + 2 == len(self.logprobs)
-        return torch.where(ends, EOS, draw(self, logits))
+    def draw_or_end(self: Sampling, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = torch.where(keys[:, 1] % 5 + 2 == keys[:, 2], EOS, draw(self, logits, keys)[0])
+        return tokens, ops.token_logprobs(logits, tokens, temperature=self.temperature)
 
-    monkeypatch.setattr(Sampler, "draw", draw_or_end)
+    monkeypatch.setattr(Sampling, "draw", draw_or_end)
 
     def make(models: Models, config: PPOConfig, *, seed: int = 0, prompts: list[str] = PROMPTS) -> Rollout:
         data = load_prompts(prompts, models.tokenizer, config.data)
         rows = [row % len(prompts) for row in range(config.rollout.batch_size)]
         batch = make_batch(data, rows, models.pad_id, models.device)
-        generator = torch.Generator().manual_seed(seed)
-        return score(models, generate(models, batch, config.rollout, generator), config.rollout)
+        return score(models, generate(models, batch, config.rollout, seed), config.rollout)
 
     return make
 

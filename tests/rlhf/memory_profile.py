@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ppo_fast.rlhf import PPOConfig, train_ppo
-from ppo_fast.rlhf.ppo.rollout import Sampler
+from ppo_fast.rlhf.decoding.requests import Sampling
 
 # The names that the run marks its phases with, and those of the plan.
 PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "update": "update"}
@@ -24,13 +24,13 @@ def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer:
     prompts = [" ".join(["w1"] * (tokens - row % 2)) for row in range(config.rollout.batch_size)]
     function = None if config.reward.models else lambda completions, **_: [float(len(text) % 7) for text in completions]
 
-    def draw(self: Sampler, logits: Tensor) -> Tensor:
+    def draw(self: Sampling, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         logits[:, :4] = -torch.inf  # no special token
-        return plain_draw(self, logits)
+        return plain_draw(self, logits, keys)
 
-    plain_draw = Sampler.draw
+    plain_draw = Sampling.draw
     with (
-        mock.patch.object(Sampler, "draw", draw),
+        mock.patch.object(Sampling, "draw", draw),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         train_ppo(config, reward_fn=function, prompts=prompts, policy=make_policy(), tokenizer=tokenizer)

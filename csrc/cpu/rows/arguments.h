@@ -170,6 +170,23 @@ struct ValueLossArguments {
   }
 };
 
+struct SampleArguments {
+  Rows in;              // no reference, targets or mask
+  const int64_t* keys;  // [B, T, 3]: seed, row of the global batch, step
+  int64_t top_k;        // 0: no filter
+  double top_p;         // 0: no filter
+  int64_t* tokens;      // results
+  float* logprobs;
+
+  template <class Visit>
+  static void pointers(Visit visit) {
+    using Self = SampleArguments;
+    visit("keys", &Self::keys);
+    visit("tokens", &Self::tokens);
+    visit("logprobs", &Self::logprobs);
+  }
+};
+
 struct ValueSums {
   double loss = 0;
   double clipped = 0;

@@ -1,6 +1,7 @@
 // The row kernels, compiled once for each instruction set with ISA_NAMESPACE naming it.
 #include "cpu/rows/kernels.h"
 #include "cpu/rows/policy.h"
+#include "cpu/rows/sample.h"
 #include "cpu/rows/value.h"
 
 namespace ppo_fast::cpu::ISA_NAMESPACE {
@@ -184,6 +185,17 @@ ValueSums value_loss(const ValueLossArguments& args, int64_t first, int64_t last
   return args.bfloat16 ? value_rows<BFloat16>(args, first, last) : value_rows<float>(args, first, last);
 }
 
+void sample_tokens(const SampleArguments& args, int64_t first, int64_t last, float* scratch) {
+  const Exponential exponential(args.in.temperature);
+  for (int64_t row = first; row < last; ++row) {
+    if (args.in.logits.bfloat16) {
+      sample_row<BFloat16>(args, row, exponential, scratch);
+    } else {
+      sample_row<float>(args, row, exponential, scratch);
+    }
+  }
+}
+
 void elementary(const char* f, const float* x, float* y, int64_t n) {
   const auto apply = [f](Vec v) {
     if (std::strcmp(f, "exp2") == 0) return exp2(max(set(kMinExponent), v), set(1.0f));
@@ -199,6 +211,6 @@ void elementary(const char* f, const float* x, float* y, int64_t n) {
 
 }  // namespace
 
-const Kernels kernels = {token_stats, token_stats_backward, policy_loss, value_loss, elementary};
+const Kernels kernels = {token_stats, token_stats_backward, policy_loss, value_loss, sample_tokens, elementary};
 
 }  // namespace ppo_fast::cpu::ISA_NAMESPACE

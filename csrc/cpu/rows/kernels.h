@@ -12,6 +12,8 @@ struct Kernels {
   void (*token_stats_backward)(const TokenStatsBackwardArguments& args, int64_t first, int64_t last);
   PolicySums (*policy_loss)(const PolicyLossArguments& args, int64_t first, int64_t last);
   ValueSums (*value_loss)(const ValueLossArguments& args, int64_t first, int64_t last);
+  // scratch: room for a row; null without a filter.
+  void (*sample_tokens)(const SampleArguments& args, int64_t first, int64_t last, float* scratch);
   // For tests: y[i] = f(x[i]) by the vector function f: one of "exp2", "exp", "exp_excess", "log".
   void (*elementary)(const char* f, const float* x, float* y, int64_t n);
 };

@@ -87,6 +87,16 @@ void policy_loss(PolicyLossArguments args, int threads) {
   write_results(args, total, tokens);
 }
 
+void sample_tokens(const SampleArguments& args, int threads) {
+  const Kernels& kernel = kernels();
+  const bool filters = args.top_k > 0 || args.top_p > 0;
+  const Chunks chunks(args.in.rows, args.in.vocab);
+  parallel_for(chunks.count, threads, [&](int64_t i) {
+    std::vector<float> scratch(static_cast<size_t>(filters ? args.in.vocab : 0));
+    kernel.sample_tokens(args, chunks.begin(i), chunks.end(i), filters ? scratch.data() : nullptr);
+  });
+}
+
 void value_loss(ValueLossArguments args, int threads) {
   const Kernels& kernel = kernels();
   const int64_t tokens = count_rows(args.mask, args.rows);

@@ -13,6 +13,9 @@ void token_stats_backward(const TokenStatsBackwardArguments& args, int threads);
 // The policy loss with each token's own ratio: statistics, loss and gradient while a row is in the cache.
 void policy_loss(PolicyLossArguments args, int threads);
 
+// A token drawn from each row and its log-probability.
+void sample_tokens(const SampleArguments& args, int threads);
+
 // The clipped squared error of values, with its gradient, in one pass.
 void value_loss(ValueLossArguments args, int threads);
 

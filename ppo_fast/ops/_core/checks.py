@@ -150,6 +150,41 @@ def unit_interval(op: str, name: str, value: object) -> None:
     number(op, name, value, 0.0, 1.0)
 
 
+def sample_keys(op: str, value: Tensor, logits: Tensor) -> None:
+    """Keys of a counter-based generator: int64, a seed, a row and a step for each row of the logits."""
+    tensor(op, "keys", value)
+    if value.dtype != torch.int64:
+        raise ValueError(f"{op}: expected keys to be int64, got {value.dtype}")
+    if value.shape != (*logits.shape[:-1], 3):
+        raise ValueError(
+            f"{op}: expected keys to be {[*logits.shape[:-1], 3]}: seed, row and step for each row of logits "
+            f"{list(logits.shape)}, got {list(value.shape)}"
+        )
+    same_device(op, "keys", value, "logits", logits)
+
+
+def step_values(op: str, keys: Tensor) -> None:
+    """Every step lies in [0, 2^32). CPU tensors only."""
+    if keys.device.type != "cpu" or keys.numel() == 0:
+        return
+    steps = keys[..., 2]
+    bad = (steps < 0) | (steps >= 1 << 32)
+    if bad.any():
+        raise ValueError(f"{op}: expected steps, keys[..., 2], in [0, 2^32), got {steps[bad][0].item()}")
+
+
+def top_k(op: str, value: object) -> None:
+    """The number of words that top-k keeps: an integer of at least 1. None passes."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{op}: expected top_k to be an integer >= 1 or None, got {shown(value)}")
+
+
+def top_p(op: str, value: object) -> None:
+    """The mass that top-p keeps: a number in (0, 1]. None passes."""
+    if value is not None:
+        number(op, "top_p", value, 0.0, 1.0, above=True, other=" or None")
+
+
 def cu_seqlens(op: str, value: Tensor | None, like_name: str, like: Tensor, shape: torch.Size) -> None:
     """Sequence offsets: int32 or int64 [S + 1], only for packed [N] tensors. None passes."""
     if value is None:
@@ -178,9 +213,9 @@ def denominator(op: str, value: object) -> None:
         number(op, "denominator", value, SMALLEST, other=" or a 0-d tensor")
 
 
-def denominator_value(op: str, value: Tensor | None, mask: Tensor | None, rows: int) -> None:
+def denominator_value(op: str, value: Tensor | float | None, mask: Tensor | None, rows: int) -> None:
     """A denominator that came as a tensor: above 0, or 0 where nothing counts. CPU tensors only."""
-    if value is None or value.device.type != "cpu":
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
         return
     got = value.item()
     nothing = rows == 0 or (mask is not None and not mask.any())
@@ -188,10 +223,10 @@ def denominator_value(op: str, value: Tensor | None, mask: Tensor | None, rows: 
         raise ValueError(f"{op}: expected denominator in [{SMALLEST:g}, {LARGEST:g}], got a tensor of {got}")
 
 
-def coefficient_values(op: str, **values: Tensor | None) -> None:
+def coefficient_values(op: str, **values: Tensor | float | None) -> None:
     """Coefficients that came as tensors: not below 0, finite. CPU tensors only."""
     for name, value in values.items():
-        if value is not None and value.device.type == "cpu" and not (0 <= value.item() <= LARGEST):
+        if isinstance(value, Tensor) and value.device.type == "cpu" and not (0 <= value.item() <= LARGEST):
             raise ValueError(f"{op}: expected {name} in [0, {LARGEST:g}], got a tensor of {value.item()}")
 
 
@@ -212,6 +247,9 @@ def first_derivative(op: str) -> None:
 def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int) -> None:
     """Every counted target lies in [0, V). CPU tensors only. None passes."""
     if value is None or value.device.type != "cpu" or value.numel() == 0:
+        return
+    lowest, highest = value.aminmax()
+    if lowest >= 0 and highest < vocab:
         return
     bad = (value < 0) | (value >= vocab)
     if mask is not None:

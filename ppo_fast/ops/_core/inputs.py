@@ -31,9 +31,9 @@ class RowGrads(NamedTuple):
         """Whether all are left out."""
         return self.grad_logprobs is None and self.grad_entropy is None and self.grad_kl is None
 
-    def scaled(self, factor: Tensor) -> "RowGrads":
-        """Each times ``factor``."""
-        return RowGrads(*[None if x is None else x * factor for x in self])
+    def scaled(self, factor: Tensor | None) -> "RowGrads":
+        """Each times ``factor``; None: 1."""
+        return self if factor is None else RowGrads(*[None if x is None else x * factor for x in self])
 
     def divided(self, scale: Tensor) -> "RowGrads":
         """Each over ``scale``."""
@@ -45,6 +45,16 @@ def given_grads(*grads: Tensor | None) -> RowGrads:
     return RowGrads(*[None if x is None or not x.numel() else x.contiguous() for x in grads])
 
 
+class SampleInputs(NamedTuple):
+    """Inputs of ``sample_tokens``, without gradient."""
+
+    logits: Tensor  # [B, T, V], unit stride over V
+    keys: Tensor  # [B, T, 3], int64, contiguous: seed, row of the global batch, step
+    temperature: float
+    top_k: int | None  # below V; None: no filter
+    top_p: float | None  # below 1; None: no filter
+
+
 class ValueInputs(NamedTuple):
     """Inputs of ``value_loss``. Floats except the values are contiguous and have the accumulation dtype."""
 
@@ -53,7 +63,7 @@ class ValueInputs(NamedTuple):
     mask: Tensor | None  # [B, T], bool, contiguous; None: every token counts
     old_values: Tensor | None  # [B, T]; None: no clip
     cu_seqlens: Tensor | None  # [S + 1], int32 or int64, contiguous; None: a row is a sequence
-    denominator: Tensor | None  # []; None: the count of the aggregation
+    denominator: Tensor | float | None  # [] or a number; None: the count of the aggregation
     clip: float | None
     aggregation: str
 

@@ -35,6 +35,18 @@ class TokenStats(NamedTuple):
     kl: Tensor | None
 
 
+class SampledTokens(NamedTuple):
+    """A token drawn from each row of logits; without gradient.
+
+    Attributes:
+        tokens: int64.
+        logprobs: log softmax(logits / temperature)[token], nats; float32 (float64 for float64 logits).
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
 class LossOutput(NamedTuple):
     """A scalar to call ``backward()`` on, and what to log about it.
 

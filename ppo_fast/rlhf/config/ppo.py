@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ppo_fast.ops import PolicyLossConfig
@@ -34,10 +34,13 @@ class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of weights, activations and products; adapters' weights: float32
+    )
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing
+    kernels: Literal["auto", "liger", "none"] = "auto"  # norms, rotary embedding, MLP; auto: liger-kernel's if possible
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
@@ -106,17 +109,24 @@ class RolloutConfig:
 
     batch_size: int = 64  # responses per update
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
-    micro_batch_size: int | None = None  # sequences per forward pass; null: all to sample, as the update to score
+    micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
+    tokens_per_pass: int | None = None  # of scoring, in place of micro_batch_size; null: by that
     max_new_tokens: int = 64  # a response without EOS ends here
     mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
     dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
-    static_cache: bool = False  # keys and values in buffers of fixed size; on a GPU the decoding step is then compiled
+    engine: Literal["slots", "generate"] | None = None  # null: slots if they take the model; generate: any
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
+    correction: Literal["none", "truncate", "mask"] | None = None  # of sampled for trained probabilities; null: none
+    correction_cap: float = 2.0  # truncate: weights of the policy loss are min(pi_train / pi_sampled, cap)
+    correction_band: tuple[float, float] = (0.5, 2.0)  # mask: tokens with a weight outside are left out of the update
+    correction_level: Literal["token", "sequence"] = "token"  # sequence: the product of a response's weights
 
     def __post_init__(self) -> None:
+        engines = (None, "slots", "generate")
+        check(self.engine in engines, "rollout.engine", "'slots', 'generate' or null", self.engine)
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
         not_negative("rollout.dynamic_sampling", self.dynamic_sampling)
@@ -127,6 +137,13 @@ class RolloutConfig:
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
         if self.micro_batch_size is not None:
             positive("rollout.micro_batch_size", self.micro_batch_size)
+        _check_tokens_per_pass("rollout", self.tokens_per_pass, self.micro_batch_size)
+        check_choices("rollout", self)
+        kinds, low, high = (None, "none", "truncate", "mask"), *self.correction_band
+        check(self.correction in kinds, "rollout.correction", "'none', 'truncate', 'mask' or null", self.correction)
+        check(1 <= self.correction_cap < math.inf, "rollout.correction_cap", "a number >= 1", self.correction_cap)
+        around = 0 <= low <= 1 <= high < math.inf
+        check(around, "rollout.correction_band", "two numbers, 0 <= low <= 1 <= high", self.correction_band)
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,7 @@ class RewardConfig:
     """The score of a response, before the KL term: sources, normalized, weighted, combined, clipped, less penalties."""
 
     function: str | None = None  # "path/to/file.py:function" or "module:function", as ppo_fast.rewards:exact_answer
+    timeout: float | None = 600.0  # seconds that an `async def` function may take for a batch; null: no limit
     models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
     combine: Literal["sum", "mean", "min", "mean-std"] = "sum"  # of the sources; mean-std: mean - std_coef * std
@@ -149,6 +167,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_choices("reward", self)
+        if self.timeout is not None:
+            positive("reward.timeout", self.timeout)
         if self.clip is not None:
             positive("reward.clip", self.clip)
         for name in ("missing_eos_penalty", "length_penalty", "overlong_penalty", "std_coef"):
@@ -272,7 +292,7 @@ class AdamWConfig:
     """AdamW with one clip of the gradient norm a step; linear warm-up, then the schedule."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
-    master_weights: bool = False  # keep float32 copies of bfloat16 weights, which take the steps
+    master_weights: bool | None = None  # float32 copies of 16-bit weights take the steps; null: those of adapters only
     lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
@@ -311,7 +331,11 @@ class OptimConfig(AdamWConfig):
     epochs: int = 4  # passes over one rollout batch
     minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    tokens_per_pass: int | None = None  # tokens per forward pass, prompts and padding included, in place of that
     target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+    in_backward: bool = (
+        False  # a weight takes its step once its gradient is complete; clips by the norm of the last step
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -322,6 +346,11 @@ class OptimConfig(AdamWConfig):
             positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
             divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
+        _check_tokens_per_pass("optim", self.tokens_per_pass, self.micro_batch_size)
+        if self.in_backward:
+            whole = self.tokens_per_pass is None and self.micro_batch_size in (None, self.minibatch_size)
+            check(whole, "optim.in_backward", "false with several forward passes an optimizer step", True)
+            check(self.target_kl is None, "optim.target_kl", "null with optim.in_backward", self.target_kl)
 
 
 @dataclass(frozen=True)
@@ -438,6 +467,8 @@ class PPOConfig(RunConfig):
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         warmup = self.optim.critic_warmup_updates
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
+        skips = self.on_nan == "skip"
+        check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
         buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
         allowed = f"at most rollout.max_new_tokens = {longest}"
         check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
@@ -461,3 +492,22 @@ class PPOConfig(RunConfig):
     @property
     def steps_per_epoch(self) -> int:
         return self.rollout.batch_size // self.optim.minibatch_size
+
+    @property
+    def scoring(self) -> RolloutConfig:
+        """The settings of sampling with the passes of scoring: by default those of the update.
+
+        So scoring never materializes the logits of the whole rollout.
+        """
+        rollout, optim = self.rollout, self.optim
+        if rollout.micro_batch_size or rollout.tokens_per_pass:
+            return rollout
+        if optim.tokens_per_pass:
+            return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
+        return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def _check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:
+    if tokens is not None:
+        positive(f"{group}.tokens_per_pass", tokens)
+        check(micro_batch_size is None, f"{group}.tokens_per_pass", f"null with {group}.micro_batch_size", tokens)

@@ -27,7 +27,10 @@ RENAMED = {
     "reward.normalise: saved": "reward.normalize: dataset",
     "reward.normalize: saved": "reward.normalize: dataset",
 }
-GONE = {"kl.reward_estimator": "the KL in the reward is always k1"}
+GONE = {
+    "kl.reward_estimator": "the KL in the reward is always k1",
+    "rollout.static_cache": "'rollout.engine: slots', the default, keeps keys and values in fixed buffers",
+}
 
 
 def old_keys() -> list[str]:

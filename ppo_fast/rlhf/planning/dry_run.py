@@ -1,14 +1,14 @@
 """Run one step on fake tensors and record the memory that is alive.
 
 The engine's own code runs: models of transformers made from their configs, scoring and the update's backward passes.
-Sampling is `generate` at the two moments that count, after the prompts and at the last token.
+Sampling is the engine at the two moments that count, after a block of prompts and at the last token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,22 +16,29 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
+from ppo_fast.ops._core.head_buffers import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.schema import grouped
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
+from ppo_fast.rlhf.decoding.attention import attending_to_slots
+from ppo_fast.rlhf.decoding.cache import KeyValues
+from ppo_fast.rlhf.decoding.engines import find_engine
+from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling, keys_of
+from ppo_fast.rlhf.decoding.slots import PREFILL_TOKENS, Loop, run_slots
+from ppo_fast.rlhf.decoding.step import Network
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
+from ppo_fast.rlhf.models.models import Role
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
-from ppo_fast.rlhf.ppo.rollout import Sampler, score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.training.optim import ClippedOptimizer
+from ppo_fast.rlhf.training.adamw_8bit import AdamW8bit
 
 _OPS = torch.ops.ppo_fast
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
@@ -40,6 +47,14 @@ _IN_PLACE = {
     torch.ops.aten.index_add.default: 0,
     torch.ops.aten.scatter_add.default: 0,
 }
+
+
+class Shape(NamedTuple):
+    """The responses of a forward pass, all of one length."""
+
+    rows: int
+    prompt: int  # tokens
+    response: int
 
 
 class DryRun:
@@ -55,7 +70,14 @@ class DryRun:
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
             self.resident = load_models_without_data(self.config, self.shapes, self.device, self.timeline.name)
             self.models = self.resident.models
+            roles: tuple[Role, ...] = ("policy",) if self.models.value is None else ("policy", "value")
+            for role in roles:  # before the hooks of the optimizers, which free gradients
+                for parameter in self.models.trained(role):
+                    parameter.register_post_accumulate_grad_hook(self._name_gradient)
             self.learner = Learner(self.models, self.config)
+            for network in self.learner.optimizers:
+                if isinstance(network.optimizer, AdamW8bit):  # on a GPU one kernel, in place
+                    network.optimizer.kernel = lambda *step: None
             self._make_states()
             self.rollout()
             self.scoring()
@@ -66,22 +88,45 @@ class DryRun:
 
     @torch.no_grad()
     def rollout(self) -> None:
-        """One chunk of prompts and its last token, as `generate` of transformers does them."""
+        """Sample with the engine that the run will have."""
         rows = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
         with self.timeline.phase("rollout"), self.models.using("policy") as policy:
-            cache = self._make_cache(policy)
-            self._sample(policy, rows, self.prompt, self.prompt, cache)
-            self._fill(cache)
-            self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
+            if find_engine(self.config.rollout.engine, policy) is run_slots:
+                self._sample_in_slots(policy, rows)
+            else:
+                self._sample_by_generate(policy, rows)
+
+    def _sample_in_slots(self, policy: PreTrainedModel, slots: int) -> None:
+        """The longest responses in all slots, one block of prefill and one step."""
+        rows = self.config.rollout
+        sampling = Sampling(rows.temperature, rows.top_k, rows.top_p)
+        settings = DecodingSettings(self.models.eos_ids, self.models.pad_id, sampling, seed=0, width=slots)
+        requests = [Request([0] * self.prompt, row, self.response) for row in range(rows.batch_size)]
+        network = Network(policy)
+        with attending_to_slots(network.backbone):
+            loop = Loop(network, requests, settings, torch.device("cpu"))
+            refill = loop.schedule.refill(0)
+            assert refill is not None
+            loop.prefill(refill.slots[: max(1, PREFILL_TOKENS // self.prompt)])
+            self._name_buffers(loop.buffers)
+            loop.decode(slots, loop.buffers.length)
+            self._name_buffers(loop.buffers)
+
+    def _sample_by_generate(self, policy: PreTrainedModel, rows: int) -> None:
+        """One batch of prompts and its last token, as transformers' `generate` does them."""
+        cache = DynamicCache(config=policy.config.get_text_config(decoder=True))
+        self._sample(policy, rows, self.prompt, self.prompt, cache)
+        self._fill(cache)
+        self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
 
     def scoring(self) -> None:
         """One batch by each model."""
-        optim, settings = self.config.optim, self.config.rollout
-        rows = settings.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
+        settings = self.config.scoring
+        shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.batch_size)
         with self.timeline.phase("scoring"):
-            grid = self._make_grid(rows)
-            mask = torch.ones(rows, self.response, dtype=torch.float32, device="cpu")
-            responses = grid.ids[:, self.prompt :]
+            grid = self._make_grid(shape)
+            mask = torch.ones(shape.rows, shape.response, dtype=torch.float32, device="cpu")
+            responses = grid.ids[:, shape.prompt :]
             generation: Any = SimpleNamespace(
                 to_token_batch=lambda: grid, responses=responses, mask=mask, logprobs=mask
             )
@@ -100,55 +145,53 @@ class DryRun:
     def update(self) -> None:
         """Run two micro-batches of a minibatch, which accumulate gradients, and the optimizer step."""
         settings, networks = self.config.optim, self.learner.optimizers
-        rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
-        for network in networks:
-            for parameter in network.parameters:
-                parameter.register_post_accumulate_grad_hook(self._name_gradient)
+        shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.minibatch_size)
+        rows = min(2 * shape.rows, settings.minibatch_size)
+        failed = _zeros(dtype=torch.bool)
         with self.timeline.phase("update"):
+            for network in networks:
+                network.begin(1.0, failed)
             with self.models.recomputing():
-                self.learner.backward(self._make_experience(rows), np.arange(rows), _zeros())
+                self.learner.backward(self._make_experience(shape._replace(rows=rows)), np.arange(rows), _zeros())
             for network in networks:
                 network.clip()
-                self._step(network)
+                network.step(1.0, failed)
 
     def _make_states(self) -> None:
         """Make the states that optimizers keep from one step to the next."""
         for network in self.learner.optimizers:
             for parameter in network.parameters:
                 parameter.grad = torch.empty_like(parameter)
-            self._step(network)
+            network.step(1.0)
             kept = tree_leaves([network.optimizer.state_dict(), [*network.optimizer.state.values()]])
             self.timeline.name("optimizer states", [x for x in kept if isinstance(x, Tensor)])
-
-    def _step(self, network: ClippedOptimizer) -> None:
-        # Moments of 8 bits are there from the start, and their steps a matter of small pieces, thousands of them.
-        if self.config.optim.name != "adamw_8bit":
-            network.step(1.0)
-        network.optimizer.zero_grad()
 
     def _name_gradient(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             self.timeline.name("gradients", [parameter.grad])
 
-    def _make_grid(self, rows: int) -> TokenBatch:
-        """Prompts and responses at their longest; one prompt is a token shorter, so that there is padding."""
-        width = self.prompt + self.response
+    def _shape(self, size: int | None, tokens: int | None, whole: int) -> Shape:
+        """The fullest forward pass: responses at their longest, or shorter ones that fill the tokens of a pass."""
+        if tokens is None:
+            return Shape(size or whole, self.prompt, self.response)
+        rows = min(whole, max(1, -(-tokens // (self.prompt + self.response - 1))))
+        width = self.prompt + self.response if rows == 1 else min(self.prompt + self.response, tokens // rows + 1)
+        response = min(self.response, width - 1)
+        return Shape(rows, width - response, response)
+
+    def _make_grid(self, shape: Shape) -> TokenBatch:
+        """Prompts and responses; one prompt is a token shorter, so that there is padding."""
+        rows, width = shape.rows, shape.prompt + shape.response
         attention = np.ones((rows, width), dtype=bool)
-        attention[0, : self.prompt > 1] = False
+        attention[0, : shape.prompt > 1] = False
         counted = np.zeros((rows, width), dtype=bool)
-        counted[:, self.prompt :] = True
+        counted[:, shape.prompt :] = True
         return TokenBatch(_zeros(rows, width, dtype=torch.long), attention, counted)
 
-    def _make_experience(self, rows: int) -> Experience:
-        grid, count = self._make_grid(rows), rows * self.response
+    def _make_experience(self, shape: Shape) -> Experience:
+        grid, count = self._make_grid(shape), shape.rows * shape.response
         numbers = {name: _zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
         return Experience(grid, _zeros(count, dtype=torch.long), **numbers)
-
-    def _make_cache(self, policy: PreTrainedModel) -> Cache:
-        shape = policy.config.get_text_config(decoder=True)
-        if self.config.rollout.static_cache:
-            return StaticCache(shape, max_cache_len=self.prompt + self.response)
-        return DynamicCache(config=shape)
 
     def _sample(self, policy: PreTrainedModel, rows: int, new: int, seen: int, cache: Cache) -> None:
         """The forward pass over the last `new` of `seen` tokens, and a draw."""
@@ -165,19 +208,24 @@ class DryRun:
         logits = policy(**filter_kwargs(unwrapped(policy), given)).logits
         self._name_cache(cache)
         latest = logits[:, -1].to(torch.float32, copy=True)
-        scores = Sampler(self.config.rollout, None)(ids, latest)  # type: ignore[arg-type]  # no number is drawn
-        scores.argmax(dim=-1)
+        settings = self.config.rollout
+        sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+        tokens, _ = sampling.draw(latest, keys_of(0, ids[:, 0]))
+        torch.full_like(latest, -torch.inf).scatter_(-1, tokens[:, None], 0.0).argmax(dim=-1)
 
     def _fill(self, cache: Cache) -> None:
         """Fill the cache with the responses except their last two tokens."""
         count = self.response - 2
         for index, layer in enumerate(cache.layers):
             keys = getattr(layer, "keys", None)
-            if keys is not None and count > 0 and not self.config.rollout.static_cache:
+            if keys is not None and count > 0:
                 new = keys.new_empty(*keys.shape[:2], count, keys.shape[-1])
                 cache.update(new, new, index)
                 del new
                 self._name_cache(cache)
+
+    def _name_buffers(self, buffers: KeyValues) -> None:
+        self.timeline.name("KV cache", [x for layer in buffers.layers.values() for x in layer])
 
     def _name_cache(self, cache: Cache) -> None:
         states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]

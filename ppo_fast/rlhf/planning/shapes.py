@@ -109,9 +109,14 @@ def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str,
             rewards = [each._replace(network=models.value) if each.shared else each for each in rewards]
     adapters = models.adapters
     if adapters is not None:
+        if config.optim.master_weights is False:
+            adapters.drop_masters()
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
         head = [] if models.value is None else [*models.value.head.parameters()]
         _materialize([*own, *head], "adapters", name)
+        if models.policy.dtype != torch.float32:
+            copies = (copy for each in adapters.copies.values() for copy in each)
+            name("adapters", [copy.get(models.policy.dtype) for copy in copies])
     offloaded = _offload(models.reference, name) if offload and adapters is None else None
     for network in filter(None, (models.policy, models.reference, models.value)):
         _materialize(_tensors(network), "weights", name)

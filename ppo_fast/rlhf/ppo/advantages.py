@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import AdvantageConfig
 from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, to_device
+from ppo_fast.rlhf.ppo.correction import Correction
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, token_indices
 
@@ -27,6 +28,7 @@ class Experience:
     values: Tensor  # [N] float32: old
     advantages: Tensor  # [N] float32: whitened over all of them when configured
     returns: Tensor  # [N] float32: advantage by value_lam, before whitening, + old value: target of the value model
+    weights: Tensor | None = None  # [N] float32: importance weights of the policy loss; None: 1
 
     @property
     def lengths(self) -> Array:
@@ -36,16 +38,30 @@ class Experience:
     def select(self, rows: Array) -> dict[str, Tensor]:
         """Return the tensors [n] of these responses by name."""
         chosen = token_indices(self.lengths, rows, self.tokens.device)
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return {name: value.index_select(0, chosen) for name, value in tensors.items()}
+        return {name: value.index_select(0, chosen) for name, value in self._tensors().items()}
+
+    def keep(self, kept: Tensor) -> Experience:
+        """Return the experience in which only the tokens where kept [N] is True are counted; waits for the device."""
+        host, loss_mask = kept.cpu().numpy(), self.grid.loss_mask.copy()
+        loss_mask[loss_mask] = host
+        chosen = to_device(host.nonzero()[0], kept.device)
+        tensors = {name: value.index_select(0, chosen) for name, value in self._tensors().items()}
+        return replace(self, grid=replace(self.grid, loss_mask=loss_mask), **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
-def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig) -> Experience:
+def make_experience(
+    rollout: Rollout, rewards: Rewards, config: AdvantageConfig, correction: Correction | None = None
+) -> Experience:
     """Estimate advantages and returns with value 0 after the last counted token; then whiten the advantages.
 
     gae: `lam` for the advantages of the policy, `value_lam` for the returns that the value model regresses on.
     sequence: every token has the advantage of the first, A = return - value at the last prompt token, by lam 1.
     group: every token has the return of its response less the mean of its prompt's samples, see `group_advantages`.
+
+    Tokens that the correction leaves out take part only in these estimates; the others are counted from then on.
 
     Source: Schulman et al. 2016, arXiv:1506.02438, equation 16; two lambdas Yuan et al. 2025, arXiv:2503.01491,
     section 3.2; per sequence Ahmadian et al. 2024, arXiv:2402.14740.
@@ -60,10 +76,14 @@ def make_experience(rollout: Rollout, rewards: Rewards, config: AdvantageConfig)
         advantages = advantages.index_select(0, to_device(firsts, advantages.device))
     if config.kind == "group":
         advantages = _less_group_mean(rollout, advantages, config)
-    if config.whitened:
-        advantages = ops.whiten(advantages, None)
     old = rollout.logprobs, rollout.ref_logprobs, rollout.values
-    return Experience(rollout.grid, rollout.tokens, *old, advantages, returns)
+    weights = None if correction is None else correction.weights
+    experience = Experience(rollout.grid, rollout.tokens, *old, advantages, returns, weights)
+    if correction is not None and correction.kept is not None:
+        experience = experience.keep(correction.kept)
+    if config.whitened:
+        experience = replace(experience, advantages=ops.whiten(experience.advantages, None))
+    return experience
 
 
 def _gae(

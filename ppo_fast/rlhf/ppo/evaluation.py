@@ -11,11 +11,13 @@ import torch
 
 from ppo_fast.rlhf.config.ppo import PPOConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
+from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses
 from ppo_fast.rlhf.ppo.rewards import Scorer
-from ppo_fast.rlhf.ppo.rollout import Generation, generate, score
+from ppo_fast.rlhf.ppo.rollout import Generation, generate
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.checkpoint import save_models
 from ppo_fast.rlhf.training.finite import check_metrics
@@ -89,8 +91,7 @@ class Evaluation(Callback):
 
     def _measured(self) -> dict[str, float]:
         generation = self._answers(self.data)
-        width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
-        rollout = score(self.models, generation, self._rollout(width))
+        rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
         scores = self.scorer(responses, learn=False).totals
         start, start_scores = self._at_the_start(responses)
@@ -144,12 +145,11 @@ class Evaluation(Callback):
     def _answers(self, data: Prompts) -> Generation:
         rows = list(range(len(data.token_ids)))
         batch = make_batch(data, rows, self.models.pad_id, self.models.device)
-        generator = torch.Generator(self.models.device).manual_seed(self.config.seed)
         width = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
-        return generate(self.models, batch, self._rollout(width), generator)
+        return generate(self.models, batch, self._rollout(width), noise_seed(self.config.seed, "evaluation"))
 
     def _rollout(self, width: int) -> RolloutConfig:
-        return dataclasses.replace(self.config.rollout, micro_batch_size=width)
+        return dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
 
     def state_dict(self) -> State:
         return {"start": self.start, "start_ended": self.start_ended, "best": self.best, "worse": self.worse}

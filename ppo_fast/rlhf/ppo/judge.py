@@ -10,6 +10,8 @@ import torch
 
 from ppo_fast.rlhf.data.rows import Prompt
 from ppo_fast.rlhf.data.templates import as_text, tokenize_prompt
+from ppo_fast.rlhf.decoding.engines import find_engine
+from ppo_fast.rlhf.decoding.requests import DecodingSettings, Greedy, Request
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.models.loading import all_eos_ids, disable_dropout
 from ppo_fast.rlhf.models.pretrained import load_network, load_pretrained
@@ -117,21 +119,19 @@ class LocalModel:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def __call__(self, instructions: list[str]) -> list[str]:
-        parts = range(0, len(instructions), self.batch_size)
-        return [text for start in parts for text in self._answer(instructions[start : start + self.batch_size])]
-
-    @torch.no_grad()
-    def _answer(self, instructions: list[str]) -> list[str]:
         templated = self.tokenizer.chat_template is not None
         prompts = [[{"role": "user", "content": text}] if templated else text for text in instructions]
-        ids = [tokenize_prompt(prompt, self.tokenizer, "Judge") for prompt in prompts]
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        output = self.model.generate(
-            input_ids=inputs["input_ids"].to(self.model.device),
-            attention_mask=inputs["attention_mask"].to(self.model.device),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=[*all_eos_ids(self.tokenizer, self.model.generation_config)] or None,
-            pad_token_id=self.tokenizer.pad_token_id,
+        requests = [
+            Request(tokenize_prompt(prompt, self.tokenizer, "Judge"), row, self.max_new_tokens)
+            for row, prompt in enumerate(prompts)
+        ]
+        settings = DecodingSettings(
+            eos_ids=(*all_eos_ids(self.tokenizer, self.model.generation_config),),
+            pad_id=self.tokenizer.pad_token_id,
+            sampling=Greedy(),
+            seed=0,
+            width=self.batch_size,
         )
-        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        responses = find_engine(None, self.model)(self.model, requests, settings)
+        rows = zip(responses.tokens.tolist(), responses.lengths.tolist(), strict=True)
+        return self.tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)

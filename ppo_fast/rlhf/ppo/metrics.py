@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.ppo.advantages import Experience, agreeing
+from ppo_fast.rlhf.ppo.correction import mismatch_metrics
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
 from ppo_fast.rlhf.ppo.update import UpdateStats
@@ -37,6 +38,7 @@ def collect(
         | _lengths(rollout, rewards)
         | (_value(experience, stats) if stats.value else {})
         | _groups(rollout, rewards)
+        | mismatch_metrics(rollout, config.rollout)
         | ({} if rewards.std is None else {"hacking/ensemble_std": rewards.std.mean()})
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()

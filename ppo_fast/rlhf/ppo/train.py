@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from ppo_fast.rlhf.config.files import save_config
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
+from ppo_fast.rlhf.decoding.engines import check_engine
+from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
+from ppo_fast.rlhf.ppo.correction import make_correction
 from ppo_fast.rlhf.ppo.dynamic_sampling import resample
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
@@ -39,7 +43,8 @@ from ppo_fast.rlhf.ppo.rewards import (
     without_masked,
     without_truncated,
 )
-from ppo_fast.rlhf.ppo.rollout import Generation, generate, score, warn_about_filters
+from ppo_fast.rlhf.ppo.rollout import Generation, generate, warn_about_filters
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
@@ -47,7 +52,14 @@ from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog
 from ppo_fast.rlhf.training.loop import TrainingLoop
-from ppo_fast.rlhf.training.resume import file_digests, inputs, load_start, prompt_inputs, report_write_errors
+from ppo_fast.rlhf.training.resume import (
+    file_digests,
+    inputs,
+    load_start,
+    prompt_inputs,
+    report_write_errors,
+    with_kernels,
+)
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
@@ -73,7 +85,7 @@ class PPORun(TrainingLoop):
     data: Prompts
     scorer: Scorer
     evaluation: Evaluation | None
-    generator: torch.Generator  # every random number of the run except those of the evaluation
+    generator: torch.Generator  # every random number of the run except the noise that draws tokens
     callbacks: Sequence[UserCallback] = ()
     length = "updates"
 
@@ -96,16 +108,15 @@ class PPORun(TrainingLoop):
         for name, user in self.user_states.items():
             check_state(user.state_dict(), f"{name} function's state_dict")
         self.total = self.config.updates
-        # Scoring in the batches of the update never materializes the logits of the whole rollout.
-        optim, rollout = self.config.optim, self.config.rollout
-        width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
-        self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
+        # The noise of a response depends on its number among all that the run samples.
+        self.seed, self.row = noise_seed(self.config.seed, "rollout"), 0
 
     def step(self, update: int, log: StageLog) -> StepRecord:
         """Take update `update`, from 0: sample, score, improve, measure."""
         config, watch, metrics = self.config, self.watch, dict[str, float]()
         watch.restart()
         with watch("rollout"):
+            self.row = update * config.rollout.batch_size * (1 + config.rollout.dynamic_sampling)
             batch = PPOBatch(self._answers(config.rollout.batch_size // config.rollout.samples_per_prompt))
         scorer: ScoreResponses = self.scorer
         replaced = dict[str, float]()
@@ -114,7 +125,7 @@ class PPORun(TrainingLoop):
                 with watch("resample"):
                     batch, scorer, replaced = self._resample(batch.generation)
             with watch("logprobs"):
-                rollout = score(self.models, batch.generation, self.scoring)
+                rollout = score(self.models, batch.generation, config.scoring)
                 batch = PPOBatch(rollout.generation, rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
             with watch("score"):
@@ -127,7 +138,8 @@ class PPORun(TrainingLoop):
                 why = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
                 return dataclasses.replace(self.record, step=update, metrics={}, notes=(why,), batch=batch)
             with watch("update"), self.models.recomputing():
-                experience = make_experience(*learned, config.advantage)
+                correction = make_correction(learned[0], config.rollout)
+                experience = make_experience(*learned, config.advantage, correction)
                 batch = PPOBatch(learned[0].generation, *learned, experience)
                 stats = self.learner.update(experience, self.kl.coef, update, self.generator)
                 if not self.learner.warming_up:  # else the KL would lower a coefficient that had no effect yet
@@ -172,7 +184,10 @@ class PPORun(TrainingLoop):
 
     def _answers(self, count: int) -> Generation:
         """Sample responses to the next `count` prompts."""
-        return generate(self.models, self._next_prompts(count), self.config.rollout, self.generator)
+        prompts = self._next_prompts(count)
+        found = generate(self.models, prompts, self.config.rollout, self.seed, self.row)
+        self.row += len(prompts.prompts)
+        return found
 
     def _resample(self, generation: Generation) -> tuple[PPOBatch, ScoreResponses, dict[str, float]]:
         """Return the batch after `rollout.dynamic_sampling`, a scorer that knows its scores, and a metric."""
@@ -208,7 +223,7 @@ def train_ppo(
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
-            token, for each completion; called by keyword.
+            token, for each completion; called by keyword. It may be `async def`, or return coroutines.
         prompts: texts, or rows {"prompt": text or messages, column: ...}.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
@@ -256,7 +271,7 @@ def open_run(
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(
-            config.model,
+            with_kernels(config.model, start),
             generator,
             policy=policy,
             tokenizer=tokenizer,
@@ -264,6 +279,9 @@ def open_run(
             reference=config.reference,
             critic=config.advantage.critic,
         )
+        if models.adapters is not None and config.optim.master_weights is False:
+            models.adapters.drop_masters()
+        check_engine(config.rollout.engine, models.policy)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
         scorer = Scorer(
@@ -276,6 +294,7 @@ def open_run(
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
+        _warn_about_long_responses(config, data)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks)
         if start is not None:
             run.restore(start)
@@ -296,6 +315,17 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
+
+
+def _warn_about_long_responses(config: PPOConfig, data: Prompts) -> None:
+    longest = max(map(len, data.token_ids)) + config.rollout.max_new_tokens
+    for group, limit in (("optim", config.optim.tokens_per_pass), ("rollout", config.rollout.tokens_per_pass)):
+        if limit is not None and longest > limit:
+            warnings.warn(
+                f"{group}.tokens_per_pass: a prompt and its response may have {longest} tokens, more than {limit}; "
+                "such a response goes by itself",
+                stacklevel=3,
+            )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

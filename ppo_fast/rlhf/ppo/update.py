@@ -24,7 +24,7 @@ from ppo_fast.rlhf.models.forward import (
 )
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience
-from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
+from ppo_fast.rlhf.training.optim import ClippedOptimizer, InBackwardOptimizer, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.training.state import State
 
 Metrics = dict[str, Tensor]
@@ -43,6 +43,7 @@ class MicroBatch:
     values: Tensor  # [n] float32: old
     advantages: Tensor  # [n] float32
     returns: Tensor  # [n] float32
+    weights: Tensor | None = None  # [n] float32: importance weights of the policy loss; None: 1
 
     @classmethod
     def from_experience(cls, experience: Experience, rows: Array, *, packed: bool) -> MicroBatch:
@@ -93,10 +94,11 @@ class Learner:
 
     def __init__(self, models: Models, config: PPOConfig) -> None:
         self.models, self.config = models, config
-        self.policy = ClippedOptimizer(models.trained("policy"), config.optim.lr, config.optim)
+        kind = InBackwardOptimizer if config.optim.in_backward else ClippedOptimizer
+        self.policy = kind(models.trained("policy"), config.optim.lr, config.optim)
         self.value = None  # without a value model
         if models.value is not None:
-            self.value = ClippedOptimizer(models.trained("value"), config.optim.value_lr, config.optim)
+            self.value = kind(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
         self.kl_coef, self.penalty_coef = torch.zeros(2, dtype=torch.float32, device=models.device)
         self.loss_config = self._loss_config()
@@ -122,6 +124,13 @@ class Learner:
         failed = torch.zeros((), dtype=torch.bool, device=device)
         lr_factor, note = 0.0, None
         for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
+            step = first + len(steps)
+            value_factor = schedule(step, self.steps, self.config.optim)
+            policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
+            if not self.warming_up:
+                self.policy.begin(policy_factor, failed)
+            if self.value is not None:
+                self.value.begin(value_factor, failed)
             policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
             none = torch.zeros((), dtype=torch.float32, device=device)
@@ -133,12 +142,11 @@ class Learner:
                 break
             not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
             failed = failed | not_finite if stop else not_finite
-            step = first + len(steps) - 1
             if not self.warming_up:
-                lr_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
-                self.policy.step(lr_factor, failed)
+                lr_factor = policy_factor
+                self.policy.step(policy_factor, failed)
             if self.value is not None:
-                self.value.step(schedule(step, self.steps, self.config.optim), failed)
+                self.value.step(value_factor, failed)
         good, skipped = finite_steps(steps, stop=stop)
         norms = [step.norms for step in good if step.taken]
         if not self.warming_up:
@@ -155,14 +163,15 @@ class Learner:
     def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
         """Accumulate the gradients of a minibatch of these rows, micro-batch by micro-batch, under one normalizer."""
         lengths = experience.lengths[rows]
-        tokens = int(lengths.sum())
-        count = tokens if self.config.loss.aggregation == "token-mean" else int((lengths > 0).sum())
+        tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
+        count = tokens if self.config.loss.aggregation == "token-mean" else sequences
         run = self._joint_backward if self.models.shared else self._separate_backward
         self.kl_coef.fill_(kl_coef)
         self.penalty_coef.fill_(self.penalty.coef)
         found: list[tuple[Metrics, Metrics]] = []
-        for part in experience.grid.split_by_length(rows, self.config.optim.micro_batch_size or len(rows)):
-            micro = MicroBatch.from_experience(experience, part, packed=self.models.packed)
+        optim, packed = self.config.optim, self.models.packed
+        for part in experience.grid.split(rows, optim.micro_batch_size, optim.tokens_per_pass, packed=packed):
+            micro = MicroBatch.from_experience(experience, part, packed=packed)
             found.append(run(micro, self._policy_terms(micro, count), tokens))
         policy, value = zip(*found, strict=True)
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
@@ -219,6 +228,7 @@ class Learner:
             "targets": micro.tokens,
             "old_logprobs": micro.logprobs,
             "advantages": micro.advantages,
+            "importance_weights": micro.weights,
             "cu_seqlens": micro.cu_seqlens,
             "denominator": count,
             "config": self.loss_config,
@@ -289,7 +299,7 @@ def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch
     if not parts[0]:
         return {}
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    weight = joined["tokens"] / joined["tokens"].sum()
+    weight = joined["tokens"] / joined["tokens"].sum().clamp_min(1)
 
     def join(name: str, values: Tensor) -> Tensor:
         if name == "tokens":

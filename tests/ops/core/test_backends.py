@@ -18,6 +18,7 @@ OPS = (
     "token_stats",
     "entropy",
     "policy_loss",
+    "sample_tokens",
     "linear_token_stats",
     "linear_policy_loss",
     "value_loss",

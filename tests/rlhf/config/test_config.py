@@ -147,6 +147,13 @@ def test_rule_18_batch_sizes_that_do_not_divide_name_the_numbers():
         "optim.micro_batch_size: expected a divisor of optim.minibatch_size = 16, got 5": {
             "optim": {"micro_batch_size": 5}
         },
+        "optim.tokens_per_pass: expected null with optim.micro_batch_size, got 4096": {
+            "optim": {"micro_batch_size": 4, "tokens_per_pass": 4096}
+        },
+        "rollout.tokens_per_pass: expected null with rollout.micro_batch_size, got 4096": {
+            "rollout": {"micro_batch_size": 4, "tokens_per_pass": 4096}
+        },
+        "optim.tokens_per_pass: expected a number > 0, got 0": {"optim": {"tokens_per_pass": 0}},
         "rollout.samples_per_prompt: expected a divisor of rollout.batch_size = 64, got 3": {
             "rollout": {"samples_per_prompt": 3}
         },
@@ -210,6 +217,14 @@ def test_rule_07_k1_is_no_loss():
     [
         ({"rollout": {"temperature": 0}}, "rollout.temperature: expected 1e-9 <= temperature <= 1e9, got 0.0"),
         ({"rollout": {"stop": [""]}}, "rollout.stop: expected strings that are not empty, got ('',)"),
+        (
+            {"rollout": {"correction_cap": 0.5}},
+            "rollout.correction_cap: expected a number >= 1, got 0.5",
+        ),
+        (
+            {"rollout": {"correction_band": [1.1, 2.0]}},
+            "rollout.correction_band: expected two numbers, 0 <= low <= 1 <= high, got (1.1, 2.0)",
+        ),
         ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
         ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),
         ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1 or 'adaptive', got 2.0"),

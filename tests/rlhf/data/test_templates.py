@@ -14,6 +14,7 @@ from ppo_fast.rlhf.data.examples import completion_example, load_examples, prefe
 from ppo_fast.rlhf.data.prompts import load_prompts
 from ppo_fast.rlhf.data.rows import read_rows
 from ppo_fast.rlhf.data.templates import as_text
+from ppo_fast.rlhf.decoding.slots import run_slots
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.reward import RewardNetwork
 from ppo_fast.rlhf.ppo import reward_sources
@@ -296,13 +297,15 @@ def test_a_judge_is_asked_without_an_eos(tmp_path, template, monkeypatch):
     tiny.make_model(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     judge, seen = LocalModel(str(tmp_path), 1, 2, "cpu", "float32"), []
-    generate = judge.model.generate
-    monkeypatch.setattr(
-        judge.model, "generate", lambda **options: seen.extend(options["input_ids"]) or generate(**options)
-    )
+
+    def engine(model, requests, settings):
+        seen.extend(request.prompt for request in requests)
+        return run_slots(model, requests, settings)
+
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.judge.find_engine", lambda *_: engine)
     judge(["two", "three"])
     text = "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n" if template else "<s>two"
-    assert tokenizer.decode(seen[0]).removeprefix("<pad>" * 2) == text  # "three" is two bytes longer
+    assert tokenizer.decode(seen[0]) == text
 
 
 def test_exported_pairs_keep_the_columns_of_the_template(tmp_path):

@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ppo_fast import ops
 from ppo_fast.rlhf import train_ppo
 from ppo_fast.rlhf.config.ppo import ModelConfig
+from ppo_fast.rlhf.decoding.requests import Sampling
+from ppo_fast.rlhf.decoding.slots import run_slots
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.loading import GENERATION
 from ppo_fast.rlhf.ppo.judge import Judge
 from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses
-from ppo_fast.rlhf.ppo.rollout import Sampler, first_eos
 from ppo_fast.rlhf.supervised import train as supervised
 from tests.rlhf.chat import END, STOP, assistant, make_chat_tokenizer, user
 from tests.rlhf.conftest import EOS, PROMPTS
@@ -29,23 +31,19 @@ def several():
     return model
 
 
-def test_the_first_of_any_eos_counts():
-    responses = torch.tensor([[9, 3, 2], [1, 9, 9], [9, 9, 2], [9, 9, 9]])
-    assert first_eos(responses, (2, 1, 3)).tolist() == [1, 0, 2, 3]
-
-
 def test_a_run_ends_responses_at_every_eos(several, tokenizer, make_config, monkeypatch, tmp_path):
     ends = torch.tensor([BOS, EOS, UNK, 9])
     seen = []
 
-    def draw(sampler, logits):
-        return ends.repeat(2)[: len(logits)] if len(sampler.logprobs) == 2 else torch.full((len(logits),), 8)
+    def draw(_, logits, keys):
+        tokens = torch.where(keys[:, 2] == 2, ends[keys[:, 1] % 4], 8)
+        return tokens, ops.token_logprobs(logits, tokens)
 
     def reward(completions, completion_ids, **_):
         seen.extend(completion_ids)
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(Sampler, "draw", draw)
+    monkeypatch.setattr(Sampling, "draw", draw)
     values = {"updates": 1, "kl": {"coef": 0.0}, "evaluation": {"every": 1}, "reward": {"missing_eos_penalty": 1.0}}
     given = {"prompts": PROMPTS, "eval_prompts": PROMPTS, "policy": several, "tokenizer": tokenizer}
     result = train_ppo(make_config(data={"shuffle": False}, **values), reward_fn=reward, **given)
@@ -135,12 +133,14 @@ def test_a_judge_ends_its_answer_at_every_eos(tmp_path, tokenizer, several, monk
     several.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     judge, seen = Judge(str(tmp_path), rubric="r", max_new_tokens=1), []
-    generate = judge.answer.model.generate
-    monkeypatch.setattr(
-        judge.answer.model, "generate", lambda **options: seen.append(options["eos_token_id"]) or generate(**options)
-    )
+
+    def engine(model, requests, settings):
+        seen.append(settings.eos_ids)
+        return run_slots(model, requests, settings)
+
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.judge.find_engine", lambda *_: engine)
     judge.answer(["w1"])
-    assert seen == [[EOS, BOS, UNK]]
+    assert seen == [(EOS, BOS, UNK)]
 
 
 def test_an_assistants_answer_that_the_template_ends_gets_no_other_eos(examples_of):

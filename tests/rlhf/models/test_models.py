@@ -14,7 +14,7 @@ from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import response_logits, response_values
 from ppo_fast.rlhf.models.loading import disable_dropout
 from ppo_fast.rlhf.models.models import load_models
-from ppo_fast.rlhf.ppo.rollout import score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.training.checkpoint import save_models
 from tests.helpers import raises_exactly
 from tests.rlhf.factories import forward_pass

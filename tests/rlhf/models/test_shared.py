@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppo_fast.rlhf.models.value import ValueModel
-from ppo_fast.rlhf.ppo.rollout import score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from tests.rlhf.factories import all_rows, made_experience
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ppo_fast.rlhf import UserError
+from ppo_fast.rlhf.decoding.slots import run_slots
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.ppo.judge import Judge, read_score
 from tests.helpers import raises_exactly
@@ -112,13 +113,12 @@ def test_a_local_model_judges(says_seven):
 def test_a_local_model_is_asked_through_its_chat_template(says_seven, monkeypatch):
     (says_seven / "chat_template.jinja").write_text("judge {{ messages[0]['content'] }}")
     judge = Judge(str(says_seven), rubric="r", max_new_tokens=1)
-    seen, generate = [], judge.answer.model.generate
+    seen = []
 
-    def spy(input_ids, attention_mask, **options):
-        seen.extend(judge.answer.tokenizer.batch_decode(input_ids))
-        assert attention_mask[:, -1].all()
-        return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+    def engine(model, requests, settings):
+        seen.extend(judge.answer.tokenizer.decode(request.prompt) for request in requests)
+        return run_slots(model, requests, settings)
 
-    monkeypatch.setattr(judge.answer.model, "generate", spy)
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.judge.find_engine", lambda *_: engine)
     judge.answer(["7 7", "7"])
-    assert seen == ["judge 7 7", "<pad> judge 7"]
+    assert seen == ["judge 7 7", "judge 7"]

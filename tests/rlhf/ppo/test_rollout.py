@@ -8,13 +8,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from ppo_fast import ops
 from ppo_fast.rlhf import UserError
 from ppo_fast.rlhf.config.ppo import DataConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
+from ppo_fast.rlhf.decoding.requests import Sampling, keys_of
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import response_logits
 from ppo_fast.rlhf.models.models import load_models
-from ppo_fast.rlhf.ppo.rollout import Sampler, first_eos, generate, score, warn_about_filters
+from ppo_fast.rlhf.ppo.rollout import generate, warn_about_filters
+from ppo_fast.rlhf.ppo.scoring import score
 from tests.helpers import raises_exactly
 from tests.rlhf.factories import forward_of
 
@@ -23,11 +26,16 @@ PAD, EOS = 0, 2
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """scripted(rows): the sampler picks these tokens [B, T] instead of drawing."""
+    """scripted(rows): these tokens [B, T] are sampled."""
 
     def script(rows):
         tokens = torch.tensor(rows)
-        monkeypatch.setattr(Sampler, "draw", lambda self, logits: tokens[: len(logits), len(self.logprobs)])
+
+        def draw(self, logits, keys):
+            found = tokens[keys[:, 1], keys[:, 2].clamp(max=tokens.shape[1] - 1)]
+            return found, ops.token_logprobs(logits, found, temperature=self.temperature)
+
+        monkeypatch.setattr(Sampling, "draw", draw)
 
     return script
 
@@ -44,7 +52,7 @@ def test_rule_02_the_mask_ends_with_the_first_eos(make_models, make_config, scri
     scripted([[9, EOS, 7, EOS, 9], [PAD, 8, PAD, EOS, 9], [9, 8, 7, 6, 5]])
     prompts = batch_of(models.tokenizer, "w1", "w2 w3", "w4")
     settings = RolloutConfig(batch_size=3, max_new_tokens=5)
-    generation = generate(models, prompts, settings, torch.Generator())
+    generation = generate(models, prompts, settings, 0)
     assert generation.responses.tolist() == [[9, EOS, PAD, PAD, PAD], [PAD, 8, PAD, EOS, PAD], [9, 8, 7, 6, 5]]
     assert generation.mask.long().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert generation.ended.tolist() == [True, True, False]
@@ -72,7 +80,7 @@ def test_a_stop_string_ends_a_response_as_eos_does(make_config, scripted):
     scripted(script)
     prompts = batch_of(tokenizer, "x", "##", "y", "#")
     settings = RolloutConfig(batch_size=4, max_new_tokens=6, stop=("##", "never"))
-    generation = generate(models, prompts, settings, torch.Generator())
+    generation = generate(models, prompts, settings, 0)
     ids = [row[mask].tolist() for row, mask in zip(generation.responses, generation.mask, strict=True)]
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == ["ab##", "cd#abc", "ab", "# #x##"]
     assert generation.mask.sum(dim=1).tolist() == [4, 6, 3, 6]
@@ -85,45 +93,24 @@ def test_a_tokenizer_that_cannot_find_stop_strings_is_named(make_models, make_co
     settings = RolloutConfig(max_new_tokens=2, stop=("w5",))
     kind = type(models.tokenizer).__name__
     with raises_exactly(f"rollout.stop: expected a tokenizer that can spell any text, got {kind}", UserError):
-        generate(models, batch_of(models.tokenizer, "w1"), settings, torch.Generator())
+        generate(models, batch_of(models.tokenizer, "w1"), settings, 0)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_the_static_cache_gives_the_same_responses(make_models, make_config, arch):
-    config = make_config()
-    models = make_models(config, policy=tiny.make_model(64, arch=arch, hidden=16, heads=2, seed=3))
-    prompts = batch_of(models.tokenizer, "w1 w2 w3", "w4", "w7 w8")
-    dynamic, static = (
-        generate(
-            models, prompts, RolloutConfig(max_new_tokens=9, static_cache=static), torch.Generator().manual_seed(5)
-        )
-        for static in (False, True)
-    )
-    assert torch.equal(dynamic.responses, static.responses)
-    assert torch.allclose(dynamic.logprobs, static.logprobs, atol=2e-5)
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_keys_and_values_are_gone_when_the_responses_are_there(make_models, make_config, static):
+@pytest.mark.parametrize("engine", ["slots", "generate"])
+def test_keys_and_values_are_gone_when_the_responses_are_there(make_models, make_config, engine):
     models = make_models(make_config())
-    if not static:
-        models.policy._cache = "as transformers below 5 keeps that of a static one"
+    prompts, settings = batch_of(models.tokenizer, "w1 w2", "w3"), RolloutConfig(max_new_tokens=9, engine=engine)
+    generate(models, prompts, settings, 0)  # makes what is kept for good
     gc.collect()
     gc.disable()  # nobody waits for the collector
     try:
         before = {id(x) for x in gc.get_objects()}
-        kept = generate(
-            models,
-            batch_of(models.tokenizer, "w1 w2", "w3"),
-            RolloutConfig(max_new_tokens=9, static_cache=static),
-            torch.Generator(),
-        )
+        kept = generate(models, prompts, settings, 0)
         found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before]
     finally:
         gc.enable()
     assert max(x.ndim for x in found) == 2  # keys and values are [B, H, L, E]
     assert any(x is kept.input_ids for x in found)
-    assert not hasattr(models.policy, "_cache")
 
 
 def test_generation_leaves_no_config_in_a_model_with_adapters(make_models, make_config):
@@ -134,8 +121,8 @@ def test_generation_leaves_no_config_in_a_model_with_adapters(make_models, make_
     generate(
         dataclasses.replace(models, policy=adapted),
         batch_of(models.tokenizer, "w1 w2", "w3"),
-        RolloutConfig(max_new_tokens=2),
-        torch.Generator(),
+        RolloutConfig(max_new_tokens=2, engine="generate"),
+        0,
     )
     assert base.generation_config is own
     assert adapted.generation_config is own
@@ -149,45 +136,34 @@ def test_rule_02_pad_may_be_the_same_token_as_eos(make_models, make_config, scri
     models = make_models(config, tokenizer=shared)
     assert models.pad_id == models.eos_id == EOS
     scripted([[9, EOS, 7], [9, 8, 7]])
-    generation = generate(models, batch_of(shared, "w1", "w2"), RolloutConfig(max_new_tokens=3), torch.Generator())
+    generation = generate(models, batch_of(shared, "w1", "w2"), RolloutConfig(max_new_tokens=3), 0)
     assert generation.mask.long().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert generation.ended.tolist() == [True, False]
 
 
-def test_rule_02_micro_batches_of_different_length_with_pad_equal_to_eos(make_models, make_config, monkeypatch):
+@pytest.mark.parametrize("engine", ["slots", "generate"])
+def test_rule_02_micro_batches_of_different_length_with_pad_equal_to_eos(make_models, make_config, scripted, engine):
     shared = tiny.make_tokenizer([f"w{i}" for i in range(60)])
     shared.pad_token = shared.eos_token
     models = make_models(make_config(), tokenizer=shared)
-    prompts = batch_of(shared, "w1", "w2")
-    script = dict(zip(prompts.input_ids[:, 0].tolist(), ([9, EOS], [9, 8, 7]), strict=True))
-
-    def pick(sampler, ids, logits):
-        token = script[ids[0, 0].item()][len(sampler.logprobs)]
-        sampler.logprobs.append(torch.zeros(1))
-        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([token]), 0.0)
-
-    monkeypatch.setattr(Sampler, "__call__", pick)
-    generation = generate(models, prompts, RolloutConfig(max_new_tokens=3, micro_batch_size=1), torch.Generator())
+    scripted([[9, EOS, 0], [9, 8, 7]])
+    settings = RolloutConfig(max_new_tokens=3, micro_batch_size=1, engine=engine)
+    generation = generate(models, batch_of(shared, "w1", "w2"), settings, 0)
     assert generation.mask.long().tolist() == [[1, 1, 0], [1, 1, 1]]
     assert generation.ended.tolist() == [True, False]
-
-
-def test_first_eos():
-    responses = torch.tensor([[1, 2, 2], [2, 1, 1], [1, 1, 1]])
-    assert first_eos(responses, (EOS,)).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_rule_03_samples_come_from_the_tempered_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
     truth = torch.softmax(logits / temperature, dim=-1)
-    sampler = Sampler(RolloutConfig(temperature=temperature), torch.Generator().manual_seed(0))
     count = 40_000
-    forced = sampler(torch.zeros(count, 1), logits.expand(count, 5))
-    frequency = forced.argmax(dim=-1).bincount(minlength=5) / count
+    keys = keys_of(0, torch.arange(count))
+    tokens, logprobs = Sampling(temperature).draw(logits.expand(count, 5), keys)
+    frequency = tokens.bincount(minlength=5) / count
     assert (frequency - truth).abs().max() < 4 * 0.5 / count**0.5
     assert frequency[-1] == 0
-    torch.testing.assert_close(sampler.logprobs[0], truth.log()[forced.argmax(dim=-1)])
+    torch.testing.assert_close(logprobs, truth.log()[tokens])
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen2"])
@@ -206,9 +182,10 @@ def test_rule_05_scoring_is_the_same_in_micro_batches(make_models, make_config, 
     config = make_config()
     models = make_models(config)
     whole = make_rollout(models, config)
-    parts = score(models, whole.generation, RolloutConfig(micro_batch_size=3))
-    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    for settings in (RolloutConfig(micro_batch_size=3), RolloutConfig(tokens_per_pass=16)):
+        parts = score(models, whole.generation, settings)
+        for name in ("logprobs", "ref_logprobs", "entropy", "values"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
 def test_sampling_ignores_what_a_model_directory_says_about_generation(make_models, make_config, make_rollout):
@@ -223,7 +200,7 @@ def test_sampling_ignores_what_a_model_directory_says_about_generation(make_mode
     assert biased.policy.generation_config is own
 
 
-def test_the_generator_decides_the_samples(make_models, make_config, make_rollout):
+def test_the_seed_decides_the_samples(make_models, make_config, make_rollout):
     config = make_config()
     models = make_models(config)
     first, again, other = (make_rollout(models, config, seed=seed).generation for seed in (0, 0, 1))
@@ -236,7 +213,7 @@ def test_filters_keep_the_likeliest_tokens_and_warn():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]])).expand(2000, 4)
     for settings, kept in (({"top_k": 2}, {1, 2}), ({"top_p": 0.69}, {1, 2}), ({"top_p": 0.71}, {1, 2, 3})):
         config = RolloutConfig(**settings)
-        drawn = Sampler(config, torch.Generator().manual_seed(0)).draw(logits)
+        drawn, _ = Sampling(top_k=config.top_k, top_p=config.top_p).draw(logits, keys_of(0, torch.arange(2000)))
         assert set(drawn.tolist()) == kept
         with pytest.warns(UserWarning, match=r"rollout\.top_k and rollout\.top_p bias the ratio"):
             warn_about_filters(config)

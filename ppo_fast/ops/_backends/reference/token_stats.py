@@ -8,7 +8,7 @@ from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import RowStats
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(u, lse), the latter in float64. The largest logit is subtracted first, halved: no difference overflows.
 
     Not z - lse: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability.
@@ -32,7 +32,7 @@ def _where_counted(mask: Tensor | None, x: Tensor, other: Tensor | float = 0.0) 
 def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     """The statistics of every row."""
     logits, targets, ref_logits, mask, temperature = rows
-    u, lse = _log_softmax(logits, temperature)
+    u, lse = log_softmax(logits, temperature)
     logprobs, entropy, kl, ref_lse = (u.new_empty(0), u.new_empty(0), u.new_empty(0), lse.new_empty(0))
     if targets is not None:
         inside = (targets >= 0) & (targets < logits.shape[-1])
@@ -41,28 +41,30 @@ def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     if want_entropy:
         entropy = _where_counted(mask, -_expectation(u.exp(), u))
     if ref_logits is not None:
-        w, ref_lse = _log_softmax(ref_logits, temperature)
+        w, ref_lse = log_softmax(ref_logits, temperature)
         kl = _where_counted(mask, _expectation(u.exp(), u - w.to(u.dtype)))
     return RowStats(logprobs, entropy, kl, lse, ref_lse)
 
 
-def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None) -> Tensor:
+def token_stats_backward(
+    grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """dlogits[j] = (g*[j = target] + p[j]*(a + b*u[j] + c*w[j])) / temperature, in the dtype of the logits.
 
     g, gH and gK are the gradients in logprob, entropy and KL; a = -g - gH*H - gK*KL, b = gK - gH, c = -gK. A gradient
-    of None leaves its term out. ``out`` may be the logits themselves.
+    of None leaves its term out, and ``scale`` [] multiplies all. ``out`` may be the logits themselves.
     """
-    g, g_entropy, g_kl = grads
+    g, g_entropy, g_kl = grads.scaled(scale)
     logits, targets, ref_logits, mask, temperature = rows
     entropy, kl = stats.entropy, stats.kl
-    u, _ = _log_softmax(logits, temperature)
+    u, _ = log_softmax(logits, temperature)
     inner = torch.zeros_like(u)
     if g is not None:
         inner = inner - g[..., None]
     if g_entropy is not None:
         inner = inner - g_entropy[..., None] * (entropy[..., None] + u)
     if g_kl is not None and ref_logits is not None:
-        w, _ = _log_softmax(ref_logits, temperature)
+        w, _ = log_softmax(ref_logits, temperature)
         inner = inner + g_kl[..., None] * (u - w.to(u.dtype) - kl[..., None])
     p = u.exp()
     grad = torch.where(p == 0, 0.0, p * inner)

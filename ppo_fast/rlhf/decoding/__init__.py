@@ -1,0 +1,1 @@
+"""Sampling engines: token ids in, sampled token ids and their log-probabilities out."""
