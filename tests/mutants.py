@@ -55,7 +55,10 @@ HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
 ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+GROUPS = "tests/rlhf/ppo/test_groups.py"
+CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
+EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
@@ -251,6 +254,49 @@ MUTANTS = [
         WARMUP,
     ),
     Mutant(f"{RLHF}/ppo/train.py", "if not self.learner.warming_up:", "if True:", WARMUP),
+    # group advantages
+    Mutant(f"{RLHF}/ppo/advantages.py", "(count / others)[rows] if", "(others / count)[rows] if", GROUPS),
+    Mutant(
+        f"{RLHF}/ppo/advantages.py",
+        "response_sums(centered**2, lengths) / others",
+        "response_sums(centered**2, lengths) / count",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/advantages.py",
+        "torch.where(agreeing(returns, groups)[rows], 0.0, advantages)",
+        "advantages",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/dynamic_sampling.py",
+        "attention_mask=_padded(x.prompts.attention_mask, (left, 0)",
+        "attention_mask=_padded(x.prompts.attention_mask, (0, left)",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/dynamic_sampling.py",
+        "token_indices(lengths, order,",
+        "token_indices(lengths, np.arange(len(order)),",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/train.py",
+        "make_experience(*learned,",
+        "make_experience(rollout, rewards,",
+        "tests/rlhf/ppo/test_train.py",
+    ),
+    Mutant(
+        f"{RLHF}/ppo/rewards.py",
+        "(lengths - (longest - buffer)).float() / buffer",
+        "(lengths - longest + 1).float() / buffer",
+        "tests/rlhf/ppo/test_rewards.py",
+    ),
+    # pre-training of the value model
+    Mutant(f"{RLHF}/critic.py", "np.arange(n)[::-1]", "np.arange(n)", CRITIC),
+    Mutant(
+        f"{RLHF}/data/examples.py", 'example.ids if row.get("ended", True) else example.ids[:-1]', "example.ids", CRITIC
+    ),
     Mutant(
         f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),
@@ -301,7 +347,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
-    Mutant(f"{RLHF}/training/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "every == 0 or finished", "every == 0", RESUMED),
+    Mutant(f"{RLHF}/training/signals.py", "if late and not finished", "if late", RESUMED_PPO),
+    Mutant(f"{RLHF}/ppo/evaluation.py", ", self.worse = metrics[watched], 0", " = metrics[watched]", EVALUATION),
+    Mutant(f"{RLHF}/training/optim.py", "math.cos(math.pi * share)", "math.cos(share)", UPDATE),
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
     ),

@@ -135,8 +135,8 @@ class PPORun(TrainingLoop):
                 require_finite(rewards=rewards.rewards)
             learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
             if learned is None:
-                note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
-                return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
+                why = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
+                return dataclasses.replace(self.record, step=update, metrics={}, notes=(why,), batch=batch)
             with watch("update"), self.models.recomputing():
                 correction = make_correction(learned[0], config.rollout)
                 experience = make_experience(*learned, config.advantage, correction)
@@ -160,6 +160,9 @@ class PPORun(TrainingLoop):
             answers=(),
             skipped=self.skipped,
         )
+
+    def _finished(self) -> bool:
+        return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
 
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
@@ -227,9 +230,10 @@ def train_ppo(
         eval_prompts: held-out prompts, in the forms of `prompts`.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
-            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `checkpoint` and
-            `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
-            "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
+            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `max_hours`,
+            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name
+            such as "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is
+            complete.
 
     Raises:
         UserError: an input that cannot be used, a failing reward function or callback, a NaN, a full disk; one
@@ -294,7 +298,7 @@ def open_run(
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
             save_config(config, log.directory / "config.yaml")
             yield run, log, stop
 
