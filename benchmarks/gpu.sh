@@ -5,11 +5,12 @@
 #   benchmarks/gpu.sh bench [OUT]   every benchmark suite; JSON under benchmarks/results/DEVICE/
 #   benchmarks/gpu.sh tune  [OUT]   block sizes of the Triton kernels against the bandwidth limit
 #   benchmarks/gpu.sh 7b    [OUT]   a PPO update of a 7B by each preset, in the memory that it is for
+#   benchmarks/gpu.sh rollout [OUT] sampling from a 7B: the phase, its parts, with and without adapters
 #
 # Logs and results are copied to OUT (default: build/gpu). The last lines are a short table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-phase=${1:?phase: test, bench, tune or 7b}
+phase=${1:?phase: test, bench, tune, 7b or rollout}
 out=${2:-build/gpu}
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
@@ -47,12 +48,15 @@ case $phase in
   7b)
     build >/dev/null
     leg 7b-80g-lora 80 230
-    # One compilation of the decoding step is as much as nine minutes hold.
     leg 7b-24g 24 140 --updates 1
     leg 7b-80g-full 80 150
     ;;
+  rollout)
+    build >/dev/null
+    timeout 110 python3 -m benchmarks.bench_rollout --scale 7b --rounds 2 --out "$out" 2>&1 | tee "$out/rollout.log" | tail -n 4
+    ;;
   *)
-    echo "phase: expected test, bench, tune or 7b, got $phase" >&2
+    echo "phase: expected test, bench, tune, 7b or rollout, got $phase" >&2
     exit 2
     ;;
 esac

@@ -2,7 +2,7 @@
 
 python -m benchmarks.run [SUITE ...]
 
-Suites of whole trainers of other projects run only when they are named; `benchmarks.bench_7b` runs by itself.
+Suites of whole trainers of other projects run only when they are named; `benchmarks.bench_7b` and `bench_rollout` run by themselves.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.conftest import device_name
 
 HERE = Path(__file__).resolve().parent
-PEERS, PROGRAMS = {"trl"}, {"7b"}
+PEERS, PROGRAMS = {"trl"}, {"7b", "rollout"}
 
 
 def main(suites: list[str]) -> int:

@@ -109,9 +109,7 @@ class RolloutConfig:
     micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
     max_new_tokens: int = 64  # a response without EOS ends here
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
-    engine: Literal["slots", "generate"] | None = (
-        None  # generate: transformers' loop; null: slots if they run the model
-    )
+    engine: Literal["slots", "generate"] | None = None  # null: slots if they take the model; generate: any
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio

@@ -8,7 +8,7 @@ attends to them. Masks follow from positions, so transformers makes none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import Cache
 from ppo_fast.rlhf.decoding import kernels
 
 
-class Buffers:
+class KeyValues:
     """Keys and values [slots, heads, length, width] of each layer, made when a layer first writes to them."""
 
     def __init__(self, slots: int, length: int) -> None:
@@ -44,7 +44,7 @@ class View(Cache):
 
     is_compileable = True
 
-    def __init__(self, buffers: Buffers) -> None:  # the base class makes layers of its own
+    def __init__(self, buffers: KeyValues) -> None:  # the base class makes layers of its own
         self.buffers, self.layers = buffers, []
 
     def get_seq_length(self, *_: object, **__: object) -> int:
@@ -69,7 +69,7 @@ class Prefill(View):
     Padding follows the prompt, so no token of it attends there, and sampled tokens overwrite its keys.
     """
 
-    def __init__(self, buffers: Buffers, slots: Tensor, start: int) -> None:
+    def __init__(self, buffers: KeyValues, slots: Tensor, start: int) -> None:
         super().__init__(buffers)
         self.slots, self.start = slots, start
 
@@ -91,10 +91,7 @@ class Prefill(View):
     ) -> Tensor:
         length, windowed = key.shape[2], window is not None and window < key.shape[2]
         if not self.start and not windowed and softcap is None:
-            grouped = key.shape[1] != query.shape[1]
-            return torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-            ).transpose(1, 2)
+            return _attend(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
         at = torch.arange(length, dtype=torch.int64, device=query.device)
         back = at[self.start :, None] - at
         seen = (back >= 0) & (back < window) if window is not None else back >= 0
@@ -109,7 +106,7 @@ class Decode(View):
         length: attention reads the buffers up to here; beyond every position, except those of slots that are free.
     """
 
-    def __init__(self, buffers: Buffers, positions: Tensor, length: int) -> None:
+    def __init__(self, buffers: KeyValues, positions: Tensor, length: int) -> None:
         super().__init__(buffers)
         self.positions, self.length = positions, length
         self.count = len(positions)
@@ -169,13 +166,24 @@ def attention(
 
     A softcap c turns scores s into c tanh(s / c) before the additive mask, as Gemma 2 does (arXiv:2408.00118).
     """
-    grouped = key.shape[1] != query.shape[1]
     if softcap is None:
-        attend: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
-        return attend(query, key, value, mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
-    if grouped:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        return _attend(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2)
+    key, value = (_repeated(x, query.shape[1]) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(-1, -2) * scale / softcap) * softcap + mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Return torch's attention [b, H, n, E] to keys and values of K heads."""
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and query.dtype == torch.float32 and query.device.type == "cuda":
+        # The kernels that know groups take 16 bits only. Without one, all scores would be in memory at once.
+        key, value, grouped = _repeated(key, query.shape[1]), _repeated(value, query.shape[1]), False
+    output: Tensor = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
+    return output
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

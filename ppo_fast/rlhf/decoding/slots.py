@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ppo_fast.rlhf.data.packing import Array, to_device
 from ppo_fast.rlhf.decoding.attention import attending_to_slots
-from ppo_fast.rlhf.decoding.cache import Buffers, Prefill
+from ppo_fast.rlhf.decoding.cache import KeyValues, Prefill
 from ppo_fast.rlhf.decoding.flags import Flags
 from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Responses
 from ppo_fast.rlhf.decoding.schedule import Refill, Schedule
@@ -64,7 +64,7 @@ class Loop:
         length = max(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
         self.schedule = Schedule(requests, slots)
         self.pace = PACES[device.type]
-        self.buffers = Buffers(slots, round_up(length, 16))
+        self.buffers = KeyValues(slots, round_up(length, 16))
         self.state = SlotState(slots, longest, length, device)
         self.decode = Graphs(Step(network, self.state, self.buffers, settings), device)
         self.flags = Flags(self.state.found)
@@ -76,7 +76,7 @@ class Loop:
         """Return the responses."""
         while True:
             if refill := self.schedule.refill(self.flags.taken):
-                self._fill(refill)
+                self.fill(refill)
             if not self.schedule.busy:
                 break
             self._advance()
@@ -86,9 +86,9 @@ class Loop:
         limits = np.array([request.max_new_tokens for request in self.requests], dtype=np.int64)
         return Responses.cut(self.tokens, self.logprobs, self.found, to_device(limits, self.device))
 
-    def _fill(self, refill: Refill) -> None:
+    def fill(self, refill: Refill) -> None:
         """Bring the prompts' keys and values into the slots, and begin their responses."""
-        self._prefill(refill.prefilled)
+        self.prefill(refill.prefilled)
         if refill.copied:
             sources, targets = zip(*refill.copied, strict=True)
             length = max(self.schedule.slots[index].position for index in targets)
@@ -101,7 +101,7 @@ class Loop:
         started = to_device(np.array(rows, dtype=np.int64), self.device)
         self.state.start(started[:, 0], started[:, 1], started[:, 2], started[:, 3:])
 
-    def _prefill(self, slots: list[int]) -> None:
+    def prefill(self, slots: list[int]) -> None:
         """Write the keys and values of the prompts of these slots, except those of their last tokens."""
         prompts = {index: self.requests[self.schedule.slots[index].request].prompt[:-1] for index in slots}
         for block in blocks(prompts, PREFILL_TOKENS, self.settings.pad_id):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppo_fast.rlhf.decoding.cache import Buffers, Decode, View
+from ppo_fast.rlhf.decoding.cache import KeyValues, Decode, View
 from ppo_fast.rlhf.decoding.requests import DecodingSettings
 from ppo_fast.rlhf.models.forward import backbone_of, unwrapped
 
@@ -76,7 +76,7 @@ class SlotState:
 class Step:
     """Samples a token in each of the first slots."""
 
-    def __init__(self, network: Network, state: SlotState, buffers: Buffers, settings: DecodingSettings) -> None:
+    def __init__(self, network: Network, state: SlotState, buffers: KeyValues, settings: DecodingSettings) -> None:
         self.network, self.state, self.buffers, self.settings = network, state, buffers, settings
         device = state.ids.device
         self.eos = torch.tensor(settings.eos_ids, dtype=torch.int64, device=device)
@@ -115,26 +115,25 @@ class Step:
 class Graphs:
     """Replays a step as a CUDA graph, one for each number of slots and length; on a CPU, runs it.
 
-    The first step in all runs as it is: it makes buffers and compiles kernels. A capture waits for nothing, so it
-    overlaps with what the device still has to do.
+    The first step of each runs as it is: it makes buffers, and compiles and loads kernels. A capture waits for nothing,
+    so it overlaps with what the device still has to do.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self.step, self.device, self.warm = step, device, False
+    def __init__(self, sample: Step, device: torch.device) -> None:
+        self.sample, self.device = sample, device
+        self.warm = set[tuple[int, int]]()
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def __call__(self, count: int, length: int) -> None:
-        if self.device.type != "cuda":
-            self.step(count, length)
+        key = (count, length)
+        if self.device.type != "cuda" or key not in self.warm:
+            self.warm.add(key)
+            self.sample(count, length)
             return
-        with side_by_side(capture_stream(self.device)):
-            if not self.warm:
-                self.step(count, length)
-                self.warm = True
-                return
-            if (count, length) not in self.graphs:
-                self.graphs[count, length] = self._captured(count, length)
-        self.graphs[count, length].replay()
+        if key not in self.graphs:
+            with side_by_side(capture_stream(self.device)):
+                self.graphs[key] = self._captured(count, length)
+        self.graphs[key].replay()
 
     def _captured(self, count: int, length: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -142,7 +141,7 @@ class Graphs:
         with without_collector():
             graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
             try:
-                self.step(count, length)
+                self.sample(count, length)
             finally:
                 graph.capture_end()
         return graph

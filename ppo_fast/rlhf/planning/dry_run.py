@@ -1,7 +1,7 @@
 """Run one step on fake tensors and record the memory that is alive.
 
 The engine's own code runs: models of transformers made from their configs, scoring and the update's backward passes.
-Sampling is `generate` at the two moments that count, after the prompts and at the last token.
+Sampling is the engine at the two moments that count, after a block of prompts and at the last token.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.schema import grouped
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
+from ppo_fast.rlhf.decoding.attention import attending_to_slots
+from ppo_fast.rlhf.decoding.cache import KeyValues
+from ppo_fast.rlhf.decoding.engines import find_engine
+from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling, keys_of
+from ppo_fast.rlhf.decoding.slots import PREFILL_TOKENS, Loop, run_slots
+from ppo_fast.rlhf.decoding.step import Network
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
 from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
-from ppo_fast.rlhf.ppo.rollout import Sampler, score
+from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.optim import ClippedOptimizer
 
@@ -66,13 +72,36 @@ class DryRun:
 
     @torch.no_grad()
     def rollout(self) -> None:
-        """One chunk of prompts and its last token, as `generate` of transformers does them."""
+        """Sample with the engine that the run will have."""
         rows = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
         with self.timeline.phase("rollout"), self.models.using("policy") as policy:
-            cache = self._make_cache(policy)
-            self._sample(policy, rows, self.prompt, self.prompt, cache)
-            self._fill(cache)
-            self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
+            if find_engine(self.config.rollout.engine, policy) is run_slots:
+                self._sample_in_slots(policy, rows)
+            else:
+                self._sample_by_generate(policy, rows)
+
+    def _sample_in_slots(self, policy: PreTrainedModel, slots: int) -> None:
+        """The longest responses in all slots, one block of prefill and one step."""
+        rows = self.config.rollout
+        sampling = Sampling(rows.temperature, rows.top_k, rows.top_p)
+        settings = DecodingSettings(self.models.eos_ids, self.models.pad_id, sampling, seed=0, width=slots)
+        requests = [Request([0] * self.prompt, row, self.response) for row in range(rows.batch_size)]
+        network = Network(policy)
+        with attending_to_slots(network.backbone):
+            loop = Loop(network, requests, settings, torch.device("cpu"))
+            refill = loop.schedule.refill(0)
+            assert refill is not None
+            loop.prefill(refill.slots[: max(1, PREFILL_TOKENS // self.prompt)])
+            self._name_buffers(loop.buffers)
+            loop.decode(slots, loop.buffers.length)
+            self._name_buffers(loop.buffers)
+
+    def _sample_by_generate(self, policy: PreTrainedModel, rows: int) -> None:
+        """One batch of prompts and its last token, as transformers' `generate` does them."""
+        cache = DynamicCache(config=policy.config.get_text_config(decoder=True))
+        self._sample(policy, rows, self.prompt, self.prompt, cache)
+        self._fill(cache)
+        self._sample(policy, rows, 1, self.prompt + self.response - 1, cache)
 
     def scoring(self) -> None:
         """One batch by each model."""
@@ -144,12 +173,6 @@ class DryRun:
         numbers = {name: _zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
         return Experience(grid, _zeros(count, dtype=torch.long), **numbers)
 
-    def _make_cache(self, policy: PreTrainedModel) -> Cache:
-        shape = policy.config.get_text_config(decoder=True)
-        if self.config.rollout.static_cache:
-            return StaticCache(shape, max_cache_len=self.prompt + self.response)
-        return DynamicCache(config=shape)
-
     def _sample(self, policy: PreTrainedModel, rows: int, new: int, seen: int, cache: Cache) -> None:
         """The forward pass over the last `new` of `seen` tokens, and a draw."""
         ids = _zeros(rows, new, dtype=torch.long)
@@ -165,19 +188,24 @@ class DryRun:
         logits = policy(**filter_kwargs(unwrapped(policy), given)).logits
         self._name_cache(cache)
         latest = logits[:, -1].to(torch.float32, copy=True)
-        scores = Sampler(self.config.rollout, None)(ids, latest)  # type: ignore[arg-type]  # no number is drawn
-        scores.argmax(dim=-1)
+        settings = self.config.rollout
+        sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+        tokens, _ = sampling.draw(latest, keys_of(0, ids[:, 0]))
+        torch.full_like(latest, -torch.inf).scatter_(-1, tokens[:, None], 0.0).argmax(dim=-1)
 
     def _fill(self, cache: Cache) -> None:
         """Fill the cache with the responses except their last two tokens."""
         count = self.response - 2
         for index, layer in enumerate(cache.layers):
             keys = getattr(layer, "keys", None)
-            if keys is not None and count > 0 and not self.config.rollout.static_cache:
+            if keys is not None and count > 0:
                 new = keys.new_empty(*keys.shape[:2], count, keys.shape[-1])
                 cache.update(new, new, index)
                 del new
                 self._name_cache(cache)
+
+    def _name_buffers(self, buffers: KeyValues) -> None:
+        self.timeline.name("KV cache", [x for layer in buffers.layers.values() for x in layer])
 
     def _name_cache(self, cache: Cache) -> None:
         states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]

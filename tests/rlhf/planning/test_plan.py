@@ -63,7 +63,7 @@ MEASURED = {
     "micro-batches": ({}, MICRO),
     "checkpointing": ({}, {"model": {"gradient_checkpointing": True}}),
     "packed": ({}, {"model": {"packing": True}}),
-    "static cache": ({}, {"rollout": {"static_cache": True}}),
+    "generate": ({}, {"rollout": {"engine": "generate"}}),
     "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
     "gpt2": ({"arch": "gpt2"}, {}),
     "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}, "advantage": {"whiten": False}}),
@@ -132,7 +132,7 @@ def test_items_are_exact_where_they_can_be(tmp_path):
     inv_freq = 3 * 2 * 64
     assert rollout["weights"] == pytest.approx(2 * weights + critic, abs=2 * inv_freq)
     assert rollout["optimizer states"] == pytest.approx(2 * (weights + critic), abs=1000)  # and a count each
-    assert rollout["KV cache"] == 2 * 2 * 8 * (PROMPT + 32 - 1) * 128 * 4
+    assert rollout["KV cache"] == 2 * 2 * 8 * (PROMPT + 32) * 128 * 4
     assert update["gradients"] == weights + critic
     assert update["logits chunk"] == 4 * 32 * 4096 * 4
 
