@@ -50,6 +50,8 @@ ADAPTER_LAYERS = "tests/rlhf/models/test_adapter_layers.py"
 KERNELS = "tests/rlhf/models/test_kernels.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
 CORRECTION = "tests/rlhf/ppo/test_correction.py"
+ASYNC = "tests/rlhf/ppo/test_async_rewards.py"
+ENVIRONMENT = "tests/rlhf/ppo/test_environment.py"
 EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
@@ -470,6 +472,11 @@ MUTANTS = [
         "0 * rollout.logprobs\n    if",
         CORRECTION,
     ),
+    Mutant(f"{RLHF}/ppo/environment.py", ", call {self.calls}", "", ENVIRONMENT),
+    Mutant(
+        f"{RLHF}/ppo/environment.py", "[prompts.attention_mask, inside]", "[prompts.attention_mask, mask]", ENVIRONMENT
+    ),
+    Mutant(f"{RLHF}/user_code.py", "except (Exception, SystemExit, asyncio.CancelledError)", "except Exception", ASYNC),
     Mutant(f"{RLHF}/ppo/advantages.py", "loss_mask[loss_mask] = host", "pass", CORRECTION),
     Mutant(f"{RLHF}/ppo/update.py", '"importance_weights": micro.weights,', "", CORRECTION),
     Mutant(f"{RLHF}/data/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),

@@ -107,6 +107,7 @@ class RolloutConfig:
     """Sampling from softmax(logits / temperature)."""
 
     batch_size: int = 64  # responses per update
+    function: str | None = None  # "file.py:function" that makes the responses, by tools and turns; null: one turn
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
     tokens_per_pass: int | None = None  # of scoring, in place of micro_batch_size; null: by that
