@@ -2,7 +2,8 @@
 
 python -m benchmarks.run [SUITE ...]
 
-Suites of whole trainers of other projects run only when they are named; `benchmarks.bench_7b` and `bench_rollout` run by themselves.
+Suites of whole trainers of other projects run only when they are named. `benchmarks.bench_7b` and
+`benchmarks.bench_rollout` run by themselves.
 """
 
 import re

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppo_fast.rlhf.decoding.cache import KeyValues, Decode, View
+from ppo_fast.rlhf.decoding.cache import Decode, KeyValues, View
 from ppo_fast.rlhf.decoding.requests import DecodingSettings
 from ppo_fast.rlhf.models.forward import backbone_of, unwrapped
 
