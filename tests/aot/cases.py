@@ -7,14 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends.triton import gae, policy_loss, sample_tokens, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._backends.reference.adamw_8bit import BLOCK, AdamWStep, Moments
+from ppo_fast.ops._backends.triton import (
+    adamw_8bit,
+    gae,
+    policy_loss,
+    sample_tokens,
+    token_stats,
+    token_stats_backward,
+    value_loss,
+)
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, SampleInputs, ValueInputs
 from ppo_fast.ops._core.results import RowStats
 from ppo_fast.rlhf.decoding.triton_attention import slot_attention
 
 B, T = 1, 2
-VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
+VOCABULARIES = {"tiny": 32, "small": 1000, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,6 +67,9 @@ def policy(estimator: str) -> None:
     full, ref = (x, None) if estimator == "full" else (none, x)
     inputs = PolicyInputs(x, x, ref, x, None, None, coef, coef, coef, *clips)
     policy_loss.policy_loss_from_stats(stats._replace(kl=full), mask, inputs)
+    logits, targets = torch.empty(B, T, 8192, dtype=torch.bfloat16), rows(torch.int64)
+    reference = logits if estimator == "full" else None
+    policy_loss.policy_loss(RowInputs(logits, targets, reference, mask, 1.0), inputs)
 
 
 def value(dtype: torch.dtype) -> None:
@@ -82,6 +94,14 @@ def slots(dtype: torch.dtype, heads: int, width: int, *options: float | None) ->
     slot_attention(query, keys, keys, rows(torch.int64)[0], None, *options)
 
 
+def adamw(dtype: torch.dtype) -> None:
+    """The step of a weight of eight blocks."""
+    weight, scale = torch.empty(8 * BLOCK, dtype=dtype), torch.empty(8)
+    codes = (torch.empty(8 * BLOCK, dtype=kind) for kind in (torch.int8, torch.uint8))
+    step = AdamWStep(torch.empty(5), 0.9, 0.95, 1e-5)
+    adamw_8bit.adamw_8bit(weight, weight, Moments(*codes, scale, scale), step, 0)
+
+
 # bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V only.
 _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
     ("gpt2", torch.float32),
@@ -94,6 +114,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"sample-{n}-{d}": functools.partial(sample, VOCABULARIES[n], d) for n, d in _LOGITS},
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
+    **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},
     **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},
     "slots-7b": functools.partial(slots, torch.bfloat16, 4, 128, None, None),
     "slots-gemma": functools.partial(slots, torch.bfloat16, 14, 256, 33, 50.0),

@@ -83,8 +83,7 @@ class Evaluation(Callback):
 
     def _measured(self) -> dict[str, float]:
         generation = self._answers(self.data)
-        width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
-        rollout = score(self.models, generation, self._rollout(width))
+        rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
         scores = self.scorer(responses, learn=False).totals
         start, start_scores = self._at_the_start(responses)
@@ -142,7 +141,7 @@ class Evaluation(Callback):
         return generate(self.models, batch, self._rollout(width), noise_seed(self.config.seed, "evaluation"))
 
     def _rollout(self, width: int) -> RolloutConfig:
-        return dataclasses.replace(self.config.rollout, micro_batch_size=width)
+        return dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
 
     def state_dict(self) -> State:
         return {"start": self.start, "start_ended": self.start_ended, "best": self.best}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ppo_fast.rlhf.data.rows import Columns, Prompt, Row
 from ppo_fast.rlhf.data.templates import encode, encode_bare, render, render_prompt
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
+from ppo_fast.rlhf.models.kernels import kernels_of, use_kernels
 from ppo_fast.rlhf.models.loading import load_tokenizer, saved_eos_ids
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.networks import Networks
@@ -24,7 +26,7 @@ from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
 from ppo_fast.rlhf.models.saved import SavedModel
 from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation, counted_ids
-from ppo_fast.rlhf.user_code import as_list, call, load_callable, to_python
+from ppo_fast.rlhf.user_code import as_list, call_async, load_callable, to_python
 
 REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
 PromptRows = Iterable[str | Row]  # texts, or rows {"prompt": Prompt, column: ...}
@@ -71,11 +73,11 @@ class FunctionSource:
 
     saved_stats = (0.0, 1.0)
 
-    def __init__(self, function: RewardFunction) -> None:
-        self.function = function
+    def __init__(self, function: RewardFunction, timeout: float | None = None) -> None:
+        self.function, self.timeout = function, timeout
 
     def __call__(self, responses: Responses) -> list[Score]:
-        answer = call("reward function", self.function, **responses.arguments())
+        answer = call_async("reward function", self.function, "reward.timeout", self.timeout, **responses.arguments())
         scores = as_list("reward function", "scores", answer, len(responses.completions))
         pairs = zip(scores, responses.completion_ids, strict=True)
         return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
@@ -184,17 +186,21 @@ def _load_network(
     if made.shared:
         return made
     if config.offload:
-        return made._replace(present=Offloaded(made.network, device).present)
-    return made._replace(network=made.network.to(device))
+        made = made._replace(present=Offloaded(made.network, device).present)
+    else:
+        made = made._replace(network=made.network.to(device))
+    with made.present():
+        use_kernels(made.network.backbone, config.kernels)
+    return made
 
 
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
     """Return the function, passed or named, and then the reward models; UserError when there is neither."""
     reward, sources = config.reward, list[Source]()
     if function is not None or reward.function is not None or not reward.models:
-        sources.append(FunctionSource(function or load_callable(reward.function, "reward.function")))
+        sources.append(FunctionSource(function or load_callable(reward.function, "reward.function"), reward.timeout))
     options: dict[str, Any] = {
-        "model": config.model,
+        "model": dataclasses.replace(config.model, kernels="auto" if kernels_of(models.policy) == "liger" else "none"),
         "device": models.device,
         "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
         "adapters": models.adapters,
