@@ -62,6 +62,7 @@ CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
 EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
+SLOTS = "tests/rlhf/decoding/test_slots.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -186,14 +187,29 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
-    Mutant(f"{RLHF}/ppo/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
     Mutant(
-        f"{RLHF}/ppo/rollout.py",
+        f"{RLHF}/decoding/generate.py",
         "model.generation_config, inner.generation_config = own",
         "model.generation_config = own[0]",
         ROLLOUT,
     ),
     Mutant(f"{RLHF}/supervised/train.py", "linear=linear)", "linear=True)", RESUMED),
+    # sampling in slots
+    Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(
+        f"{RLHF}/decoding/cache.py",
+        "(back < window) if window is not None else back >= 0\n        return",
+        "True\n        return",
+        SLOTS,
+    ),
+    Mutant(f"{RLHF}/decoding/cache.py", "at[self.start :, None] - at", "at[: length - self.start, None] - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "torch.where((found == 0) & ends", "torch.where(ends", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "clamp(max=state.longest)", "clamp(max=state.longest - 1)", SLOTS),
+    Mutant(f"{RLHF}/decoding/requests.py", "(found > 0) & (found <= limits)", "found > 0", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "SLOTS if own in WITHOUT_SOFTCAP else SOFTCAPPED", "SOFTCAPPED", SLOTS),
     # micro-batches
     Mutant(f"{RLHF}/data/packing.py", "- starts.repeat(lengths)", "", BATCHES),
     Mutant(
@@ -233,7 +249,7 @@ MUTANTS = [
         "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/ppo/rollout.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/scoring.py", "values if models.shared else None", "None", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",

@@ -20,6 +20,7 @@ from ppo_fast.ops._backends.triton import (
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, SampleInputs, ValueInputs
 from ppo_fast.ops._core.results import RowStats
+from ppo_fast.rlhf.decoding.triton_attention import slot_attention
 
 B, T = 1, 2
 VOCABULARIES = {"tiny": 32, "small": 1000, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
@@ -86,6 +87,12 @@ def scans(dtype: torch.dtype, steps: int) -> None:
         gae.gae(GaeInputs(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode))
 
 
+def slots(dtype: torch.dtype, heads: int, width: int, *options: float | None) -> None:
+    """Attention of slots to keys and values of so many heads."""
+    query, keys = torch.empty(2, 28, 1, width, dtype=dtype), torch.empty(2, heads, 64, width, dtype=dtype)
+    slot_attention(query, keys, keys, rows(torch.int64)[0], None, *options)
+
+
 def adamw(dtype: torch.dtype) -> None:
     """The step of a weight of eight blocks."""
     weight, scale = torch.empty(8 * BLOCK, dtype=dtype), torch.empty(8)
@@ -109,4 +116,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},
     **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},
+    "slots-7b": functools.partial(slots, torch.bfloat16, 4, 128, None, None),
+    "slots-gemma": functools.partial(slots, torch.bfloat16, 14, 256, 33, 50.0),
+    "slots-float32": functools.partial(slots, torch.float32, 28, 128, None, None),
 }
