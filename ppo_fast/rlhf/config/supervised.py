@@ -85,6 +85,24 @@ class RewardModelConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True)
+class ValueConfig(RewardModelConfig):
+    """The pre-training of one value model on scored responses {"prompt", "completion", "score"[, "ended"]}.
+
+    `data.train` is a file of them, a run, for its samples.jsonl (`log.all_samples`), or the config of a PPO run (YAML,
+    TOML), whose policy answers its prompts.
+    """
+
+    output_dir: str = "runs/value"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
+    samples: int = 1024  # responses drawn and scored if data.train is the config of a PPO run
+    gamma: float = 1.0  # discount, advantage.gamma of the run to come
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("samples", self.samples)
+        check(0 <= self.gamma <= 1, "gamma", "0 <= gamma <= 1", self.gamma)
+
+
+@dataclass(frozen=True)
 class DPOConfig(SupervisedConfig):
     """One run of direct preference optimization on {"prompt", "chosen", "rejected"}."""
 

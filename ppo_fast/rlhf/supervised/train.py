@@ -288,7 +288,7 @@ def fit(
     if checkpoint is not None:
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
-    with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+    with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         extra = objective.extra_files(data.held_out)

@@ -185,8 +185,17 @@ class PenaltyCoefficient:
 
 
 def schedule(step: int, total: int, config: AdamWConfig) -> float:
-    """Return the learning-rate factor of `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
-    warmup = math.ceil(config.warmup_frac * total)
+    """Return the learning-rate factor of `step` (from 0) of `total`: linear warm-up, then by `optim.schedule`.
+
+    Of the d in [0, 1) of the steps after the warm-up: linear 1 - (1 - f) d, cosine f + (1 - f) (1 + cos(pi d)) / 2,
+    with f = `final_lr_frac`; constant 1.
+    """
+    warmup = math.ceil(config.warmup_frac * total) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    return 1 - (1 - config.final_lr_frac) * (step - warmup) / max(1, total - warmup)
+    if config.schedule == "constant":
+        return 1.0
+    share, final = (step - warmup) / max(1, total - warmup), config.final_lr_frac
+    if config.schedule == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
+    return 1 - (1 - final) * share

@@ -253,6 +253,19 @@ def test_rule_15_the_learning_rate_warms_up_and_anneals(make_config):
     assert schedule(22, 40, config) == pytest.approx(0.6)
 
 
+def test_schedules_after_a_warm_up_by_steps(make_config):
+    def factors(**values):
+        config = make_config(optim={"warmup_steps": 3, "final_lr_frac": 0.2} | values).optim
+        return [schedule(step, 11, config) for step in range(11)]
+
+    cosine = [0.2 + 0.8 * (1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)]
+    assert factors(schedule="cosine") == pytest.approx([1 / 3, 2 / 3, 1.0, *cosine])
+    assert factors(schedule="constant") == pytest.approx([1 / 3, 2 / 3, *[1.0] * 9])
+    assert factors(schedule="linear") == pytest.approx([1 / 3, 2 / 3, 1.0, *(1 - 0.1 * step for step in range(8))])
+    assert factors(schedule="constant", warmup_steps=0) == [1.0] * 11
+    assert factors(warmup_steps=20) == pytest.approx([step / 20 for step in range(1, 12)])
+
+
 def test_the_learning_rate_used_is_that_of_the_update(setup):
     learner, _, experience = setup(updates=4, optim={"warmup_frac": 0.0, "final_lr_frac": 0.0})
     stats = learner.update(experience, 0.0, 2, torch.Generator().manual_seed(0))
