@@ -155,7 +155,8 @@ class PPORun(TrainingLoop):
             batch = PPOBatch(rollout.generation, rollout, rewards, experience)
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
             tokens = int(rollout.grid.attention.sum())
-            metrics |= self.utilization.metrics(tokens, {"update": stats.passes}, watch.seconds)
+            passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
+            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return dataclasses.replace(

@@ -169,7 +169,7 @@ class Learner:
             skipped=len(skipped),
             overflows=sum(step.overflows for step in good),
             loss_scale=scaled,
-            passes=len(steps) / self.config.steps_per_epoch,
+            passes=sum(len(step.rows) for step in steps) / len(experience.lengths),
         )
 
     def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:

@@ -183,15 +183,15 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 
     def _train(self, index: int, examples: Sequence[Kind]) -> dict[str, float]:
         """Take the step and return its metrics; NotFiniteError, with nothing changed, when one is not finite."""
-        parts = []
+        parts = list[tuple[float, dict[str, Tensor]]]()
         for share, micro in weighted(examples, self.config.optim.width):
             with recomputing(self.objective.model):
                 output = self.objective.loss(micro)
                 self.loss_scale.scale(share * output.loss).backward()
             parts.append((share, metrics_of(output)))
-        metrics = mean_metrics(parts)
+        metrics: dict[str, Tensor] = mean_metrics(parts)
         norm = self.network.clip(self.loss_scale.factor)
-        failed = ~torch.stack([value.isfinite() for value in (*metrics.values(), norm)]).all()
+        failed = ~torch.stack([value.isfinite() for value in [*metrics.values(), norm]]).all()
         factor = schedule(index, self.total, self.config.optim)
         self.network.step(factor, failed)
         self.loss_scale.update(norm)
@@ -227,8 +227,10 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         return [self.evaluation]
 
     def _parts(self) -> dict[str, Stateful]:
-        scale: dict[str, Stateful] = {"loss_scale": self.loss_scale} if self.loss_scale.enabled else {}
-        return {"batches": self.batches, "network": self.network} | scale
+        parts: dict[str, Stateful] = {"batches": self.batches, "network": self.network}
+        if self.loss_scale.enabled:
+            parts["loss_scale"] = self.loss_scale
+        return parts
 
     def _write(self, directory: Path) -> None:
         write_model(self.objective.model, self.tokenizer, directory, self.objective.adapters)
