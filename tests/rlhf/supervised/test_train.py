@@ -272,7 +272,11 @@ def test_the_default_config_names_no_model(stage):
             "unknown key 'model.fused_head', the nearest is 'model.device'",
         ),
         (SFTConfig, {"seed": -1}, "seed: expected a number >= 0, got -1"),
-        (SFTConfig, {"model": {"dtype": "int8"}}, "model.dtype: Input should be 'float32' or 'bfloat16', got 'int8'"),
+        (
+            SFTConfig,
+            {"model": {"dtype": "int8"}},
+            "model.dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'int8'",
+        ),
     ],
 )
 def test_configs_are_checked(kind, values, message):
