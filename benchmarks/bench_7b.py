@@ -3,7 +3,8 @@
     python -m benchmarks.bench_7b --preset 7b-80g-lora --model qwen2.5-7b --cap 80 [--updates 2] [--set KEY=VALUE ...]
 
 The weights are random, made on the device; nothing is downloaded. The loop of `train_ppo` runs as it is; the model
-directory at the end, 15 GB, is not written. The last update is reported: earlier ones compile and tune.
+directory at the end, 15 GB, is not written. The last update is reported by phase, the others by their seconds: the
+first compiles and tunes. On a GPU the share of the rate of a large matrix product is reported too.
 
 With `--scale tiny` the same configuration runs on small models on a CPU, to see that it works; times mean nothing.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 import ppo_fast
+from benchmarks.harness import product_rate
 from ppo_fast.rlhf import Callback, PPOConfig, StepRecord, UserError, load_config
 from ppo_fast.rlhf.config.files import preset_names
 from ppo_fast.rlhf.models import tiny
@@ -107,12 +109,28 @@ def make_config(preset: str, scale: str, updates: int, changes: dict[str, str], 
 
 
 class Latest(Callback):
-    """Keeps the record of the latest update, without its batch."""
+    """Keeps the record of the latest update, without its batch, and the tokens of its sequences."""
 
     record: StepRecord
+    tokens: int
 
     def on_step(self, record: StepRecord) -> None:
+        self.tokens = int(record.batch.generation.attention_mask.sum())
         self.record = dataclasses.replace(record, batch=None)
+
+
+def operations(config: PPOConfig, policy: Any, tokens: int) -> dict[str, float]:
+    """Floating-point operations that scoring and update need for the sequences of a batch, recomputation not counted.
+
+    2 N a token and forward pass of N weights, embedding and adapters excepted; 2 N more for the gradients of the
+    inputs, and 2 N for those of the weights if these are trained.
+    """
+    embedding = policy.get_input_embeddings().weight
+    N = sum(p.numel() for name, p in policy.named_parameters() if ".lora_" not in name and p is not embedding)
+    trunks = 1 if config.model.layout == "shared" else 2  # of policy and value model
+    passes = 4 if config.model.layout == "adapters" else 6
+    scored, trained = 2 * (trunks + 1), passes * trunks * config.optim.epochs  # the reference is scored too
+    return {"logprobs": float(scored * N * tokens), "update": float(trained * N * tokens)}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -134,6 +152,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with open_run(config, **inputs, callbacks=user_callbacks([latest])) as (ppo, log, stop):
             ppo.loop(log, stop)
     plan = make_plan(config, device.type, shapes=read_shapes(config, policy.config))
+    updates = [sum(metrics[f"time/{phase}"] for phase in PHASES) for metrics in log.history]
+    rate = product_rate() if device.type == "cuda" else None
+    found = phases(log.history[-1], latest.record.memory, plan)
+    for phase, count in operations(config, policy, latest.tokens).items():
+        found[phase]["of_gemm"] = None if rate is None else count / found[phase]["seconds"] / rate
     return {
         "commit": commit(),
         "model": arguments.model,
@@ -148,8 +171,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "responses": config.rollout.batch_size,
         "epochs": config.optim.epochs,
         "length_mean": log.history[-1]["length/mean"],
-        "first_update_s": sum(log.history[0][f"time/{phase}"] for phase in PHASES),
-        "phases": phases(log.history[-1], latest.record.memory, plan),
+        "gemm_rate": rate,
+        "first_update_s": updates[0],
+        "later_updates_s": updates[1:],
+        "phases": found,
     }
 
 
@@ -194,13 +219,16 @@ def table(result: dict[str, Any]) -> str:
             **result, small=" scaled down" * (result["scale"] == "tiny")
         ),
         "",
-        "| phase | seconds | share | tokens/s | planned GiB | peak GiB | reserved GiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| phase | seconds | share | tokens/s | of GEMM | planned GiB | peak GiB | reserved GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, x in result["phases"].items():
         memory = ("-" if x[key] is None else f"{x[key]:.1f}" for key in ("planned_gib", "peak_gib", "reserved_gib"))
-        cells = (name, f"{x['seconds']:.1f}", f"{x['share']:.0%}", f"{x['tokens_per_second']:.0f}", *memory)
+        of_gemm = "-" if x.get("of_gemm") is None else f"{x['of_gemm']:.0%}"
+        cells = (name, f"{x['seconds']:.1f}", f"{x['share']:.0%}", f"{x['tokens_per_second']:.0f}", of_gemm, *memory)
         lines.append(f"| {' | '.join(cells)} |")
+    later = ", ".join(f"{seconds:.1f}" for seconds in result["later_updates_s"])
+    lines += ["", f"first update {result['first_update_s']:.1f} s" + f", later {later} s" * bool(later)]
     return "\n".join(lines)
 
 
