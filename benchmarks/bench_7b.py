@@ -3,8 +3,8 @@
     python -m benchmarks.bench_7b --preset 7b-80g-lora --model qwen2.5-7b --cap 80 [--updates 2] [--set KEY=VALUE ...]
 
 The weights are random, made on the device; nothing is downloaded. The loop of `train_ppo` runs as it is; the model
-directory at the end, 15 GB, is not written. The last update is reported by phase, the others by their seconds: the
-first compiles and tunes. On a GPU the share of the rate of a large matrix product is reported too.
+directory at the end, 15 GB, is not written. The first update, which compiles and tunes, is reported by its seconds; the
+table has the means of the later ones, the share of the GEMM rate that each phase reaches, and the planned memory.
 
 With `--scale tiny` the same configuration runs on small models on a CPU, to see that it works; times mean nothing.
 """
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 import ppo_fast
-from benchmarks.harness import product_rate
 from ppo_fast.rlhf import Callback, PPOConfig, StepRecord, UserError, load_config
 from ppo_fast.rlhf.config.files import preset_names
 from ppo_fast.rlhf.models import tiny
@@ -109,28 +108,12 @@ def make_config(preset: str, scale: str, updates: int, changes: dict[str, str], 
 
 
 class Latest(Callback):
-    """Keeps the record of the latest update, without its batch, and the tokens of its sequences."""
+    """Keeps the record of the latest update, without its batch."""
 
     record: StepRecord
-    tokens: int
 
     def on_step(self, record: StepRecord) -> None:
-        self.tokens = int(record.batch.generation.attention_mask.sum())
         self.record = dataclasses.replace(record, batch=None)
-
-
-def operations(config: PPOConfig, policy: Any, tokens: int) -> dict[str, float]:
-    """Floating-point operations that scoring and update need for the sequences of a batch, recomputation not counted.
-
-    2 N a token and forward pass of N weights, embedding and adapters excepted; 2 N more for the gradients of the
-    inputs, and 2 N for those of the weights if these are trained.
-    """
-    embedding = policy.get_input_embeddings().weight
-    N = sum(p.numel() for name, p in policy.named_parameters() if ".lora_" not in name and p is not embedding)
-    trunks = 1 if config.model.layout == "shared" else 2  # of policy and value model
-    passes = 4 if config.model.layout == "adapters" else 6
-    scored, trained = 2 * (trunks + 1), passes * trunks * config.optim.epochs  # the reference is scored too
-    return {"logprobs": float(scored * N * tokens), "update": float(trained * N * tokens)}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -152,11 +135,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with open_run(config, **inputs, callbacks=user_callbacks([latest])) as (ppo, log, stop):
             ppo.loop(log, stop)
     plan = make_plan(config, device.type, shapes=read_shapes(config, policy.config))
-    updates = [sum(metrics[f"time/{phase}"] for phase in PHASES) for metrics in log.history]
-    rate = product_rate() if device.type == "cuda" else None
-    found = phases(log.history[-1], latest.record.memory, plan)
-    for phase, count in operations(config, policy, latest.tokens).items():
-        found[phase]["of_gemm"] = None if rate is None else count / found[phase]["seconds"] / rate
     return {
         "commit": commit(),
         "model": arguments.model,
@@ -171,10 +149,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "responses": config.rollout.batch_size,
         "epochs": config.optim.epochs,
         "length_mean": log.history[-1]["length/mean"],
-        "gemm_rate": rate,
-        "first_update_s": updates[0],
-        "later_updates_s": updates[1:],
-        "phases": found,
+        "first_update_s": sum(log.history[0][f"time/{phase}"] for phase in PHASES),
+        "first_phases_s": {phase: log.history[0][f"time/{phase}"] for phase in PHASES},
+        "phases": phases(means(log.history), latest.record.memory, plan),
     }
 
 
@@ -182,6 +159,12 @@ def commit() -> str | None:
     """The commit that is measured; None outside of a repository."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return found.stdout.strip() or None
+
+
+def means(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean metrics of the updates after the first, or of the only one."""
+    later = history[1:] or history
+    return {name: sum(metrics[name] for metrics in later) / len(later) for name in later[0]}
 
 
 def phases(
@@ -199,6 +182,7 @@ def phases(
             "seconds": metrics[f"time/{phase}"],
             "share": metrics[f"time/{phase}_share"],
             "tokens_per_second": metrics[f"tokens_per_second/{phase}"],
+            "mfu": metrics.get(f"perf/mfu_{phase}"),
             "planned_gib": sum(tensors) / GIB if tensors else None,
             "peak_gib": peaks[phase].allocated / GIB if phase in peaks else None,
             "reserved_gib": peaks[phase].reserved / GIB if phase in peaks else None,
@@ -208,7 +192,8 @@ def phases(
         for name in ("planned_gib", "peak_gib", "reserved_gib")
     }
     seconds = sum(metrics[f"time/{phase}"] for phase in PHASES)
-    found["all"] = {"seconds": seconds, "share": 1.0, "tokens_per_second": metrics["tokens_per_second"]} | highest
+    whole = {"tokens_per_second": metrics["tokens_per_second"], "mfu": metrics.get("perf/mfu")}
+    found["all"] = {"seconds": seconds, "share": 1.0} | whole | highest
     return found
 
 
@@ -218,17 +203,16 @@ def table(result: dict[str, Any]) -> str:
         "{model}{small}, {preset}, {cap_gib} GiB, {device}: {responses} responses of {length_mean:.0f} tokens".format(
             **result, small=" scaled down" * (result["scale"] == "tiny")
         ),
+        f"first update: {result['first_update_s']:.1f} s",
         "",
-        "| phase | seconds | share | tokens/s | of GEMM | planned GiB | peak GiB | reserved GiB |",
+        "| phase | seconds | share | tokens/s | of GEMM rate | planned GiB | peak GiB | reserved GiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, x in result["phases"].items():
         memory = ("-" if x[key] is None else f"{x[key]:.1f}" for key in ("planned_gib", "peak_gib", "reserved_gib"))
-        of_gemm = "-" if x.get("of_gemm") is None else f"{x['of_gemm']:.0%}"
-        cells = (name, f"{x['seconds']:.1f}", f"{x['share']:.0%}", f"{x['tokens_per_second']:.0f}", of_gemm, *memory)
+        mfu = "-" if x["mfu"] is None else f"{x['mfu']:.0%}"
+        cells = (name, f"{x['seconds']:.1f}", f"{x['share']:.0%}", f"{x['tokens_per_second']:.0f}", mfu, *memory)
         lines.append(f"| {' | '.join(cells)} |")
-    later = ", ".join(f"{seconds:.1f}" for seconds in result["later_updates_s"])
-    lines += ["", f"first update {result['first_update_s']:.1f} s" + f", later {later} s" * bool(later)]
     return "\n".join(lines)
 
 
@@ -245,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=preset_names(), required=True)
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--cap", type=float, default=80.0, help="GiB that torch may take of the GPU")
-    parser.add_argument("--updates", type=int, default=2, help="the last is reported")
+    parser.add_argument("--updates", type=int, default=2, help="the first one by its seconds only")
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--scale", choices=("full", "tiny"), default="full")
     parser.add_argument("--out", type=Path, default=Path("build/7b"), help="directory of the JSON")
