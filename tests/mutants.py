@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 NATIVE = "tests/ops/native/test_rows.py"
 ADAMW = "tests/ops/triton/test_adamw_8bit.py"
+FLOAT16 = "tests/rlhf/training/test_float16.py"
 GAE = "tests/ops/test_gae.py"
 IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
 MASKED = "tests/ops/test_masked.py"
@@ -49,13 +50,19 @@ ADAPTER_LAYERS = "tests/rlhf/models/test_adapter_layers.py"
 KERNELS = "tests/rlhf/models/test_kernels.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
 CORRECTION = "tests/rlhf/ppo/test_correction.py"
+ASYNC = "tests/rlhf/ppo/test_async_rewards.py"
+ENVIRONMENT = "tests/rlhf/ppo/test_environment.py"
 EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
 ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+GROUPS = "tests/rlhf/ppo/test_groups.py"
+CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
+EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
+SLOTS = "tests/rlhf/decoding/test_slots.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -167,9 +174,10 @@ MUTANTS = [
         ' | {"last_norm": self.last_norm * 0}',
         IN_BACKWARD,
     ),
+    Mutant(f"{RLHF}/training/optim.py", "scale * self.loss_scale", "scale", FLOAT16),
     Mutant(f"{RLHF}/data/packing.py", "count + size <= tokens", "count <= tokens", BATCHES),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
-    Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
+    Mutant(f"{RLHF}/training/runtime.py", "if p.requires_grad and p.dtype in lost", "if p.dtype in lost", OPTIM),
     # attention over packed rows
     Mutant(f"{RLHF}/models/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
@@ -179,14 +187,29 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
-    Mutant(f"{RLHF}/ppo/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
     Mutant(
-        f"{RLHF}/ppo/rollout.py",
+        f"{RLHF}/decoding/generate.py",
         "model.generation_config, inner.generation_config = own",
         "model.generation_config = own[0]",
         ROLLOUT,
     ),
     Mutant(f"{RLHF}/supervised/train.py", "linear=linear)", "linear=True)", RESUMED),
+    # sampling in slots
+    Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(
+        f"{RLHF}/decoding/cache.py",
+        "(back < window) if window is not None else back >= 0\n        return",
+        "True\n        return",
+        SLOTS,
+    ),
+    Mutant(f"{RLHF}/decoding/cache.py", "at[self.start :, None] - at", "at[: length - self.start, None] - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "torch.where((found == 0) & ends", "torch.where(ends", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "clamp(max=state.longest)", "clamp(max=state.longest - 1)", SLOTS),
+    Mutant(f"{RLHF}/decoding/requests.py", "(found > 0) & (found <= limits)", "found > 0", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "SLOTS if own in WITHOUT_SOFTCAP else SOFTCAPPED", "SOFTCAPPED", SLOTS),
     # micro-batches
     Mutant(f"{RLHF}/data/packing.py", "- starts.repeat(lengths)", "", BATCHES),
     Mutant(
@@ -226,7 +249,7 @@ MUTANTS = [
         "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/ppo/rollout.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/scoring.py", "values if models.shared else None", "None", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",
@@ -249,13 +272,56 @@ MUTANTS = [
         WARMUP,
     ),
     Mutant(f"{RLHF}/ppo/train.py", "if not self.learner.warming_up:", "if True:", WARMUP),
+    # group advantages
+    Mutant(f"{RLHF}/ppo/advantages.py", "(count / others)[rows] if", "(others / count)[rows] if", GROUPS),
+    Mutant(
+        f"{RLHF}/ppo/advantages.py",
+        "response_sums(centered**2, lengths) / others",
+        "response_sums(centered**2, lengths) / count",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/advantages.py",
+        "torch.where(agreeing(returns, groups)[rows], 0.0, advantages)",
+        "advantages",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/dynamic_sampling.py",
+        "attention_mask=_padded(x.prompts.attention_mask, (left, 0)",
+        "attention_mask=_padded(x.prompts.attention_mask, (0, left)",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/dynamic_sampling.py",
+        "token_indices(lengths, order,",
+        "token_indices(lengths, np.arange(len(order)),",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/train.py",
+        "make_experience(*learned,",
+        "make_experience(rollout, rewards,",
+        "tests/rlhf/ppo/test_train.py",
+    ),
+    Mutant(
+        f"{RLHF}/ppo/rewards.py",
+        "(lengths - (longest - buffer)).float() / buffer",
+        "(lengths - longest + 1).float() / buffer",
+        "tests/rlhf/ppo/test_rewards.py",
+    ),
+    # pre-training of the value model
+    Mutant(f"{RLHF}/critic.py", "np.arange(n)[::-1]", "np.arange(n)", CRITIC),
+    Mutant(
+        f"{RLHF}/data/examples.py", 'example.ids if row.get("ended", True) else example.ids[:-1]', "example.ids", CRITIC
+    ),
     Mutant(
         f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),
     Mutant(f"{RLHF}/supervised/train.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "schedule(index,", "schedule(index + 1,", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**metrics, grad_norm=norm)\n", "", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "step(factor, failed)", "step(factor)", RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", ', "network": self.network}', "}", RESUMED),
@@ -299,7 +365,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
-    Mutant(f"{RLHF}/training/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "every == 0 or finished", "every == 0", RESUMED),
+    Mutant(f"{RLHF}/training/signals.py", "if late and not finished", "if late", RESUMED_PPO),
+    Mutant(f"{RLHF}/ppo/evaluation.py", ", self.worse = metrics[watched], 0", " = metrics[watched]", EVALUATION),
+    Mutant(f"{RLHF}/training/optim.py", "math.cos(math.pi * share)", "math.cos(share)", UPDATE),
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
     ),
@@ -419,6 +488,11 @@ MUTANTS = [
         "0 * rollout.logprobs\n    if",
         CORRECTION,
     ),
+    Mutant(f"{RLHF}/ppo/environment.py", ", call {self.calls}", "", ENVIRONMENT),
+    Mutant(
+        f"{RLHF}/ppo/environment.py", "[prompts.attention_mask, inside]", "[prompts.attention_mask, mask]", ENVIRONMENT
+    ),
+    Mutant(f"{RLHF}/user_code.py", "except (Exception, SystemExit, asyncio.CancelledError)", "except Exception", ASYNC),
     Mutant(f"{RLHF}/ppo/advantages.py", "loss_mask[loss_mask] = host", "pass", CORRECTION),
     Mutant(f"{RLHF}/ppo/update.py", '"importance_weights": micro.weights,', "", CORRECTION),
     Mutant(f"{RLHF}/data/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),
