@@ -97,9 +97,8 @@ def mean(curves: list[list[float]]) -> list[float]:
 
 def main() -> None:
     updates = int(sys.argv[1]) if len(sys.argv) > 1 else UPDATES
-    print(
-        "| advantages | updates to 0.3 | updates to 0.5 | score of the last three updates | mean |\n|---|---|---|---|---|"
-    )
+    print("| advantages | updates to 0.3 | updates to 0.5 | score of the last three updates | mean |")
+    print("|---|---|---|---|---|")
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as scratch:
             print(row(kind, train_all(Path(scratch), kind, updates)), flush=True)
