@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 NATIVE = "tests/ops/native/test_rows.py"
 ADAMW = "tests/ops/triton/test_adamw_8bit.py"
+FLOAT16 = "tests/rlhf/training/test_float16.py"
 GAE = "tests/ops/test_gae.py"
 IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
 MASKED = "tests/ops/test_masked.py"
@@ -49,6 +50,8 @@ ADAPTER_LAYERS = "tests/rlhf/models/test_adapter_layers.py"
 KERNELS = "tests/rlhf/models/test_kernels.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
 CORRECTION = "tests/rlhf/ppo/test_correction.py"
+ASYNC = "tests/rlhf/ppo/test_async_rewards.py"
+ENVIRONMENT = "tests/rlhf/ppo/test_environment.py"
 EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
@@ -59,6 +62,7 @@ CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
 EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
+SLOTS = "tests/rlhf/decoding/test_slots.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -170,9 +174,10 @@ MUTANTS = [
         ' | {"last_norm": self.last_norm * 0}',
         IN_BACKWARD,
     ),
+    Mutant(f"{RLHF}/training/optim.py", "scale * self.loss_scale", "scale", FLOAT16),
     Mutant(f"{RLHF}/data/packing.py", "count + size <= tokens", "count <= tokens", BATCHES),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
-    Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
+    Mutant(f"{RLHF}/training/runtime.py", "if p.requires_grad and p.dtype in lost", "if p.dtype in lost", OPTIM),
     # attention over packed rows
     Mutant(f"{RLHF}/models/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
@@ -182,14 +187,29 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
-    Mutant(f"{RLHF}/ppo/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
     Mutant(
-        f"{RLHF}/ppo/rollout.py",
+        f"{RLHF}/decoding/generate.py",
         "model.generation_config, inner.generation_config = own",
         "model.generation_config = own[0]",
         ROLLOUT,
     ),
     Mutant(f"{RLHF}/supervised/train.py", "linear=linear)", "linear=True)", RESUMED),
+    # sampling in slots
+    Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(
+        f"{RLHF}/decoding/cache.py",
+        "(back < window) if window is not None else back >= 0\n        return",
+        "True\n        return",
+        SLOTS,
+    ),
+    Mutant(f"{RLHF}/decoding/cache.py", "at[self.start :, None] - at", "at[: length - self.start, None] - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "torch.where((found == 0) & ends", "torch.where(ends", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "clamp(max=state.longest)", "clamp(max=state.longest - 1)", SLOTS),
+    Mutant(f"{RLHF}/decoding/requests.py", "(found > 0) & (found <= limits)", "found > 0", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "SLOTS if own in WITHOUT_SOFTCAP else SOFTCAPPED", "SOFTCAPPED", SLOTS),
     # micro-batches
     Mutant(f"{RLHF}/data/packing.py", "- starts.repeat(lengths)", "", BATCHES),
     Mutant(
@@ -229,7 +249,7 @@ MUTANTS = [
         "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/ppo/rollout.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/scoring.py", "values if models.shared else None", "None", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",
@@ -301,7 +321,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/supervised/train.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "schedule(index,", "schedule(index + 1,", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**metrics, grad_norm=norm)\n", "", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "step(factor, failed)", "step(factor)", RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", ', "network": self.network}', "}", RESUMED),
@@ -468,6 +488,11 @@ MUTANTS = [
         "0 * rollout.logprobs\n    if",
         CORRECTION,
     ),
+    Mutant(f"{RLHF}/ppo/environment.py", ", call {self.calls}", "", ENVIRONMENT),
+    Mutant(
+        f"{RLHF}/ppo/environment.py", "[prompts.attention_mask, inside]", "[prompts.attention_mask, mask]", ENVIRONMENT
+    ),
+    Mutant(f"{RLHF}/user_code.py", "except (Exception, SystemExit, asyncio.CancelledError)", "except Exception", ASYNC),
     Mutant(f"{RLHF}/ppo/advantages.py", "loss_mask[loss_mask] = host", "pass", CORRECTION),
     Mutant(f"{RLHF}/ppo/update.py", '"importance_weights": micro.weights,', "", CORRECTION),
     Mutant(f"{RLHF}/data/examples.py", "else [*ids, eos]", "else ids", EXAMPLES),

@@ -20,6 +20,7 @@ from ppo_fast.ops._backends.triton import (
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, SampleInputs, ValueInputs
 from ppo_fast.ops._core.results import RowStats
+from ppo_fast.rlhf.decoding.triton_attention import slot_attention
 
 B, T = 1, 2
 VOCABULARIES = {"tiny": 32, "small": 1000, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
@@ -49,11 +50,10 @@ def backward(V: int, dtype: torch.dtype) -> None:
             token_stats_backward.token_stats_backward(RowGrads(g_logprob, g_entropy, g_kl), inputs, stats)
 
 
-def sample(V: int, dtype: torch.dtype) -> None:
-    """sample_tokens without a filter, with both."""
-    logits, keys = torch.empty(B, T, V, dtype=dtype), torch.empty(B, T, 3, dtype=torch.int64)
-    sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, None, None))
-    sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, 50, 0.95))
+def sample(V: int, *filters: float | None) -> None:
+    """sample_tokens, with these filters top_k and top_p."""
+    logits, keys = torch.empty(B, T, V, dtype=torch.bfloat16), torch.empty(B, T, 3, dtype=torch.int64)
+    sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, *filters))
 
 
 def policy(estimator: str) -> None:
@@ -87,6 +87,12 @@ def scans(dtype: torch.dtype, steps: int) -> None:
         gae.gae(GaeInputs(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode))
 
 
+def slots(dtype: torch.dtype, heads: int, width: int, *options: float | None) -> None:
+    """Attention of slots to keys and values of so many heads."""
+    query, keys = torch.empty(2, 28, 1, width, dtype=dtype), torch.empty(2, heads, 64, width, dtype=dtype)
+    slot_attention(query, keys, keys, rows(torch.int64)[0], None, *options)
+
+
 def adamw(dtype: torch.dtype) -> None:
     """The step of a weight of eight blocks."""
     weight, scale = torch.empty(8 * BLOCK, dtype=dtype), torch.empty(8)
@@ -104,9 +110,13 @@ _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
 CASES: dict[str, Callable[[], None]] = {
     **{f"forward-{n}-{d}": functools.partial(forward, VOCABULARIES[n], d) for n, d in _LOGITS},
     **{f"backward-{n}-{d}": functools.partial(backward, VOCABULARIES[n], d) for n, d in _LOGITS},
-    **{f"sample-{n}-{d}": functools.partial(sample, VOCABULARIES[n], d) for n, d in _LOGITS},
+    "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
+    "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},
     **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},
+    "slots-7b": functools.partial(slots, torch.bfloat16, 4, 128, None, None),
+    "slots-gemma": functools.partial(slots, torch.bfloat16, 14, 256, 33, 50.0),
+    "slots-float32": functools.partial(slots, torch.float32, 28, 128, None, None),
 }

@@ -34,9 +34,7 @@ class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of weights, activations and products; adapters' weights: float32
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and products; adapters are float32
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing
@@ -66,6 +64,7 @@ class ModelConfig(CausalConfig):
 
     layout: Literal["separate", "shared", "adapters"] = "separate"  # value model apart; a head on the policy; one base
     offload: bool = False  # reference and reward models wait in host memory while they are not used
+    offload_activations: bool = False  # those of the update wait in host memory for the backward pass; for long rows
     value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
 
@@ -108,6 +107,7 @@ class RolloutConfig:
     """Sampling from softmax(logits / temperature)."""
 
     batch_size: int = 64  # responses per update
+    function: str | None = None  # "file.py:function" that makes the responses, by tools and turns; null: one turn
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
     tokens_per_pass: int | None = None  # of scoring, in place of micro_batch_size; null: by that
@@ -333,9 +333,7 @@ class OptimConfig(AdamWConfig):
     micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
     tokens_per_pass: int | None = None  # tokens per forward pass, prompts and padding included, in place of that
     target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
-    in_backward: bool = (
-        False  # a weight takes its step once its gradient is complete; clips by the norm of the last step
-    )
+    in_backward: bool = False  # weights take their steps in the backward pass; clips by the norm of the step before
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -469,6 +467,9 @@ class PPOConfig(RunConfig):
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
         skips = self.on_nan == "skip"
         check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
+        check_float16(self.model, self.optim)
+        float16 = self.model.dtype == "float16"
+        check(not (float16 and self.optim.in_backward), "optim.in_backward", "false with model.dtype 'float16'", True)
         buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
         allowed = f"at most rollout.max_new_tokens = {longest}"
         check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
@@ -505,6 +506,17 @@ class PPOConfig(RunConfig):
         if optim.tokens_per_pass:
             return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
         return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def check_float16(model: WeightsConfig, optim: AdamWConfig) -> None:
+    """Refuse float16 weights that take the steps themselves: the squares of their gradients would be 0."""
+    trained = model.dtype == "float16" and not model.lora.rank
+    check(
+        not trained or bool(optim.master_weights),
+        "optim.master_weights",
+        "true with model.dtype 'float16' unless adapters are trained",
+        optim.master_weights,
+    )
 
 
 def _check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:

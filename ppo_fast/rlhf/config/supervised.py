@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig
+from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig, check_float16
 from ppo_fast.rlhf.errors import check, divides, positive
 
 
@@ -62,6 +62,10 @@ class SupervisedConfig(RunConfig):
     data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     log: SupervisedLogConfig = field(default_factory=SupervisedLogConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_float16(self.model, self.optim)
 
 
 @dataclass(frozen=True)

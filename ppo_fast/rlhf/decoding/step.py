@@ -139,7 +139,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with without_collector():
-            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.sample(count, length)
             finally:

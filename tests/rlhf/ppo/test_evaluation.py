@@ -79,7 +79,7 @@ def test_an_answer_at_the_start_that_a_stop_string_ended_lacks_no_eos(make_evalu
         generation = generate(*arguments)
         return dataclasses.replace(generation, ended=torch.ones_like(generation.ended))
 
-    monkeypatch.setattr("ppo_fast.rlhf.ppo.evaluation.generate", stopped)
+    monkeypatch.setattr("ppo_fast.rlhf.ppo.environment.generate", stopped)
     evaluation = make_evaluation(reward={"missing_eos_penalty": 1.0})
     assert not any(ids[-1] == 2 for ids in evaluation.start)
     metrics, _ = evaluation.run(tmp_path / "best")

@@ -235,7 +235,7 @@ def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeyp
     calls = []
     clip = ClippedOptimizer.clip
     monkeypatch.setattr(
-        ClippedOptimizer, "clip", lambda network: calls.append(len(network.parameters)) or clip(network)
+        ClippedOptimizer, "clip", lambda network, *scale: calls.append(len(network.parameters)) or clip(network, *scale)
     )
     learner, _, experience = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
     stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
