@@ -28,7 +28,7 @@ test:
 	$(call stage,tests,$(PYTEST) -n 2 --dist worksteal --ignore tests/aot tests)
 
 interpreter:
-	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops)
+	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/rlhf/models/triton)
 
 aot:
 	$(call stage,ahead-of-time compilation,$(PYTEST) -n 2 tests/aot)
@@ -44,7 +44,7 @@ package:
 
 test-full:
 	$(TESTS) -n 2 -m "not gpu and not peers" tests
-	TRITON_INTERPRET=1 $(TESTS) -n 2 -m "not gpu and not peers" tests/ops
+	TRITON_INTERPRET=1 $(TESTS) -n 2 -m "not gpu and not peers" tests/ops tests/rlhf/models/triton
 
 # Seeds 0 to 2, then the race with TRL: pip install trl==1.12.0
 acceptance:

@@ -28,7 +28,7 @@ PRODUCTS = "matrix products only"
 CLIP, KL_COEF = 0.2, 0.05
 
 
-def _imported(**modules: str) -> dict[str, Any]:
+def imported(**modules: str) -> dict[str, Any]:
     """The peers' modules by name, without those that are not installed or miss something they need."""
     found = {}
     for name, module in modules.items():
@@ -37,14 +37,15 @@ def _imported(**modules: str) -> dict[str, Any]:
     return found
 
 
-MODULES = _imported(liger="liger_kernel.chunked_loss", cce="cut_cross_entropy", trl="trl.trainer.utils")
+MODULES = imported(liger="liger_kernel.chunked_loss", cce="cut_cross_entropy", trl="trl.trainer.utils")
 PEERS = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
 
 
 class Case:
     """One shape and variant: inputs and contenders.
 
-    Variants: "entropy" (clip, k3 KL, entropy bonus), "no entropy", and "scoring": log-probabilities without gradient.
+    Variants: "entropy" (clip, k3 KL, entropy bonus), "no entropy", "frozen" (that of entropy, with no gradient of the
+    weight) and "scoring": log-probabilities without gradient.
     """
 
     def __init__(self, shape: str, dtype: str, variant: str) -> None:
@@ -59,9 +60,9 @@ class Case:
         self.targets = torch.randint(0, V, (N,), generator=generator, device=harness.DEVICE)
         with torch.no_grad():
             logprobs = ppo_fast.linear_token_stats(self.hidden, self.weight, self.targets).logprobs
-        self.rows = logprobs + 0.2 * randn(N), randn(N), randn(N) > -1.0  # old_logprobs, advantages, mask
+        self.rows = logprobs + 0.2 * randn(N), randn(N), harness.mask(randn(N))  # old_logprobs, advantages, mask
         self.ref_logprobs = logprobs + 0.2 * randn(N)
-        entropy = 0.01 if variant == "entropy" else 0.0
+        entropy = 0.01 if variant in ("entropy", "frozen") else 0.0
         self.config = ppo_fast.PolicyLossConfig(ent_coef=entropy, kl_coef=KL_COEF, kl_estimator="k3")
         self.moved = 2 * (self.hidden.nbytes + self.weight.nbytes)
         self.compiled = harness.compiled(self._eager)
@@ -133,14 +134,25 @@ class Case:
         if self.variant == "scoring":
             with torch.no_grad():
                 return (self.value(contender, hidden, weight, n),)
-        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        leaves = [hidden.detach().requires_grad_()]
+        if self.variant == "frozen":
+            return torch.autograd.grad(self.value(contender, *leaves, weight, n), leaves)
+        leaves.append(weight.detach().requires_grad_())
         return torch.autograd.grad(self.value(contender, *leaves, n), leaves)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the products that every contender needs."""
+        products = {"scoring": 1, "frozen": 2}.get(self.variant, 3)
+        return 2 * products * self.hidden.shape[0] * self.weight.numel()
 
     def _products(self) -> tuple[Tensor, ...]:
         """The products that every contender needs, on all rows at once."""
         logits = self.hidden @ self.weight.T
         if self.variant == "scoring":
             return (logits,)
+        if self.variant == "frozen":
+            return (logits @ self.weight,)
         return logits @ self.weight, logits.T @ self.hidden
 
     def error(self, contender: str, few: int = 64) -> float:

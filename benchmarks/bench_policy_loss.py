@@ -30,12 +30,12 @@ class Case:
         self.logits = (3 * randn(N, V)).to(DTYPES[dtype])
         self.targets = torch.randint(0, V, (N,), generator=generator, device=harness.DEVICE)
         logprobs, *_ = eager.token_stats(self.logits, self.targets)
-        self.rows = (logprobs + 0.2 * randn(N), randn(N), randn(N) > -1.0)  # old_logprobs, advantages, mask
+        self.rows = (logprobs + 0.2 * randn(N), randn(N), harness.mask(randn(N)))  # old_logprobs, advantages, mask
         exact = variant == "exact KL"
         self.reference: dict[str, Tensor] = {"ref_logprobs": logprobs + 0.2 * randn(N)}
         if exact:
             self.reference = {"ref_logits": (self.logits + 0.2 * randn(N, V)).to(DTYPES[dtype])}
-        estimator = "full" if exact else "k2"
+        estimator = "full" if exact else variant[:2]
         self.config = ppo_fast.PolicyLossConfig(ent_coef=0.01, kl_coef=0.05, kl_estimator=estimator)
         self.moved = (5 if exact else 3) * self.logits.nbytes
         self.compiled = harness.compiled(eager.policy_loss)

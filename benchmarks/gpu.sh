@@ -1,62 +1,77 @@
 #!/usr/bin/env bash
-# What needs a GPU, in phases of minutes each, from the repository root; no network needed.
+# Everything that needs a GPU, in phases, from the repository root; no network needed.
 #
-#   benchmarks/gpu.sh test  [OUT]   build with CUDA, then the tests marked gpu
-#   benchmarks/gpu.sh bench [OUT]   every benchmark suite; JSON under benchmarks/results/DEVICE/
-#   benchmarks/gpu.sh tune  [OUT]   block sizes of the Triton kernels against the bandwidth limit
-#   benchmarks/gpu.sh 7b    [OUT]   a PPO update of a 7B by each preset, in the memory that it is for
-#   benchmarks/gpu.sh rollout [OUT] sampling from a 7B: the phase, its parts, with and without adapters
+#   benchmarks/gpu.sh PHASE [PHASE ...]      any number of phases that fit nine minutes together
 #
-# Logs and results are copied to OUT (default: build/gpu). The last lines are a short table.
-set -euo pipefail
+#   test     1 min    the tests marked gpu
+#   ops      3 min    the ops against their peers and the card's limits
+#   tiles    2 min    block sizes of the Triton kernels against the bandwidth limit
+#   rollout  2 min    tokens per second of the rollout engines
+#   7b       2 min    PPO updates of a 7B, in the memory that its preset is for
+#   profile  2 min    the kernels of an update
+#   trl      1 min    an iteration of TRL and ours
+#
+# First it builds for this card's architecture. Results go to benchmarks/results/DEVICE/, logs and copies of the results
+# to $OUT (default: build/gpu). A phase that runs past its minutes is stopped. The last lines are a short table.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-phase=${1:?phase: test, bench, tune, 7b or rollout}
-out=${2:-build/gpu}
-mkdir -p "$out"
+phases="test ops tiles rollout 7b profile trl"
+out=${OUT:-build/gpu}
 export PYTHONUNBUFFERED=1
 
-build() {
-  PPO_FAST_CUDA=1 python3 -m pip install -q --no-build-isolation --no-deps --no-warn-script-location -e .
-  python3 -m ppo_fast.cli doctor
+minutes() {
+  case $1 in
+    test | trl) echo 1 ;;
+    ops) echo 3 ;;
+    *) echo 2 ;;
+  esac
 }
 
-# leg PRESET GIB SECONDS [OPTION ...]: updates of one epoch, or the reason why not.
-leg() {
-  local name=$1-$2
-  echo "== $1 in $2 GiB"
-  timeout "$3" python3 -m benchmarks.bench_7b --preset "$1" --cap "$2" --model "${PPO_FAST_7B:-qwen2.5-7b}" --out "$out" \
-    --set optim.epochs=1 "${@:4}" 2>&1 | tee "$out/$name.log" | tail -n 9 || echo "exit status ${PIPESTATUS[0]}"
+start() {
+  case $1 in
+    test) python3 -m pytest -q -p no:benchmark -n 6 -m "gpu and not slow" tests ;;
+    ops) python3 -m benchmarks.ops ;;
+    tiles) python3 -m benchmarks.tune --json "$out/tiles.json" ;;
+    rollout) python3 -m benchmarks.bench_rollout --scale 7b --rounds 2 --out "$out" ;;
+    7b) python3 -m benchmarks.bench_7b --preset "${PPO_FAST_PRESET:-7b-80g-lora}" --cap 80 --set optim.epochs=1 \
+      --model "${PPO_FAST_7B:-qwen2.5-7b}" --out "$out" ;;
+    profile) python3 -m benchmarks.profile_update --size mid ;;
+    trl) python3 -m benchmarks.run trl ;;
+  esac
 }
 
-case $phase in
-  test)
-    build
-    set +e
-    timeout 480 python3 -m pytest -q -p no:benchmark -n 6 -m "gpu and not slow" tests 2>&1 | tee "$out/test.log" | tail -n 40
-    exit "${PIPESTATUS[0]}"
-    ;;
-  bench)
-    build >/dev/null
-    timeout 500 python3 -m benchmarks.run 2>&1 | tee "$out/bench.log" | tail -n 5 || true
-    cp benchmarks/results/*H*/*.json "$out"/ 2>/dev/null || cp benchmarks/results/*/*.json "$out"/
-    python3 benchmarks/tables.py --print "$out"/*.json
-    ;;
-  tune)
-    build >/dev/null
-    timeout 500 python3 -m benchmarks.tune --json "$out/tune.json"
-    ;;
-  7b)
-    build >/dev/null
-    leg 7b-80g-lora 80 230
-    leg 7b-24g 24 140 --updates 1
-    leg 7b-80g-full 80 150
-    ;;
-  rollout)
-    build >/dev/null
-    timeout 110 python3 -m benchmarks.bench_rollout --scale 7b --rounds 2 --out "$out" 2>&1 | tee "$out/rollout.log" | tail -n 4
-    ;;
-  *)
-    echo "phase: expected test, bench, tune, 7b or rollout, got $phase" >&2
+for phase in "$@"; do
+  if [[ " $phases " != *" $phase "* ]]; then
+    echo "phase: expected one of $phases, got $phase" >&2
     exit 2
-    ;;
-esac
+  fi
+done
+if [[ $# == 0 ]]; then
+  echo "phase: expected one of $phases, got none" >&2
+  exit 2
+fi
+
+mkdir -p "$out"
+out=$(realpath "$out")
+export out
+export -f start
+PPO_FAST_CUDA_ARCHS=$(python3 -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))') &&
+  export PPO_FAST_CUDA_ARCHS &&
+  PPO_FAST_CUDA=1 python3 -m pip install -q --no-build-isolation --no-deps --no-warn-script-location -e . || exit 1
+python3 -m ppo_fast.cli doctor >"$out/doctor.log"
+
+table=()
+failed=0
+for phase in "$@"; do
+  echo "== $phase"
+  begin=$SECONDS
+  timeout $(($(minutes "$phase") * 60)) bash -c "start $phase" >"$out/$phase.log" 2>&1
+  status=$?
+  tail -n 80 "$out/$phase.log"
+  [[ $status == 0 ]] || failed=1
+  table+=("$(printf '%-8s %4d s  exit status %-3d  %s' "$phase" $((SECONDS - begin)) $status "$(tail -n 1 "$out/$phase.log" | cut -c 1-100)")")
+done
+cp benchmarks/results/*H[0-9]*/*.json "$out"/ 2>/dev/null
+echo "== all"
+printf '%s\n' "${table[@]}"
+exit $failed

@@ -26,6 +26,11 @@ def rows(vocabulary: int) -> int:
     return max(1, min(8192 if DEVICE == "cuda" and vocabulary > 1024 else 2**20, elements // vocabulary))
 
 
+def mask(draw: Tensor) -> Tensor:
+    """Which rows count, from normal numbers: five of six; on a GPU all, so that the bytes of all rows are moved."""
+    return draw > (-torch.inf if DEVICE == "cuda" else -1.0)
+
+
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if DEVICE == "cuda":
@@ -45,6 +50,46 @@ def paired_ratio(contender: Run, baseline: Run, rounds: int = 7) -> float:
     """Median of baseline / contender over interleaved rounds: the machine's drift falls on both alike."""
     contender(), baseline()
     return statistics.median(seconds(baseline) / seconds(contender) for _ in range(rounds))
+
+
+def device_seconds(run: Run, rounds: int = 9, most: float = 2.0) -> list[float]:
+    """Seconds of the GPU for each of some calls, the host's time hidden, with nothing in the L2 cache.
+
+    Before each call the cache is overwritten and the GPU sleeps while the host launches the call's kernels.
+    """
+    host = max(host_seconds(run), 2e-5)
+    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    times: list[float] = []
+    stop = time.perf_counter() + most
+    while len(times) < 3 or (len(times) < rounds and time.perf_counter() < stop):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(int(2e9 * 1.5 * host))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e-3 * start.elapsed_time(end))
+    return times
+
+
+def host_seconds(run: Run, calls: int = 5) -> float:
+    """Median time until a call returns, with nothing queued on the GPU before it."""
+    run()
+    times = []
+    for _ in range(calls):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    synchronize()
+    return statistics.median(times)
+
+
+def product_rate() -> float:
+    """Operations per second of a product of bfloat16 matrices, 8192^3."""
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    return 2 * 8192**3 / statistics.median(device_seconds(lambda: a @ a))
 
 
 def peak_bytes(run: Run) -> int:

@@ -2,7 +2,8 @@
 
 python -m benchmarks.run [SUITE ...]
 
-Suites of whole trainers of other projects run only when they are named; `benchmarks.bench_7b` and `bench_rollout` run by themselves.
+Suites of whole trainers of other projects run only when they are named; `benchmarks.bench_7b` and `bench_rollout` run
+by themselves.
 """
 
 import re
@@ -16,13 +17,19 @@ HERE = Path(__file__).resolve().parent
 PEERS, PROGRAMS = {"trl"}, {"7b", "rollout"}
 
 
+def directory() -> Path:
+    """Make and return the directory of this device's results."""
+    path = HERE / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def main(suites: list[str]) -> int:
     """Run the named suites, or all of our own; stops at the first that fails."""
-    directory = HERE / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-")
-    directory.mkdir(parents=True, exist_ok=True)
+    results = directory()
     own = {path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")} - PEERS - PROGRAMS
     for suite in suites or sorted(own):
-        target = directory / f"{suite}.json"
+        target = results / f"{suite}.json"
         command = [
             sys.executable,
             "-m",

@@ -22,11 +22,14 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
-_COLUMNS = ("shape", "implementation", "median", "IQR", "speed-up", "GB/s", "% of copy", "peak memory", "error")
+_COLUMNS = (
+    *("shape", "implementation", "median", "IQR", "host", "speed-up", "GB/s", "% of copy", "TFLOP/s", "% of GEMM"),
+    *("peak memory", "error"),
+)
 
 
-def _cells(bench: dict[str, Any], copy_bandwidth: float) -> dict[str, str]:
-    """The row of a result by column: _COLUMNS, of which it may lack the bytes moved and the error, then its outcome."""
+def _cells(bench: dict[str, Any], machine: dict[str, Any]) -> dict[str, str]:
+    """The row of a result by column: _COLUMNS, of which it may lack some, then its outcome."""
     info, median, iqr = bench["extra_info"], bench["stats"]["median"], bench["stats"]["iqr"]
     cells = {
         "shape": bench["group"],
@@ -38,7 +41,12 @@ def _cells(bench: dict[str, Any], copy_bandwidth: float) -> dict[str, str]:
     }
     if "bytes" in info:
         rate = info["bytes"] / median
-        cells |= {"GB/s": f"{rate / 1e9:.3g}", "% of copy": f"{100 * rate / copy_bandwidth:.0f}"}
+        cells |= {"GB/s": f"{rate / 1e9:.3g}", "% of copy": f"{100 * rate / machine['copy_bandwidth']:.0f}"}
+    if "flops" in info and "product_rate" in machine:
+        rate = info["flops"] / median
+        cells |= {"TFLOP/s": f"{rate / 1e12:.3g}", "% of GEMM": f"{100 * rate / machine['product_rate']:.0f}"}
+    if "host" in info:
+        cells["host"] = f"{info['host'] * 1e3:.3g} ms"
     if "error" in info:
         cells["error"] = f"{info['error']:.1e}"
     return cells | {name: f"{value:.3g}" for name, value in info.get("outcome", {}).items()}
@@ -53,14 +61,21 @@ def table(path: Path) -> str:
     data = json.loads(path.read_text())
     machine = data["machine_info"]
     benches = sorted(data["benchmarks"], key=lambda bench: bench["group"])
-    rows = [_cells(bench, machine["copy_bandwidth"]) for bench in benches]
+    rows = [_cells(bench, machine) for bench in benches]
     columns = [name for name in _COLUMNS if any(name in row for row in rows)]
     columns += dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
+    device = "host" in columns
+    program = "benchmarks.ops" if device else f"benchmarks.run {path.stem}"
+    product = f", GEMM rate {machine['product_rate'] / 1e12:.3g} TFLOP/s" if "product_rate" in machine else ""
+    how = (
+        "Times are the device's; host: until a call returns"
+        if device
+        else "Speed-ups are medians over interleaved pairs"
+    )
     note = (
         f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, measured copy bandwidth "
-        f"{machine['copy_bandwidth'] / 1e9:.3g} GB/s, commit {data['commit_info']['id'][:10]}; "
-        f"`python -m benchmarks.run {path.stem}`. Speed-ups are medians over interleaved pairs"
-        f"{'; errors are relative to float64' if 'error' in columns else ''}."
+        f"{machine['copy_bandwidth'] / 1e9:.3g} GB/s{product}, commit {data['commit_info']['id'][:10]}; "
+        f"`python -m {program}`. {how}{'; errors are relative to float64' if 'error' in columns else ''}."
     )
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     head, *body = map(_line, lines)

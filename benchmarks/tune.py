@@ -70,15 +70,16 @@ def kernels(logits: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
 
 def sweep(vocabulary: str, bandwidth: float, smoke: bool) -> Iterator[Result]:
     """Both kernels over their tiles at one vocabulary."""
-    N, V = (2, 1000) if smoke else (8192, harness.VOCABULARIES[vocabulary])
+    N, V = (2, 5000) if smoke else (8192, harness.VOCABULARIES[vocabulary])
     dtype = torch.float32 if smoke else torch.bfloat16
     logits = torch.randn(1, N, V, device=harness.DEVICE, dtype=dtype)
     for kernel, (run, passes) in kernels(logits).items():
-        table = f"_{kernel.upper()}"
+        table = f"_{kernel.upper()}" + ("" if V % 16 == 0 else "_UNALIGNED")
         kept = getattr(tuning, table)
         for tile in tiles(kernel, smoke):
-            setattr(tuning, table, {(0, 0): ((1 << 31, tile),)})
-            yield Result(kernel, vocabulary, tuple(tile), milliseconds(run), 1e3 * passes * logits.nbytes / bandwidth)
+            setattr(tuning, table, {(0, 0): tile})
+            size, limit = (tile.block, tile.blocks, tile.warps), 1e3 * passes * logits.nbytes / bandwidth
+            yield Result(kernel, vocabulary, size, milliseconds(run), limit)
         setattr(tuning, table, kept)
 
 

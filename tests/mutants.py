@@ -29,7 +29,9 @@ class Mutant(NamedTuple):
 
 
 NATIVE = "tests/ops/native/test_rows.py"
+ADAMW = "tests/ops/triton/test_adamw_8bit.py"
 GAE = "tests/ops/test_gae.py"
+IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
 MASKED = "tests/ops/test_masked.py"
 TRAPS = "tests/ops/test_numerical_edge_cases.py"
 POLICY = "tests/ops/test_policy_loss.py"
@@ -43,6 +45,8 @@ EXAMPLES = "tests/rlhf/data/test_examples.py"
 BATCHES = "tests/rlhf/data/test_packing.py"
 TEMPLATES = "tests/rlhf/data/test_templates.py"
 ADAPTERS = "tests/rlhf/models/test_adapters.py"
+ADAPTER_LAYERS = "tests/rlhf/models/test_adapter_layers.py"
+KERNELS = "tests/rlhf/models/test_kernels.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
 CORRECTION = "tests/rlhf/ppo/test_correction.py"
 ASYNC = "tests/rlhf/ppo/test_async_rewards.py"
@@ -51,7 +55,10 @@ EOS = "tests/rlhf/models/test_eos.py"
 HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
+ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
+SLOTS = "tests/rlhf/decoding/test_slots.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -106,7 +113,7 @@ MUTANTS = [
         "torch.clamp(v, old - clip, old + 2 * clip)",
         VALUE,
     ),
-    Mutant("ppo_fast/ops/value_loss.py", "(d_values * grad_loss)", "d_values", VALUE),
+    Mutant(f"{REFERENCE}/value_loss.py", "(grad_values * grad_loss)", "grad_values", VALUE),
     Mutant(
         f"{TRITON}/value_loss.py", "clamped(v, old - clip, old + clip)", "old + clamped(v - old, -clip, clip)", VALUE
     ),
@@ -136,23 +143,34 @@ MUTANTS = [
     Mutant(f"{TRITON}/device.py", "tl.constexpr(-3.4028234663852886e38)", "tl.constexpr(0.0)", TRAPS),
     Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
     Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
-    Mutant(f"{TRITON}/policy_loss.py", "slope += penalty_coef * rise", "slope += 0.0", POLICY),
-    Mutant(f"{TRITON}/gae.py", "tl.where(passes1, b2, 0.0)", "b2", GAE),
+    Mutant(f"{TRITON}/policy_loss.py", "slope += penalty * rise", "slope += 0.0", POLICY),
+    Mutant(f"{TRITON}/gae.py", "tl.where(passes2, value1, value2)", "value2", GAE),
     # the C++ kernels
     Mutant(f"{CPU}/rows/forward.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
     Mutant(f"{CPU}/rows/forward.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
     Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
-    Mutant(f"{RLHF}/training/adamw.py", "            weight.copy_(master)\n", "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_(chunk, masters)\n", "", OPTIM),
     Mutant(f"{RLHF}/training/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "self.taken += 1 - keep", "self.taken += 1", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "torch.where(keep, part, new[name])", "new[name]", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", '        self.noise.set_state(state_dict["noise"].cpu())\n', "", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "(noise.int() & 0xFFFF)", "0x8000", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "(book[1:] + book[:-1]) / 2", "book[1:]", OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", 'old["root"].square()', 'old["root"]', OPTIM),
-    Mutant(f"{RLHF}/training/adamw.py", "clamp_min(1e-30)", "clamp_min(1e-3)", OPTIM),
+    Mutant(f"{RLHF}/training/adamw_8bit.py", "count += 1 - keep", "count += 1", OPTIM),
+    Mutant(f"{RLHF}/training/adamw_8bit.py", '        self.draws = state_dict["draws"]\n', "", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "torch.where(keep > 0, old, changed)", "changed", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "noise(first, len(value), seed, value.device)", "0x8000", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "* highest + 0.5", "* highest", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "square = root * root", "square = root", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "SMALLEST_SCALE = 1e-30", "SMALLEST_SCALE = 1e-3", OPTIM),
+    Mutant(f"{REFERENCE}/adamw_8bit.py", "code.clamp_min(1)", "code", OPTIM),
+    Mutant(f"{TRITON}/adamw_8bit.py", "tl.where(keep == 0.0, n_blocks, 0)", "n_blocks", ADAMW),
+    Mutant(f"{TRITON}/adamw_8bit.py", "(x >> 15)", "(x >> 14)", ADAMW),
+    Mutant(f"{RLHF}/training/optim.py", "self.last_norm = self.norm", "pass", IN_BACKWARD),
+    Mutant(
+        f"{RLHF}/training/optim.py",
+        ' | {"last_norm": self.last_norm}',
+        ' | {"last_norm": self.last_norm * 0}',
+        IN_BACKWARD,
+    ),
+    Mutant(f"{RLHF}/data/packing.py", "count + size <= tokens", "count <= tokens", BATCHES),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
     Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
     # attention over packed rows
@@ -164,14 +182,29 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
-    Mutant(f"{RLHF}/ppo/rollout.py", '        vars(inner).pop("_cache", None)\n', "", ROLLOUT),
     Mutant(
-        f"{RLHF}/ppo/rollout.py",
+        f"{RLHF}/decoding/generate.py",
         "model.generation_config, inner.generation_config = own",
         "model.generation_config = own[0]",
         ROLLOUT,
     ),
     Mutant(f"{RLHF}/supervised/train.py", "linear=linear)", "linear=True)", RESUMED),
+    # sampling in slots
+    Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
+    Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(
+        f"{RLHF}/decoding/cache.py",
+        "(back < window) if window is not None else back >= 0\n        return",
+        "True\n        return",
+        SLOTS,
+    ),
+    Mutant(f"{RLHF}/decoding/cache.py", "at[self.start :, None] - at", "at[: length - self.start, None] - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "torch.where((found == 0) & ends", "torch.where(ends", SLOTS),
+    Mutant(f"{RLHF}/decoding/step.py", "clamp(max=state.longest)", "clamp(max=state.longest - 1)", SLOTS),
+    Mutant(f"{RLHF}/decoding/requests.py", "(found > 0) & (found <= limits)", "found > 0", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "SLOTS if own in WITHOUT_SOFTCAP else SOFTCAPPED", "SOFTCAPPED", SLOTS),
     # micro-batches
     Mutant(f"{RLHF}/data/packing.py", "- starts.repeat(lengths)", "", BATCHES),
     Mutant(
@@ -200,8 +233,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/ppo/update.py", " if step.epoch == good[-1].epoch", "", UPDATE),
     Mutant(
         f"{RLHF}/ppo/train.py",
-        "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n"
-        "                self.kl.update(rollout.sums(rewards.kl))\n",
+        "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n",
         "                self.kl.update(rollout.sums(rewards.kl))\n"
         "                stats = self.learner.update(experience, self.kl.coef, update, self.generator)\n",
         "tests/rlhf/ppo/test_train.py",
@@ -212,13 +244,29 @@ MUTANTS = [
         "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/ppo/rollout.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/scoring.py", "values if models.shared else None", "None", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",
         "offsets(lengths)[1:].repeat(lengths) - 1",
-        "tests/rlhf/ppo/test_advantages.py",
+        ADVANTAGES,
     ),
+    Mutant(f"{RLHF}/ppo/advantages.py", "torch.where(left >= step,", "torch.where(left >= 0,", ADVANTAGES),
+    Mutant(f"{RLHF}/ppo/advantages.py", "        _, returns = _gae(", "        _gae(", ADVANTAGES),
+    Mutant(f"{RLHF}/ppo/update.py", "schedule(step - self.warmup,", "schedule(step,", WARMUP),
+    Mutant(
+        f"{RLHF}/ppo/update.py",
+        "            with torch.set_grad_enabled(not self.warming_up):\n                x = ",
+        "            if True:\n                x = ",
+        WARMUP,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/update.py",
+        "        if not self.warming_up:\n            self.penalty",
+        "        if True:\n            self.penalty",
+        WARMUP,
+    ),
+    Mutant(f"{RLHF}/ppo/train.py", "if not self.learner.warming_up:", "if True:", WARMUP),
     Mutant(
         f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),
@@ -336,6 +384,33 @@ MUTANTS = [
     ),
     Mutant(f"{RLHF}/models/adapter_files.py", 'if kind != "LORA":', "if False:", ADAPTERS),
     Mutant(f"{RLHF}/models/adapters.py", "layer.get_base_layer().weight)] == 1", "layer)] == 0", ADAPTERS),
+    Mutant(
+        f"{RLHF}/models/adapter_layers.py",
+        'increment_version(group["params"])',
+        "increment_version(())",
+        ADAPTER_LAYERS,
+    ),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "and copy.parameter is factor", "", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "dx.addmm_(low_grad, a)", "dx", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "_scaled(dy, b, ctx.scale)", "_scaled(dy, b, 1.0)", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", "(x if dropped is None else dropped)", "x", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", " or name in layer.lora_variant", "", ADAPTER_LAYERS),
+    Mutant(f"{RLHF}/models/adapter_layers.py", " or base._forward_hooks", "", ADAPTER_LAYERS),
+    Mutant(
+        f"{RLHF}/models/adapters.py",
+        "        refresh(self.copies.get(name, ()) if name is not None else ())\n",
+        "",
+        ADAPTER_LAYERS,
+    ),
+    Mutant(f"{RLHF}/models/kernels.py", "        vars(module).update(own)\n", "        pass\n", KERNELS),
+    Mutant(f"{RLHF}/models/kernels.py", "            vars(module).pop(name, None)\n", "            pass\n", KERNELS),
+    Mutant(f"{RLHF}/models/kernels.py", "names = vars(module) | functions", "names = vars(module)", KERNELS),
+    Mutant(
+        f"{RLHF}/training/resume.py",
+        'kernels="none") if begun_without',
+        "kernels=config.kernels) if begun_without",
+        KERNELS,
+    ),
     Mutant(f"{RLHF}/models/networks.py", "layer.support_avx512bf16_for_cpu = False", "pass", ADAPTERS),
     Mutant(f"{RLHF}/models/loading.py", "            layer.training = training", "            pass", LAYOUTS),
     Mutant(f"{RLHF}/models/loading.py", "            layer.training = True", "            pass", LAYOUTS),

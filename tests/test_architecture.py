@@ -149,6 +149,7 @@ def calls(path: Path, *names: str) -> list[str]:
             {
                 "training/optim": {"step", "zero_grad"},
                 "training/adamw": {"step", "zero_grad"},
+                "training/adamw_8bit": {"step"},
                 "training/loop": {"step"},
                 "supervised/train": {"step", "backward"},
                 "planning": {"step", "zero_grad", "backward"},  # without numbers

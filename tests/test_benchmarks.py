@@ -33,15 +33,16 @@ def test_tuning_times_every_candidate(tmp_path: Path) -> None:
 def test_the_gpu_script_names_its_phases() -> None:
     run = subprocess.run(["benchmarks/gpu.sh", "fly"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.strip() == "phase: expected test, bench, tune or 7b, got fly"
+    assert run.stderr.strip() == "phase: expected one of test ops tiles rollout 7b profile trl, got fly"
 
 
-def _shown(path: Path, group: str, **info: object) -> str:
+def _shown(path: Path, group: str, product_rate: float | None = None, **info: object) -> str:
     """The table of one result that took 2 ms."""
     common = {"contender": "native", "ratios": {"Python loop": 40.0}, "peak_bytes": 2**21}
     bench = {"group": group, "stats": {"median": 0.002, "iqr": 0.0001}, "extra_info": common | info}
+    more = {} if product_rate is None else {"product_rate": product_rate}
     result = {
-        "machine_info": {"device": "A CPU", "threads": 1, "torch": "2.13.0", "copy_bandwidth": 2e9},
+        "machine_info": {"device": "A CPU", "threads": 1, "torch": "2.13.0", "copy_bandwidth": 2e9, **more},
         "commit_info": {"id": "0123456789abcdef"},
         "benchmarks": [bench],
     }
@@ -61,6 +62,27 @@ def test_a_table_of_training_runs_shows_what_was_learned_and_no_bandwidth(tmp_pa
     assert shown[0] == "| shape | implementation | median | IQR | speed-up | peak memory | score at 10 |"
     assert shown[2] == "| a task | native | 2 ms | 0.1 ms | 40x Python loop | 2 MiB | 0.512 |"
     assert shown[-1].endswith("`python -m benchmarks.run trl`. Speed-ups are medians over interleaved pairs.")
+
+
+def test_a_table_of_a_gpu_shows_host_time_and_both_rates(tmp_path: Path) -> None:
+    shown = _shown(tmp_path / "ops.json", "scoring", 4e12, flops=4e9, host=1e-4).splitlines()
+    assert shown[0] == (
+        "| shape | implementation | median | IQR | host | speed-up | TFLOP/s | % of GEMM | peak memory |"
+    )
+    assert shown[2] == "| scoring | native | 2 ms | 0.1 ms | 0.1 ms | 40x Python loop | 2 | 50 | 2 MiB |"
+    assert "copy bandwidth 2 GB/s, GEMM rate 4 TFLOP/s, commit" in shown[-1]
+    assert shown[-1].endswith("`python -m benchmarks.ops`. Times are the device's; host: until a call returns.")
+
+
+def test_every_op_of_the_gpu_suite_runs() -> None:
+    command = [sys.executable, "-m", "benchmarks.ops", "--smoke"]
+    environment = os.environ | {"PPO_FAST_BENCH_SMOKE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    groups = {line[:48].split(",")[0].strip() for line in lines if " ms " in line}
+    assert groups == {"gae", "gae with a mask", "value_loss", "token_stats", "policy_loss", "linear"}
+    assert not [line for line in lines if "Error" in line]
 
 
 def test_only_our_own_suites_run_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,31 +57,61 @@ struct alignas(64) LaneStates {
   T next_value[kLanes] = {};
 };
 
-template <class T, bool kMask, bool kDones>
-void advance_row(Tiles<T>& tiles, LaneStates<T>& states, int64_t i, gae::Discounts<T> discounts, bool carry) {
+enum class Mask { kNone, kZero, kCarry };
+
+// One step of kLanes sequences. A step that does not count is computed from whatever is there and dropped.
+template <class T, Mask kMask, bool kDones>
+void advance_row(Tiles<T>& tiles, LaneStates<T>& states, int64_t i, gae::Discounts<T> discounts) {
   using Values = typename Vector<T>::Values;
   using Flags = typename Vector<T>::Flags;
-  Flags row_counted[sizeof(T)], row_done[sizeof(T)];
-  if constexpr (kMask) widen<T>(tiles.counted.at[i], row_counted);
-  if constexpr (kDones) widen<T>(tiles.done.at[i], row_done);
+  Flags row_masked[sizeof(T)], row_done[sizeof(T)];
+  if constexpr (kMask != Mask::kNone) widen<T, false>(tiles.counted.at[i], row_masked);
+  if constexpr (kDones) widen<T, true>(tiles.done.at[i], row_done);
   for (int64_t part = 0; part < int64_t(sizeof(T)); ++part) {
     const int64_t lane = part * Vector<T>::kWidth;
-    Flags counted = Flags{} == 0, done = {}, pass = {};
-    if constexpr (kMask) counted = row_counted[part];
-    if constexpr (kMask) pass = ~counted & ((Flags{} + carry) != 0);
+    Flags masked = {}, pass = {}, done = {};
+    if constexpr (kMask != Mask::kNone) masked = row_masked[part];
+    if constexpr (kMask == Mask::kCarry) pass = masked;
     if constexpr (kDones) done = row_done[part];
-    const Values reward = counted ? read<Values>(&tiles.rewards.at[i][lane]) : Values{};
-    const Values value = counted ? read<Values>(&tiles.values.at[i][lane]) : Values{};
+    Values reward = read<Values>(&tiles.rewards.at[i][lane]);
+    Values value = read<Values>(&tiles.values.at[i][lane]);
+    if constexpr (kMask == Mask::kZero) {
+      reward = masked ? Values{} : reward;
+      value = masked ? Values{} : value;
+    }
     gae::State<Values> state = {read<Values>(&states.advantage[lane]), read<Values>(&states.next_value[lane])};
     state = gae::advance(state, reward, value, done, pass, discounts);
     write(&states.advantage[lane], state.advantage);
     write(&states.next_value[lane], state.next_value);
-    write<Values>(&tiles.rewards.at[i][lane], counted ? state.advantage : Values{});
-    write<Values>(&tiles.values.at[i][lane], counted ? state.advantage + value : Values{});
+    const Values returns = state.advantage + value;
+    write<Values>(&tiles.rewards.at[i][lane], masked ? Values{} : state.advantage);
+    write<Values>(&tiles.values.at[i][lane], masked ? Values{} : returns);
   }
 }
 
-template <class T, bool kMask, bool kDones>
+// The steps of a tile from its last to its first. Most rows of a mask count in every lane.
+template <class T, Mask kMask, bool kDones>
+void advance_tile(Tiles<T>& tiles, LaneStates<T>& states, int64_t rows, gae::Discounts<T> discounts) {
+  for (int64_t i = rows - 1; i >= 0; --i) {
+    if (kMask == Mask::kNone || all_set(tiles.counted.at[i])) {
+      advance_row<T, Mask::kNone, kDones>(tiles, states, i, discounts);
+    } else {
+      advance_row<T, kMask, kDones>(tiles, states, i, discounts);
+    }
+  }
+}
+
+// Whether every step of the window counts, so that its mask need not be transposed.
+template <class T>
+bool counts_whole(const Block<T>& block, const MatrixView& mask, const Window& window) {
+  if (!window.whole || block.lanes < kLanes || mask.stride_t != 1) return false;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    if (!all_set(block.mask[lane] + window.start[lane], window.rows)) return false;
+  }
+  return true;
+}
+
+template <class T, Mask kMask, bool kDones>
 void gae_block(const GaeArguments& args, int64_t first) {
   const Block<T> block(args, first);
   const gae::Discounts<T> discounts = gae::discounts_of<T>(args);
@@ -94,35 +124,41 @@ void gae_block(const GaeArguments& args, int64_t first) {
     const Window window(block.length, behind);
     load(tiles.rewards, block.rewards, args.rewards, window);
     load(tiles.values, block.values, args.values, window);
-    if constexpr (kMask) load(tiles.counted, block.mask, args.mask, window);
     if constexpr (kDones) load(tiles.done, block.dones, args.dones, window);
-    for (int64_t i = window.rows - 1; i >= 0; --i) {
-      advance_row<T, kMask, kDones>(tiles, states, i, discounts, args.carry);
+    if (kMask == Mask::kNone || counts_whole(block, args.mask, window)) {
+      advance_tile<T, Mask::kNone, kDones>(tiles, states, window.rows, discounts);
+    } else {
+      load(tiles.counted, block.mask, args.mask, window);
+      advance_tile<T, kMask, kDones>(tiles, states, window.rows, discounts);
     }
     store(block.advantages, tiles.rewards, window);
     store(block.returns, tiles.values, window);
   }
 }
 
-template <class T>
+template <class T, Mask kMask>
 void gae_blocks(const GaeArguments& args, int threads) {
   const int64_t total = args.cu_seqlens == nullptr ? args.sequences * args.steps : args.steps;
   const int64_t useful = std::min<int64_t>(threads, 1 + total / kStepsPerThread);
-  const bool mask = args.mask.data != nullptr;
-  const bool dones = args.dones.data != nullptr;
-  const auto block = mask ? (dones ? gae_block<T, true, true> : gae_block<T, true, false>)
-                          : (dones ? gae_block<T, false, true> : gae_block<T, false, false>);
+  const auto block = args.dones.data != nullptr ? gae_block<T, kMask, true> : gae_block<T, kMask, false>;
   parallel_for((args.sequences + kLanes - 1) / kLanes, static_cast<int>(useful),
                [&](int64_t i) { block(args, i * kLanes); });
+}
+
+template <class T>
+void gae_of(const GaeArguments& args, int threads) {
+  if (args.mask.data == nullptr) return gae_blocks<T, Mask::kNone>(args, threads);
+  if (args.carry) return gae_blocks<T, Mask::kCarry>(args, threads);
+  return gae_blocks<T, Mask::kZero>(args, threads);
 }
 
 }  // namespace
 
 void gae(const GaeArguments& args, Dtype dtype, int threads) {
   if (dtype == Dtype::kFloat64) {
-    gae_blocks<double>(args, threads);
+    gae_of<double>(args, threads);
   } else {
-    gae_blocks<float>(args, threads);
+    gae_of<float>(args, threads);
   }
 }
 

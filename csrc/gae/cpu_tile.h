@@ -53,8 +53,19 @@ typename Vector<T>::Values interleave(typename Vector<T>::Values a, typename Vec
 #endif
 }
 
-// The flags of a row of kLanes bool bytes: every byte is repeated until it is as wide as T.
-template <class T>
+// Whether each of `count` bool bytes is 1.
+inline bool all_set(const uint8_t* bytes, int64_t count = kLanes) {
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  uint64_t common = kOnes;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) common &= read<uint64_t>(bytes + i);
+  for (; i < count; ++i) common &= bytes[i] * kOnes;
+  return common == kOnes;
+}
+
+// The lanes of a row of kLanes bool bytes that are set, or that are not: every byte is repeated until it is as wide
+// as T.
+template <class T, bool kSet>
 void widen(const uint8_t* row, typename Vector<T>::Flags (&flags)[sizeof(T)]) {
   static_assert(kLanes == 16, "a row of bool bytes is one vector");
   constexpr std::make_integer_sequence<int, 16> kIndices;
@@ -65,7 +76,14 @@ void widen(const uint8_t* row, typename Vector<T>::Flags (&flags)[sizeof(T)]) {
       bytes[2 * i] = interleave<uint8_t, false>(bytes[i], bytes[i], kIndices);
     }
   }
-  for (int i = 0; i < int(sizeof(T)); ++i) flags[i] = read<typename Vector<T>::Flags>(&bytes[i]) != 0;
+  for (int i = 0; i < int(sizeof(T)); ++i) {
+    const auto wide = read<typename Vector<T>::Flags>(&bytes[i]);
+    if constexpr (kSet) {
+      flags[i] = wide != 0;
+    } else {
+      flags[i] = wide == 0;
+    }
+  }
 }
 
 // kWidth rows of kWidth elements become its columns: log2(kWidth) perfect shuffles of the rows.

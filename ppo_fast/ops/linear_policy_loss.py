@@ -8,18 +8,10 @@ from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._core import checks, linear_inputs, registry
-from ppo_fast.ops._core.chunked_head import (
-    ChunkedHead,
-    Gradients,
-    NeedsGrad,
-    gather_rows,
-    put,
-    scaled,
-    spans,
-    unit_scale,
-    zero_stats,
-)
+from ppo_fast.ops._core.chunked_head import ChunkedHead, zero_stats
 from ppo_fast.ops._core.config import PolicyInputs, PolicyLossConfig
+from ppo_fast.ops._core.head_buffers import NeedsGrad
+from ppo_fast.ops._core.head_gradients import Gradients, scaled, unit_scale
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.policy_inputs import (
     PER_TOKEN,
@@ -28,6 +20,7 @@ from ppo_fast.ops._core.policy_inputs import (
     check_values,
     named_output,
     policy_inputs,
+    with_tensors,
 )
 from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import grouped, schema
@@ -55,38 +48,48 @@ class _Result(NamedTuple):
 _Outcome = tuple[PolicyLossResult, RowStats, Gradients, Tensor]
 
 
-def _from_stats(
-    backend: str, stats: RowStats, mask: Tensor | None, policy: PolicyInputs, **weights: Tensor
-) -> PolicyLossResult:
-    return registry.implementation("policy_loss_from_stats", backend)(stats, mask, policy, **weights)
+def _from_stats(backend: str, stats: RowStats, mask: Tensor | None, policy: PolicyInputs) -> PolicyLossResult:
+    return registry.implementation("policy_loss_from_stats", backend)(stats, mask, policy)
 
 
-def _at(policy: PolicyInputs, rows: Tensor) -> PolicyInputs:
-    """The inputs of some rows, [1, n]."""
-    chosen: dict[str, Any] = {
-        name: gather_rows(x, rows) for name in PER_TOKEN if (x := getattr(policy, name)) is not None
-    }
+def _counted(head: ChunkedHead, policy: PolicyInputs) -> PolicyInputs:
+    """The inputs of the rows that count, [1, n]."""
+    chosen: dict[str, Any] = {name: head.rows.of(x) for name in PER_TOKEN if (x := getattr(policy, name)) is not None}
     return policy._replace(cu_seqlens=None, **chosen)
+
+
+def _some(policy: PolicyInputs, first: int, last: int) -> PolicyInputs:
+    """The inputs of some rows, [1, n]."""
+    chosen: dict[str, Any] = {name: x[:, first:last] for name in PER_TOKEN if (x := getattr(policy, name)) is not None}
+    return policy._replace(**chosen)
 
 
 def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     """Each tile once: a token's share of the loss depends on its own row only, and its weight on the mask."""
-    call, stats = head.call, zero_stats(head.call, head.call.ref_hidden is not None)
-    counted = torch.ones_like(stats.logprobs, dtype=torch.bool) if call.mask is None else call.mask
-    weights = reference.token_weights(
-        counted, policy.cu_seqlens, policy.denominator, policy.aggregation, stats.logprobs.dtype
-    )
+    call, found = head.call, []
+    run = registry.implementation("policy_gradients", call.backend)
+    weights = _weights(call, policy)
     scale = unit_scale(call.hidden, weights)
-    weights = weights / scale
-    total = Gradients.zeros(call, head.needs)
-    for start, stop in spans(0, len(head.rows), head.chunk):
-        for first, last in spans(start, stop, head.tile):
-            rows, tile = head.rows[first:last], head.tile_stats(first, last)
-            put(stats, rows, tile)
-            loss = _from_stats(call.backend, tile, None, _at(policy, rows), weights=gather_rows(weights, rows))
-            head.write_gradient(first, last, first - start, loss.grads, tile)
+    weights, counted = head.rows.of(weights / scale), _counted(head, policy)
+    total = head.unset_gradients()
+    for start, stop in head.chunks():
+        for tile in head.tiles(start, stop):
+            first, last = tile.first, tile.last
+            stats, grads = run(head.inputs(tile), _some(counted, first, last), weights[:, first:last])
+            head.write_gradient(tile, grads, stats)
+            found.append((tile, stats))
         head.add_chunk(total, start, stop)
+    stats = head.joined(found)
     return _from_stats(call.backend, stats, call.mask, policy), stats, total, scale
+
+
+def _weights(call: LinearCall, policy: PolicyInputs) -> Tensor:
+    """The weight of each token's loss."""
+    dtype = checks.accumulation_dtype(call.hidden.dtype)
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(call.targets.shape, dtype=torch.bool, device=call.hidden.device)
+    return reference.token_weights(mask, policy.cu_seqlens, policy.denominator, policy.aggregation, dtype)
 
 
 def _two_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
@@ -100,17 +103,15 @@ def _two_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
 
 def _fused_one_tile(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     """All rows fit one tile: a row kernel makes statistics, loss and gradient in one go."""
-    call, rows, stats = head.call, head.rows, zero_stats(head.call, head.call.ref_hidden is not None)
-    tile = head.tile_inputs(0, len(rows))
+    call, total = head.call, head.unset_gradients()
     run = registry.implementation("policy_loss", call.backend)
-    result = run(tile, _at(policy, rows), out=tile.logits if any(head.needs) else None)
-    put(stats, rows, result.stats)
+    (tile,) = head.tiles(0, head.count)
+    inputs = head.inputs(tile)
+    result = run(inputs, _counted(head, policy), out=inputs.logits if any(head.needs) else None)
+    stats = head.joined([(tile, result.stats)])
     if policy.ref_logprobs is not None:
-        kl = torch.zeros_like(stats.logprobs)
-        kl.view(-1).index_copy_(0, rows, result.kl.view(-1))
-        result = result._replace(kl=kl)
-    total = Gradients.zeros(call, head.needs)
-    head.add_chunk(total, 0, len(rows))
+        result = result._replace(kl=head.rows.spread(result.kl, stats.logprobs.shape))
+    head.add_chunk(total, 0, head.count)
     return result, stats, total, torch.ones_like(result.loss)
 
 
@@ -123,7 +124,7 @@ def _forward_only(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
 
 def _choose(head: ChunkedHead, policy: PolicyInputs) -> Callable[[ChunkedHead, PolicyInputs], _Outcome]:
     """The strategy of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
-    call, one_tile = head.call, len(head.rows) <= head.tile
+    call, one_tile = head.call, head.one_tile
     by_row = policy.ratio == "token" and policy.aggregation == "token-mean" and call.softcap is None
     if one_tile and by_row and registry.fuses_backward("policy_loss", call.backend):
         return _fused_one_tile
@@ -229,6 +230,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     denominator: float | Tensor | None = None,
     chunk_size: int | None = None,
+    half_logits: bool = False,
     backend: str = "auto",
 ) -> LossOutput:
     """:func:`ppo_fast.policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist all at once.
@@ -294,6 +296,7 @@ def linear_policy_loss(
         mask=mask,
         temperature=config.temperature,
         chunk_size=chunk_size,
+        half_logits=half_logits,
         backend=backend,
     )
     per_token = {
@@ -305,7 +308,9 @@ def linear_policy_loss(
     check_policy_inputs(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
     head = (call.hidden, call.weight, call.bias)
     needs = NeedsGrad(*[torch.is_grad_enabled() and x is not None and x.requires_grad for x in head])
-    policy = policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
+    policy = with_tensors(
+        policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator), call.hidden
+    )
     run = _Eager.apply if is_eager(call) else _linear_policy_loss
     loss, metrics, logprobs, entropy, kl, *_ = run(*call, *needs, *policy)
     return named_output(loss, metrics, logprobs, entropy, kl, targets.shape)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks, linear_inputs, registry
-from ppo_fast.ops._core.chunked_head import ChunkedHead, Gradients, NeedsGrad, scaled, unit_scale, zero_stats
+from ppo_fast.ops._core.chunked_head import ChunkedHead, zero_stats
+from ppo_fast.ops._core.head_buffers import NeedsGrad
+from ppo_fast.ops._core.head_gradients import Gradients, scaled, unit_scale
 from ppo_fast.ops._core.inputs import RowGrads, given_grads
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.results import RowStats, TokenStats
@@ -98,6 +100,7 @@ def linear_token_stats(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    half_logits: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`ppo_fast.token_stats` of ``hidden @ weight.T + bias``, whose logits never exist all at once.
@@ -154,6 +157,7 @@ def linear_token_stats(
         mask=mask,
         temperature=temperature,
         chunk_size=chunk_size,
+        half_logits=half_logits,
         backend=backend,
     )
     head = (call.hidden, call.weight, call.bias)

@@ -18,6 +18,7 @@ from ppo_fast.ops._core.policy_inputs import (
     check_values,
     named_output,
     policy_inputs,
+    with_tensors,
 )
 from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import grouped, schema, to_first
@@ -34,6 +35,10 @@ _FROM_STATS = "policy_loss_from_stats"
 registry.register(_FROM_STATS, "torch", registry.Implementation(reference.policy_loss_from_stats))
 registry.register(_FROM_STATS, "native", registry.Implementation(reference.policy_loss_from_stats))
 registry.register(_FROM_STATS, "triton", triton.implementation(_FROM_STATS, "policy_loss"))
+_GRADIENTS = "policy_gradients"
+registry.register(_GRADIENTS, "torch", registry.Implementation(reference.policy_gradients))
+registry.register(_GRADIENTS, "native", registry.Implementation(native_policy_loss.policy_gradients))
+registry.register(_GRADIENTS, "triton", triton.implementation(_GRADIENTS, "policy_loss"))
 
 
 def _launch(rows: RowInputs, policy: PolicyInputs, backend: str, **out: Tensor) -> PolicyLossResult:
@@ -79,11 +84,11 @@ def _save(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult) -> 
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any, grad_loss: Tensor) -> tuple[RowGrads, RowInputs, RowStats]:
-    """The inputs of the backward of ``token_stats``."""
+def _saved(ctx: Any) -> tuple[RowGrads, RowInputs, RowStats]:
+    """The inputs of the backward of ``token_stats``, for a gradient of the loss of 1."""
     rows, others = saved_rows(ctx)
     stats, grads = grouped(others, RowStats, RowGrads)
-    return given_grads(*grads).scaled(grad_loss), rows, stats
+    return given_grads(*grads), rows, stats
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,24 +101,27 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     checks.first_derivative(_OP)
     if grad_loss is None:
         return to_first(ctx, None)
-    return to_first(ctx, token_stats_backward(*_saved(ctx, grad_loss), ctx.backend))
+    return to_first(ctx, token_stats_backward(*_saved(ctx), ctx.backend, grad_loss))
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Fused(torch.autograd.Function):
-    """The same loss where the backend writes its gradient in the forward pass; eager only.
+class _Eager(torch.autograd.Function):
+    """The registered op past the dispatcher.
 
-    The gradient is kept until the backward pass and handed out once. For a loss that arrives there scaled, or a second
-    time, the registered backward computes it from the logits: it is rounded once, and nobody else holds its storage.
+    A backend that can writes the gradient in the forward pass: it is kept until the backward pass and handed out once.
+    For a loss that arrives there scaled, or a second time, it is computed from the logits: it is rounded once, and
+    nobody else holds its storage.
     """
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str) -> PolicyLossResult:
-        logits = rows.logits.detach()
-        ctx.dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        result = _launch(rows._replace(logits=logits), policy, backend, out=ctx.dlogits)
+        logits, out = rows.logits.detach(), {}
+        ctx.dlogits = None
+        if registry.fuses_backward(_OP, backend):
+            ctx.dlogits = out["out"] = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        result = _launch(rows._replace(logits=logits), policy, backend, **out)
         _save(ctx, rows, backend, result)
         return result
 
@@ -123,7 +131,7 @@ class _Fused(torch.autograd.Function):
         if grad_loss is None:
             return to_first(ctx, None)
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None or grad_loss != 1:
+        if dlogits is None or grad_loss.item() != 1:
             del dlogits
             return _backward(ctx, grad_loss)
         return to_first(ctx, dlogits)
@@ -159,26 +167,27 @@ class _InPlace(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
-        grads, rows, stats = _saved(ctx, grad_loss)
+        grads, rows, stats = _saved(ctx)
         logits = rows.logits.detach()
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
-            run(grads, rows._replace(logits=logits), stats, out=logits)
-        elif grad_loss != 1:
+            run(grads, rows._replace(logits=logits), stats, out=logits, scale=grad_loss)
+        elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
         return to_first(ctx, logits)
 
 
 def _run(rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str) -> PolicyLossResult:
-    """The registered op, or an eager form of it. Tensor subclasses, such as those that trace, take the op."""
+    """The registered op, or an eager form of it."""
     logits = rows.logits
     if inplace:
         return _InPlace.apply(logits, rows, policy, backend)
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if wants_gradient and registry.fuses_backward(_OP, backend) and registry.runs_directly(logits):
-        return _Fused.apply(logits, rows, policy, backend)
-    return PolicyLossResult(*_policy_loss(*rows, *policy, backend))
+    if not registry.runs_directly(logits):
+        return PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Eager.apply(logits, rows, policy, backend)
+    return _launch(rows, policy, backend)
 
 
 def _check_inplace(logits: Tensor) -> None:

@@ -65,23 +65,30 @@ def empty_stats(logits: Tensor, want_logprobs: bool, want_entropy: bool, want_kl
 
 
 @torch.library.custom_op(
-    "ppo_fast::token_stats_backward", mutates_args=(), schema=schema(RowGrads, RowInputs, RowStats, "str backend")
+    "ppo_fast::token_stats_backward",
+    mutates_args=(),
+    schema=schema(RowGrads, RowInputs, RowStats, "Tensor? scale, str backend"),
 )
 def _token_stats_backward(*arguments: Any) -> Tensor:
-    *given, backend = arguments
-    return registry.implementation("token_stats_backward", backend)(*grouped(given, RowGrads, RowInputs, RowStats))
+    *given, scale, backend = arguments
+    run = registry.implementation("token_stats_backward", backend)
+    return run(*grouped(given, RowGrads, RowInputs, RowStats), scale=scale)
 
 
 @_token_stats_backward.register_fake
 def _(*arguments: Any) -> Tensor:
-    *given, _ = arguments
+    *given, _, _ = arguments
     _, rows, _ = grouped(given, RowGrads, RowInputs, RowStats)
     return torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
 
 
-def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, backend: str) -> Tensor:
-    """The gradient of the logits from the gradients in the statistics of each row."""
-    return _token_stats_backward(*grads, *rows, *stats, backend)
+def token_stats_backward(
+    grads: RowGrads, rows: RowInputs, stats: RowStats, backend: str, scale: Tensor | None = None
+) -> Tensor:
+    """The gradient of the logits from the gradients in the statistics of each row, all times ``scale`` []."""
+    if registry.runs_directly(rows.logits):
+        return registry.implementation("token_stats_backward", backend)(grads, rows, stats, scale=scale)
+    return _token_stats_backward(*grads, *rows, *stats, scale, backend)
 
 
 def save_rows(ctx: Any, rows: RowInputs, *others: Tensor) -> None:
@@ -96,12 +103,16 @@ def saved_rows(ctx: Any) -> tuple[RowInputs, list[Tensor]]:
     return RowInputs(logits, targets, ref_logits, mask, ctx.temperature), others
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *given, _, ctx.backend = inputs
-    stats = RowStats(*output)
-    save_rows(ctx, RowInputs(*given), *stats)
+def _save(ctx: Any, rows: RowInputs, stats: RowStats, backend: str) -> None:
+    ctx.backend = backend
+    save_rows(ctx, rows, *stats)
     ctx.mark_non_differentiable(stats.lse, stats.ref_lse)
     ctx.set_materialize_grads(False)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, _, backend = inputs
+    _save(ctx, RowInputs(*given), RowStats(*output), backend)
 
 
 def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -116,6 +127,27 @@ def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) 
 _token_stats.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Eager(torch.autograd.Function):
+    """The registered op past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, rows: RowInputs, want_entropy: bool, backend: str) -> RowStats:
+        stats = _launch(*rows, want_entropy, backend)
+        _save(ctx, rows, stats, backend)
+        return stats
+
+    backward = staticmethod(_backward)
+
+
+def _forward(rows: RowInputs, want_entropy: bool, backend: str) -> RowStats:
+    """The registered op, or an eager form of it."""
+    if not registry.runs_directly(rows.logits):
+        return RowStats(*_token_stats(*rows, want_entropy, backend))
+    if torch.is_grad_enabled() and rows.logits.requires_grad:
+        return _Eager.apply(rows.logits, rows, want_entropy, backend)
+    return _launch(*rows, want_entropy, backend)
+
+
 def _run(
     op: str,
     logits: Tensor,
@@ -126,7 +158,7 @@ def _run(
     want_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check, bring to [B, T, V], call the registered op, give back the shape of the targets."""
+    """Check, bring to [B, T, V], run the op, give back the shape of the targets."""
     checks.logits(op, "logits", logits)
     checks.reverse_mode(op, "logits", logits)
     shape = logits.shape[:-1]
@@ -143,9 +175,7 @@ def _run(
         as_bools(mask, shape),
         float(temperature),
     )
-    differentiable = torch.is_grad_enabled() and logits.requires_grad
-    run = _launch if not differentiable and registry.runs_directly(logits) else _token_stats
-    logprobs, ent, kl, _, _ = run(*rows, want_entropy, backend)
+    logprobs, ent, kl, _, _ = _forward(rows, want_entropy, backend)
     return logprobs, ent, kl if ref_logits is None else kl.view(shape)
 
 

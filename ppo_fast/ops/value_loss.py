@@ -1,5 +1,6 @@
 """The (clipped) squared error of the value function."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ppo_fast.ops._backends.native import value_loss as native_value_loss
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import AGGREGATIONS
 from ppo_fast.ops._core.inputs import ValueInputs
-from ppo_fast.ops._core.layout import as_bools, as_denominator, as_floats, grid
+from ppo_fast.ops._core.layout import as_bools, as_floats, as_scalar, as_tensor, grid
 from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput, ValueLossResult
 from ppo_fast.ops._core.schema import schema, to_first
 
@@ -21,6 +22,17 @@ registry.register_public(_OP)
 registry.register(_OP, "torch", registry.Implementation(reference.value_loss))
 registry.register(_OP, "triton", triton.implementation(_OP, "value_loss"))
 registry.register(_OP, "native", native_rows.implementation(native_value_loss.value_loss))
+_BACKWARD = "value_loss_backward"
+registry.register(_BACKWARD, "torch", registry.Implementation(reference.value_loss_backward))
+registry.register(_BACKWARD, "native", registry.Implementation(reference.value_loss_backward))
+registry.register(_BACKWARD, "triton", triton.implementation(_BACKWARD, "value_loss"))
+
+
+def _launch(inputs: ValueInputs, backend: str) -> ValueLossResult:
+    """Checks what depends on values, then runs the backend."""
+    checks.cu_seqlens_values(_OP, inputs.cu_seqlens, inputs.values.numel())
+    checks.denominator_value(_OP, inputs.denominator, inputs.mask, inputs.values.numel())
+    return registry.implementation(_OP, backend)(inputs)
 
 
 @torch.library.custom_op(
@@ -28,10 +40,7 @@ registry.register(_OP, "native", native_rows.implementation(native_value_loss.va
 )
 def _value_loss(*arguments: Any) -> ValueLossResult:
     *given, backend = arguments
-    inputs = ValueInputs(*given)
-    checks.cu_seqlens_values(_OP, inputs.cu_seqlens, inputs.values.numel())
-    checks.denominator_value(_OP, inputs.denominator, inputs.mask, inputs.values.numel())
-    return registry.implementation(_OP, backend)(inputs)
+    return _launch(ValueInputs(*given), backend)
 
 
 @_value_loss.register_fake
@@ -43,21 +52,56 @@ def _(*arguments: Any) -> ValueLossResult:
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values, *_ = inputs
-    _, metrics, d_values = output
-    ctx.dtype = values.dtype
+def _save(ctx: Any, dtype: torch.dtype, result: ValueLossResult) -> None:
+    _, metrics, d_values = result
+    ctx.dtype = dtype
     ctx.save_for_backward(d_values)
     ctx.mark_non_differentiable(metrics, d_values)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, *_ = inputs
+    _save(ctx, values.dtype, ValueLossResult(*output))
+
+
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, *_: Any, run: Callable[..., Tensor] = reference.value_loss_backward
+) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
+    if grad_loss is None:
+        return to_first(ctx, None)
     (d_values,) = ctx.saved_tensors
-    return to_first(ctx, (d_values * grad_loss).to(ctx.dtype))
+    return to_first(ctx, run(d_values, grad_loss, ctx.dtype))
 
 
 _value_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The registered op past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, inputs: ValueInputs, backend: str) -> ValueLossResult:
+        result = _launch(inputs, backend)
+        ctx.backend = backend
+        _save(ctx, inputs.values.dtype, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_loss, run=registry.implementation(_BACKWARD, ctx.backend))
+
+
+def _run(inputs: ValueInputs, backend: str) -> ValueLossResult:
+    """The registered op, or an eager form of it."""
+    values = inputs.values
+    if not registry.runs_directly(values):
+        numbers = inputs._replace(denominator=as_tensor(inputs.denominator, values))
+        return ValueLossResult(*_value_loss(*numbers, backend))
+    if torch.is_grad_enabled() and values.requires_grad:
+        return _Eager.apply(values, inputs, backend)
+    return _launch(inputs, backend)
 
 
 def value_loss(
@@ -127,9 +171,9 @@ def value_loss(
         as_bools(mask, shape),
         None if clip is None else as_floats(old_values, shape, dtype),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
-        as_denominator(denominator, values),
+        as_scalar(denominator, values),
         None if clip is None else float(clip),
         aggregation,
     )
-    loss, metrics, _ = _value_loss(*inputs, backend)
+    loss, metrics, _ = _run(inputs, backend)
     return LossOutput(loss, dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))

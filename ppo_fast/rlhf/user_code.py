@@ -1,10 +1,11 @@
-"""The user's own Python: loaded from "file.py:function", called by keyword, named when it fails."""
+"""The user's own Python: "file.py:function" or "module:function", called by keyword, named when it fails."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import functools
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -19,22 +20,50 @@ from ppo_fast.rlhf.errors import UserError
 
 
 def load_callable(spec: str | None, setting: str) -> Callable[..., Any]:
-    """Load "path/to/file.py:function"; UserError, which names `setting`, when it cannot be had."""
+    """Load "path/to/file.py:function" or "module:function"; UserError, naming `setting`, when it cannot be had."""
     path, separator, name = (spec or "").rpartition(":")
     if not separator:
-        raise UserError(f"{setting}: expected 'path/to/file.py:function', got {spec!r}")
+        raise UserError(f"{setting}: expected 'path/to/file.py:function' or 'module:function', got {spec!r}")
+    module = _imported(path, setting) if names_module(path) else _from_file(path, setting)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{setting}: no function {name!r} in {path!r}")
+    return function
+
+
+def names_module(path: str) -> bool:
+    """Whether the part of a spec before the colon is a module's dotted name; a file of that name wins."""
+    is_name = all(part.isidentifier() for part in path.split(".")) and not path.endswith(".py")
+    return is_name and not Path(path).is_file()
+
+
+def source_of(path: str) -> Path | None:
+    """The file of a spec, `path` the part before the colon; None where there is none."""
+    if not names_module(path):
+        return Path(path) if Path(path).is_file() else None
+    origin = getattr(sys.modules.get(path), "__file__", None)
+    return Path(origin) if origin else None
+
+
+def _imported(name: str, setting: str) -> ModuleType:
+    """Import a module; like any import it is made once in a process."""
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise UserError(f"{setting}: no such module {name!r}, and no file of that name") from error
+        raise UserError(f"{setting}: {name!r} does not import: {_told(error)}") from error
+
+
+def _from_file(path: str, setting: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"{setting}: no such file {path!r}")
     if Path(path).suffix != ".py":
         raise UserError(f"{setting}: expected a Python file, got {path!r}")
     try:
-        module = _module(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
+        return _module(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
     except (Exception, SystemExit) as error:
         raise UserError(f"{setting}: {path!r} does not import: {_told(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{setting}: no function {name!r} in {path!r}")
-    return function
 
 
 def clear_module_cache() -> None:
@@ -172,6 +201,7 @@ def _told(error: BaseException) -> str:
     """Type and message of an error in the user's code, and the innermost line of the user's file, in one line."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    ours = (__file__, importlib.__file__)
+    theirs = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<frozen")]
     lines = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename]
     return f"{message} ({Path(theirs[0].filename).name}:{lines[-1]})" if theirs else message

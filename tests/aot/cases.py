@@ -7,13 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends.triton import gae, policy_loss, sample_tokens, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._backends.reference.adamw_8bit import BLOCK, AdamWStep, Moments
+from ppo_fast.ops._backends.triton import (
+    adamw_8bit,
+    gae,
+    policy_loss,
+    sample_tokens,
+    token_stats,
+    token_stats_backward,
+    value_loss,
+)
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, SampleInputs, ValueInputs
 from ppo_fast.ops._core.results import RowStats
+from ppo_fast.rlhf.decoding.triton_attention import slot_attention
 
 B, T = 1, 2
-VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
+VOCABULARIES = {"tiny": 32, "small": 1000, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,6 +66,9 @@ def policy(estimator: str) -> None:
     full, ref = (x, None) if estimator == "full" else (none, x)
     inputs = PolicyInputs(x, x, ref, x, None, None, coef, coef, coef, *clips)
     policy_loss.policy_loss_from_stats(stats._replace(kl=full), mask, inputs)
+    logits, targets = torch.empty(B, T, 8192, dtype=torch.bfloat16), rows(torch.int64)
+    reference = logits if estimator == "full" else None
+    policy_loss.policy_loss(RowInputs(logits, targets, reference, mask, 1.0), inputs)
 
 
 def value(dtype: torch.dtype) -> None:
@@ -74,6 +87,20 @@ def scans(dtype: torch.dtype, steps: int) -> None:
         gae.gae(GaeInputs(x[0], x[0], packed, flags[0], boot, flags[0], 1.0, 0.95, mode))
 
 
+def slots(dtype: torch.dtype, heads: int, width: int, *options: float | None) -> None:
+    """Attention of slots to keys and values of so many heads."""
+    query, keys = torch.empty(2, 28, 1, width, dtype=dtype), torch.empty(2, heads, 64, width, dtype=dtype)
+    slot_attention(query, keys, keys, rows(torch.int64)[0], None, *options)
+
+
+def adamw(dtype: torch.dtype) -> None:
+    """The step of a weight of eight blocks."""
+    weight, scale = torch.empty(8 * BLOCK, dtype=dtype), torch.empty(8)
+    codes = (torch.empty(8 * BLOCK, dtype=kind) for kind in (torch.int8, torch.uint8))
+    step = AdamWStep(torch.empty(5), 0.9, 0.95, 1e-5)
+    adamw_8bit.adamw_8bit(weight, weight, Moments(*codes, scale, scale), step, 0)
+
+
 # bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V only.
 _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
     ("gpt2", torch.float32),
@@ -87,5 +114,9 @@ CASES: dict[str, Callable[[], None]] = {
     "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
+    **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},
     **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},
+    "slots-7b": functools.partial(slots, torch.bfloat16, 4, 128, None, None),
+    "slots-gemma": functools.partial(slots, torch.bfloat16, 14, 256, 33, 50.0),
+    "slots-float32": functools.partial(slots, torch.float32, 28, 128, None, None),
 }

@@ -15,9 +15,9 @@ from tests.aot.cases import rows
 from tests.aot.offline import SM90, compiling
 
 V = 128_256
-# A tile of logits: 512 lanes of 8 bfloat16.
-TILE = r"tensor<512x8x!tt\.ptr<bf16>"
-ANY_TILE = r"tensor<512x8x(!tt\.ptr<)?\w+>"
+# A tile of logits: lanes of 8 bfloat16, 256 of them forward and 512 of one row backward.
+TILE = r"tensor<(256|512|1x512)x8x!tt\.ptr<bf16>"
+ANY_TILE = r"tensor<(256|512|1x512)x8x(!tt\.ptr<)?\w+>"
 
 
 class _Allocations(TorchDispatchMode):
@@ -59,7 +59,7 @@ def test_forward_reads_each_logit_once(entropy: bool, reference: bool) -> None:
     assert all(re.search(TILE, line) and line in _loop(segment) for line in loads)
     assert not _accesses(segment, "store")
     assert not _accesses(merge, "load")
-    assert max(made.sizes) <= 6 * 2 * 8  # six fields of two rows of eight segments
+    assert max(made.sizes) <= 6 * 2 * 8  # six fields of two rows of eight segments or fewer
 
 
 def test_sampling_reads_each_logit_once_and_keeps_nothing_of_their_size() -> None:

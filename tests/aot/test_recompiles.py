@@ -1,5 +1,6 @@
 """A kernel is compiled once for a vocabulary and a dtype: not again when shapes, strides or scalars change."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -9,12 +10,12 @@ from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, ValueInput
 from ppo_fast.ops._core.results import RowStats
 from tests.aot.offline import SM90, compiling
 
-V = 256
+VOCABULARIES = {256: 2, 8192: 3}  # whole rows: one kernel forward and one backward; segments are merged by another
 # Rows in odd numbers, in multiples of 16, a single one, and sequences further apart than 2^31 elements.
 LAYOUTS = [(1, 1, None), (2, 3, None), (1, 16, None), (4, 40, None), (1, 3, (1 << 31) + 16)]
 
 
-def _logits(B: int, T: int, stride: int | None) -> Tensor:
+def _logits(B: int, T: int, V: int, stride: int | None) -> Tensor:
     logits = torch.zeros(B, T, V, dtype=torch.bfloat16)
     return logits if stride is None else logits.as_strided((B, T, V), (stride, V, 1))
 
@@ -23,16 +24,28 @@ def _names(kernels: list[object]) -> list[str]:
     return sorted(kernel.name for kernel in {id(k): k for k in kernels}.values())  # type: ignore[attr-defined]
 
 
-def test_logits_kernels() -> None:
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_logits_kernels(V: int) -> None:
     with compiling(SM90) as kernels:
         for temperature, (B, T, stride) in enumerate(LAYOUTS, 1):
-            logits, x = _logits(B, T, stride), torch.zeros(B, T)
+            logits, x = _logits(B, T, V, stride), torch.zeros(B, T)
             targets, lse = torch.zeros(B, T, dtype=torch.int64), x.double()
             inputs = RowInputs(logits, targets, logits, None, temperature / 2)
             token_stats.token_stats(inputs, True)
             token_stats_backward.token_stats_backward(RowGrads(x, x, x), inputs, RowStats(x, x, x, lse, lse))
+    assert len(kernels) == VOCABULARIES[V] * len(LAYOUTS)
+    assert _names(kernels) == ["gradient_kernel", "rows_kernel", "segment_kernel"][: VOCABULARIES[V]]
+
+
+def test_policy_loss_of_segments_is_three_kernels() -> None:
+    with compiling(SM90) as kernels:
+        for i, (B, T, stride) in enumerate(LAYOUTS):
+            x, targets = torch.zeros(B, T), torch.zeros(B, T, dtype=torch.int64)
+            options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean")
+            policy = PolicyInputs(x, x, x, None, None, None, 0.1 * i, 0.01, 0.5, *options)
+            policy_loss.policy_loss(RowInputs(_logits(B, T, 8192, stride), targets, None, x > 0, 1.0), policy)
     assert len(kernels) == 3 * len(LAYOUTS)
-    assert _names(kernels) == ["gradient_kernel", "merge_kernel", "segment_kernel"]
+    assert _names(kernels) == ["segment_kernel", "terms_kernel", "totals_kernel"]
 
 
 def test_per_token_kernels() -> None:
@@ -56,4 +69,5 @@ def test_gae_kernels() -> None:
             gae.gae(GaeInputs(x, x, None, None, torch.zeros(B), None, 1.0 - 0.1 * i, 0.9, "carry"))
             gae.gae(GaeInputs(x.t().contiguous().t(), x, None, None, torch.zeros(B), None, 1.0, 0.9, "carry"))
     assert len(kernels) == 2 * len(LAYOUTS)
-    assert _names(kernels) == ["gae_kernel"]
+    # One kernel each for steps in groups of 16 bytes, neighboring steps, and steps that lie apart.
+    assert _names(kernels) == ["gae_kernel"] * 3

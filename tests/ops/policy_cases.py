@@ -32,9 +32,9 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def option_grid(fraction: int = 1) -> Iterator[dict[str, Any]]:
-    """Every combination of OPTIONS; or one in ``fraction``, those whose indices sum to a multiple of it."""
+    """Every combination of OPTIONS; or one in ``fraction``: the indices weighted by powers of 3 sum to a multiple."""
     for indices in itertools.product(*(range(len(values)) for values in OPTIONS.values())):
-        if sum(indices) % fraction == 0:
+        if sum(index * 3**place for place, index in enumerate(indices)) % fraction == 0:
             yield {name: OPTIONS[name][i] for name, i in zip(OPTIONS, indices, strict=True)}
 
 

@@ -52,7 +52,7 @@ def backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     for transposed in (False, True):
         logits, ref = logits_of(2, 3, 5, transposed=transposed).detach(), torch.randn(2, 3, 5)
         rows_of = (logits, TARGETS, ref, MASK, 0.7)
-        common = (*rows_of, *OPS.token_stats(*rows_of, True, backend), backend)
+        common = (*rows_of, *OPS.token_stats(*rows_of, True, backend), None, backend)
         for upstream_ in ((rows, rows, rows), (rows, None, None), (None, rows, None), (None, None, rows)):
             yield *upstream_, *common
 
@@ -122,11 +122,11 @@ def sample_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
 def linear_calls(backend: str) -> Iterator[tuple[Any, ...]]:
     """The arguments that the linear ops share: nothing optional, everything, strided and frozen."""
     hidden, weight, none = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), (None,) * 4
-    yield hidden, weight, None, TARGETS.clamp(min=0), *none, None, 1.0, None, backend
-    bias, rest = torch.randn(5, requires_grad=True), (3.0, 0.7, 2, backend)
+    yield hidden, weight, None, TARGETS.clamp(min=0), *none, None, 1.0, None, False, backend
+    bias, rest = torch.randn(5, requires_grad=True), (3.0, 0.7, 2, True, backend)
     yield hidden, weight, bias, TARGETS, MASK, torch.randn(6, 3), torch.randn(5, 3), torch.randn(5), *rest
     strided = torch.randn(4, 6).T, torch.randn(4, 5).T.detach().requires_grad_()
-    yield *strided, None, TARGETS.int(), MASK, None, None, None, None, 1.0, 2, backend
+    yield *strided, None, TARGETS.int(), MASK, None, None, None, None, 1.0, 2, False, backend
 
 
 def linear_backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:

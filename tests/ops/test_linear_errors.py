@@ -131,6 +131,7 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         loss(config=pf.PolicyLossConfig(ent_coef=torch.tensor(-1.0))),
         f"{LOSS}: expected ent_coef in [0, 1e+30], got a tensor of -1.0",
     ),
+    (stats(half_logits=1), f"{STATS}: expected half_logits to be True or False, got 1"),
     (loss(chunk_size=2.0), f"{LOSS}: expected chunk_size to be an integer in [1, 2147483647], got 2.0"),
     (loss(chunk_size=True), f"{LOSS}: expected chunk_size to be an integer in [1, 2147483647], got True"),
     (loss(config=None), f"{LOSS}: expected config to be a PolicyLossConfig, got NoneType"),

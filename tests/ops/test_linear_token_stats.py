@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ppo_fast as pf
-from ppo_fast.ops._core.chunked_head import ChunkedHead, NeedsGrad
+from ppo_fast.ops._core.chunked_head import ChunkedHead
+from ppo_fast.ops._core.head_buffers import NeedsGrad
 from ppo_fast.ops._core.inputs import RowGrads
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from tests import eager, oracles
@@ -180,7 +181,7 @@ def test_a_sum_over_rows_does_not_overflow_in_float16(backend: str, dtype: torch
 def test_a_second_sweep_over_the_same_rows_is_like_the_first(backend: str) -> None:
     """The logits that the first has overwritten are computed again."""
     inputs = torch.randn(N, D), torch.randn(V, D), None, torch.randint(V, (1, N)), *[None] * 4
-    head = ChunkedHead(LinearCall(*inputs, None, 1.0, None, backend), NeedsGrad(True, True, False))
+    head = ChunkedHead(LinearCall(*inputs, None, 1.0, None, False, backend), NeedsGrad(True, True, False))
     stats, grads = head.stats(), RowGrads(torch.ones(1, N), None, None)
     assert_same(tuple(head.gradients(grads, stats)), tuple(head.gradients(grads, stats)))
 

@@ -213,9 +213,9 @@ def denominator(op: str, value: object) -> None:
         number(op, "denominator", value, SMALLEST, other=" or a 0-d tensor")
 
 
-def denominator_value(op: str, value: Tensor | None, mask: Tensor | None, rows: int) -> None:
+def denominator_value(op: str, value: Tensor | float | None, mask: Tensor | None, rows: int) -> None:
     """A denominator that came as a tensor: above 0, or 0 where nothing counts. CPU tensors only."""
-    if value is None or value.device.type != "cpu":
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
         return
     got = value.item()
     nothing = rows == 0 or (mask is not None and not mask.any())
@@ -223,10 +223,10 @@ def denominator_value(op: str, value: Tensor | None, mask: Tensor | None, rows: 
         raise ValueError(f"{op}: expected denominator in [{SMALLEST:g}, {LARGEST:g}], got a tensor of {got}")
 
 
-def coefficient_values(op: str, **values: Tensor | None) -> None:
+def coefficient_values(op: str, **values: Tensor | float | None) -> None:
     """Coefficients that came as tensors: not below 0, finite. CPU tensors only."""
     for name, value in values.items():
-        if value is not None and value.device.type == "cpu" and not (0 <= value.item() <= LARGEST):
+        if isinstance(value, Tensor) and value.device.type == "cpu" and not (0 <= value.item() <= LARGEST):
             raise ValueError(f"{op}: expected {name} in [0, {LARGEST:g}], got a tensor of {value.item()}")
 
 
@@ -247,6 +247,9 @@ def first_derivative(op: str) -> None:
 def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int) -> None:
     """Every counted target lies in [0, V). CPU tensors only. None passes."""
     if value is None or value.device.type != "cpu" or value.numel() == 0:
+        return
+    lowest, highest = value.aminmax()
+    if lowest >= 0 and highest < vocab:
         return
     bad = (value < 0) | (value >= vocab)
     if mask is not None:

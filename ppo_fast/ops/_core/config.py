@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks
@@ -98,22 +97,13 @@ class PolicyInputs(NamedTuple):
     ref_logprobs: Tensor | None  # [B, T]; None: no reference, or reference logits
     importance_weights: Tensor | None  # [B, T]; None: 1
     cu_seqlens: Tensor | None  # [S + 1], int32 or int64, contiguous; None: a row is a sequence
-    denominator: Tensor | None  # []; None: the count of the aggregation
-    penalty_coef: Tensor | None  # [], as all coefficients, which a schedule may change; None leaves the term out
-    ent_coef: Tensor | None
-    kl_coef: Tensor | None
+    denominator: Tensor | float | None  # [] or a number; None: the count of the aggregation
+    penalty_coef: Tensor | float | None  # [] or a number, as all coefficients; None leaves the term out
+    ent_coef: Tensor | float | None
+    kl_coef: Tensor | float | None
     clip_low: float  # infinite: open
     clip_high: float
     dual_clip: float  # infinite: none
     ratio: str
     kl_estimator: str
     aggregation: str
-
-
-def coefficient(value: float | Tensor, like: Tensor) -> Tensor | None:
-    """Return ``value`` as a 0-d tensor on the device of ``like``, in the accumulation dtype; None for the number 0."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=checks.accumulation_dtype(like.dtype))
-    if value == 0:
-        return None
-    return torch.full((), value, device=like.device, dtype=checks.accumulation_dtype(like.dtype))

@@ -31,9 +31,9 @@ class RowGrads(NamedTuple):
         """Whether all are left out."""
         return self.grad_logprobs is None and self.grad_entropy is None and self.grad_kl is None
 
-    def scaled(self, factor: Tensor) -> "RowGrads":
-        """Each times ``factor``."""
-        return RowGrads(*[None if x is None else x * factor for x in self])
+    def scaled(self, factor: Tensor | None) -> "RowGrads":
+        """Each times ``factor``; None: 1."""
+        return self if factor is None else RowGrads(*[None if x is None else x * factor for x in self])
 
     def divided(self, scale: Tensor) -> "RowGrads":
         """Each over ``scale``."""
@@ -63,7 +63,7 @@ class ValueInputs(NamedTuple):
     mask: Tensor | None  # [B, T], bool, contiguous; None: every token counts
     old_values: Tensor | None  # [B, T]; None: no clip
     cu_seqlens: Tensor | None  # [S + 1], int32 or int64, contiguous; None: a row is a sequence
-    denominator: Tensor | None  # []; None: the count of the aggregation
+    denominator: Tensor | float | None  # [] or a number; None: the count of the aggregation
     clip: float | None
     aggregation: str
 

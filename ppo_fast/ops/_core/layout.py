@@ -24,7 +24,13 @@ def as_logits(logits: Tensor) -> Tensor:
 
 def as_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
     """A per-token tensor, broadcast to ``shape``, as [B, T] with its own strides where possible. No gradient."""
-    return None if x is None else x.detach().expand(shape).reshape(grid(shape))
+    if x is None:
+        return None
+    if x.requires_grad:
+        x = x.detach()
+    if x.shape != shape:
+        x = x.expand(shape)
+    return x if len(shape) == 2 else x.reshape(grid(shape))
 
 
 def as_floats(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
@@ -39,11 +45,15 @@ def as_bools(x: Tensor | None, shape: torch.Size) -> Tensor | None:
     return None if rows is None else rows.contiguous()
 
 
-def as_denominator(value: float | Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the denominator as a 0-d tensor on the device of ``like``, in the accumulation dtype."""
-    if value is None:
-        return None
-    dtype = checks.accumulation_dtype(like.dtype)
+def as_scalar(value: float | Tensor | None, like: Tensor) -> float | Tensor | None:
+    """Return a tensor on the device of ``like`` in the accumulation dtype, without gradient; a number as a float."""
     if isinstance(value, Tensor):
-        return value.detach().to(device=like.device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=like.device)
+        return value.detach().to(device=like.device, dtype=checks.accumulation_dtype(like.dtype))
+    return None if value is None else float(value)
+
+
+def as_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """Return what :func:`as_scalar` returned as a 0-d tensor, which the registered ops take."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=checks.accumulation_dtype(like.dtype), device=like.device)

@@ -23,6 +23,7 @@ class LinearCall(NamedTuple):
     softcap: float | None  # logits = softcap * tanh(x / softcap)
     temperature: float  # divides the logits
     chunk_size: int | None  # rows per chunk; None: by rule
+    half_logits: bool  # logits in the dtype of hidden on a GPU too
     backend: str  # whose row kernels run
 
 
@@ -143,6 +144,7 @@ def prepare(
     mask: Tensor | None,
     temperature: float,
     chunk_size: int | None,
+    half_logits: bool,
     backend: str,
 ) -> LinearCall:
     """Check everything that both linear ops take, resolve the backend, flatten to rows."""
@@ -158,6 +160,8 @@ def prepare(
     if chunk_size is not None and not (integer and 1 <= chunk_size < 2**31):
         got = checks.shown(chunk_size)
         raise ValueError(f"{op}: expected chunk_size to be an integer in [1, {2**31 - 1}], got {got}")
+    if not isinstance(half_logits, bool):
+        raise ValueError(f"{op}: expected half_logits to be True or False, got {checks.shown(half_logits)}")
     backend = registry.resolve(op, backend, head.hidden.device, head.hidden.dtype)
     return LinearCall(
         head.hidden.reshape(-1, head.hidden.shape[-1]),
@@ -171,5 +175,6 @@ def prepare(
         None if softcap is None else float(softcap),
         float(temperature),
         chunk_size,
+        half_logits,
         backend,
     )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks
-from ppo_fast.ops._core.config import COEFFICIENTS, PolicyInputs, PolicyLossConfig, coefficient
-from ppo_fast.ops._core.layout import as_denominator, as_floats
+from ppo_fast.ops._core.config import COEFFICIENTS, PolicyInputs, PolicyLossConfig
+from ppo_fast.ops._core.layout import as_floats, as_scalar, as_tensor
 from ppo_fast.ops._core.results import METRICS, LossOutput, TokenStats
 
 PER_TOKEN = ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")
@@ -72,14 +72,14 @@ def policy_inputs(
     cu_seqlens: Tensor | None,
     denominator: float | Tensor | None,
 ) -> PolicyInputs:
-    """Flatten checked arguments for the registered ops. ``like`` gives device and dtype, ``shape`` is the targets'."""
+    """Flatten checked arguments for the launchers. ``like`` gives device and dtype, ``shape`` is the targets'."""
     dtype = checks.accumulation_dtype(like.dtype)
-    coefficients: dict[str, Any] = {name: coefficient(getattr(config, name), like) for name in COEFFICIENTS}
+    coefficients: dict[str, Any] = {name: _coefficient(getattr(config, name), like) for name in COEFFICIENTS}
     rows: dict[str, Any] = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
     return PolicyInputs(
         **rows,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        denominator=as_denominator(denominator, like),
+        denominator=as_scalar(denominator, like),
         **coefficients,
         clip_low=math.inf if config.clip_low is None else float(config.clip_low),
         clip_high=math.inf if config.clip_high is None else float(config.clip_high),
@@ -88,6 +88,16 @@ def policy_inputs(
         kl_estimator=config.kl_estimator,
         aggregation=config.aggregation,
     )
+
+
+def _coefficient(value: float | Tensor, like: Tensor) -> float | Tensor | None:
+    return None if not isinstance(value, Tensor) and value == 0 else as_scalar(value, like)
+
+
+def with_tensors(policy: PolicyInputs, like: Tensor) -> PolicyInputs:
+    """Return the inputs as the registered ops take them: numbers that a schedule may change are 0-d tensors."""
+    numbers: dict[str, Any] = {name: as_tensor(getattr(policy, name), like) for name in ("denominator", *COEFFICIENTS)}
+    return policy._replace(**numbers)
 
 
 def check_values(op: str, policy: PolicyInputs, mask: Tensor | None) -> None:

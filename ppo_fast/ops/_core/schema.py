@@ -8,6 +8,7 @@ from torch import Tensor
 _TYPES: dict[object, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    Tensor | float | None: "Tensor?",  # a launcher takes the number too
     float: "float",
     float | None: "float?",
     int | None: "int?",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ppo_fast.ops import PolicyLossConfig
@@ -34,10 +34,13 @@ class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; adapters are float32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of weights, activations and products; adapters' weights: float32
+    )
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing
+    kernels: Literal["auto", "liger", "none"] = "auto"  # norms, rotary embedding, MLP; auto: liger-kernel's if possible
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     device: str = "auto"  # "auto": cuda when there is one, else cpu
     trust_remote_code: bool = False  # run the Python code that a model directory or hub model brings along
@@ -93,7 +96,7 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
-    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or "file.py:function" giving them
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or a function as in reward
     balance: str | None = None  # column of topics; every topic is drawn equally often
 
     def __post_init__(self) -> None:
@@ -108,8 +111,11 @@ class RolloutConfig:
     function: str | None = None  # "file.py:function" that makes the responses, by tools and turns; null: one turn
     samples_per_prompt: int = 1  # responses to the same prompt; divides batch_size
     micro_batch_size: int | None = None  # slots, and sequences per pass of scoring; null: all, as the update to score
+    tokens_per_pass: int | None = None  # of scoring, in place of micro_batch_size; null: by that
     max_new_tokens: int = 64  # a response without EOS ends here
+    mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
+    dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
     engine: Literal["slots", "generate"] | None = None  # null: slots if they take the model; generate: any
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
@@ -124,6 +130,7 @@ class RolloutConfig:
         check(self.engine in engines, "rollout.engine", "'slots', 'generate' or null", self.engine)
         divides("rollout.samples_per_prompt", self.samples_per_prompt, "rollout.batch_size", self.batch_size)
         positive("rollout.max_new_tokens", self.max_new_tokens)
+        not_negative("rollout.dynamic_sampling", self.dynamic_sampling)
         check(all(self.stop), "rollout.stop", "strings that are not empty", self.stop)
         allowed = 1e-9 <= self.temperature <= 1e9
         check(allowed, "rollout.temperature", "1e-9 <= temperature <= 1e9", self.temperature)
@@ -131,6 +138,7 @@ class RolloutConfig:
         check(self.top_p is None or 0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1 or null", self.top_p)
         if self.micro_batch_size is not None:
             positive("rollout.micro_batch_size", self.micro_batch_size)
+        _check_tokens_per_pass("rollout", self.tokens_per_pass, self.micro_batch_size)
         check_choices("rollout", self)
         kinds, low, high = (None, "none", "truncate", "mask"), *self.correction_band
         check(self.correction in kinds, "rollout.correction", "'none', 'truncate', 'mask' or null", self.correction)
@@ -143,7 +151,7 @@ class RolloutConfig:
 class RewardConfig:
     """The score of a response, before the KL term: sources, normalized, weighted, combined, clipped, less penalties."""
 
-    function: str | None = None  # "path/to/file.py:function"
+    function: str | None = None  # "path/to/file.py:function" or "module:function", as ppo_fast.rewards:exact_answer
     timeout: float | None = 600.0  # seconds that an `async def` function may take for a batch; null: no limit
     models: tuple[str, ...] = ()  # sequence-classification models with one output; the critic starts from the first
     weights: tuple[float, ...] = ()  # one per source, the function first; none: 1 each
@@ -153,7 +161,9 @@ class RewardConfig:
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
     missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
-    filter: str | None = None  # "file.py:function" -> True (keep), False (reject) or "mask" for each response
+    overlong_penalty: float = 0.0  # subtracted, after the clip, at max_new_tokens; less, linearly, within the buffer
+    overlong_buffer: int | None = None  # tokens before max_new_tokens; null: a fifth of it
+    filter: str | None = None  # such a function -> True (keep), False (reject) or "mask" for each response
     rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
     def __post_init__(self) -> None:
@@ -162,8 +172,10 @@ class RewardConfig:
             positive("reward.timeout", self.timeout)
         if self.clip is not None:
             positive("reward.clip", self.clip)
-        for name in ("missing_eos_penalty", "length_penalty", "std_coef"):
+        for name in ("missing_eos_penalty", "length_penalty", "overlong_penalty", "std_coef"):
             not_negative(f"reward.{name}", getattr(self, name))
+        if self.overlong_buffer is not None:
+            positive("reward.overlong_buffer", self.overlong_buffer)
         check(math.isfinite(self.rejected_score), "reward.rejected_score", "a finite number", self.rejected_score)
         for weight in self.weights:
             not_negative("reward.weights", weight)
@@ -205,17 +217,39 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Per token by generalized advantage estimation, or one for the whole response."""
+    """Per token by generalized advantage estimation, or one for the whole response, with a value model or without."""
 
-    kind: Literal["gae", "sequence"] = "gae"  # sequence: return - value of the prompt, on every token; lam is not used
+    # sequence: return - value of the prompt, on every token; group: return - mean of the prompt's samples, no critic.
+    kind: Literal["gae", "sequence", "group"] = "gae"  # gae: per token, by lam; the others: one for each response
     gamma: float = 1.0  # discount
-    lam: float = 0.95  # 0: one-step TD error, 1: Monte Carlo return minus value
-    whiten: bool = True  # mean 0, variance 1 over the counted tokens of the rollout batch
+    lam: float | Literal["adaptive"] = 0.95  # 0: TD error, 1: return minus value; adaptive: by each response's length
+    lam_alpha: float = 0.05  # adaptive: lam = 1 - 1 / (lam_alpha * length), at least 0
+    value_lam: float | None = None  # lam of the value model's targets; 1: the returns themselves; null: lam
+    whiten: bool | None = None  # mean 0, variance 1 over the rollout batch's counted tokens; null: true, group: false
+    leave_one_out: bool = False  # group: the mean of the other samples (RLOO)
+    divide_by_std: bool = False  # group: in units of the samples' deviation (GRPO)
 
     def __post_init__(self) -> None:
         check_choices("advantage", self)
         check(0 <= self.gamma <= 1, "advantage.gamma", "0 <= gamma <= 1", self.gamma)
-        check(0 <= self.lam <= 1, "advantage.lam", "0 <= lam <= 1", self.lam)
+        known = self.lam == "adaptive" or (not isinstance(self.lam, str) and 0 <= self.lam <= 1)
+        check(known, "advantage.lam", "0 <= lam <= 1 or 'adaptive'", self.lam)
+        positive("advantage.lam_alpha", self.lam_alpha)
+        if self.value_lam is not None:
+            check(0 <= self.value_lam <= 1, "advantage.value_lam", "0 <= value_lam <= 1 or null", self.value_lam)
+        for name in ("leave_one_out", "divide_by_std"):
+            on = getattr(self, name)
+            check(self.kind == "group" or not on, f"advantage.{name}", "false without advantage.kind 'group'", on)
+
+    @property
+    def critic(self) -> bool:
+        """There is a value model."""
+        return self.kind != "group"
+
+    @property
+    def whitened(self) -> bool:
+        """Whitening would lift the 0 of samples that agree: a group has none by default."""
+        return self.critic if self.whiten is None else self.whiten
 
 
 @dataclass(frozen=True)
@@ -259,7 +293,7 @@ class AdamWConfig:
     """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
-    master_weights: bool = False  # keep float32 copies of bfloat16 weights, which take the steps
+    master_weights: bool | None = None  # float32 copies of 16-bit weights take the steps; null: those of adapters only
     lr: float = 1e-6  # peak; 1e-6 full fine-tuning, 3e-4 to 2e-3 for tiny models
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's first and second moments
     eps: float = 1e-5  # added to the root of the second moment
@@ -290,19 +324,30 @@ class OptimConfig(AdamWConfig):
     """Two AdamW optimizers, policy and value, over epochs x minibatches x micro-batches."""
 
     value_lr: float = 5e-6  # peak for the value model
+    critic_warmup_updates: int = 0  # first updates in which only the value model learns; shared layout: only its head
     epochs: int = 4  # passes over one rollout batch
     minibatch_size: int = 16  # sequences per optimizer step; divides rollout.batch_size
     micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
+    tokens_per_pass: int | None = None  # tokens per forward pass, prompts and padding included, in place of that
     target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
+    in_backward: bool = (
+        False  # a weight takes its step once its gradient is complete; clips by the norm of the last step
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("value_lr", "epochs"):
             positive(f"optim.{name}", getattr(self, name))
+        not_negative("optim.critic_warmup_updates", self.critic_warmup_updates)
         if self.target_kl is not None:
             positive("optim.target_kl", self.target_kl)
         if self.micro_batch_size is not None:
             divides("optim.micro_batch_size", self.micro_batch_size, "optim.minibatch_size", self.minibatch_size)
+        _check_tokens_per_pass("optim", self.tokens_per_pass, self.micro_batch_size)
+        if self.in_backward:
+            whole = self.tokens_per_pass is None and self.micro_batch_size in (None, self.minibatch_size)
+            check(whole, "optim.in_backward", "false with several forward passes an optimizer step", True)
+            check(self.target_kl is None, "optim.target_kl", "null with optim.in_backward", self.target_kl)
 
 
 @dataclass(frozen=True)
@@ -361,7 +406,9 @@ class EvaluationConfig:
 
     every: int = 0  # updates between evaluations; 0: never
     prompts: str | None = None  # held-out prompts, in the format of data.prompts
-    evaluators: tuple[str, ...] = ()  # "file.py:function"; f(generate, model, tokenizer) -> {name: number}
+    evaluators: tuple[
+        str, ...
+    ] = ()  # "file.py:function" or "module:function"; f(generate, model, tokenizer) -> {name: number}
     best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
     best_is: Literal["max", "min"] = "max"  # of that metric
 
@@ -410,7 +457,49 @@ class PPOConfig(RunConfig):
         super().__post_init__()
         positive("updates", self.updates)
         divides("optim.minibatch_size", self.optim.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
+        warmup = self.optim.critic_warmup_updates
+        check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
+        skips = self.on_nan == "skip"
+        check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
+        buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
+        allowed = f"at most rollout.max_new_tokens = {longest}"
+        check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Refuse what a group of samples cannot have, and what only a group can have."""
+        samples, model, tries = self.rollout.samples_per_prompt, self.model, self.rollout.dynamic_sampling
+        if self.advantage.critic:
+            check(not tries, "rollout.dynamic_sampling", "0 without advantage.kind 'group'", tries)
+            return
+        group = "with advantage.kind 'group'"
+        check(samples > 1, "rollout.samples_per_prompt", f"2 or more {group}", samples)
+        no_critic = f"{group}, which has no value model"
+        check(model.layout != "shared", "model.layout", f"'separate' or 'adapters' {no_critic}", model.layout)
+        check(model.value_path is None, "model.value_path", f"null {no_critic}", model.value_path)
+        warmup, value_lam = self.optim.critic_warmup_updates, self.advantage.value_lam
+        check(not warmup, "optim.critic_warmup_updates", f"0 {no_critic}", warmup)
+        check(value_lam is None, "advantage.value_lam", f"null {no_critic}", value_lam)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.rollout.batch_size // self.optim.minibatch_size
+
+    @property
+    def scoring(self) -> RolloutConfig:
+        """The settings of sampling with the passes of scoring: by default those of the update.
+
+        So scoring never materializes the logits of the whole rollout.
+        """
+        rollout, optim = self.rollout, self.optim
+        if rollout.micro_batch_size or rollout.tokens_per_pass:
+            return rollout
+        if optim.tokens_per_pass:
+            return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
+        return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def _check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:
+    if tokens is not None:
+        positive(f"{group}.tokens_per_pass", tokens)
+        check(micro_batch_size is None, f"{group}.tokens_per_pass", f"null with {group}.micro_batch_size", tokens)

@@ -42,7 +42,7 @@ def round_robin(rows: list[int], topics: list[object]) -> list[int]:
 
 
 def _difficulty(data: Prompts, order: str) -> list[float]:
-    """[M] numbers, of a column or of "file.py:function", called with prompts and columns."""
+    """[M] numbers, of a column or of a function, called with prompts and columns."""
     if ":" in order:
         answer = call("data.order function", load_callable(order, "data.order"), prompts=data.prompts, **data.columns)
         values = as_list("data.order function", "numbers", answer, len(data.prompts))

@@ -5,7 +5,6 @@ Shapes follow from masks, so the masks stay on the host: micro-batches are made 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +52,19 @@ class TokenBatch:
         row, column = self.loss_mask[rows].nonzero()
         return to_device(rows[row] * self.loss_mask.shape[1] + column, self.ids.device)
 
-    def split_by_length(self, rows: Array, size: int) -> Iterator[Array]:
+    def split(self, rows: Array, size: int | None, tokens: int | None, *, packed: bool) -> list[Array]:
+        """Micro-batches of these rows: of `size` rows, of at most `tokens` tokens, or one; see `split_by_tokens`."""
+        if tokens is not None:
+            attention = self.attention[rows]
+            start = attention.argmax(axis=1)
+            return [rows[part] for part in split_by_tokens(start, start + attention.sum(axis=1), tokens, packed=packed)]
+        return self.split_by_length(rows, size or len(rows))
+
+    def split_by_length(self, rows: Array, size: int) -> list[Array]:
         """Micro-batches of `size` of these rows, those of like length together; in order where one holds them all."""
         if size < len(rows):
             rows = rows[self.attention[rows].sum(axis=1).argsort(kind="stable")]
-        return (rows[start : start + size] for start in range(0, len(rows), size))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def sequences(self, rows: Array, *, packed: bool) -> ForwardInputs:
         """The forward pass over these rows, packed one after the other or padded to the longest."""
@@ -94,6 +101,40 @@ class TokenBatch:
         gather_index = to_device(rank[self.loss_mask[rows, 1:].ravel()], device)
         cu_seqlens = offsets(lengths[lengths > 0]).astype(np.int32)
         return ForwardInputs(inputs, gather_index, len(row), to_device(cu_seqlens, device), int(lengths.max()))
+
+
+def split_by_tokens(start: Array, stop: Array, tokens: int, *, packed: bool) -> list[Array]:
+    """Split sequences into passes of at most `tokens` tokens, the longest first; a longer one goes by itself.
+
+    Packed, each goes into the first pass with room for its tokens but the last. Padded, it goes into the latest pass,
+    if the columns used, times the rows, stay within `tokens`. Where one pass holds them all they stay in order.
+
+    Args:
+        start, stop: [B]; sequence b is in columns [start[b], stop[b]) of a batch.
+
+    Returns:
+        The indices of the sequences of each pass.
+    """
+    passes = list[list[int]]()
+    used = list[int]()  # tokens of each pass, packed
+    first, last = 0, 0  # columns of the latest pass, padded
+    for index in (start - stop).argsort(kind="stable").tolist():
+        begin, end = int(start[index]), int(stop[index])
+        if packed:
+            size = end - begin - 1
+            at = next((at for at, count in enumerate(used) if count + size <= tokens), len(passes))
+            if at == len(used):
+                used.append(0)
+            used[at] += size
+        else:
+            joined = min(first, begin), max(last, end)
+            fits = passes and (joined[1] - joined[0] - 1) * (len(passes[-1]) + 1) <= tokens
+            first, last = joined if fits else (begin, end)
+            at = len(passes) - 1 if fits else len(passes)
+        if at == len(passes):
+            passes.append([])
+        passes[at].append(index)
+    return [np.array(part) for part in passes] if len(passes) > 1 else [np.arange(len(start))]
 
 
 def to_device(array: Array, device: torch.device) -> Tensor:

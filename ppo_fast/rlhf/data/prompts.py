@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import DataConfig
+from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.data.rows import RESERVED, Columns, Prompt, Row, deduplicate, drop_too_long, read_rows
 from ppo_fast.rlhf.data.templates import is_messages, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError
@@ -37,6 +38,7 @@ class PromptBatch:
     attention_mask: Tensor  # [B, P] bool, True: a token of the prompt
     prompts: list[Prompt]  # [B] as given in the data
     columns: Columns  # each [B]
+    groups: Array | None = None  # [B] int64, rising: responses of one number answer one draw of a prompt
 
 
 def load_prompts(

@@ -45,7 +45,8 @@ class View(Cache):
     is_compileable = True
 
     def __init__(self, buffers: KeyValues) -> None:  # the base class makes layers of its own
-        self.buffers, self.layers = buffers, []
+        self.buffers = buffers
+        self.layers: list[Any] = []  # of the base class; the views have none
 
     def get_seq_length(self, *_: object, **__: object) -> int:
         return 0

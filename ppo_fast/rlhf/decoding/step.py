@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ppo_fast.rlhf.decoding.cache import KeyValues, Decode, View
+from ppo_fast.rlhf.decoding.cache import Decode, KeyValues, View
 from ppo_fast.rlhf.decoding.requests import DecodingSettings
 from ppo_fast.rlhf.models.forward import backbone_of, unwrapped
 
@@ -139,7 +139,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with without_collector():
-            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.sample(count, length)
             finally:

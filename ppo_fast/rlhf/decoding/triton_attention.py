@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # keys of a tile
-LOG2_E = 1.4426950408889634
+TILE_BYTES = 2**14  # of a tile of keys: two programs with three stages of two tiles fit a multiprocessor
 
 
 @triton.jit
@@ -84,10 +83,6 @@ def slot_attention(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
-    *,
-    block: int = BLOCK,
-    warps: int = 4,
-    stages: int = 3,
 ) -> Tensor:
     """Return [S, 1, H, E] of query [S, H, 1, E] to keys and values [S, K, L, E], for positions [S] below L.
 
@@ -100,6 +95,7 @@ def slot_attention(
     """
     slots, heads, _, width = query.shape
     count = key.shape[1]
+    columns = max(16, triton.next_power_of_2(width))
     output = query.new_empty(slots, 1, heads, width)
     slot_attention_kernel[(slots * count,)](
         query,
@@ -119,12 +115,12 @@ def slot_attention(
         GROUP=heads // count,
         ROWS=max(16, triton.next_power_of_2(heads // count)),
         WIDTH=width,
-        COLUMNS=max(16, triton.next_power_of_2(width)),
-        KEYS=block,
+        COLUMNS=columns,
+        KEYS=max(16, min(64, TILE_BYTES // (columns * key.element_size()))),
         SOFTCAPPED=softcap is not None,
         WINDOWED=window is not None,
         PRECISION="ieee",
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=4,
+        num_stages=3,
     )
     return output

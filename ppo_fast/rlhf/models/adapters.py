@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ppo_fast.rlhf.config.ppo import LoraConfig
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.adapter_files import HEAD, SavedAdapter, first_line
+from ppo_fast.rlhf.models.adapter_layers import RoundedCopy, refresh, use_fast_forward
 
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 
@@ -35,6 +36,7 @@ class Adapters:
     def __init__(self, network: PreTrainedModel, config: peft.LoraConfig) -> None:
         self.network = network  # the base, with layers for adapters in it
         self.trained: dict[str, bool] = {}  # whether an adapter is, by name
+        self.copies: dict[str, list[RoundedCopy]] = {}  # what the layers multiply by on a base of 16 bits, by name
         with torch.random.fork_rng(devices=[]):  # peft draws from the global generator what `draw` and `fill` replace
             self.model = peft.get_peft_model(network, config, adapter_name=TRAINED)
         self._now: str | None = TRAINED
@@ -134,6 +136,14 @@ class Adapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         return [*self.named(name).values()]
 
+    def drop_masters(self) -> None:
+        """Keep the trained adapters in the dtype of the base: 16-bit weights take the steps."""
+        for name in (name for name, trained in self.trained.items() if trained):
+            for parameter in self.parameters(name):
+                parameter.data = parameter.data.to(self.network.dtype)
+            for rounded in self.copies[name]:
+                rounded.value = None
+
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:
         """Turn on that adapter within the block, or none, which leaves the base.
@@ -177,6 +187,7 @@ class Adapters:
         """Restore what peft changes in all adapters when it adds one."""
         self.trained[name] = trained
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        self.copies[name] = [copy for layer in self._layers for copy in use_fast_forward(layer, name)]
         self._switch(self._now)
         for each, flag in self.trained.items():
             for parameter in self.parameters(each):
@@ -189,6 +200,7 @@ class Adapters:
             layer._disable_adapters = name is None
             if name is not None:
                 layer._active_adapter = [name]
+        refresh(self.copies.get(name, ()) if name is not None else ())
         self._now = name
 
 

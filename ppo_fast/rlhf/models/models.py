@@ -45,7 +45,7 @@ class Models:
 
     policy: PreTrainedModel  # causal LM, trained
     reference: PreTrainedModel  # the policy as it was at the start, frozen; with adapters the same object as the policy
-    value: ValueModel  # trained
+    value: ValueModel | None  # trained; None: advantages need no critic
     tokenizer: PreTrainedTokenizerBase
     pad_id: int  # fills prompts on the left and responses after EOS; may equal eos_id
     eos_ids: tuple[int, ...]  # each ends a response; the tokenizer's EOS is the first
@@ -83,12 +83,14 @@ class Models:
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
         """Recompute activations in backward passes inside the block, if `model.gradient_checkpointing` is set."""
-        with recomputing(self.policy, self.value):
+        with recomputing(self.policy, *filter(None, [self.value])):
             yield
 
     def weights(self, role: Role) -> list[nn.Parameter]:
         """The weights that only the network of a role has; none if the reference is the base of adapters."""
-        head = [*self.value.head.parameters()] if role == "value" else []
+        if role == "value" and self.value is None:
+            return []
+        head = [*self.value.head.parameters()] if role == "value" and self.value is not None else []
         if self.adapters is not None:
             name = self._adapter(role)
             return head + ([] if name is None else self.adapters.parameters(name))
@@ -113,14 +115,19 @@ def load_models(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reward: RewardConfig = RewardConfig(),  # noqa: B008  # frozen
     reference: ReferenceConfig = ReferenceConfig(),  # noqa: B008
+    critic: bool = True,
 ) -> Models:
-    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place."""
+    """Load what `config` names, or wrap the policy and tokenizer given; the policy given is trained in place.
+
+    Without `critic` there is no value model.
+    """
     saved = find_models(config, reward.models)
     loaded = load_policy(config, generator, policy, tokenizer, saved.policy)
     vocabulary = loaded.tokenizer.get_vocab()
     start = critic_start(config, saved, loaded.adapters, lambda each: load_tokenizer(each).get_vocab() == vocabulary)
     networks, normalized = Networks(config, generator.device), reward.normalize == "dataset"
-    models = build_models(config, networks, loaded, start, generator, normalized=normalized, reference=reference)
+    value = make_value_model(config, networks, loaded, start, generator, normalized=normalized) if critic else None
+    models = build_models(config, loaded, value, reference)
     offloaded = Offloaded(models.reference, generator.device) if config.offload and models.adapters is None else None
     return dataclasses.replace(models, offloaded=offloaded, rewards=saved.rewards)
 
@@ -142,19 +149,9 @@ def critic_start(
     return first if fits and same_vocabulary(first) else None
 
 
-def build_models(
-    config: ModelConfig,
-    networks: Networks,
-    loaded: Loaded,
-    start: SavedModel | None,
-    generator: torch.Generator,
-    *,
-    normalized: bool,
-    reference: ReferenceConfig,
-) -> Models:
-    """Reference and value model of a policy, in their layout; for a run and for a plan."""
+def build_models(config: ModelConfig, loaded: Loaded, value: ValueModel | None, reference: ReferenceConfig) -> Models:
+    """Policy, value model and the reference made of the policy, in their layout; for a run and for a plan."""
     policy, adapters = loaded.model, loaded.adapters
-    value = make_value_model(config, networks, loaded, start, generator, normalized=normalized)
     if adapters is None:
         frozen = copy.deepcopy(policy).requires_grad_(False)
     elif loaded.saved is not None or reference.update != "fixed":
@@ -162,7 +159,7 @@ def build_models(
     return Models(
         policy=policy,
         reference=policy if adapters is not None else frozen,
-        value=disable_dropout(value),
+        value=None if value is None else disable_dropout(value),
         tokenizer=loaded.tokenizer,
         pad_id=padding_id(loaded.tokenizer),
         eos_ids=loaded.eos_ids,

@@ -22,6 +22,7 @@ from ppo_fast.rlhf.integrity import copy_tensors, read_tensors
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.adapters import add_to_weights
 from ppo_fast.rlhf.models.attention import use_attention
+from ppo_fast.rlhf.models.kernels import use_kernels
 from ppo_fast.rlhf.models.pretrained import Loader, load_network
 from ppo_fast.rlhf.models.saved import CLASSIFIER, VALUE_FILE, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel
@@ -115,8 +116,9 @@ class Networks:
         add_to_weights(network, adapter)
 
     def place(self, network: PreTrainedModel) -> None:
-        """Move the network to the device and give it the attention that the config means."""
+        """Move the network to the device and give it the attention and the kernels that the config means."""
         use_attention(network if self.config.load_in_4bit else network.to(self.device), self.config)
+        use_kernels(network, self.config.kernels)
 
     def _classifier_base(self, saved: SavedModel, dtype: torch.dtype | None) -> PreTrainedModel:
         """The base of a reward model's adapter as a model for sequence classification, with a random head."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ppo_fast.ops._core.chunked_head import Buffers, NeedsGrad
+from ppo_fast.ops._core.head_buffers import Buffers, NeedsGrad
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.schema import grouped
 from ppo_fast.rlhf.config.ppo import PPOConfig
@@ -30,6 +30,7 @@ from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling,
 from ppo_fast.rlhf.decoding.slots import PREFILL_TOKENS, Loop, run_slots
 from ppo_fast.rlhf.decoding.step import Network
 from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
+from ppo_fast.rlhf.models.models import Role
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
@@ -37,7 +38,7 @@ from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.reward_sources import REWARD_ROWS
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.training.optim import ClippedOptimizer
+from ppo_fast.rlhf.training.adamw_8bit import AdamW8bit
 
 _OPS = torch.ops.ppo_fast
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
@@ -46,6 +47,14 @@ _IN_PLACE = {
     torch.ops.aten.index_add.default: 0,
     torch.ops.aten.scatter_add.default: 0,
 }
+
+
+class Shape(NamedTuple):
+    """The responses of a forward pass, all of one length."""
+
+    rows: int
+    prompt: int  # tokens
+    response: int
 
 
 class DryRun:
@@ -61,7 +70,14 @@ class DryRun:
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
             self.resident = load_models_without_data(self.config, self.shapes, self.device, self.timeline.name)
             self.models = self.resident.models
+            roles: tuple[Role, ...] = ("policy",) if self.models.value is None else ("policy", "value")
+            for role in roles:  # before the hooks of the optimizers, which free gradients
+                for parameter in self.models.trained(role):
+                    parameter.register_post_accumulate_grad_hook(self._name_gradient)
             self.learner = Learner(self.models, self.config)
+            for network in self.learner.optimizers:
+                if isinstance(network.optimizer, AdamW8bit):  # on a GPU one kernel, in place
+                    network.optimizer.kernel = lambda *step: None
             self._make_states()
             self.rollout()
             self.scoring()
@@ -105,12 +121,12 @@ class DryRun:
 
     def scoring(self) -> None:
         """One batch by each model."""
-        optim, settings = self.config.optim, self.config.rollout
-        rows = settings.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
+        settings = self.config.scoring
+        shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.batch_size)
         with self.timeline.phase("scoring"):
-            grid = self._make_grid(rows)
-            mask = torch.ones(rows, self.response, dtype=torch.float32, device="cpu")
-            responses = grid.ids[:, self.prompt :]
+            grid = self._make_grid(shape)
+            mask = torch.ones(shape.rows, shape.response, dtype=torch.float32, device="cpu")
+            responses = grid.ids[:, shape.prompt :]
             generation: Any = SimpleNamespace(
                 to_token_batch=lambda: grid, responses=responses, mask=mask, logprobs=mask
             )
@@ -128,48 +144,52 @@ class DryRun:
 
     def update(self) -> None:
         """Run two micro-batches of a minibatch, which accumulate gradients, and the optimizer step."""
-        settings, networks = self.config.optim, (self.learner.policy, self.learner.value)
-        rows = min(2 * (settings.micro_batch_size or settings.minibatch_size), settings.minibatch_size)
-        for network in networks:
-            for parameter in network.parameters:
-                parameter.register_post_accumulate_grad_hook(self._name_gradient)
+        settings, networks = self.config.optim, self.learner.optimizers
+        shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.minibatch_size)
+        rows = min(2 * shape.rows, settings.minibatch_size)
+        failed = _zeros(dtype=torch.bool)
         with self.timeline.phase("update"):
+            for network in networks:
+                network.begin(1.0, failed)
             with self.models.recomputing():
-                self.learner.backward(self._make_experience(rows), np.arange(rows), _zeros())
+                self.learner.backward(self._make_experience(shape._replace(rows=rows)), np.arange(rows), _zeros())
             for network in networks:
                 network.clip()
-                self._step(network)
+                network.step(1.0, failed)
 
     def _make_states(self) -> None:
         """Make the states that optimizers keep from one step to the next."""
-        for network in (self.learner.policy, self.learner.value):
+        for network in self.learner.optimizers:
             for parameter in network.parameters:
                 parameter.grad = torch.empty_like(parameter)
-            self._step(network)
+            network.step(1.0)
             kept = tree_leaves([network.optimizer.state_dict(), [*network.optimizer.state.values()]])
             self.timeline.name("optimizer states", [x for x in kept if isinstance(x, Tensor)])
-
-    def _step(self, network: ClippedOptimizer) -> None:
-        # Moments of 8 bits are there from the start, and their steps a matter of small pieces, thousands of them.
-        if self.config.optim.name != "adamw_8bit":
-            network.step(1.0)
-        network.optimizer.zero_grad()
 
     def _name_gradient(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             self.timeline.name("gradients", [parameter.grad])
 
-    def _make_grid(self, rows: int) -> TokenBatch:
-        """Prompts and responses at their longest; one prompt is a token shorter, so that there is padding."""
-        width = self.prompt + self.response
+    def _shape(self, size: int | None, tokens: int | None, whole: int) -> Shape:
+        """The fullest forward pass: responses at their longest, or shorter ones that fill the tokens of a pass."""
+        if tokens is None:
+            return Shape(size or whole, self.prompt, self.response)
+        rows = min(whole, max(1, -(-tokens // (self.prompt + self.response - 1))))
+        width = self.prompt + self.response if rows == 1 else min(self.prompt + self.response, tokens // rows + 1)
+        response = min(self.response, width - 1)
+        return Shape(rows, width - response, response)
+
+    def _make_grid(self, shape: Shape) -> TokenBatch:
+        """Prompts and responses; one prompt is a token shorter, so that there is padding."""
+        rows, width = shape.rows, shape.prompt + shape.response
         attention = np.ones((rows, width), dtype=bool)
-        attention[0, : self.prompt > 1] = False
+        attention[0, : shape.prompt > 1] = False
         counted = np.zeros((rows, width), dtype=bool)
-        counted[:, self.prompt :] = True
+        counted[:, shape.prompt :] = True
         return TokenBatch(_zeros(rows, width, dtype=torch.long), attention, counted)
 
-    def _make_experience(self, rows: int) -> Experience:
-        grid, count = self._make_grid(rows), rows * self.response
+    def _make_experience(self, shape: Shape) -> Experience:
+        grid, count = self._make_grid(shape), shape.rows * shape.response
         numbers = {name: _zeros(count) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
         return Experience(grid, _zeros(count, dtype=torch.long), **numbers)
 

@@ -30,6 +30,7 @@ ITEMS = (
 _VARYING, _LOST = ("gradients", "KV cache", "activations", "logits chunk"), 0.05
 # CUDA's own and the workspace of cuBLAS; an estimate, which differs between GPUs by a few hundred MiB.
 _CONTEXT = 600 * 2**20
+FEWEST_TOKENS = 64  # of a pass that is advised
 ADAPTER_RANK = 64  # of the adapters that are advised
 SettingValue = str | int | bool
 
@@ -166,13 +167,17 @@ def _smaller(size: int, whole: int) -> list[int]:
 
 
 def _update_sizes(config: PPOConfig) -> list[int]:
-    whole = config.optim.minibatch_size
-    return _smaller(config.optim.micro_batch_size or whole, whole)
+    whole, optim = config.optim.minibatch_size, config.optim
+    return [] if optim.tokens_per_pass else _smaller(optim.micro_batch_size or whole, whole)
 
 
 def _rollout_sizes(config: PPOConfig) -> list[int]:
-    whole = config.rollout.batch_size
-    return _smaller(config.rollout.micro_batch_size or whole, whole)
+    whole, rollout = config.rollout.batch_size, config.rollout
+    return [] if rollout.tokens_per_pass else _smaller(rollout.micro_batch_size or whole, whole)
+
+
+def _halves(tokens: int | None) -> list[int]:
+    return [tokens >> n for n in range(1, tokens.bit_length()) if tokens >> n >= FEWEST_TOKENS] if tokens else []
 
 
 def _eight_bits(config: PPOConfig) -> list[str]:
@@ -197,7 +202,9 @@ def _four_bits(config: PPOConfig) -> list[bool]:
 _SETTINGS = (
     Setting("model.fused_head", lambda config: [] if config.model.fused_head else [True]),
     Setting("optim.micro_batch_size", _update_sizes, ("update",)),
+    Setting("optim.tokens_per_pass", lambda config: _halves(config.optim.tokens_per_pass), ("update",)),
     Setting("rollout.micro_batch_size", _rollout_sizes, ("rollout", "scoring", "reward")),
+    Setting("rollout.tokens_per_pass", lambda config: _halves(config.rollout.tokens_per_pass), ("scoring",)),
     Setting("model.gradient_checkpointing", _recomputing, ("update",)),
     Setting("model.offload", _offload),
     Setting("optim.name", _eight_bits),

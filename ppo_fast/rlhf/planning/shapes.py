@@ -17,7 +17,7 @@ from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.loading import Loaded, disable_dropout, with_adapters
-from ppo_fast.rlhf.models.models import Models, build_models, critic_start
+from ppo_fast.rlhf.models.models import Models, build_models, critic_start, make_value_model
 from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.pretrained import Loader
@@ -105,13 +105,20 @@ def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str,
         models = _make_models(config, networks, saved)
         rewards = [make_reward_network(each, networks, models.adapters) for each in saved.rewards]
         # The head of an adapter on the policy's base is not counted: a reward model's is that of the value model.
-        rewards = [each._replace(network=models.value) if each.shared else each for each in rewards]
+        if models.value is not None:
+            rewards = [each._replace(network=models.value) if each.shared else each for each in rewards]
     adapters = models.adapters
     if adapters is not None:
+        if config.optim.master_weights is False:
+            adapters.drop_masters()
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
-        _materialize([*own, *models.value.head.parameters()], "adapters", name)
+        head = [] if models.value is None else [*models.value.head.parameters()]
+        _materialize([*own, *head], "adapters", name)
+        if models.policy.dtype != torch.float32:
+            copies = (copy for each in adapters.copies.values() for copy in each)
+            name("adapters", [copy.get(models.policy.dtype) for copy in copies])
     offloaded = _offload(models.reference, name) if offload and adapters is None else None
-    for network in (models.policy, models.reference, models.value):
+    for network in filter(None, (models.policy, models.reference, models.value)):
         _materialize(_tensors(network), "weights", name)
     apart = [_offload(reward.network, name) if offload and not reward.shared else None for reward in rewards]
     for reward in rewards:
@@ -132,7 +139,9 @@ def _make_models(config: PPOConfig, networks: Networks, saved: SavedModels) -> M
     loaded = with_adapters(loaded, model, generator)
     size = saved.policy.config.vocab_size
     start = critic_start(model, saved, loaded.adapters, lambda reward: reward.config.vocab_size == size)
-    return build_models(model, networks, loaded, start, generator, normalized=False, reference=config.reference)
+    critic = config.advantage.critic
+    value = make_value_model(model, networks, loaded, start, generator, normalized=False) if critic else None
+    return build_models(model, loaded, value, config.reference)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

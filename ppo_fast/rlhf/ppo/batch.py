@@ -19,7 +19,7 @@ class PPOBatch:
     generation: Generation
     rollout: Rollout | None = None
     rewards: Rewards | None = None
-    experience: Experience | None = None
+    experience: Experience | None = None  # without the truncated ones if `rollout.mask_truncated` is set
 
     def tensors(self, rows: Array) -> dict[str, Tensor]:
         """Return the tensors of these responses by "part.field": [b, ...] by response or [n] by token."""

@@ -93,8 +93,7 @@ class Evaluation(Callback):
 
     def _measured(self) -> dict[str, float]:
         generation = self._answers(self.data, self.rollout_fn)
-        width = self.config.optim.micro_batch_size or self.config.optim.minibatch_size
-        rollout = score(self.models, generation, self._rollout(width))
+        rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
         scores = self.scorer(responses, learn=False).totals
         start, start_scores = self._at_the_start(responses)
@@ -153,7 +152,7 @@ class Evaluation(Callback):
         return respond(self.models, batch, self._rollout(width), seed, function=rollout_fn)
 
     def _rollout(self, width: int) -> RolloutConfig:
-        return dataclasses.replace(self.config.rollout, micro_batch_size=width)
+        return dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
 
     def state_dict(self) -> State:
         return {name: getattr(self, name) for name in ("start", "start_whole", "start_ended", "best")}

@@ -62,12 +62,12 @@ class RunLog(StageLog):
 
     def _summary(self, metrics: dict[str, float]) -> str:
         loss = self.config.loss
-        value = loss.vf_coef * metrics["loss/value"]
         entropy = 0 - loss.ent_coef * metrics["policy/entropy"]
+        value = f"value {loss.vf_coef * metrics['loss/value']:+.4f}  " if "loss/value" in metrics else ""
         return (
             f"reward {metrics['objective/rlhf_reward']:+.3f}  "
             f"score {metrics['objective/scores']:+.3f}  KL {metrics['objective/kl']:.3f}  "
-            f"loss: policy {metrics['loss/policy']:+.4f}  value {value:+.4f}  entropy {entropy:+.4f}  "
+            f"loss: policy {metrics['loss/policy']:+.4f}  {value}entropy {entropy:+.4f}  "
             f"total {metrics['loss/total']:+.4f}  {metrics['tokens_per_second']:.0f} tok/s"
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
-from ppo_fast.rlhf.ppo.advantages import Experience
+from ppo_fast.rlhf.ppo.advantages import Experience, agreeing
 from ppo_fast.rlhf.ppo.correction import mismatch_metrics
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
@@ -36,8 +36,9 @@ def collect(
         _objective(rollout, rewards)
         | _update(stats, config)
         | _lengths(rollout, rewards)
+        | (_value(experience, stats) if stats.value else {})
+        | _groups(rollout, rewards)
         | mismatch_metrics(rollout, config.rollout)
-        | {"value/explained_variance": explained_variance(experience.values, experience.returns)}
         | ({} if rewards.std is None else {"hacking/ensemble_std": rewards.std.mean()})
     )
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist()
@@ -76,8 +77,23 @@ def _objective(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
     }
 
 
+def _value(experience: Experience, stats: UpdateStats) -> dict[str, Tensor]:
+    return {
+        "value/explained_variance": explained_variance(experience.values, experience.returns),
+        "loss/value": stats.value["value_loss"],
+        "value/clipfrac": stats.value["clipfrac"],
+        "grad_norm/value": stats.grad_norms[1],
+    }
+
+
+def _groups(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
+    """Return the share of prompts whose samples all have one score: they teach nothing where the KL is not a reward."""
+    groups = rollout.generation.prompts.groups
+    return {} if groups is None else {"group/agree": agreeing(rewards.scores, groups).float().mean()}
+
+
 def _update(stats: UpdateStats, config: PPOConfig) -> dict[str, Tensor]:
-    value = config.loss.vf_coef * stats.value["value_loss"]
+    value = config.loss.vf_coef * stats.value["value_loss"] if stats.value else 0.0
     return {
         "policy/approxkl": stats.policy["approx_kl"],
         "policy/clipfrac": stats.policy["clipfrac"],
@@ -86,11 +102,8 @@ def _update(stats: UpdateStats, config: PPOConfig) -> dict[str, Tensor]:
         "policy/ratio_max": stats.policy["ratio_max"],
         "policy/entropy": stats.policy["entropy"],
         "loss/policy": stats.policy["policy_loss"],
-        "loss/value": stats.value["value_loss"],
         "loss/total": stats.policy["loss"] + value,
-        "value/clipfrac": stats.value["clipfrac"],
         "grad_norm/policy": stats.grad_norms[0],
-        "grad_norm/value": stats.grad_norms[1],
     }
 
 

@@ -27,7 +27,7 @@ class Reference:
         share = 1.0 if self.config.update == "replace" else 1 - self.config.decay
         pairs = zip(self.models.weights("reference"), self.models.weights("policy"), strict=True)
         for reference, policy in pairs:
-            reference.lerp_(policy.to(reference.device), share)  # the reference may be offloaded to host memory
+            reference.lerp_(policy.to(reference), share)  # the reference may be offloaded to host memory
 
     def state_dict(self) -> State:
         """Return the reference's weights, unless it is the model at the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ppo_fast.rlhf.data.rows import Columns, Prompt, Row
 from ppo_fast.rlhf.data.templates import encode, encode_bare, render, render_prompt
 from ppo_fast.rlhf.errors import NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
+from ppo_fast.rlhf.models.kernels import kernels_of, use_kernels
 from ppo_fast.rlhf.models.loading import load_tokenizer, saved_eos_ids
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.networks import Networks
@@ -194,8 +196,12 @@ def _load_network(
     if made.shared:
         return made
     if config.offload:
-        return made._replace(present=Offloaded(made.network, device).present)
-    return made._replace(network=made.network.to(device))
+        made = made._replace(present=Offloaded(made.network, device).present)
+    else:
+        made = made._replace(network=made.network.to(device))
+    with made.present():
+        use_kernels(made.network.backbone, config.kernels)
+    return made
 
 
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
@@ -204,7 +210,7 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
     if function is not None or reward.function is not None or not reward.models:
         sources.append(FunctionSource(function or load_callable(reward.function, "reward.function"), reward.timeout))
     options: dict[str, Any] = {
-        "model": config.model,
+        "model": dataclasses.replace(config.model, kernels="auto" if kernels_of(models.policy) == "liger" else "none"),
         "device": models.device,
         "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
         "adapters": models.adapters,

@@ -55,6 +55,9 @@ class Rewards:
         return replace(self, rewards=self.rewards.index_select(0, chosen), kl=self.kl.index_select(0, chosen), **kept)
 
 
+ScoreResponses = Callable[[Responses], ScoredBatch]  # a Scorer, or what remembers its answer
+
+
 class KLCoefficient:
     """coef, fixed or steered: error = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + error * n / horizon.
 
@@ -110,8 +113,11 @@ class Scorer:
         sources: Sequence[Callable[[Responses], list[Score]]],
         config: RewardConfig,
         filter_fn: Callable[..., Sequence[Verdict]] | None = None,
+        *,
+        max_new_tokens: int = 0,
     ) -> None:
         self.sources, self.config, self.filter = sources, config, filter_fn
+        self.longest = max_new_tokens  # of a response, for the overlong penalty
         count = len(sources)
         weights = config.weights or (1.0,) * count
         check(len(weights) == count, "reward.weights", f"one for each of the {count} sources", config.weights)
@@ -127,6 +133,8 @@ class Scorer:
         if config.clip is not None:
             scores = scores.clamp(-config.clip, config.clip)
         penalty = config.length_penalty * lengths.float()
+        if config.overlong_penalty:
+            penalty = penalty + config.overlong_penalty * overlong(lengths, self.longest, config.overlong_buffer)
         ended = torch.tensor(responses.ended, dtype=torch.bool, device="cpu")
         penalty = torch.where(ended, penalty, penalty + config.missing_eos_penalty)
         scores = scores.index_add(0, last, -penalty)
@@ -180,6 +188,16 @@ class Scorer:
             stats.load_state_dict(saved)
 
 
+def overlong(lengths: Tensor, longest: int, buffer: int | None = None) -> Tensor:
+    """Return [B] float32: 0 up to longest - buffer tokens, then rising linearly to 1 at `longest`, and 1 beyond.
+
+    `buffer` None is a fifth of `longest`, as in the paper.
+    Source: Yu et al. 2025, arXiv:2503.14476, equation 13, with the sign changed.
+    """
+    buffer = buffer or max(1, longest // 5)
+    return ((lengths - (longest - buffer)).float() / buffer).clamp(0.0, 1.0)
+
+
 class RunningStats:
     """Mean and standard deviation of all numbers so far, batch by batch.
 
@@ -209,7 +227,9 @@ class RunningStats:
         vars(self).update(state)
 
 
-def compute_rewards(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, kl: KLCoefficient) -> Rewards:
+def compute_rewards(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, scorer: ScoreResponses, kl: KLCoefficient
+) -> Rewards:
     """Score the responses, then r[t] = score at the last counted token - kl_coef * (logprob - ref_logprob)."""
     responses, device = Responses.from_generation(rollout.generation, tokenizer), rollout.logprobs.device
     scores = scorer(responses)
@@ -236,6 +256,16 @@ def without_masked(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards
         return rollout, rewards
     if not len(rows):
         raise UserError(f"filter: expected one response or more to be kept, got 'mask' for all {len(rewards.verdicts)}")
+    return rollout.select(rows), rewards.select(rows, rollout.grid.lengths)
+
+
+def without_truncated(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewards] | None:
+    """Leave out the responses without an EOS or a stop string; None when none is left."""
+    rows = rollout.generation.ended.cpu().numpy().nonzero()[0]
+    if not len(rows):
+        return None
+    if len(rows) == len(rewards.verdicts):
+        return rollout, rewards
     return rollout.select(rows), rewards.select(rows, rollout.grid.lengths)
 
 

@@ -51,7 +51,7 @@ class Rollout:
     logprobs: Tensor  # [N] float32: under the policy that sampled them, by the training forward
     ref_logprobs: Tensor  # [N] float32: under the reference
     entropy: Tensor  # [N] float32: of the policy's full distribution, nats
-    values: Tensor  # [N] float32: of the state before each token
+    values: Tensor  # [N] float32: of the state before each token; 0 without a value model
 
     def sums(self, x: Tensor) -> Tensor:
         """Return [B]: the sum of x [N] over the tokens of each response."""

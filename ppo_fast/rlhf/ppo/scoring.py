@@ -37,7 +37,9 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
     device, lengths = grid.ids.device, grid.lengths
     passes = [
         Pass(token_indices(lengths, rows, device), grid.sequences(rows, packed=models.packed))
-        for rows in grid.split_by_length(np.arange(len(grid.ids)), config.micro_batch_size or len(grid.ids))
+        for rows in grid.split(
+            np.arange(len(grid.ids)), config.micro_batch_size, config.tokens_per_pass, packed=models.packed
+        )
     ]
     order = torch.cat([part.indices for part in passes])
     counted = to_device(grid.loss_mask[:, -generation.mask.shape[1] :].ravel().nonzero()[0], device)
@@ -54,7 +56,9 @@ def score(models: Models, generation: Generation, config: RolloutConfig) -> Roll
 
     values: list[Tensor] = []
     policy, reference = stats("policy", values if models.shared else None), stats("reference")
-    if not models.shared:
+    if models.value is None:
+        values = [torch.zeros_like(part.logprobs) for part in policy]
+    elif not models.shared:
         with models.using("value") as value:
             values = [response_values(value, part.sequences) for part in passes]
     return Rollout(
@@ -78,5 +82,6 @@ def _stats(
     if values is None:
         return response_stats(model, part.sequences, chosen, linear=models.linear, temperature=temperature)
     x = response_hidden(model, part.sequences)
+    assert models.value is not None  # on this trunk
     values.append(head_values(models.value.head, x.hidden))
     return head_stats(x, chosen, temperature=temperature)

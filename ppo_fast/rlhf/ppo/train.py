@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,7 @@ from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
 from ppo_fast.rlhf.ppo.correction import make_correction
+from ppo_fast.rlhf.ppo.dynamic_sampling import resample
 from ppo_fast.rlhf.ppo.environment import RolloutFunction, respond
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
@@ -30,9 +33,18 @@ from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.metrics import collect
 from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
-from ppo_fast.rlhf.ppo.reward_sources import PromptRows, RewardFunction, load_sources
-from ppo_fast.rlhf.ppo.rewards import KLCoefficient, Scorer, compute_rewards, warn_about_whitening, without_masked
-from ppo_fast.rlhf.ppo.rollout import warn_about_filters
+from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
+from ppo_fast.rlhf.ppo.rewards import (
+    KLCoefficient,
+    ScoredBatch,
+    Scorer,
+    ScoreResponses,
+    compute_rewards,
+    warn_about_whitening,
+    without_masked,
+    without_truncated,
+)
+from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
@@ -41,7 +53,14 @@ from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog
 from ppo_fast.rlhf.training.loop import TrainingLoop
-from ppo_fast.rlhf.training.resume import file_digests, inputs, load_start, prompt_inputs, report_write_errors
+from ppo_fast.rlhf.training.resume import (
+    file_digests,
+    inputs,
+    load_start,
+    prompt_inputs,
+    report_write_errors,
+    with_kernels,
+)
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
@@ -93,38 +112,45 @@ class PPORun(TrainingLoop):
         for name, user in self.user_states.items():
             check_state(user.state_dict(), f"{name} function's state_dict")
         self.total = self.config.updates
-        # Scoring in the batches of the update never materializes the logits of the whole rollout.
-        optim, rollout = self.config.optim, self.config.rollout
-        width = rollout.micro_batch_size or optim.micro_batch_size or optim.minibatch_size
-        self.scoring = dataclasses.replace(rollout, micro_batch_size=width)
-        self.seed = noise_seed(self.config.seed, "rollout")
+        # The noise of a response depends on its number among all that the run samples.
+        self.seed, self.row = noise_seed(self.config.seed, "rollout"), 0
 
     def step(self, update: int, log: StageLog) -> StepRecord:
         """Take update `update`, from 0: sample, score, improve, measure."""
         config, watch, metrics = self.config, self.watch, dict[str, float]()
         watch.restart()
         with watch("rollout"):
-            first = update * config.rollout.batch_size
-            prompts, function = self._next_prompts(), self.rollout_fn
-            batch = PPOBatch(respond(self.models, prompts, config.rollout, self.seed, first, function))
+            self.row = update * config.rollout.batch_size * (1 + config.rollout.dynamic_sampling)
+            batch = PPOBatch(self._answers(config.rollout.batch_size // config.rollout.samples_per_prompt))
+        scorer: ScoreResponses = self.scorer
+        replaced = dict[str, float]()
         try:
+            if config.rollout.dynamic_sampling:
+                with watch("resample"):
+                    batch, scorer, replaced = self._resample(batch.generation)
             with watch("logprobs"):
-                rollout = score(self.models, batch.generation, self.scoring)
+                rollout = score(self.models, batch.generation, config.scoring)
                 batch = PPOBatch(rollout.generation, rollout)
                 require_finite(logprobs=rollout.logprobs, ref_logprobs=rollout.ref_logprobs, values=rollout.values)
             with watch("score"):
-                rewards = compute_rewards(rollout, self.models.tokenizer, self.scorer, self.kl)
+                rewards = compute_rewards(rollout, self.models.tokenizer, scorer, self.kl)
                 rollout, rewards = without_masked(rollout, rewards)
                 batch = PPOBatch(rollout.generation, rollout, rewards)
                 require_finite(rewards=rewards.rewards)
+            learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
+            if learned is None:
+                note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
+                return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
             with watch("update"), self.models.recomputing():
-                correction = make_correction(rollout, config.rollout)
-                experience = make_experience(rollout, rewards, config.advantage, correction)
-                batch = PPOBatch(rollout.generation, rollout, rewards, experience)
+                correction = make_correction(learned[0], config.rollout)
+                experience = make_experience(*learned, config.advantage, correction)
+                batch = PPOBatch(learned[0].generation, *learned, experience)
                 stats = self.learner.update(experience, self.kl.coef, update, self.generator)
-                self.kl.update(rollout.sums(rewards.kl))
+                if not self.learner.warming_up:  # else the KL would lower a coefficient that had no effect yet
+                    self.kl.update(rollout.sums(rewards.kl))
                 self.reference.update(update)
-            metrics, note = collect(rollout, rewards, experience, stats, config, watch), stats.note
+            batch = PPOBatch(rollout.generation, rollout, rewards, experience)
+            metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return dataclasses.replace(
@@ -157,11 +183,29 @@ class PPORun(TrainingLoop):
         parts = {name: getattr(self, name) for name in named}
         return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")} | self.user_states
 
-    def _next_prompts(self) -> PromptBatch:
+    def _answers(self, count: int) -> Generation:
+        """Sample responses to the next `count` prompts."""
+        prompts = self._next_prompts(count)
+        found = respond(self.models, prompts, self.config.rollout, self.seed, self.row, self.rollout_fn)
+        self.row += len(prompts.prompts)
+        return found
+
+    def _resample(self, generation: Generation) -> tuple[PPOBatch, ScoreResponses, dict[str, float]]:
+        """Return the batch after `rollout.dynamic_sampling`, a scorer that knows its scores, and a metric."""
+        tries = self.config.rollout.dynamic_sampling
+
+        def score_now(generation: Generation) -> ScoredBatch:
+            return self.scorer(Responses.from_generation(generation, self.models.tokenizer))
+
+        found = resample(generation, self._answers, score_now, tries=tries, pad_id=self.models.pad_id)
+        return PPOBatch(found.generation), lambda responses: found.scores, {"group/replaced": float(found.replaced)}
+
+    def _next_prompts(self, count: int) -> PromptBatch:
         repeat = self.config.rollout.samples_per_prompt
-        rows = self.sampler.take(self.config.rollout.batch_size // repeat)
+        rows = self.sampler.take(count)
         rows = [row for row in rows for _ in range(repeat)]
-        return make_batch(self.data, rows, self.models.pad_id, self.models.device)
+        batch = make_batch(self.data, rows, self.models.pad_id, self.models.device)
+        return dataclasses.replace(batch, groups=np.arange(len(rows)) // repeat) if repeat > 1 else batch
 
 
 def train_ppo(
@@ -226,28 +270,37 @@ def open_run(
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
-        warn_about_whitening(config.kl, config.advantage.whiten)
+        warn_about_whitening(config.kl, config.advantage.whitened)
         clear_module_cache()
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(
-            config.model,
+            with_kernels(config.model, start),
             generator,
             policy=policy,
             tokenizer=tokenizer,
             reward=config.reward,
             reference=config.reference,
+            critic=config.advantage.critic,
         )
+        if models.adapters is not None and config.optim.master_weights is False:
+            models.adapters.drop_masters()
         check_engine(config.rollout.engine, models.policy)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
-        scorer = Scorer(load_sources(config, models, reward_fn), config.reward, filter_fn)
+        scorer = Scorer(
+            load_sources(config, models, reward_fn),
+            config.reward,
+            filter_fn,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
+        _warn_about_long_responses(config, data)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
@@ -268,6 +321,17 @@ def _check_vocabulary(models: Models, data: Prompts) -> None:
     highest = max(models.pad_id, models.eos_id, *map(max, data.token_ids))
     if highest >= known:
         raise UserError(f"tokenizer: expected ids below {known}, the tokens that the model knows, got {highest}")
+
+
+def _warn_about_long_responses(config: PPOConfig, data: Prompts) -> None:
+    longest = max(map(len, data.token_ids)) + config.rollout.max_new_tokens
+    for group, limit in (("optim", config.optim.tokens_per_pass), ("rollout", config.rollout.tokens_per_pass)):
+        if limit is not None and longest > limit:
+            warnings.warn(
+                f"{group}.tokens_per_pass: a prompt and its response may have {longest} tokens, more than {limit}; "
+                "such a response goes by itself",
+                stacklevel=3,
+            )
 
 
 def _check_context(config: PPOConfig, models: Models, data: Prompts) -> None:

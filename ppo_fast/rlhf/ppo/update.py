@@ -24,7 +24,7 @@ from ppo_fast.rlhf.models.forward import (
 )
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience
-from ppo_fast.rlhf.training.optim import ClippedOptimizer, PenaltyCoefficient, schedule
+from ppo_fast.rlhf.training.optim import ClippedOptimizer, InBackwardOptimizer, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.training.state import State
 
 Metrics = dict[str, Tensor]
@@ -57,7 +57,7 @@ class UpdateStats:
     """The result of the update of one rollout batch; the metrics are 0-d float32 tensors on the device."""
 
     policy: Metrics  # metrics of `policy_loss` and "loss", combined over all optimizer steps
-    value: Metrics  # metrics of `value_loss`, the same
+    value: Metrics  # metrics of `value_loss`, the same; none without a value model
     grad_norms: Tensor  # [2] float32: policy, value; before clipping, mean over the optimizer steps; 0: no step
     lr: float  # of the policy at the last step
     note: str | None  # why the epochs stopped early, or which steps were skipped
@@ -80,7 +80,7 @@ class Step:
         """Return the 0-d numbers that must be finite for the step to be taken, by metric."""
         return {
             "loss/policy": self.policy["policy_loss"],
-            "loss/value": self.value["value_loss"],
+            **({"loss/value": self.value["value_loss"]} if self.value else {}),
             "loss/total": self.policy["loss"],
             "policy/approxkl": self.policy["approx_kl"],
             "policy/ratio_max": self.policy["ratio_max"],
@@ -94,17 +94,24 @@ class Learner:
 
     def __init__(self, models: Models, config: PPOConfig) -> None:
         self.models, self.config = models, config
-        self.policy = ClippedOptimizer(models.trained("policy"), config.optim.lr, config.optim)
-        self.value = ClippedOptimizer(models.trained("value"), config.optim.value_lr, config.optim)
+        kind = InBackwardOptimizer if config.optim.in_backward else ClippedOptimizer
+        self.policy = kind(models.trained("policy"), config.optim.lr, config.optim)
+        self.value = None  # without a value model
+        if models.value is not None:
+            self.value = kind(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
         self.kl_coef, self.penalty_coef = torch.zeros(2, dtype=torch.float32, device=models.device)
         self.loss_config = self._loss_config()
-        self.steps = config.updates * config.optim.epochs * config.steps_per_epoch
+        per_update = config.optim.epochs * config.steps_per_epoch
+        self.steps, self.warmup = config.updates * per_update, config.optim.critic_warmup_updates * per_update
+        self.warming_up = False  # only the value model learns
 
     def update(
         self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator
     ) -> UpdateStats:
-        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rate.
+        """Train on one rollout batch; `index` counts the updates from 0 and sets the learning rates.
+
+        While the critic warms up the policy is measured and stays as it is; its schedule begins afterwards.
 
         A step with a number that is not finite changes nothing. With on_nan = "skip" it is skipped and counted;
         else, or if no step is left, NotFiniteError names the first one, and no later step changes anything either.
@@ -112,25 +119,38 @@ class Learner:
         """
         steps, device = list[Step](), experience.tokens.device
         first = index * self.config.optim.epochs * self.config.steps_per_epoch
+        self.warming_up = index < self.config.optim.critic_warmup_updates
         stop = self.config.on_nan == "stop"
         failed = torch.zeros((), dtype=torch.bool, device=device)
         lr_factor, note = 0.0, None
         for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
+            step = first + len(steps)
+            value_factor = schedule(step, self.steps, self.config.optim)
+            policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
+            if not self.warming_up:
+                self.policy.begin(policy_factor, failed)
+            if self.value is not None:
+                self.value.begin(value_factor, failed)
             policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
-            norm = torch.stack([self.policy.clip(), self.value.clip()])
+            none = torch.zeros((), dtype=torch.float32, device=device)
+            value_norm = none if self.value is None else self.value.clip()
+            norm = torch.stack([none if self.warming_up else self.policy.clip(), value_norm])
             steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
                 break
             not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
             failed = failed | not_finite if stop else not_finite
-            lr_factor = schedule(first + len(steps) - 1, self.steps, self.config.optim)
-            self.policy.step(lr_factor, failed)
-            self.value.step(lr_factor, failed)
+            if not self.warming_up:
+                lr_factor = policy_factor
+                self.policy.step(policy_factor, failed)
+            if self.value is not None:
+                self.value.step(value_factor, failed)
         good, skipped = finite_steps(steps, stop=stop)
         norms = [step.norms for step in good if step.taken]
-        self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
+        if not self.warming_up:
+            self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
         return UpdateStats(
             policy=combine([step.policy for step in good]),
             value=combine([step.value for step in good]),
@@ -149,19 +169,22 @@ class Learner:
         self.kl_coef.fill_(kl_coef)
         self.penalty_coef.fill_(self.penalty.coef)
         found: list[tuple[Metrics, Metrics]] = []
-        for part in experience.grid.split_by_length(rows, self.config.optim.micro_batch_size or len(rows)):
-            micro = MicroBatch.from_experience(experience, part, packed=self.models.packed)
+        optim, packed = self.config.optim, self.models.packed
+        for part in experience.grid.split(rows, optim.micro_batch_size, optim.tokens_per_pass, packed=packed):
+            micro = MicroBatch.from_experience(experience, part, packed=packed)
             found.append(run(micro, self._policy_terms(micro, count), tokens))
         policy, value = zip(*found, strict=True)
         return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
 
     def _separate_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
-        return self._policy_backward(micro, terms), self._value_backward(micro, tokens)
+        value = {} if self.value is None else self._value_backward(micro, tokens)
+        return self._policy_backward(micro, terms), value
 
     def _policy_backward(self, micro: MicroBatch, terms: Terms) -> Metrics:
-        with self.models.using("policy") as policy:
+        with self.models.using("policy") as policy, torch.set_grad_enabled(not self.warming_up):
             loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
-            loss.loss.backward()
+            if not self.warming_up:
+                loss.loss.backward()
         return loss.metrics | {"loss": loss.loss.detach()}
 
     def _value_backward(self, micro: MicroBatch, tokens: int) -> Metrics:
@@ -171,10 +194,15 @@ class Learner:
         return error.metrics
 
     def _joint_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
-        """Run policy and value head on one trunk: one forward pass, one backward pass of the sum."""
+        """Run policy and value head on one trunk: one forward pass, one backward pass of the sum.
+
+        While the critic warms up the trunk has no gradient: the loss of the value reaches only the head.
+        """
+        assert self.models.value is not None  # on this trunk
         with self.models.using("policy") as policy:
-            x = response_hidden(policy, micro.sequences)
-            loss = head_loss(x, **terms)
+            with torch.set_grad_enabled(not self.warming_up):
+                x = response_hidden(policy, micro.sequences)
+                loss = head_loss(x, **terms)
             error = self._value_loss(head_values(self.models.value.head, x.hidden), micro, tokens)
             (loss.loss + self.config.loss.vf_coef * error.loss).backward()
         return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
@@ -219,17 +247,23 @@ class Learner:
             for number, start in enumerate(range(0, size, self.config.optim.minibatch_size)):
                 yield epoch, number, order[start : start + self.config.optim.minibatch_size]
 
+    @property
+    def optimizers(self) -> list[ClippedOptimizer]:
+        """The optimizers of the policy and of the value model, if there is one."""
+        return [self.policy, *([] if self.value is None else [self.value])]
+
     def state_dict(self) -> State:
         """Return the states of optimizers and penalty coefficient; the models hold the weights."""
-        return {name: getattr(self, name).state_dict() for name in ("policy", "value", "penalty")}
+        parts = {name: getattr(self, name) for name in ("policy", "value", "penalty")}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State) -> None:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
     def _discard_gradients(self) -> None:
-        self.policy.zero_grad()
-        self.value.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def _stop_note(self, approx_kl: Tensor, epoch: int) -> str | None:
         """Return why the epochs stop; reads one number from the device, only if target_kl is set."""
@@ -262,6 +296,8 @@ def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str
 
 def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch.mean) -> Metrics:
     """Join metrics of several batches: means weighted by their `tokens`, maxima by max, losses by `losses`."""
+    if not parts[0]:
+        return {}
     joined = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     weight = joined["tokens"] / joined["tokens"].sum().clamp_min(1)
 

@@ -27,6 +27,7 @@ from ppo_fast.rlhf.supervised.train import (
     load_data,
     setup_run,
 )
+from ppo_fast.rlhf.training.resume import with_kernels
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train_dpo(
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
     with setup_run(config, resume, callbacks) as start:
-        loaded = load_policy(config.model, start.generator, model, tokenizer)
+        loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)

@@ -31,6 +31,7 @@ from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
+from ppo_fast.rlhf.training.resume import with_kernels
 
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
@@ -128,7 +129,8 @@ def train_reward_model(
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with setup_run(config, resume, callbacks) as start:
-        loaded = _load(config, start.generator, model, tokenizer)
+        weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
+        loaded = _load(weights, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)

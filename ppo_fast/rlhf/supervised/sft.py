@@ -22,6 +22,7 @@ from ppo_fast.rlhf.supervised.train import (
     load_data,
     setup_run,
 )
+from ppo_fast.rlhf.training.resume import with_kernels
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def train_sft(
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with setup_run(config, resume, callbacks) as start:
-        loaded = load_policy(config.model, start.generator, model, tokenizer)
+        loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         layout = {"linear": config.model.fused_head, "packed": config.model.packing}

@@ -259,6 +259,8 @@ def fit(
 ) -> SupervisedResult:
     """Run the loop and save the model."""
     _check_fit(objective.model, data)
+    if objective.adapters is not None and config.optim.master_weights is False:
+        objective.adapters.drop_masters()
     warn_about_precision(objective.model, config.optim)
     run = SupervisedRun(config, objective, data, tokenizer, start.generator, start.callbacks)
     checkpoint = start.checkpoint

@@ -149,6 +149,8 @@ def write_models(models: Models, directory: Path, *, merge: bool = False) -> Non
     """Write the files of `save_models` into an existing directory; `merge` adds the adapter to the policy's weights."""
     write_model(models.policy, models.tokenizer, directory, models.adapters, merge=merge)
     value = models.value
+    if value is None:
+        return
     if models.adapters is not None:
         _write_adapter(models.adapters, VALUE, directory / VALUE_DIRECTORY, value.head)
         return
@@ -160,6 +162,8 @@ def write_models(models: Models, directory: Path, *, merge: bool = False) -> Non
 def load_weights(models: Models, directory: Path) -> None:
     """Copy the files of `write_models`, not merged, into the policy and the value model."""
     load_saved(models.policy, directory, models.adapters)
+    if models.value is None:
+        return
     if models.adapters is not None:
         _read_into(models.adapters, VALUE, directory / VALUE_DIRECTORY, models.value.head)
         return

@@ -146,4 +146,6 @@ class TrainingLoop(ABC):
             self.skipped += 1
             return f"batch skipped: {error}"
         saved = save(log.directory / FAILED / f"{log.unit}-{index + 1:06d}", error)
-        raise UserError(f"{error}; the batch and the weights before it are in {str(saved)!r}") from error
+        in_backward = isinstance(self.config, PPOConfig) and self.config.optim.in_backward
+        weights = "the weights, of which the step has changed some," if in_backward else "the weights before it"
+        raise UserError(f"{error}; the batch and {weights} are in {str(saved)!r}") from error

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ppo_fast.rlhf.config.ppo import AdamWConfig, LossConfig
 from ppo_fast.rlhf.integrity import check_tensors
-from ppo_fast.rlhf.training.adamw import AdamW8bit, MasterAdamW
+from ppo_fast.rlhf.training.adamw import AdamW, MasterAdamW
+from ppo_fast.rlhf.training.adamw_8bit import SMALLEST, AdamW8bit
 from ppo_fast.rlhf.training.state import State
 
 
@@ -22,31 +23,48 @@ class ClippedOptimizer:
         self.config, self.lr = config, lr
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, lr, config)
+        self.norm: Tensor | None = None  # 0-d float32, of the gradients, if `clip` was called
+
+    def begin(self, lr_factor: float, failed: Tensor) -> None:
+        """Prepare a step before its backward passes: nothing to do unless they take it."""
 
     def clip(self) -> Tensor:
-        """Clip the gradients and return their 0-d float32 norm before clipping."""
+        """Return the 0-d float32 norm of the gradients; the step clips it.
+
+        The step's own kernel divides the gradients: a pass over those of 7 billion weights would move 30 GB.
+        """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # By dtype: foreach kernels take one at a time. In float32: norms of bfloat16 gradients would be bfloat16.
         kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
         norms = [norm for same in kinds for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-        return norm
+        self.norm = self._total(norms)
+        return self.norm
 
     def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
         """Step and clear the gradients; if `failed`, a 0-d bool, weights and moments stay as they are.
 
         The kernels read the flag on the device, as they do for `torch.amp.GradScaler`: the host does not wait.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor
-        self.optimizer.found_inf = None if failed is None else failed.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self._prepare(lr_factor, failed, self.norm)
+        self.optimizer.take(self.parameters)
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Clear the gradients."""
+        self.norm = None
         self.optimizer.zero_grad()
+
+    def _total(self, norms: list[Tensor]) -> Tensor:
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _prepare(self, lr_factor: float, failed: Tensor | None, norm: Tensor | None) -> None:
+        """Begin a step of the optimizer, which divides the gradients as torch's clip_grad_norm_ does for that norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor
+        limit = self.config.max_grad_norm
+        self.optimizer.grad_scale = None if norm is None else ((norm + 1e-6) / limit).clamp_min(1)
+        self.optimizer.found_inf = None if failed is None else failed.float()
+        self.optimizer.begin()
 
     def state_dict(self) -> State:
         return self.optimizer.state_dict()
@@ -65,7 +83,62 @@ class ClippedOptimizer:
         self.optimizer.load_state_dict(state)
 
 
-def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfig) -> torch.optim.Optimizer:
+class InBackwardOptimizer(ClippedOptimizer):
+    """Takes a large weight's step in the backward pass, once its gradient is complete, and frees the gradient.
+
+    So the gradients of all weights never exist. A step is one backward pass, between `begin` and `step`, which takes
+    the steps of the small weights. Gradients are clipped by the norm of the step before, those of the first step not.
+    A gradient that is not finite changes no weight, nor do those after it.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:
+        super().__init__(parameters, lr, config)
+        self.last_norm = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)  # of the step before
+        self._norms: list[Tensor] | None = None  # of the gradients that are gone; None: no step has begun
+        for parameter in self.parameters:
+            if parameter.numel() >= SMALLEST:
+                parameter.register_post_accumulate_grad_hook(self._take)
+
+    def begin(self, lr_factor: float, failed: Tensor) -> None:
+        self._norms = []
+        self._prepare(lr_factor, failed, self.last_norm)
+
+    def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
+        if self._norms is None:
+            return super().step(lr_factor, failed)
+        self.optimizer.found_inf = None if failed is None else failed.float()
+        self.optimizer.take(self.parameters)
+        assert self.norm is not None  # of `clip`, which comes before
+        self.last_norm = self.norm
+        return self.zero_grad()
+
+    def zero_grad(self) -> None:
+        self._norms = None
+        super().zero_grad()
+
+    def _total(self, norms: list[Tensor]) -> Tensor:
+        return super()._total(norms + (self._norms or []))
+
+    @torch.no_grad()
+    def _take(self, parameter: nn.Parameter) -> None:
+        if self._norms is None or parameter.grad is None:
+            return
+        self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        not_finite = (~self._norms[-1].isfinite()).float()
+        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, not_finite)  # type: ignore[arg-type]
+        self.optimizer.take([parameter])
+        parameter.grad = None
+
+    def state_dict(self) -> State:
+        return super().state_dict() | {"last_norm": self.last_norm}
+
+    def load_state_dict(self, state: State) -> None:
+        rest = dict(state)
+        self.last_norm.copy_(rest.pop("last_norm"))
+        super().load_state_dict(rest)
+
+
+def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfig) -> AdamW | AdamW8bit:
     """Return AdamW with the states that `config` asks for."""
     options: dict[str, Any] = {
         "lr": lr,
@@ -77,7 +150,7 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfi
         return AdamW8bit(parameters, **options)
     if config.master_weights:
         return MasterAdamW(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
+    return AdamW(parameters, **options)
 
 
 class PenaltyCoefficient:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from torch import nn
 
 from ppo_fast.rlhf.config.files import config_from_dict, first_difference
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, WeightsConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.data.prompts import Prompts
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.kernels import kernels_of
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoint
 from ppo_fast.rlhf.training.log import CHECKPOINTS
 from ppo_fast.rlhf.training.state import State, fingerprint
-from ppo_fast.rlhf.user_code import to_python
+from ppo_fast.rlhf.user_code import source_of, to_python
 
+Weights = TypeVar("Weights", bound=WeightsConfig)
+KERNELS = "kernels of the model"  # in `inputs`
 FREE = ("output_dir", "overwrite", "checkpoint", "log")  # fields and groups that a resumed run may change
 
 
@@ -42,6 +47,12 @@ def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: 
         name, before, now = difference
         raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")
     return start
+
+
+def with_kernels(config: Weights, start: Checkpoint | None) -> Weights:
+    """Return the config without liger-kernel if the run was begun without; `inputs` finds the opposite change."""
+    begun_without = start is not None and start.state["inputs"].get(KERNELS) == "none"
+    return dataclasses.replace(config, kernels="none") if begun_without else config
 
 
 @contextlib.contextmanager
@@ -67,7 +78,8 @@ def _check_sizes(directory: Path, position: Mapping[str, int]) -> None:
 def inputs(model: nn.Module, data: Mapping[str, Iterable[object]]) -> State:
     """Return digests of the inputs that a resumed run reads again and must find unchanged."""
     device, weights = next(model.parameters()).device.type, fingerprint(model)
-    return {"kinds of device": device, "model weights": weights} | {name: _digest(rows) for name, rows in data.items()}
+    own = {"kinds of device": device, "model weights": weights, KERNELS: kernels_of(model)}
+    return own | {name: _digest(rows) for name, rows in data.items()}
 
 
 def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[object]]:
@@ -97,9 +109,9 @@ def _written(value: object) -> str:
 
 
 def file_digests(specs: Iterable[str | None]) -> dict[str, str]:
-    """Return file -> digest of the files in "file.py:function" specs."""
-    paths = sorted({spec.rpartition(":")[0] for spec in specs if spec})
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()}
+    """Return file or module -> digest of its file, of "file.py:function" and "module:function" specs, once loaded."""
+    files = {path: source_of(path) for path in sorted({spec.rpartition(":")[0] for spec in specs if spec})}
+    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items() if file is not None}
 
 
 def warn_about_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -19,9 +19,9 @@ INF, NAN = math.inf, math.nan
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of 16 words to a segment, so that 100 words are four segments, the last of them not full."""
-    tile = tuning.Tile(16, 2, 1)
-    monkeypatch.setattr(tuning, "_FORWARD", {(9, 0): ((1 << 31, tile),)})
-    monkeypatch.setattr(tuning, "_BACKWARD", {(9, 0): ((1 << 31, tile),)})
+    monkeypatch.setattr(tuning, "WHOLE", 0)
+    for table in ("_FORWARD", "_FORWARD_WITH_REFERENCE", "_FORWARD_UNALIGNED", "_BACKWARD", "_BACKWARD_UNALIGNED"):
+        monkeypatch.setattr(tuning, table, {(9, 0): tuning.Tile(16, 2, 1)})
 
 
 def _stats(logits: Tensor, targets: Tensor, ref: Tensor | None, temperature: float = 1.0) -> RowStats:

@@ -147,6 +147,13 @@ def test_rule_18_batch_sizes_that_do_not_divide_name_the_numbers():
         "optim.micro_batch_size: expected a divisor of optim.minibatch_size = 16, got 5": {
             "optim": {"micro_batch_size": 5}
         },
+        "optim.tokens_per_pass: expected null with optim.micro_batch_size, got 4096": {
+            "optim": {"micro_batch_size": 4, "tokens_per_pass": 4096}
+        },
+        "rollout.tokens_per_pass: expected null with rollout.micro_batch_size, got 4096": {
+            "rollout": {"micro_batch_size": 4, "tokens_per_pass": 4096}
+        },
+        "optim.tokens_per_pass: expected a number > 0, got 0": {"optim": {"tokens_per_pass": 0}},
         "rollout.samples_per_prompt: expected a divisor of rollout.batch_size = 64, got 3": {
             "rollout": {"samples_per_prompt": 3}
         },
@@ -220,7 +227,13 @@ def test_rule_07_k1_is_no_loss():
         ),
         ({"rollout": {"top_p": 1.5}}, "rollout.top_p: expected 0 < top_p <= 1 or null, got 1.5"),
         ({"rollout": {"top_k": 0}}, "rollout.top_k: expected an int >= 1 or null, got 0"),
-        ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1, got 2.0"),
+        ({"advantage": {"lam": 2}}, "advantage.lam: expected 0 <= lam <= 1 or 'adaptive', got 2.0"),
+        ({"advantage": {"lam_alpha": 0}}, "advantage.lam_alpha: expected a number > 0, got 0.0"),
+        ({"advantage": {"value_lam": 2}}, "advantage.value_lam: expected 0 <= value_lam <= 1 or null, got 2.0"),
+        (
+            {"updates": 3, "optim": {"critic_warmup_updates": 3}},
+            "optim.critic_warmup_updates: expected fewer than updates = 3, got 3",
+        ),
         ({"kl": {"coef": -1}}, "kl.coef: expected a number >= 0, got -1.0"),
         ({"kl": {"coef": 0, "adaptive": True}}, "kl.coef: expected a number > 0 when kl.adaptive, got 0.0"),
         ({"optim": {"lr": 0}}, "optim.lr: expected a number > 0, got 0.0"),
@@ -233,6 +246,13 @@ def test_rule_07_k1_is_no_loss():
         ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay: expected a number >= 0, got -0.1"),
         ({"reward": {"missing_eos_penalty": -1}}, "reward.missing_eos_penalty: expected a number >= 0, got -1.0"),
         ({"reward": {"length_penalty": -1}}, "reward.length_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"overlong_penalty": -1}}, "reward.overlong_penalty: expected a number >= 0, got -1.0"),
+        ({"reward": {"overlong_buffer": 0}}, "reward.overlong_buffer: expected a number > 0, got 0"),
+        (
+            {"reward": {"overlong_buffer": 65}},
+            "reward.overlong_buffer: expected at most rollout.max_new_tokens = 64, got 65",
+        ),
+        ({"rollout": {"dynamic_sampling": -1}}, "rollout.dynamic_sampling: expected a number >= 0, got -1"),
         ({"reward": {"std_coef": -1}}, "reward.std_coef: expected a number >= 0, got -1.0"),
         ({"reward": {"weights": [1, -1]}}, "reward.weights: expected a number >= 0, got -1.0"),
         ({"reward": {"weights": [0, 0]}}, "reward.weights: expected one above 0, got (0.0, 0.0)"),
@@ -262,7 +282,7 @@ def test_choices_are_checked_in_a_config_made_in_python_too():
         ModelConfig(dtype="float16")
     with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
         RewardConfig(combine="max")
-    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', got 'mc'$"):
+    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', 'group', got 'mc'$"):
         AdvantageConfig(kind="mc")
     with pytest.raises(
         UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"

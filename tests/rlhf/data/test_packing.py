@@ -1,6 +1,7 @@
 """Micro-batches: packed equals padded, sequences do not see each other, and the host waits for nothing."""
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.rlhf.data.packing import TokenBatch, offsets, ranges
+from ppo_fast.rlhf.data.packing import TokenBatch, offsets, ranges, split_by_tokens
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import hidden_states, model_inputs, response_logits, response_values
 from ppo_fast.rlhf.models.value import ValueModel
@@ -190,3 +191,32 @@ def test_a_grid_is_read_from_the_device_once():
     assert torch.equal(ids.flatten()[grid.flat_indices(np.arange(4))], ids[:, 5:][mask])
     assert torch.equal(ids.flatten()[grid.flat_indices(np.array([2, 0]))], torch.cat([ids[2, 5:9], ids[0, 5:]]))
     assert {field.name for field in dataclasses.fields(grid)} == {"ids", "attention", "loss_mask"}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_passes_by_tokens_hold_every_sequence_once_and_no_more_tokens_than_asked_for(packed):
+    rng = np.random.default_rng(0)
+    attention = np.arange(40) >= 20 - rng.integers(1, 20, (50, 1))
+    attention &= np.arange(40) < 20 + rng.integers(1, 20, (50, 1))
+    grid = TokenBatch(torch.zeros(50, 40, dtype=torch.long), attention, attention & (np.arange(40) >= 20))
+    rows = rng.permutation(50)[:45]
+    parts = grid.split(rows, None, 100, packed=packed)
+    assert sorted(np.concatenate(parts)) == sorted(rows)
+    taken = [grid.sequences(part, packed=packed).inputs["input_ids"].numel() for part in parts]
+    assert max(taken) <= 100
+    if packed:  # first fit: no two passes would do as one
+        assert sorted(taken)[0] + sorted(taken)[1] > 100
+    else:  # the next one has no room
+        for part, after in itertools.pairwise(parts):
+            assert grid.sequences(np.append(part, after[0]), packed=False).inputs["input_ids"].numel() > 100
+    longest = attention.sum(axis=1)[rows].max()
+    assert attention.sum(axis=1)[parts[0]].max() == longest
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_of_more_tokens_than_a_pass_goes_by_itself(packed):
+    start, stop = np.zeros(4, dtype=int), np.array([3, 9, 4, 12])
+    parts = split_by_tokens(start, stop, 6, packed=packed)
+    assert [part.tolist() for part in parts] == [[3], [1], [2, 0]]
+    (whole,) = split_by_tokens(start, stop, 100, packed=packed)
+    assert whole.tolist() == [0, 1, 2, 3]

@@ -9,7 +9,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_fast import PolicyLossConfig
-from ppo_fast.ops._core import chunked_head
+from ppo_fast.ops._core import head_buffers
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import check_linear, reference_terms, response_logits, response_loss, response_stats
@@ -262,7 +262,7 @@ class LargestOverWords(TorchDispatchMode):
 def test_the_logits_of_a_batch_exist_in_the_materialized_path_alone(
     make_models, make_config, make_rollout, monkeypatch, tokenizer, path, exists
 ):
-    monkeypatch.setattr(chunked_head, "_CPU_CHUNK", 8)
+    monkeypatch.setattr(head_buffers, "_CPU_CHUNK", 8)
     config = make_config(
         model={"fused_head": path == "linear"},
         rollout={"max_new_tokens": 12},

@@ -63,6 +63,8 @@ MEASURED = {
     "micro-batches": ({}, MICRO),
     "checkpointing": ({}, {"model": {"gradient_checkpointing": True}}),
     "packed": ({}, {"model": {"packing": True}}),
+    "tokens": ({}, {"model": {"packing": True}, "optim": {"tokens_per_pass": 190}}),
+    "in the backward pass": ({}, {"optim": {"in_backward": True}}),
     "generate": ({}, {"rollout": {"engine": "generate"}}),
     "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
     "gpt2": ({"arch": "gpt2"}, {}),
@@ -236,7 +238,9 @@ def test_a_7b_is_planned_from_its_config_alone(qwen, tmp_path):
     assert small.phases["update"]["CUDA context"] == full.phases["update"]["CUDA context"] > 0
 
 
-@pytest.mark.parametrize("preset", ["7b-80g-lora", "7b-80g-full", "7b-24g"])
+@pytest.mark.parametrize(
+    "preset", ["7b-80g-full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("7b-80g-lora", "7b-24g"))]
+)
 def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
     row = next(line for line in README.read_text().splitlines() if line.startswith(f"| `{preset}` |"))
     plan = make_plan(load_config(preset=preset, flags={"model.path": qwen}), "cuda")
@@ -290,6 +294,16 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
         ("model.gradient_checkpointing", True),
     ]
     assert changes[-1].plan.fits
+
+
+def test_passes_by_tokens_are_advised_by_halves(monkeypatch):
+    def fake(config, device, *, limit=None):
+        return Plan({"update": {"activations": config.optim.tokens_per_pass * GIB}}, 0, limit)
+
+    monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
+    config = make_config("run", optim={"tokens_per_pass": 1000})
+    changes = advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")
+    assert [(each.name, each.value) for each in changes] == [("optim.tokens_per_pass", 250)]
 
 
 def test_prompts_are_as_long_as_the_context_leaves_room(tmp_path):

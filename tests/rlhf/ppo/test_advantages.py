@@ -1,5 +1,7 @@
 """Advantages: GAE ends at the last counted token, and whitening sees only counted ones."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -49,6 +51,36 @@ def test_rule_08_returns_are_advantages_before_whitening_plus_old_values():
     torch.testing.assert_close(to_python.returns, to_python.advantages + rollout.values)
     assert torch.equal(whitened.returns, to_python.returns)
     assert not torch.equal(whitened.advantages, to_python.advantages)
+
+
+@pytest.mark.parametrize("kind", ["gae", "sequence"])
+def test_the_value_model_regresses_on_returns_of_its_own_lam(kind):
+    rollout = made_rollout(LENGTHS)
+    rewards = rewards_for(rollout)
+    config = AdvantageConfig(kind=kind, gamma=0.9, lam=0.6, value_lam=0.3, whiten=False)
+    experience = make_experience(rollout, rewards, config)
+    alone = make_experience(rollout, rewards, dataclasses.replace(config, value_lam=None))
+    assert torch.equal(experience.advantages, alone.advantages)
+    for earned, values, found in split(rewards.rewards, rollout.values, experience.returns):
+        truth = double_sum(earned.tolist(), values.tolist(), 0.9, 0.3)
+        torch.testing.assert_close(found, torch.tensor(truth) + values)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.05, 1.0), (0.5, 0.9), (2.0, 1.0), (1.0, 0.0)])
+def test_an_adaptive_lam_is_that_of_each_response(alpha, gamma):
+    lengths = [1, 2, 5, 64, 19, 20, 21, 130]  # at 0.05 lam is 0 up to a length of 20
+    rollout = made_rollout(lengths)
+    earned = made_rollout(lengths, seed=7).values.double()
+    rewards = Rewards(earned, torch.zeros(8), torch.zeros_like(earned), torch.tensor(0.0), [], [], [True] * 8, None)
+    rollout = dataclasses.replace(rollout, values=rollout.values.double())
+    config = AdvantageConfig(gamma=gamma, lam="adaptive", lam_alpha=alpha, whiten=False)
+    experience = make_experience(rollout, rewards, config)
+    columns = (rewards.rewards, rollout.values, experience.advantages, experience.returns)
+    for each, values, found, returns in zip(*(column.split(lengths) for column in columns), strict=True):
+        lam = max(0.0, 1 - 1 / (alpha * len(each)))
+        truth = torch.tensor(double_sum(each.tolist(), values.tolist(), gamma, lam), dtype=torch.float64)
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(returns, truth + values, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])

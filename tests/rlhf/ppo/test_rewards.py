@@ -50,6 +50,26 @@ def test_rule_06_reward_is_minus_kl_per_token_plus_the_score_on_the_last_counted
     torch.testing.assert_close(rewards.kl[:2], (rollout.logprobs - rollout.ref_logprobs)[:2])
 
 
+def published(length, longest, buffer):
+    """Equation 13 of DAPO."""
+    if length <= longest - buffer:
+        return 0.0
+    return ((longest - buffer) - length) / buffer if length <= longest else -1.0
+
+
+@pytest.mark.parametrize(("longest", "buffer"), [(10, 4), (10, None), (7, 7), (3, None)])
+def test_an_overlong_response_pays_by_its_length(longest, buffer, tokenizer):
+    lengths = list(range(1, longest + 3))
+    settings = {"overlong_penalty": 0.5, "overlong_buffer": buffer, "clip": 1.0}
+    scorer = Scorer(
+        [FunctionSource(lambda **_: [7.0] * len(lengths))], RewardConfig(**settings), max_new_tokens=longest
+    )
+    rewards = compute_rewards(made_rollout(lengths), tokenizer, scorer, KLCoefficient(KLConfig(), CPU))
+    width = buffer or max(1, longest // 5)
+    expected = [1 + 0.5 * published(length, longest, width) for length in lengths]
+    assert rewards.scores.tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("placement", "charged"), [("reward", True), ("both", True), ("loss", False)])
 def test_rule_07_the_reward_pays_for_kl_only_where_it_is_placed_there(rewarded, placement, charged):
     rewards = rewarded(made_rollout([3]), scores(0.0), kl={"coef": 0.5, "placement": placement})
@@ -206,6 +226,24 @@ def test_an_answer_to_what_is_left_of_the_arguments_names_the_count(rewarded):
         rewarded(made_rollout([2, 3]), popping)
 
 
+def test_a_function_is_loaded_from_a_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_callable("ppo_fast.rewards:exact_answer", "reward.function")(["a"], ["a"]) == [1.0]
+    (tmp_path / "package_of_a_user").mkdir()
+    (tmp_path / "package_of_a_user" / "broken.py").write_text("import package_that_nobody_has\n")
+    messages = {
+        "ppo_fast.rewards:exact": "no function 'exact' in 'ppo_fast.rewards'",
+        "ppo_fast.reward:f": "no such module 'ppo_fast.reward', and no file of that name",
+        "package_that_nobody_has.sub:f": "no such module 'package_that_nobody_has.sub', and no file of that name",
+        "package_of_a_user.broken:f": "'package_of_a_user.broken' does not import: ModuleNotFoundError: No module "
+        "named 'package_that_nobody_has' (broken.py:1)",
+    }
+    for spec, message in messages.items():
+        with raises_exactly(f"reward.function: {message}", UserError):
+            load_callable(spec, "reward.function")
+
+
 def test_a_reward_file_may_hold_dataclasses(tmp_path):
     path = tmp_path / "r.py"
     path.write_text(
@@ -224,7 +262,9 @@ def test_a_function_is_loaded_from_a_file(tmp_path):
         load_callable(f"{path}:width", "reward.function")
     with pytest.raises(UserError, match=r"reward\.function: no such file 'none\.py'"):
         load_callable("none.py:f", "reward.function")
-    with pytest.raises(UserError, match=r"reward\.function: expected 'path/to/file\.py:function', got None"):
+    with pytest.raises(
+        UserError, match=r"reward\.function: expected 'path/to/file\.py:function' or 'module:function', got None"
+    ):
         load_callable(None, "reward.function")
     path.write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"reward\.function: .*r\.py.* ModuleNotFoundError: .*no_such_module"):

@@ -182,9 +182,10 @@ def test_rule_05_scoring_is_the_same_in_micro_batches(make_models, make_config, 
     config = make_config()
     models = make_models(config)
     whole = make_rollout(models, config)
-    parts = score(models, whole.generation, RolloutConfig(micro_batch_size=3))
-    for name in ("logprobs", "ref_logprobs", "entropy", "values"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    for settings in (RolloutConfig(micro_batch_size=3), RolloutConfig(tokens_per_pass=16)):
+        parts = score(models, whole.generation, settings)
+        for name in ("logprobs", "ref_logprobs", "entropy", "values"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
 def test_sampling_ignores_what_a_model_directory_says_about_generation(make_models, make_config, make_rollout):

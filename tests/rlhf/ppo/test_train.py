@@ -8,10 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.rlhf import PPOConfig, UserError, load_config, train_ppo
+from ppo_fast.rlhf.decoding.requests import Sampling
 from ppo_fast.rlhf.models import forward, tiny
+from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.runtime import find_device
 from tests.rlhf.conftest import PROMPTS
+from tests.rlhf.factories import EOS
 
 
 def reward(completion_ids, **_):
@@ -113,6 +116,16 @@ def test_scoring_and_update_take_a_micro_batch_at_a_time(run, monkeypatch, value
     assert set(seen) == {width}
 
 
+def test_a_response_longer_than_a_pass_is_warned_of_once(run):
+    message = (
+        r"^optim\.tokens_per_pass: a prompt and its response may have \d+ tokens, more than 8; such a response goes by "
+        r"itself$"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        run(optim={"tokens_per_pass": 8})
+    assert len(caught) == 1
+
+
 def test_samples_per_prompt_share_a_prompt(run):
     seen = []
 
@@ -176,6 +189,50 @@ def test_masked_responses_are_counted_and_not_trained_on(run, tmp_path, monkeypa
     assert len(experience.lengths) == 7
     assert experience.advantages.mean().abs() < 1e-6  # whitened over what is left
     assert run(updates=1, overwrite=True).history[0]["filter/masked"] == 0
+
+
+@pytest.mark.parametrize("kind", ["gae", "group"])
+def test_truncated_responses_are_left_out_of_loss_and_normalizers_and_counted(run, monkeypatch, kind):
+    seen, notes, update, draw = [], [], Learner.update, Sampling.draw
+
+    def spy(self, experience, *others):
+        seen.append((experience, update(self, experience, *others)))
+        return seen[-1][1]
+
+    def none_ends(self, logits, keys):
+        tokens, logprobs = draw(self, logits, keys)
+        return tokens % 32 + 4, logprobs
+
+    def half_end(self, logits, keys):
+        """Half of the responses to each prompt end at their second token, the others never."""
+        tokens, logprobs = none_ends(self, logits, keys)
+        _, row, step = keys.unbind(-1)
+        return torch.where((row % 4 < 2) & (step == 1), EOS, tokens), logprobs
+
+    def reward(completion_ids, **_):
+        return [float(ids[0]) if ids[-1] == EOS else 1000.0 for ids in completion_ids]
+
+    monkeypatch.setattr(Learner, "update", spy)
+    monkeypatch.setattr(Sampling, "draw", half_end)
+    monkeypatch.setattr(RunLog, "note", lambda self, number, note: notes.append(note))
+    values = {
+        "updates": 1,
+        "rollout": {"mask_truncated": True, "samples_per_prompt": 4},
+        "reward": {"clip": None, "missing_eos_penalty": 0.0},
+        "advantage": {"kind": kind},
+        "kl": {"coef": 0.0},
+    }
+    (metrics,) = run(reward, **values).history
+    ((experience, stats),) = seen
+    assert experience.lengths.tolist() == [2] * 4
+    assert stats.policy["tokens"] == 2 * 4 * 2  # in two epochs
+    assert experience.advantages.abs().max() < 40  # no mean has a part of the thousands
+    assert experience.advantages.mean().abs() < 1e-5
+    assert (metrics["length/truncated_frac"], metrics["length/mean"]) == (0.5, 4)
+    assert metrics["objective/scores"] > 500
+    monkeypatch.setattr(Sampling, "draw", none_ends)
+    assert run(reward, overwrite=True, **values).history == []
+    assert notes == [None, "batch skipped: rollout.mask_truncated leaves out all 8 responses"]
 
 
 def test_the_prompts_come_in_the_order_of_the_curriculum(run):

@@ -106,10 +106,10 @@ def test_rule_11_micro_batches_add_up_to_the_minibatch(setup, aggregation, ratio
     loss = {"aggregation": aggregation, "ratio": ratio, "ent_coef": 0.1, "dual_clip": 3.0}
     kl = {"placement": "loss", "loss_estimator": "k2", "coef": 0.1}
     results = []
-    for micro in (None, 4, 1):
-        learner, rollout, experience = setup(
-            rollout={"max_new_tokens": 12}, loss=loss, kl=kl, optim={"micro_batch_size": micro}
-        )
+    tokens = {"optim": {"tokens_per_pass": 40}}  # packed and padded; a response goes by itself
+    packed = {"model": {"packing": True}}
+    for values in ({}, *({"optim": {"micro_batch_size": size}} for size in (4, 1)), tokens, tokens | packed):
+        learner, rollout, experience = setup(rollout={"max_new_tokens": 12}, loss=loss, kl=kl, **values)
         assert len(set(rollout.generation.mask.sum(dim=1).tolist())) > 2
         # The policy has moved since the rollout, so that ratios differ from 1 and some are clipped.
         with torch.no_grad():
@@ -233,11 +233,9 @@ def test_rule_15_the_gradient_norm_is_clipped_once_and_told_before_clipping(make
 
 def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeypatch):
     calls = []
-    clip = torch.nn.utils.clip_grads_with_norm_
+    clip = ClippedOptimizer.clip
     monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grads_with_norm_",
-        lambda parameters, *norms: calls.append(len(parameters)) or clip(parameters, *norms),
+        ClippedOptimizer, "clip", lambda network: calls.append(len(network.parameters)) or clip(network)
     )
     learner, _, experience = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
     stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))

@@ -21,8 +21,9 @@ from ppo_fast.rlhf import UserError, arguments, train_ppo
 from ppo_fast.rlhf.data.prompts import Prompts
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.ppo.reward_hacking import Rule
-from ppo_fast.rlhf.training.resume import inputs, prompt_inputs
+from ppo_fast.rlhf.training.resume import file_digests, inputs, prompt_inputs
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
+from ppo_fast.rlhf.user_code import load_callable
 from tests.helpers import raises_exactly
 
 MANY = [f"w{i} w{i + 1}" for i in range(11)]  # no batch of 8 ends with an epoch
@@ -302,6 +303,18 @@ def test_prompts_are_the_same_when_texts_tokens_and_columns_are():
     assert columns({"b", "a"}, {"k": [1]}) == columns({"a", "b"}, {"k": [1]})
     assert columns("[1, 2]", None) != columns([1, 2], None) != columns([[1], 2], None)
     assert columns(None, object()) == columns(None, object())
+
+
+def test_a_module_of_the_users_is_fingerprinted_by_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "module_of_a_user.py"
+    path.write_text("def f(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_callable("module_of_a_user:f", "reward.function")
+    specs = ["module_of_a_user:f", "ppo_fast.rewards:exact_answer", "level", None]
+    before = file_digests(specs)
+    assert {"module_of_a_user"} <= {*before} <= {"module_of_a_user", "ppo_fast.rewards"}
+    path.write_text("def f(): return 1\n")
+    assert file_digests(specs)["module_of_a_user"] != before["module_of_a_user"]
 
 
 def test_a_changed_file_of_the_users_is_a_warning(run, tmp_path):

@@ -18,8 +18,9 @@ from ppo_fast.ops._backends.native.rows import (
 )
 from ppo_fast.ops._backends.native.token_stats import token_stats, token_stats_backward
 from ppo_fast.ops._core.config import PolicyInputs
-from ppo_fast.ops._core.inputs import RowInputs
-from ppo_fast.ops._core.results import METRICS, PolicyLossResult
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.policy_inputs import with_tensors
+from ppo_fast.ops._core.results import METRICS, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import tensor_fields
 
 # The tensors that the kernel takes under the same names; it takes the weights of the tokens in place of cu_seqlens.
@@ -44,6 +45,7 @@ def _two_passes(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Po
 def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> PolicyLossResult:
     """Statistics, loss and gradient of a row while it is in the cache."""
     logits, full = rows.logits, rows.ref_logits is not None
+    policy = with_tensors(policy, policy.advantages)  # the kernel takes addresses
     stats = stats_room(rows, want_kl=policy.ref_logprobs is not None)
     weights = token_weights(logits.shape[:2], rows.mask, policy.cu_seqlens, policy.denominator, policy.aggregation)
     result = PolicyLossResult(
@@ -66,3 +68,9 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
     set_addresses(arguments, grad_entropy=result.grad_entropy, grad_kl=result.grad_kl)
     extension.policy_loss(arguments, threads=torch.get_num_threads())
     return result
+
+
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+    """As the reference's."""
+    stats = token_stats(rows, True)
+    return stats, reference.policy_loss_from_stats(stats, rows.mask, policy, weights).grads

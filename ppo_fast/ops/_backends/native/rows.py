@@ -110,7 +110,7 @@ def token_weights(
     shape: torch.Size,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
+    denominator: Tensor | float | None,
     aggregation: str,
 ) -> Tensor | None:
     """The weight of each token; None for token-mean, where the kernels weigh all by one number."""

@@ -28,8 +28,11 @@ def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     return stats
 
 
-def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None) -> Tensor:
+def token_stats_backward(
+    grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """The gradient of the logits. ``out`` has the strides of the logits, and may be the logits."""
+    grads = grads.scaled(scale)
     rows = rows._replace(ref_logits=None) if grads.grad_kl is None else readable(rows)
     logits = rows.logits
     gradient = room(logits.shape, logits.dtype) if out is None else out

@@ -6,7 +6,7 @@ from torch import Tensor
 from ppo_fast.ops._backends.reference.sequences import counted_mean, sequence_sum, to_tokens, token_weights
 from ppo_fast.ops._backends.reference.token_stats import token_stats
 from ppo_fast.ops._core.config import PolicyInputs
-from ppo_fast.ops._core.inputs import RowInputs
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import PolicyLossResult, RowStats
 
 MAX_LOG_RATIO = 20.0
@@ -113,3 +113,9 @@ def policy_loss_from_stats(
 def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:
     """:func:`token_stats`, then :func:`policy_loss_from_stats` of them."""
     return policy_loss_from_stats(token_stats(rows, True), rows.mask, policy)
+
+
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+    """The statistics of some rows of a batch, and the gradients of their loss in these, weighted by token."""
+    stats = token_stats(rows, True)
+    return stats, policy_loss_from_stats(stats, rows.mask, policy, weights).grads

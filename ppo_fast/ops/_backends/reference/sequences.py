@@ -23,7 +23,7 @@ def to_tokens(per_sequence: Tensor, cu_seqlens: Tensor | None, shape: torch.Size
 def token_weights(
     counted: Tensor,
     cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
+    denominator: Tensor | float | None,
     aggregation: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -31,11 +31,11 @@ def token_weights(
     ones = counted.to(dtype)
     if aggregation == "token-mean":
         count = ones.sum() if denominator is None else denominator
-        return torch.where(counted, 1.0 / count, 0.0)
+        return torch.where(counted, ones / count, 0.0)
     lengths = sequence_sum(ones, cu_seqlens)
     count = (lengths > 0).sum().to(dtype) if denominator is None else denominator
     if aggregation == "seq-mean-token-sum":
-        return torch.where(counted, 1.0 / count, 0.0)
+        return torch.where(counted, ones / count, 0.0)
     return torch.where(counted, 1.0 / (count * to_tokens(lengths, cu_seqlens, counted.shape)), 0.0)
 
 

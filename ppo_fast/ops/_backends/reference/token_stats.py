@@ -46,13 +46,15 @@ def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     return RowStats(logprobs, entropy, kl, lse, ref_lse)
 
 
-def token_stats_backward(grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None) -> Tensor:
+def token_stats_backward(
+    grads: RowGrads, rows: RowInputs, stats: RowStats, out: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """dlogits[j] = (g*[j = target] + p[j]*(a + b*u[j] + c*w[j])) / temperature, in the dtype of the logits.
 
     g, gH and gK are the gradients in logprob, entropy and KL; a = -g - gH*H - gK*KL, b = gK - gH, c = -gK. A gradient
-    of None leaves its term out. ``out`` may be the logits themselves.
+    of None leaves its term out, and ``scale`` [] multiplies all. ``out`` may be the logits themselves.
     """
-    g, g_entropy, g_kl = grads
+    g, g_entropy, g_kl = grads.scaled(scale)
     logits, targets, ref_logits, mask, temperature = rows
     entropy, kl = stats.entropy, stats.kl
     u, _ = log_softmax(logits, temperature)

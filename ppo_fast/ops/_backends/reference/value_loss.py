@@ -1,6 +1,7 @@
 """The clipped squared error of the values, with its gradient."""
 
 import torch
+from torch import Tensor
 
 from ppo_fast.ops._backends.reference.sequences import counted_mean, token_weights
 from ppo_fast.ops._core.inputs import ValueInputs
@@ -30,3 +31,8 @@ def value_loss(inputs: ValueInputs) -> ValueLossResult:
     loss = torch.where(counted, weights * square / 2, 0.0).sum()
     metrics = torch.stack([loss, counted_mean(is_clipped.to(dtype), counted), counted.sum().to(dtype)])
     return ValueLossResult(loss, metrics, torch.where(counted, weights * slope, 0.0))
+
+
+def value_loss_backward(grad_values: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the values in their dtype, from that of the loss in them and ``grad_loss`` []."""
+    return (grad_values * grad_loss).to(dtype)

@@ -76,6 +76,18 @@ def tile(base, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def tiles(base, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr):
+    """A :func:`tile` for each base of [ROWS], along the first axis."""
+    LANES: tl.constexpr = BLOCK // GROUP
+    lanes, members = tl.arange(0, LANES), tl.arange(0, GROUP)
+    if ALIGNED:
+        result = (base[:, None] + (lanes * GROUP)[None, :])[:, :, None] + members[None, None, :]
+    else:
+        result = (base[:, None] + lanes[None, :])[:, None, :] + (members * LANES)[None, :, None]
+    return result
+
+
+@triton.jit
 def moved_s(s, shift):
     """s against the maximum that lies ``shift`` above."""
     return s * tl.exp2(shift)

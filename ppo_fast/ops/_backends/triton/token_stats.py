@@ -1,10 +1,14 @@
 """Log-probability, entropy and KL of each row: one read of the logits, however many rows there are.
 
-Only the vocabulary decides how a row is cut into segments. One program reduces one segment of one row; a second kernel
-merges a row's segments in their order. So short batches fill the machine and a row's bits do not depend on the batch.
+Only the vocabulary decides how a row is read. Some thousands of words or fewer are one tile, of which a program takes
+several: each is reduced along its own axis. Larger rows are cut into segments. One program reduces one segment of one
+row; a second kernel merges a row's segments in their order. So short batches fill the machine and a row's bits do not
+depend on the batch.
 The partial results are [fields, N, segments] in float32: m, s, w and, with a reference, its m and s, and k (see
 :mod:`device <ppo_fast.ops._backends.triton.device>`).
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -101,7 +105,7 @@ def segment_kernel(
 
 
 @triton.jit
-def merged(part_ptr, field, part, scale):
+def merged_maximum(part_ptr, field, part, scale):
     """(max, sum, the segments' s, their shifts to the max) of rows, from the fields m and s."""
     m = tl.load(part_ptr, part, other=LOWEST)
     s = tl.load(part_ptr + field, part, other=0.0)
@@ -111,46 +115,100 @@ def merged(part_ptr, field, part, scale):
 
 
 @triton.jit
+def merged(
+    partials_ptr,
+    row,
+    counted,
+    N,
+    scale,
+    ENTROPY: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(m, s, w, m and s of the reference, k) of rows, from their segments; WIDTH >= SEGMENTS."""
+    segment = tl.arange(0, WIDTH)[None, :]
+    part = counted[:, None] & (segment < SEGMENTS)
+    part_ptr = partials_ptr + row[:, None].to(tl.int64) * SEGMENTS + segment
+    field = N.to(tl.int64) * SEGMENTS
+    top, total, s, shift = merged_maximum(part_ptr, field, part, scale)
+    w, ref_top, ref_total, k = total, top, total, total
+    if ENTROPY:
+        w = tl.sum(moved_w(tl.load(part_ptr + 2 * field, part, other=0.0), s, shift), 1)
+    if REFERENCE:
+        ref_top, ref_total, _, ref_shift = merged_maximum(part_ptr + 3 * field, field, part, scale)
+        k = tl.sum(moved_k(tl.load(part_ptr + 5 * field, part, other=0.0), s, shift, ref_shift), 1)
+    return top, total, w, ref_top, ref_total, k
+
+
+@triton.jit
+def whole(
+    logits_ptr,
+    ref_ptr,
+    row,
+    counted,
+    T,
+    V,
+    stride_b,
+    stride_t,
+    ref_stride_b,
+    ref_stride_t,
+    scale,
+    ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same of rows of BLOCK words or fewer, from the logits; a row that does not count is not read."""
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = counted[:, None] & (column < V)
+    x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED)[:, None] + column
+    x = tl.load(x_ptr, inside, other=-float("inf")).to(tl.float32)
+    top = tl.maximum(tl.max(x, 1), LOWEST)
+    d = (x - top[:, None]) * scale
+    e = tl.exp2(d)
+    total = tl.sum(e, 1)
+    w, ref_top, ref_total, k = total, top, total, total
+    if ENTROPY:
+        w = tl.sum(e * floored(d), 1)
+    if ref_ptr is not None:
+        y_ptr = ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED)[:, None] + column
+        y = tl.load(y_ptr, inside, other=-float("inf")).to(tl.float32)
+        ref_top = tl.maximum(tl.max(y, 1), LOWEST)
+        ref_d = (y - ref_top[:, None]) * scale
+        ref_total = tl.sum(tl.exp2(ref_d), 1)
+        k = tl.sum(e * tl.where(e == 0.0, 0.0, d - ref_d), 1)
+    return top, total, w, ref_top, ref_total, k
+
+
+@triton.jit
 def store_row(ptr, row, value, counted, exists):
     """A result of each row, 0 where it does not count."""
     tl.store(ptr + row, tl.where(counted, value, 0.0), exists)
 
 
-@triton.jit(do_not_specialize=["N", "T", "stride_b", "stride_t"])
-def merge_kernel(
-    partials_ptr,
+@triton.jit
+def results(
+    sums,
     logits_ptr,
     targets_ptr,
-    mask_ptr,
     logprobs_ptr,
     entropy_ptr,
     kl_ptr,
     lse_ptr,
     ref_lse_ptr,
-    N,
+    row,
+    counted,
+    exists,
     T,
     V,
-    stride_b: tl.int64,
-    stride_t: tl.int64,
-    scale,
+    stride_b,
+    stride_t,
     inv_temperature,
-    SEGMENTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """Merges the segments of ROWS rows and writes what the rows' pointers ask for; WIDTH >= SEGMENTS."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    exists = row < N
-    counted = exists
-    if mask_ptr is not None:
-        counted &= tl.load(mask_ptr + row, exists, other=0) != 0
-    segment = tl.arange(0, WIDTH)[None, :]
-    part = counted[:, None] & (segment < SEGMENTS)
-    part_ptr = partials_ptr + row[:, None].to(tl.int64) * SEGMENTS + segment
-    field = N.to(tl.int64) * SEGMENTS
-
-    top, total, s, shift = merged(part_ptr, field, part, scale)
+    """Writes what the rows' pointers ask for; returns the log-probability, entropy and KL, each 0 where not asked."""
+    top, total, w, ref_top, ref_total, k = sums
     log_sum = tl.log2(total)
+    logprob, entropy, kl = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
     lse = top.to(tl.float64) * inv_temperature + (log_sum * LN2).to(tl.float64)
     store_row(lse_ptr, row, lse, counted, exists)
     if targets_ptr is not None:
@@ -163,17 +221,95 @@ def merge_kernel(
         logprob = tl.where(inside, logprob, float("nan"))
         store_row(logprobs_ptr, row, logprob, counted, exists)
     if entropy_ptr is not None:
-        w = tl.load(part_ptr + 2 * field, part, other=0.0)
-        mean_d = tl.sum(moved_w(w, s, shift), 1) / total
-        store_row(entropy_ptr, row, (log_sum - mean_d) * LN2, counted, exists)
+        entropy = (log_sum - w / total) * LN2
+        store_row(entropy_ptr, row, entropy, counted, exists)
     if kl_ptr is not None:
-        ref_top, ref_total, _, ref_shift = merged(part_ptr + 3 * field, field, part, scale)
         ref_log_sum = tl.log2(ref_total)
-        k = tl.load(part_ptr + 5 * field, part, other=0.0)
-        mean_gap = tl.sum(moved_k(k, s, shift, ref_shift), 1) / total
-        store_row(kl_ptr, row, (mean_gap - log_sum + ref_log_sum) * LN2, counted, exists)
+        kl = (k / total - log_sum + ref_log_sum) * LN2
+        store_row(kl_ptr, row, kl, counted, exists)
         ref_lse = ref_top.to(tl.float64) * inv_temperature + (ref_log_sum * LN2).to(tl.float64)
         store_row(ref_lse_ptr, row, ref_lse, counted, exists)
+    return logprob, entropy, kl
+
+
+@triton.jit
+def counted_rows(mask_ptr, row, N):
+    """(whether each row exists, whether it counts)."""
+    exists = row < N
+    counted = exists
+    if mask_ptr is not None:
+        counted &= tl.load(mask_ptr + row, exists, other=0) != 0
+    return exists, counted
+
+
+@triton.jit(do_not_specialize=["N", "T", "stride_b", "stride_t", "ref_stride_b", "ref_stride_t"])
+def rows_kernel(
+    partials_ptr,
+    logits_ptr,
+    ref_ptr,
+    targets_ptr,
+    mask_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    kl_ptr,
+    lse_ptr,
+    ref_lse_ptr,
+    N,
+    T,
+    V,
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    ref_stride_b: tl.int64,
+    ref_stride_t: tl.int64,
+    scale,
+    inv_temperature,
+    ALIGNED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The statistics of ROWS rows: of SEGMENTS partial results each, or of their logits, WIDTH words or fewer."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists, counted = counted_rows(mask_ptr, row, N)
+    ENTROPY: tl.constexpr = entropy_ptr is not None
+    REFERENCE: tl.constexpr = kl_ptr is not None
+    if partials_ptr is not None:
+        sums = merged(partials_ptr, row, counted, N, scale, ENTROPY, REFERENCE, SEGMENTS, WIDTH)
+    else:
+        sums = whole(
+            logits_ptr,
+            ref_ptr,
+            row,
+            counted,
+            T,
+            V,
+            stride_b,
+            stride_t,
+            ref_stride_b,
+            ref_stride_t,
+            scale,
+            ENTROPY,
+            ALIGNED,
+            WIDTH,
+        )
+    results(
+        sums,
+        logits_ptr,
+        targets_ptr,
+        logprobs_ptr,
+        entropy_ptr,
+        kl_ptr,
+        lse_ptr,
+        ref_lse_ptr,
+        row,
+        counted,
+        exists,
+        T,
+        V,
+        stride_b,
+        stride_t,
+        inv_temperature,
+    )
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -188,15 +324,15 @@ def row_strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
 
-def _partials(rows: RowInputs, want_entropy: bool) -> Tensor:
+def segments(rows: RowInputs, want_entropy: bool) -> Tensor:
     """The partial results [fields, N, segments]."""
     logits, _, ref_logits, mask, temperature = rows
     B, T, V = logits.shape
     whole_groups = aligned(logits, ref_logits)
-    size = tuning.forward_tile(logits, whole_groups)
-    fields, segments = 3 if ref_logits is None else 6, triton.cdiv(V, size.segment)
-    partials = logits.new_empty(fields, B * T, segments, dtype=torch.float32)
-    segment_kernel[(B * T * segments,)](
+    size = tuning.forward_tile(logits, whole_groups, ref_logits is not None)
+    fields, count = 3 if ref_logits is None else 6, triton.cdiv(V, size.segment)
+    partials = logits.new_empty(fields, B * T, count, dtype=torch.float32)
+    segment_kernel[(B * T * count,)](
         logits,
         ref_logits,
         mask,
@@ -216,48 +352,65 @@ def _partials(rows: RowInputs, want_entropy: bool) -> Tensor:
     return partials
 
 
-def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
-    """The statistics of every row."""
-    logits, targets, ref_logits, mask, temperature = rows
-    B, T, V = logits.shape
+def stats_room(rows: RowInputs, want_entropy: bool) -> RowStats:
+    """Room for the statistics that are asked for."""
+    logits, has_ref = rows.logits, rows.ref_logits is not None
+    shape, wide = logits.shape[:2], torch.float64
 
     def room(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-        return logits.new_empty((B, T) if wanted else (0,), dtype=dtype)
+        return logits.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    has_ref = ref_logits is not None
-    stats = RowStats(
-        room(targets is not None),
-        room(want_entropy),
-        room(has_ref),
-        room(True, torch.float64),
-        room(has_ref, torch.float64),
+    return RowStats(
+        room(rows.targets is not None), room(want_entropy), room(has_ref), room(True, wide), room(has_ref, wide)
     )
-    if B * T == 0:
+
+
+def row_arguments(rows: RowInputs, stats: RowStats) -> tuple[Any, ...]:
+    """The arguments of a kernel that makes statistics, from the logits to the factors of the temperature."""
+    logits, targets, ref_logits, mask, temperature = rows
+    B, T, V = logits.shape
+    return (
+        logits,
+        ref_logits,
+        None if targets is None else targets.contiguous(),
+        mask,
+        stats.logprobs,
+        stats.entropy if stats.entropy.numel() else None,
+        stats.kl if ref_logits is not None else None,
+        stats.lse,
+        stats.ref_lse,
+        B * T,
+        T,
+        V,
+        *row_strides(logits),
+        *row_strides(ref_logits),
+        LOG2_E.value / temperature,
+        1.0 / temperature,
+    )
+
+
+def merging(partials: Tensor) -> dict[str, int]:
+    """The constants of a kernel that merges these segments."""
+    count = partials.shape[2]
+    width = triton.next_power_of_2(count)
+    return {"SEGMENTS": count, "WIDTH": width, "ROWS": max(1, tuning.PARTIALS // width)}
+
+
+def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
+    """The statistics of every row."""
+    logits = rows.logits
+    N, stats, whole_groups = logits.shape[:2].numel(), stats_room(rows, want_entropy), aligned(logits, rows.ref_logits)
+    size = tuning.whole_tile(logits, whole_groups)
+    if N == 0:
         return stats
     with on_device_of(logits):
-        partials = _partials(rows, want_entropy)
-        segments = partials.shape[2]
-        width = triton.next_power_of_2(segments)
-        rows_per_program = max(1, tuning.PARTIALS // width)
-        merge_kernel[(triton.cdiv(B * T, rows_per_program),)](
-            partials,
-            logits,
-            None if targets is None else targets.contiguous(),
-            mask,
-            stats.logprobs,
-            stats.entropy if want_entropy else None,
-            stats.kl if has_ref else None,
-            stats.lse,
-            stats.ref_lse,
-            B * T,
-            T,
-            V,
-            *row_strides(logits),
-            LOG2_E.value / temperature,
-            1.0 / temperature,
-            SEGMENTS=segments,
-            WIDTH=width,
-            ROWS=rows_per_program,
-            enable_fp_fusion=False,
-        )
+        if size is None:
+            partials = segments(rows, want_entropy)
+            constants = merging(partials) | {"ALIGNED": False}
+        else:
+            partials = None
+            constants = {"SEGMENTS": 1, "WIDTH": size.block, "ROWS": size.rows, "num_warps": size.warps}
+            constants["ALIGNED"] = whole_groups
+        grid = (triton.cdiv(N, constants["ROWS"]),)
+        rows_kernel[grid](partials, *row_arguments(rows, stats), **constants, enable_fp_fusion=False)
     return stats

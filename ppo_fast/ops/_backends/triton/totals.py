@@ -1,12 +1,39 @@
-"""Per-token terms summed in a fixed order: partial sums by program, then one program per total. No atomics."""
+"""Per-token terms summed in a fixed order: partial sums by program, then one program per total. No atomics.
+
+The number of tokens that count is a total itself. Where it is the denominator of the loss, the programs that make the
+totals also divide what the per-token kernel has written before it was known.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import tuning
-from ppo_fast.ops._backends.triton.device import on_device_of
+from ppo_fast.ops._core.config import PolicyInputs
+from ppo_fast.ops._core.inputs import ValueInputs
+
+
+@triton.jit
+def number(x):
+    """A number that comes as it is, or in a 0-d tensor."""
+    value = x
+    if isinstance(x, tl.tensor) and x.dtype.is_ptr():  # the interpreter passes a number on as a float
+        value = tl.load(x)
+    return value
+
+
+@triton.jit
+def token_weight(weights_ptr, denominator, row, counted):
+    """The weight of each token in the loss: given, 1/denominator, or 1 where the totals divide; else 0."""
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + row, counted, other=0.0)
+    elif denominator is not None:
+        weight = tl.where(counted, tl.div_rn(counted.to(tl.float32), number(denominator)), 0.0)
+    else:
+        weight = counted.to(tl.float32)
+    return weight
 
 
 @triton.jit
@@ -21,14 +48,34 @@ def max_or_nan(x, total):
     return tl.where(total == total, tl.max(x, 0), total)
 
 
-@triton.jit(do_not_specialize=["P"])
-def totals_kernel(partials_ptr, loss_ptr, metrics_ptr, P, MAXIMUM: tl.constexpr, BLOCK: tl.constexpr):
-    """Row i of ``partials`` [totals, P] to its total: row 0 the loss, row i > 0 metric i - 1.
+@triton.jit
+def divide(ptr, row, exists, count):
+    """Divides elements in place; a pointer of None is left out."""
+    if ptr is not None:
+        tl.store(ptr + row, tl.div_rn(tl.load(ptr + row, exists, other=0.0), count), exists)
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def totals_kernel(
+    partials_ptr,
+    loss_ptr,
+    metrics_ptr,
+    grad_ptr,
+    other_grad_ptr,
+    third_grad_ptr,
+    N,
+    P,
+    BY_COUNT: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    TOTALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row i of ``partials`` [TOTALS, P] to its total, in program i: row 0 the loss, row i > 0 metric i - 1.
 
     Rows 0 and 1 are sums, the last is the number of tokens, row MAXIMUM (if any) a maximum with 0; the others are
-    means over the tokens.
+    means over the tokens. BY_COUNT: rows 0 and 1 are means too, and BLOCK of the N gradients per program are divided.
     """
-    index, tokens_row = tl.program_id(0), tl.num_programs(0) - 1
+    index = tl.minimum(tl.program_id(0), TOTALS - 1)
     column = tl.arange(0, BLOCK)
     sums, tokens = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
@@ -36,28 +83,64 @@ def totals_kernel(partials_ptr, loss_ptr, metrics_ptr, P, MAXIMUM: tl.constexpr,
         exists = start + column < P
         part = tl.load(partials_ptr + index * P + start + column, exists, other=0.0)
         sums += part
-        tokens += tl.load(partials_ptr + tokens_row * P + start + column, exists, other=0.0)
+        tokens += tl.load(partials_ptr + (TOTALS - 1) * P + start + column, exists, other=0.0)
         largest = tl.maximum(largest, part)
-    total = tl.sum(sums, 0)
-    if (index >= 2) & (index < tokens_row):
-        total /= tl.maximum(tl.sum(tokens, 0), 1.0)
+    total, count = tl.sum(sums, 0), tl.maximum(tl.sum(tokens, 0), 1.0)
+    FIRST_MEAN: tl.constexpr = 0 if BY_COUNT else 2
+    if (index >= FIRST_MEAN) & (index < TOTALS - 1):
+        total = tl.div_rn(total, count)
     if index == MAXIMUM:
-        total = max_or_nan(largest, total)
-    if index == 0:
+        total = max_or_nan(largest, tl.sum(sums, 0))
+    if tl.program_id(0) == 0:
         tl.store(loss_ptr, total)
-    else:
+    elif tl.program_id(0) < TOTALS:
         tl.store(metrics_ptr + index - 1, total)
+    if BY_COUNT:
+        row = tl.program_id(0).to(tl.int64) * BLOCK + column
+        divide(grad_ptr, row, row < N, count)
+        divide(other_grad_ptr, row, row < N, count)
+        divide(third_grad_ptr, row, row < N, count)
 
 
-def new_partials(like: Tensor, totals: int) -> Tensor:
-    """Room for the partial sums of a per-token kernel over ``like``: [totals, programs]."""
-    return like.new_empty(totals, triton.cdiv(like.numel(), tuning.ROWS), dtype=torch.float32)
+def weights_or_denominator(
+    weights: Tensor | None, mask: Tensor | None, loss: PolicyInputs | ValueInputs, like: Tensor
+) -> tuple[Tensor | None, Tensor | float | None]:
+    """(weights of the tokens, or the number that divides the loss); neither where that is the number of tokens."""
+    if weights is not None:
+        return weights.contiguous(), None
+    if loss.aggregation != "token-mean":
+        counted = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
+        weights = reference.token_weights(counted, loss.cu_seqlens, loss.denominator, loss.aggregation, torch.float32)
+        return weights.contiguous(), None
+    return None, loss.denominator
 
 
-def totals(partials: Tensor, maximum: int = -1) -> tuple[Tensor, Tensor]:
-    """(loss, metrics) from ``partials`` [totals, programs]: see :func:`totals_kernel`."""
+def new_partials(like: Tensor, totals: int, rows: int = tuning.ROWS) -> Tensor:
+    """Room for the partial sums of a kernel over ``like`` whose programs take ``rows`` tokens: [totals, programs]."""
+    return like.new_empty(totals, triton.cdiv(like.numel(), rows), dtype=torch.float32)
+
+
+def totals(partials: Tensor, grads: tuple[Tensor, ...] | None = None, maximum: int = -1) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) from ``partials`` [totals, programs]: see :func:`totals_kernel`. The caller chooses the device.
+
+    ``grads``: the per-token gradients to be divided by the number of tokens, the first of them not empty, as is the
+    loss; None: the terms have been weighted.
+    """
     rows, programs = partials.shape
     loss, metrics = partials.new_empty(()), partials.new_empty(rows - 1)
-    with on_device_of(partials):
-        totals_kernel[(rows,)](partials, loss, metrics, programs, MAXIMUM=maximum, BLOCK=256)
+    given = [x if x.numel() else None for x in grads or ()]
+    N = 0 if grads is None else grads[0].numel()
+    totals_kernel[(max(rows, triton.cdiv(N, tuning.ROWS)),)](
+        partials,
+        loss,
+        metrics,
+        *given,
+        *(None,) * (3 - len(given)),
+        N,
+        programs,
+        BY_COUNT=grads is not None,
+        MAXIMUM=maximum,
+        TOTALS=rows,
+        BLOCK=tuning.ROWS,
+    )
     return loss, metrics

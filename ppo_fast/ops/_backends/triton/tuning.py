@@ -3,6 +3,7 @@
 A tile depends on the device, the vocabulary and the dtype, never on the number of rows: so a row's bits do not either.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,61 +12,59 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """The walk of one program over a row.
+    """The walk of one program over its rows.
 
     Attributes:
-        block: words (or steps of a sequence) that it takes at once, a power of 2.
+        block: words (or steps of a sequence) of a row that it takes at once, a power of 2.
         blocks: blocks per program, one after the other; a row takes ceil(V / (block * blocks)) programs.
         warps: warps per program.
+        rows: rows that it takes at once, a power of 2.
     """
 
     block: int
     blocks: int
     warps: int
+    rows: int = 1
 
     @property
     def segment(self) -> int:
-        """Words per program."""
+        """Words of a row per program."""
         return self.block * self.blocks
 
 
-_Table = dict[tuple[int, int], tuple[tuple[int, Tile], ...]]
-# By compute capability: (largest vocabulary, tile of 2-byte words); the last line serves every larger vocabulary.
-_FORWARD: _Table = {
-    (8, 0): ((1 << 31, Tile(4096, 4, 4)),),
-    (9, 0): ((1 << 31, Tile(4096, 4, 4)),),
-    (10, 0): ((1 << 31, Tile(4096, 4, 4)),),
-}
-_BACKWARD: _Table = {
-    (8, 0): ((1 << 31, Tile(4096, 1, 4)),),
-    (9, 0): ((1 << 31, Tile(4096, 1, 4)),),
-    (10, 0): ((1 << 31, Tile(4096, 1, 4)),),
-}
-_SAMPLE: _Table = {
-    (8, 0): ((1 << 31, Tile(1024, 16, 4)),),
-    (9, 0): ((1 << 31, Tile(1024, 16, 4)),),
-    (10, 0): ((1 << 31, Tile(1024, 16, 4)),),
-}
+# By compute capability: tiles of 2-byte words. Those of 9.0 are measured on an H200.
+_Table = dict[tuple[int, int], Tile]
+_FORWARD: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(2048, 8, 2), (10, 0): Tile(4096, 4, 4)}
+_FORWARD_WITH_REFERENCE: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(4096, 32, 8), (10, 0): Tile(4096, 4, 4)}
+_BACKWARD: _Table = {(8, 0): Tile(4096, 1, 4), (9, 0): Tile(4096, 1, 4), (10, 0): Tile(4096, 1, 4)}
+# Of words of any width: unaligned rows are read word by word, each with a predicate of its own; more than 16 a thread
+# spill.
+_UNALIGNED_WORDS = 16
+_FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 32, 4), (10, 0): Tile(2048, 4, 4)}
+_BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(4096, 1, 8), (10, 0): Tile(2048, 1, 4)}
+WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
+_WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together
+_SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
 _FILTER = Tile(1024, 1, 8)
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 256  # partial results per program of the kernel that merges them
 
 
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability; that of an H200 for the interpreter's CPU tensors."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _lookup(table: _Table, logits: Tensor, aligned: bool) -> Tile:
-    """The tile of the newest architecture in the table that is not newer than the device, as many bytes a block.
+def _lookup(table: _Table, logits: Tensor) -> Tile:
+    """The tile of the newest architecture in the table that is not newer than the device."""
+    found = capability(logits.device)
+    return table[max((known for known in table if known <= found), default=min(table))]
 
-    Unaligned rows are read word by word, each with a predicate of its own: more than 16 a thread spill.
-    """
-    V, found = logits.shape[-1], capability(logits.device)
-    known = max((known for known in table if known <= found), default=min(table))
-    tile = next(tile for largest, tile in table[known] if largest >= V)
-    block = tile.block * 2 // logits.element_size()
-    return _fitted(tile._replace(block=block if aligned else min(block, 16 * 32 * tile.warps)), V)
+
+def _in_bytes(tile: Tile, logits: Tensor) -> Tile:
+    """As many bytes a block, whatever the width of a word."""
+    return tile._replace(block=tile.block * 2 // logits.element_size())
 
 
 def _fitted(tile: Tile, V: int) -> Tile:
@@ -74,19 +73,43 @@ def _fitted(tile: Tile, V: int) -> Tile:
     return tile._replace(block=block, warps=max(1, tile.warps * block // tile.block))
 
 
-def forward_tile(logits: Tensor, aligned: bool) -> Tile:
-    """The tile of the kernel that reads the logits once."""
-    return _lookup(_FORWARD, logits, aligned)
+def _whole(tile: Tile, logits: Tensor, aligned: bool) -> Tile | None:
+    """The tile of whole rows; None where the vocabulary is too large for it."""
+    block, warps = triton.next_power_of_2(logits.shape[-1]), tile.warps
+    if block > WHOLE:
+        return None
+    words = _in_bytes(tile, logits).block
+    if not aligned:
+        warps = max(warps, block // (32 * _UNALIGNED_WORDS))
+        words = min(words, warps * 32 * _UNALIGNED_WORDS)
+    return Tile(block, 1, warps, max(1, words // block))
+
+
+def whole_tile(logits: Tensor, aligned: bool) -> Tile | None:
+    """The tile of the kernel that reads whole rows once; None where rows are cut into segments."""
+    return _whole(_WHOLE_FORWARD, logits, aligned)
+
+
+def forward_tile(logits: Tensor, aligned: bool, reference: bool) -> Tile:
+    """The tile of the kernel that reads segments of rows once."""
+    if not aligned:
+        return _fitted(_lookup(_FORWARD_UNALIGNED, logits), logits.shape[-1])
+    table = _FORWARD_WITH_REFERENCE if reference else _FORWARD
+    return _fitted(_in_bytes(_lookup(table, logits), logits), logits.shape[-1])
 
 
 def backward_tile(logits: Tensor, aligned: bool) -> Tile:
     """The tile of the kernel that writes their gradient; its programs take one block."""
-    return _lookup(_BACKWARD, logits, aligned)
+    if (whole := _whole(_WHOLE_BACKWARD, logits, aligned)) is not None:
+        return whole
+    if not aligned:
+        return _fitted(_lookup(_BACKWARD_UNALIGNED, logits), logits.shape[-1])
+    return _fitted(_in_bytes(_lookup(_BACKWARD, logits), logits), logits.shape[-1])
 
 
 def sample_tile(logits: Tensor) -> Tile:
     """The tile of the race of ``sample_tokens``."""
-    return _lookup(_SAMPLE, logits, True)
+    return _fitted(_in_bytes(_lookup(_SAMPLE, logits), logits), logits.shape[-1])
 
 
 def filter_tile(V: int) -> Tile:
@@ -101,4 +124,4 @@ def group(logits: Tensor) -> int:
 
 def scan_tile(steps: int) -> Tile:
     """The tile of the reverse scans, for sequences of about ``steps`` steps."""
-    return Tile(128, 1, 1) if steps <= 128 else Tile(512, 1, 4)
+    return Tile(128 if steps <= 128 else 512, 1, 1)

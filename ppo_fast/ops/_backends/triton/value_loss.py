@@ -3,11 +3,18 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, on_device_of
-from ppo_fast.ops._backends.triton.totals import new_partials, store_partial, totals
+from ppo_fast.ops._backends.triton.token_stats import counted_rows
+from ppo_fast.ops._backends.triton.totals import (
+    new_partials,
+    store_partial,
+    token_weight,
+    totals,
+    weights_or_denominator,
+)
 from ppo_fast.ops._core.inputs import ValueInputs
 from ppo_fast.ops._core.results import VALUE_METRICS, ValueLossResult
 
@@ -21,6 +28,7 @@ def value_kernel(
     mask_ptr,
     old_ptr,
     weights_ptr,
+    denominator,
     d_values_ptr,
     partials_ptr,
     N,
@@ -29,16 +37,13 @@ def value_kernel(
 ):
     """0.5 * max((v - R)^2, (old_v + clip(v - old_v, -c, c) - R)^2) per token; without old values 0.5 * (v - R)^2."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < N
-    counted = exists
-    if mask_ptr is not None:
-        counted &= tl.load(mask_ptr + row, exists, other=0) != 0
+    exists, counted = counted_rows(mask_ptr, row, N)
     v = tl.load(values_ptr + row, counted, other=0.0).to(tl.float32)
     if old_ptr is not None:
         old = tl.load(old_ptr + row, counted, other=0.0)
         v = tl.where(old == old, v, old)  # comparisons would drop a NaN
     target = tl.load(returns_ptr + row, counted, other=0.0)
-    weight = tl.load(weights_ptr + row, counted, other=0.0)
+    weight = token_weight(weights_ptr, denominator, row, counted)
     error = v - target
     square, slope = error * error, error
     is_clipped = tl.zeros([ROWS], tl.int1)
@@ -56,24 +61,43 @@ def value_kernel(
     store_partial(partials_ptr, 3, counted.to(tl.float32))
 
 
+@triton.jit(do_not_specialize=["N"])
+def scaled_kernel(out_ptr, x_ptr, factor_ptr, N, ROWS: tl.constexpr):
+    """out = x * factor [], in the dtype of out."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    scaled = tl.load(x_ptr + row, row < N, other=0.0) * tl.load(factor_ptr)
+    tl.store(out_ptr + row, scaled.to(out_ptr.dtype.element_ty), row < N)
+
+
 def value_loss(inputs: ValueInputs) -> ValueLossResult:
-    """The weights of the tokens come from ``reference.token_weights``."""
-    values, returns, mask, old_values, cu_seqlens, denominator, clip, aggregation = inputs
-    counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    weights = reference.token_weights(counted, cu_seqlens, denominator, aggregation, returns.dtype)
+    """The weights of the tokens come from ``reference.token_weights`` where they differ."""
+    values, returns, mask, old_values, _, _, clip, _ = inputs
+    weights, denominator = weights_or_denominator(None, mask, inputs, returns)
     d_values, partials = torch.empty_like(returns), new_partials(returns, _TOTALS)
-    if values.numel():
-        with on_device_of(values):
+    with on_device_of(values):
+        if values.numel():
             value_kernel[(partials.shape[1],)](
                 values.contiguous(),
                 returns,
                 mask,
                 None if clip is None else old_values,
-                weights.contiguous(),
+                weights,
+                denominator,
                 d_values,
                 partials,
                 values.numel(),
                 clip or 0.0,
                 ROWS=tuning.ROWS,
             )
-    return ValueLossResult(*totals(partials), d_values)
+        by_count = weights is None and denominator is None
+        return ValueLossResult(*totals(partials, (d_values,) if by_count else None), d_values)
+
+
+def value_loss_backward(grad_values: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``reference.value_loss_backward``."""
+    out = torch.empty_like(grad_values, dtype=dtype)
+    if out.numel():
+        with on_device_of(out):
+            grid = (triton.cdiv(out.numel(), tuning.ROWS),)
+            scaled_kernel[grid](out, grad_values, grad_loss, out.numel(), ROWS=tuning.ROWS)
+    return out

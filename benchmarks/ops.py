@@ -1,0 +1,235 @@
+"""The ops on a GPU against their peers and against the card's own limits, within three minutes.
+
+    python -m benchmarks.ops [--smoke]
+
+Writes ``benchmarks/results/DEVICE/ops.json``. Times are the device's, by events, with nothing in its cache; the host's
+time of a call, which overlaps with them, is beside them. One that fails is printed with the reason and left out.
+``--smoke`` runs tiny shapes on a CPU, to see that this works.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+import ppo_fast
+from benchmarks import bench_linear, bench_policy_loss, bench_token_stats, harness
+from benchmarks.conftest import device_name
+from benchmarks.run import directory
+from tests import eager
+
+LIMIT = 150.0
+
+
+class Row(NamedTuple):
+    """One contender: what it moves or computes, and how far its answer is from float64 (None: not comparable)."""
+
+    group: str
+    contender: str
+    run: harness.Run
+    bytes: int = 0
+    flops: int = 0
+    error: Callable[[], float] | None = None
+
+
+def _shape(logits: Tensor) -> str:
+    return f"{logits.shape[0]}x{logits.shape[1]} {str(logits.dtype).removeprefix('torch.')}"
+
+
+def _shapes(*given: str) -> Iterator[list[str]]:
+    """Vocabulary, dtype and variant; those of a large vocabulary are left out of a run that takes no figures."""
+    return (words.split(", ") for words in given if not harness.SMOKE or words.startswith("V="))
+
+
+def token_stats() -> Iterator[Row]:
+    """Forward passes."""
+    for shape, dtype, what in _shapes(
+        "llama3, bfloat16, forward",
+        "qwen2.5, bfloat16, forward",
+        "gpt2, bfloat16, forward",
+        "V=256, bfloat16, forward",
+        "V=32, float32, forward",
+        "llama3, bfloat16, exact KL",
+        "V=256, bfloat16, exact KL",
+    ):
+        case = bench_token_stats.Case(shape, dtype, what)
+        group = f"token_stats, {what}, {_shape(case.logits)}"
+        compiles = what == "forward" and shape in ("llama3", "V=256")
+        for name in (*bench_token_stats.BACKENDS, "eager", *(["torch.compile"] if compiles else [])):
+            yield Row(group, name, partial(case.run, name), case.moved, error=partial(case.error, name))
+
+
+def policy_loss() -> Iterator[Row]:
+    """Forward and backward with an entropy bonus; liger-kernel's loss has none."""
+    for shape, dtype, variant in _shapes(
+        "llama3, bfloat16, k3 KL",
+        "qwen2.5, bfloat16, k3 KL",
+        "gpt2, bfloat16, k3 KL",
+        "V=256, bfloat16, k3 KL",
+        "V=32, float32, k3 KL",
+        "llama3, bfloat16, exact KL",
+        "V=256, bfloat16, exact KL",
+    ):
+        case = bench_policy_loss.Case(shape, dtype, variant)
+        group = f"policy_loss, {variant}, {_shape(case.logits)}"
+        compiles = variant == "k3 KL" and shape.startswith("V=")
+        for name in (*bench_policy_loss.BACKENDS, "eager", *(["torch.compile"] if compiles else [])):
+            yield Row(group, name, partial(case.run, name), case.moved, error=partial(case.error, name))
+        if variant == "k3 KL" and not shape.startswith("V="):
+            yield from _liger_policy_loss(group, case)
+
+
+def _liger_policy_loss(group: str, case: Any) -> Iterator[Row]:
+    loss = bench_linear.imported(liger="liger_kernel.transformers.grpo_loss").get("liger")
+    if loss is None:
+        return
+    old, advantages, mask = case.rows
+    targets, reference = case.targets[None, :-1], case.reference["ref_logprobs"][None, :-1]
+
+    def run() -> None:
+        logits = case.logits.detach().requires_grad_()[None]
+        options = {"temperature": 1.0, "beta": 0.05, "eps_low": 0.2, "eps_high": 0.2, "inplace": False}
+        out = loss.triton_grpo_loss(
+            logits, old[None, :-1], reference, targets, advantages[:1], mask[None, :-1].int(), **options
+        )
+        out[0].mean().backward()
+
+    yield Row(group, "liger-kernel (no entropy)", run, case.moved)
+
+
+def value_loss() -> Iterator[Row]:
+    """Four million values, clipped."""
+    shape = (8, 16) if harness.SMOKE else (4096, 1024)
+    values, returns, old = (torch.randn(shape, device=harness.DEVICE) for _ in range(3))
+    counted = torch.rand(shape, device=harness.DEVICE) > 0.2
+
+    def run(function: Callable[..., Any]) -> None:
+        out = function(values.detach().requires_grad_(), returns, counted, old_values=old, clip=0.2)
+        (out if isinstance(out, Tensor) else out.loss).backward()
+
+    for name, function in (("auto", ppo_fast.value_loss), ("eager", eager.value_loss)):
+        yield Row(f"value_loss, {shape[0]}x{shape[1]}", name, partial(run, function), 17 * values.numel())
+
+
+def gae() -> Iterator[Row]:
+    """Padded batches without and with a mask."""
+    backends = [b for b in ("cuda", "triton", "native") if ppo_fast.backends()["gae"].get(b) == "ok"]
+    for B, T in ((4, 16),) if harness.SMOKE else ((4096, 128), (512, 1024), (8192, 4096), (8, 32768)):
+        rewards, values = (torch.randn(B, T, device=harness.DEVICE) for _ in range(2))
+        mask = torch.rand(B, T, device=harness.DEVICE) > 0.2
+        moved = 4 * rewards.nbytes
+        for name in backends:
+            yield Row(f"gae, {B}x{T}", name, partial(ppo_fast.gae, rewards, values, backend=name), moved)
+            masked = partial(ppo_fast.gae, rewards, values, mask, backend=name)
+            yield Row(f"gae with a mask, {B}x{T}", name, masked, moved + mask.nbytes)
+        if T == 128 or harness.SMOKE:
+            yield Row(f"gae, {B}x{T}", "Python loop", partial(eager.gae, rewards, values), moved)
+
+
+def linear() -> Iterator[Row]:
+    """The head in its three forms against only its products, and the peers."""
+    first, *others = bench_linear.SHAPES
+    dtype = "float32" if harness.SMOKE else "bfloat16"
+    forms = [(first, form) for form in ("scoring", "frozen", "entropy")] + [(shape, "entropy") for shape in others]
+    for shape, form in forms:
+        case = bench_linear.Case(shape, dtype, form)
+        names = [bench_linear.PRODUCTS, *bench_linear.BACKENDS]
+        if shape == first and form == "entropy":
+            names += ["eager", *(bench_linear.PEERS[peer] for peer in bench_linear.MODULES if peer != "trl")]
+        for name in names:
+            compared = name in bench_linear.BACKENDS
+            error = partial(case.error, name) if compared else None
+            yield Row(f"linear, {form}, {shape}", name, partial(case.run, name), flops=case.flops, error=error)
+
+
+SUITES = (gae, value_loss, token_stats, policy_loss, linear)
+
+
+def measured(row: Row) -> dict[str, Any]:
+    """A result as pytest-benchmark writes one."""
+    error = row.error() if row.error else None
+    info: dict[str, Any] = {"contender": row.contender, "ratios": {}, "peak_bytes": harness.peak_bytes(row.run)}
+    if harness.DEVICE == "cuda":
+        times, info["host"] = harness.device_seconds(row.run), harness.host_seconds(row.run)
+    else:
+        times = [harness.seconds(row.run)]
+    info |= {name: value for name in ("bytes", "flops") if (value := getattr(row, name))}
+    if error is not None:
+        info["error"] = error
+    quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [0.0, 0.0, 0.0]
+    stats = {"median": statistics.median(times), "iqr": quarter[2] - quarter[0], "rounds": len(times)}
+    return {"group": row.group, "stats": stats, "extra_info": info}
+
+
+def _line(result: dict[str, Any], rates: dict[str, float]) -> str:
+    info, median = result["extra_info"], result["stats"]["median"]
+    share = ""
+    if "bytes" in info:
+        share = f"{100 * info['bytes'] / median / rates['copy_bandwidth']:5.0f} % of copy"
+    elif "flops" in info and "product_rate" in rates:
+        share = f"{100 * info['flops'] / median / rates['product_rate']:5.0f} % of GEMM"
+    host = f"host {1e3 * info['host']:8.3f} ms" if "host" in info else ""
+    peak = f"peak {info['peak_bytes'] / 2**30:6.3f} GiB"
+    return f"{result['group']:48.48} {info['contender']:26.26} {1e3 * median:9.4f} ms {share:16} {host} {peak}"
+
+
+def add_ratios(results: list[dict[str, Any]]) -> None:
+    """Each of ours against the others of its group."""
+    ours = ("triton", "cuda", "native", "auto")
+    for result in results:
+        if result["extra_info"]["contender"] in ours:
+            result["extra_info"]["ratios"] = {
+                other["extra_info"]["contender"]: other["stats"]["median"] / result["stats"]["median"]
+                for other in results
+                if other["group"] == result["group"] and other["extra_info"]["contender"] not in ours
+            }
+
+
+def main() -> int:
+    """Measure every row and write the results."""
+    parser = argparse.ArgumentParser(description="Time the ops on a GPU.")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes (with PPO_FAST_BENCH_SMOKE=1), nothing written"
+    )
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no other row is begun")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    rates = {"copy_bandwidth": harness.copy_bandwidth()}
+    if harness.DEVICE == "cuda":
+        rates["product_rate"] = harness.product_rate()
+    results, failed = [], []
+    for suite in SUITES:
+        for row in suite():
+            if time.perf_counter() - start > arguments.limit:
+                failed.append(f"{row.group} {row.contender}: no time left")
+                continue
+            try:
+                results.append(measured(row))
+            except Exception as error:  # a peer's or a compiler's: the others are still measured
+                failed.append(f"{row.group} {row.contender}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            finally:
+                if harness.DEVICE == "cuda":
+                    torch.cuda.empty_cache()
+            print(_line(results[-1], rates), flush=True)
+    add_ratios(results)
+    print("\n".join(failed))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine = {"device": device_name(), "threads": 1, "torch": torch.__version__, "triton": triton.__version__}
+    written = {"machine_info": machine | rates, "commit_info": {"id": commit}, "benchmarks": results}
+    if not arguments.smoke:
+        (directory() / "ops.json").write_text(json.dumps(written, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The launchers' own kernels are all that runs: no kernel of torch prepares their inputs or finishes their results."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+import ppo_fast as pf
+from ppo_fast.ops._core import checks, registry
+
+SHAPE = (3, 5)
+# Ops that allocate, or look at memory that is there.
+_NO_KERNEL = {"empty", "empty_like", "new_empty", "detach", "view", "_unsafe_view", "expand", "unbind", "alias"}
+
+
+class _Kernels(TorchDispatchMode):
+    """The names of torch's ops that compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in _NO_KERNEL:
+            self.torch.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[_Kernels, list[str]]]:
+    """(torch's kernels, ours) of what runs inside, as on a GPU: values are not checked."""
+    launch, ours = GridExecutor.__call__, list[str]()
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        ours.append(self.fn.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():
+            launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", run)
+    monkeypatch.setattr(registry, "runs_directly", lambda x: True)  # the mode that counts would be seen as a tracer
+    for name in ("target_values", "denominator_value"):
+        monkeypatch.setattr(checks, name, lambda *_: None)
+    with _Kernels() as kernels:
+        yield kernels, ours
+
+
+def policy_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    config = pf.PolicyLossConfig(ent_coef=0.01, kl_coef=0.05, penalty_coef=0.1, dual_clip=3.0)
+    return pf.policy_loss(
+        logits,
+        inputs["targets"],
+        inputs["old"],
+        inputs["advantages"],
+        inputs["mask"],
+        config=config,
+        ref_logprobs=inputs["old"],
+        denominator=inputs.get("denominator"),
+        backend="triton",
+    ).loss
+
+
+def value_loss(values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    old, denominator = inputs["old"], inputs.get("denominator")
+    return pf.value_loss(
+        values, old, inputs["mask"], old_values=old, clip=0.2, denominator=denominator, backend="triton"
+    ).loss
+
+
+SEGMENTS = ["segment_kernel", "terms_kernel", "totals_kernel", "gradient_kernel"]
+WHOLE = ["rows_kernel", "terms_kernel", "totals_kernel", "gradient_kernel"]
+VALUE = ["value_kernel", "totals_kernel", "scaled_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "words", "denominator", "launches"),
+    [
+        (policy_loss, (4100,), None, SEGMENTS),
+        (policy_loss, (20,), 7.0, WHOLE),
+        (policy_loss, (20,), torch.tensor(7.0), WHOLE),
+        (value_loss, (), None, VALUE),
+    ],
+    ids=["segments", "number", "tensor", "value_loss"],
+)
+def test_forward_and_backward(
+    loss_of: Callable[..., Tensor],
+    words: tuple[int, ...],
+    denominator: float | Tensor | None,
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leaf = torch.randn(*SHAPE, *words).requires_grad_()
+    old, advantages = torch.randn(2, *SHAPE).unbind()
+    inputs: Any = {"targets": torch.zeros(SHAPE, dtype=torch.int64), "old": old, "advantages": advantages}
+    inputs |= {"mask": torch.rand(SHAPE) > 0.3, "denominator": denominator}
+    with counted(monkeypatch) as (kernels, ours):
+        loss = loss_of(leaf, inputs)
+        loss.backward()
+    assert ours == launches
+    assert kernels.torch == ["ones_like"]  # autograd's gradient of the loss
+    assert leaf.grad is not None
+    assert leaf.grad.abs().sum() > 0
