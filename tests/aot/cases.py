@@ -50,11 +50,10 @@ def backward(V: int, dtype: torch.dtype) -> None:
             token_stats_backward.token_stats_backward(RowGrads(g_logprob, g_entropy, g_kl), inputs, stats)
 
 
-def sample(V: int, dtype: torch.dtype) -> None:
-    """sample_tokens without a filter, with both."""
-    logits, keys = torch.empty(B, T, V, dtype=dtype), torch.empty(B, T, 3, dtype=torch.int64)
-    sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, None, None))
-    sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, 50, 0.95))
+def sample(V: int, *filters: float | None) -> None:
+    """sample_tokens, with these filters top_k and top_p."""
+    logits, keys = torch.empty(B, T, V, dtype=torch.bfloat16), torch.empty(B, T, 3, dtype=torch.int64)
+    sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, *filters))
 
 
 def policy(estimator: str) -> None:
@@ -111,7 +110,8 @@ _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
 CASES: dict[str, Callable[[], None]] = {
     **{f"forward-{n}-{d}": functools.partial(forward, VOCABULARIES[n], d) for n, d in _LOGITS},
     **{f"backward-{n}-{d}": functools.partial(backward, VOCABULARIES[n], d) for n, d in _LOGITS},
-    **{f"sample-{n}-{d}": functools.partial(sample, VOCABULARIES[n], d) for n, d in _LOGITS},
+    "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
+    "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.ops._backends.triton import token_stats, token_stats_backward
-from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._backends.triton import sample_tokens, token_stats, token_stats_backward
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs, SampleInputs
 from ppo_fast.ops._core.results import RowStats
 from tests.aot.cases import rows
 from tests.aot.offline import SM90, compiling
@@ -60,6 +60,17 @@ def test_forward_reads_each_logit_once(entropy: bool, reference: bool) -> None:
     assert not _accesses(segment, "store")
     assert not _accesses(merge, "load")
     assert max(made.sizes) <= 6 * 2 * 8  # six fields of two rows of eight segments or fewer
+
+
+def test_sampling_reads_each_logit_once_and_keeps_nothing_of_their_size() -> None:
+    logits, keys = torch.empty(1, 2, V, dtype=torch.bfloat16), torch.empty(1, 2, 3, dtype=torch.int64)
+    with compiling(SM90) as kernels, _Allocations() as made:
+        sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, None, None))
+    segment, merge = kernels
+    tile = r"tt\.load .*tensor<256x4x!tt\.ptr<bf16>"
+    assert len(re.findall(tile, segment.asm["ttir"])) == len(re.findall(tile, _loop(segment))) == 1
+    assert not re.findall(tile, merge.asm["ttir"])
+    assert max(made.sizes) <= 3 * 2 * 8  # three fields of two rows of eight segments
 
 
 @pytest.mark.parametrize("reference", [False, True])

@@ -9,12 +9,12 @@ from torch import Tensor
 
 import ppo_fast as pf
 from ppo_fast.ops._backends.reference.sample_tokens import exponential, noise, philox
-from tests.helpers import INTERPRETED, assert_near_truth, assert_same, each_backend, each_case
+from tests.helpers import DTYPES, INTERPRETED, assert_near_truth, assert_same, each_backend, each_case
 from tests.ops.test_memory import peak_bytes
 
 INF, NAN = math.inf, math.nan
 # The interpreter takes a thirtieth of a second for a row.
-FEW = 2 if INTERPRETED else 40
+FEW = 1 if INTERPRETED else 40
 EXTREMES = {0: 2.0**-32, 1: 1.5 * 2.0**-31, (1 << 31) - 1: 32 * math.log(2)}
 
 
@@ -68,8 +68,8 @@ def test_each_part_of_the_key_and_each_word_draws_other_noise() -> None:
     assert drawn.unique().numel() == drawn.numel()
 
 
-@each_case("sample_tokens")
-@pytest.mark.parametrize("V", [1, 2, 3, 33, 1000, 50_257])
+@each_case("sample_tokens", DTYPES[:2] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("V", [1, 33, 2100] if INTERPRETED else [1, 2, 3, 33, 1000, 50_257])
 def test_the_race_is_won_by_the_word_of_the_definition(backend: str, dtype: torch.dtype, V: int) -> None:
     n = 1 if V > 1000 else FEW
     logits, keys = (3 * torch.randn(n, V)).to(dtype), keys_of(n, seed=-(1 << 40) + V, step=(1 << 32) - 1)
@@ -104,7 +104,7 @@ def test_chi_square_of_the_distribution(backend: str, temperature: float) -> Non
         [0.0] * 5,
         [3e4 + 2, 3e4, 3e4 + 1],
         [-INF, 0.0, -INF],
-    ][: 3 if INTERPRETED else None],
+    ][: 2 if INTERPRETED else None],
 )
 def test_filters_keep_the_words_of_the_definition(backend: str, logits: list[float]) -> None:
     x, keys = torch.tensor(logits), keys_of(FEW)
@@ -117,12 +117,13 @@ def test_filters_keep_the_words_of_the_definition(backend: str, logits: list[flo
             assert_same(ours.tokens, kept[race[:, kept].argmax(-1)])
 
 
-@each_case("sample_tokens")
+@each_case("sample_tokens", DTYPES[1:3] if INTERPRETED else DTYPES)
 def test_filters_of_wide_rows(backend: str, dtype: torch.dtype) -> None:
     n, V = 1 if INTERPRETED else 6, 1501
     logits, keys = (4 * torch.randn(n, V)).to(dtype), keys_of(n)
     race = scores(logits, keys, 0.9)
-    for top_k, top_p in ((50, None), (None, 0.95), (700, 0.8), (V, 0.3), (1500, None)):
+    several = ((50, None), (None, 0.95), (700, 0.8), (V, 0.3), (1500, None))
+    for top_k, top_p in several[2:3] if INTERPRETED else several:
         ours = pf.sample_tokens(logits, keys, temperature=0.9, top_k=top_k, top_p=top_p, backend=backend)
         for row in range(n):
             words = torch.tensor(kept_by_definition(logits[row], 0.9, top_k, top_p))
@@ -158,7 +159,7 @@ def test_extreme_temperatures(backend: str) -> None:
 
 
 @each_backend("sample_tokens")
-@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.5}])
 def test_rows_without_a_distribution(backend: str, filters: dict[str, Any]) -> None:
     logits = torch.zeros(5, 600)
     logits[0, 300], logits[1, 400], logits[2], logits[3, 5] = NAN, INF, -INF, 40.0
@@ -176,13 +177,14 @@ def test_no_rows_and_no_leading_shape(backend: str) -> None:
     assert one.logprobs == pytest.approx(-math.log(5))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="tests/aot counts what the launcher allocates")
 @each_backend("sample_tokens")
 def test_nothing_of_the_size_of_the_logits_is_allocated(backend: str) -> None:
     if backend == "torch":
         pytest.skip("the definition draws the noise of about a million words at once")
-    n = 2 if INTERPRETED else 16
+    n = 16
     logits, keys = torch.randn(n, 4096).bfloat16(), keys_of(n)
-    for filters in ({"top_k": 50},) if INTERPRETED else ({}, {"top_k": 50, "top_p": 0.9}):
+    for filters in ({}, {"top_k": 50, "top_p": 0.9}):
         peak = peak_bytes(lambda filters=filters: pf.sample_tokens(logits, keys, backend=backend, **filters))
         assert peak <= 64 * n
 

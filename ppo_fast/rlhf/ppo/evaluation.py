@@ -14,9 +14,10 @@ from ppo_fast.rlhf.data.prompts import Prompts, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.ppo.environment import RolloutFunction, respond
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses
 from ppo_fast.rlhf.ppo.rewards import Scorer
-from ppo_fast.rlhf.ppo.rollout import Generation, generate
+from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.checkpoint import save_models
@@ -36,12 +37,21 @@ class Evaluation(Callback):
     """
 
     def __init__(
-        self, config: PPOConfig, models: Models, scorer: Scorer, data: Prompts, evaluators: list[Evaluator]
+        self,
+        config: PPOConfig,
+        models: Models,
+        scorer: Scorer,
+        data: Prompts,
+        evaluators: list[Evaluator],
+        rollout_fn: RolloutFunction | None = None,
     ) -> None:
+        self.rollout_fn = rollout_fn
         self.config, self.models, self.scorer, self.data, self.evaluators = config, models, scorer, data, evaluators
-        self.start: list[list[int]] = []  # token ids of the answers of the model at the start
+        self.start: list[list[int]] = []  # counted token ids of the answers of the model at the start
+        self.start_whole: list[list[int]] = []  # with the tokens that a rollout function put between them
         self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
         self.best: float | None = None
+        self.worse = 0  # evaluations since the best
         self.answers: list[Record] = []  # of the latest evaluation, paired with those of the model at the start
 
     def on_start(self, record: StepRecord) -> None:
@@ -59,8 +69,9 @@ class Evaluation(Callback):
     def begin(self) -> None:
         """Answer the prompts with the model as it is, unless a resumed run has done so."""
         if not self.start:
-            answers = Responses.from_generation(self._answers(self.data), self.models.tokenizer)
+            answers = Responses.from_generation(self._answers(self.data, self.rollout_fn), self.models.tokenizer)
             self.start, self.start_ended = answers.completion_ids, answers.ended
+            self.start_whole = answers.response_ids
 
     def run(self, best: Path) -> tuple[dict[str, float], str | None]:
         """Return the metrics, and a note if the model is the best so far and is saved in `best`."""
@@ -76,13 +87,20 @@ class Evaluation(Callback):
             raise UserError(f"evaluation.best: expected one of {', '.join(metrics)}, got {watched!r}")
         sign = 1 if self.config.evaluation.best_is == "max" else -1
         if self.best is not None and sign * metrics[watched] <= sign * self.best:
-            return None
-        self.best = metrics[watched]
+            self.worse += 1
+            number = self.config.evaluation.patience
+            return f"stopped early: no better {watched} in {number} evaluations" if self.exhausted else None
+        self.best, self.worse = metrics[watched], 0
         save_models(self.models, directory)
         return f"best {watched} so far, {self.best:.4g}: saved in {directory.name}"
 
+    @property
+    def exhausted(self) -> bool:
+        """`evaluation.patience` is at its end."""
+        return 0 < self.config.evaluation.patience <= self.worse
+
     def _measured(self) -> dict[str, float]:
-        generation = self._answers(self.data)
+        generation = self._answers(self.data, self.rollout_fn)
         rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
         scores = self.scorer(responses, learn=False).totals
@@ -110,8 +128,8 @@ class Evaluation(Callback):
 
     def _at_the_start(self, now: Responses) -> tuple[Responses, torch.Tensor]:
         """Return the answers at the start and their scores [B], rescored each time: running statistics move."""
-        texts = self.models.tokenizer.batch_decode(self.start, skip_special_tokens=True)
-        start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns)
+        texts, whole = self.models.tokenizer.batch_decode(self.start_whole, skip_special_tokens=True), self.start_whole
+        start = Responses(now.prompts, now.prompt_ids, texts, self.start, self.start_ended, now.columns, whole)
         return start, self.scorer(start, learn=False).totals
 
     def _users_metrics(self) -> dict[str, float]:
@@ -134,24 +152,29 @@ class Evaluation(Callback):
             raise UserError(f"evaluator: expected prompts of at most {limit} tokens, got {data.dropped} longer ones")
         return Responses.from_generation(self._answers(data), self.models.tokenizer).completions
 
-    def _answers(self, data: Prompts) -> Generation:
+    def _answers(self, data: Prompts, rollout_fn: RolloutFunction | None = None) -> Generation:
         rows = list(range(len(data.token_ids)))
         batch = make_batch(data, rows, self.models.pad_id, self.models.device)
         width = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
-        return generate(self.models, batch, self._rollout(width), noise_seed(self.config.seed, "evaluation"))
+        seed = noise_seed(self.config.seed, "evaluation")
+        return respond(self.models, batch, self._rollout(width), seed, function=rollout_fn)
 
     def _rollout(self, width: int) -> RolloutConfig:
         return dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
 
     def state_dict(self) -> State:
-        return {"start": self.start, "start_ended": self.start_ended, "best": self.best}
+        return {name: getattr(self, name) for name in ("start", "start_whole", "start_ended", "best", "worse")}
 
     def load_state_dict(self, state: State) -> None:
-        self.start, self.start_ended, self.best = state["start"], state["start_ended"], state["best"]
+        vars(self).update(state)
 
 
 def load_evaluation(
-    config: PPOConfig, models: Models, scorer: Scorer, prompts: str | PromptRows | None = None
+    config: PPOConfig,
+    models: Models,
+    scorer: Scorer,
+    prompts: str | PromptRows | None = None,
+    rollout_fn: RolloutFunction | None = None,
 ) -> Evaluation | None:
     """Return the evaluation that `config` asks for, if any, on `prompts` or those it names."""
     settings = config.evaluation
@@ -164,4 +187,4 @@ def load_evaluation(
         raise UserError("evaluation.prompts: expected a file of prompts, got null")
     evaluators = [load_callable(spec, "evaluation.evaluators") for spec in settings.evaluators]
     data = load_prompts(source, models.tokenizer, config.data, "evaluation.prompts")
-    return Evaluation(config, models, scorer, data, evaluators)
+    return Evaluation(config, models, scorer, data, evaluators, rollout_fn)

@@ -44,18 +44,28 @@ class Responses:
     completion_ids: list[list[int]]  # the counted tokens, EOS included
     ended: list[bool]  # there is an EOS or a stop string
     columns: Columns  # the other keys of the prompts' rows
+    whole_ids: list[list[int]] | None = (
+        None  # with the tokens that a rollout function put between; None: there are none
+    )
+
+    @property
+    def response_ids(self) -> list[list[int]]:
+        """Return all tokens of each response, chosen by the policy or not."""
+        return self.whole_ids or self.completion_ids
 
     @classmethod
     def from_generation(cls, generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Responses:
         prompts = generation.prompts
-        ids = counted_ids(generation.responses, generation.mask)
+        ids, inside = counted_ids(generation.responses, generation.mask), generation.attention_mask
+        whole = counted_ids(generation.responses, inside[:, -generation.mask.shape[1] :])
         return cls(
             prompts=prompts.prompts,
             prompt_ids=counted_ids(prompts.input_ids, prompts.attention_mask),
-            completions=tokenizer.batch_decode(ids, skip_special_tokens=True),
+            completions=tokenizer.batch_decode(whole, skip_special_tokens=True),
             completion_ids=ids,
             ended=generation.ended.tolist(),
             columns=prompts.columns,
+            whole_ids=whole,
         )
 
     def arguments(self) -> dict[str, object]:
@@ -133,7 +143,7 @@ class ModelSource:
 
     def _joined(self, responses: Responses, row: int) -> list[int]:
         """Return the policy's token ids of one prompt and its response."""
-        ids = responses.prompt_ids[row] + responses.completion_ids[row]
+        ids = responses.prompt_ids[row] + responses.response_ids[row]
         missing = responses.ended[row] and ids[-1] not in self.eos_ids
         return [*ids, self.tokenizer.eos_token_id] if missing else ids
 
@@ -144,7 +154,7 @@ class ModelSource:
             start, rest, _ = split_tokens(prompt, self._spaced(responses, row), own, encode)
             return start + self._closed(responses, row, rest)
         if own.chat_template is None:
-            ids = responses.prompt_ids[row] + responses.completion_ids[row]
+            ids = responses.prompt_ids[row] + responses.response_ids[row]
             return self._closed(responses, row, encode(self.tokenizer.decode(ids, skip_special_tokens=True), own))
         columns = {name: values[row] for name, values in responses.columns.items()}
         if responses.ended[row]:
@@ -160,7 +170,7 @@ class ModelSource:
     def _spaced(self, responses: Responses, row: int) -> str:
         """Return the text of a response with its leading space, which decoding drops without the prompt."""
         special, prompt_ids = {*self.tokenizer.all_special_ids}, responses.prompt_ids[row]
-        kept = [token for token in responses.completion_ids[row] if token not in special]
+        kept = [token for token in responses.response_ids[row] if token not in special]
         before, whole = (self.tokenizer.decode(ids) for ids in (prompt_ids, prompt_ids + kept))
         return whole[len(before) :] if whole.startswith(before) else responses.completions[row]
 

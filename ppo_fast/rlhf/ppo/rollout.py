@@ -24,7 +24,7 @@ class Generation:
 
     prompts: PromptBatch
     input_ids: Tensor  # [B, L] int64: prompt left-padded, then the response right-padded
-    attention_mask: Tensor  # [B, L] bool, True: a prompt token or a counted response token
+    attention_mask: Tensor  # [B, L] bool, True: a token of prompt or response, chosen by the policy or not
     mask: Tensor  # [B, T] bool, True: a token the policy chose, the first EOS or stop string included
     ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
     logprobs: Tensor  # [B, T] float32: of the tokens, taken at the step that sampled them; 0 where masked

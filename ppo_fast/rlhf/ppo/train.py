@@ -26,6 +26,7 @@ from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
 from ppo_fast.rlhf.ppo.correction import make_correction
 from ppo_fast.rlhf.ppo.dynamic_sampling import resample
+from ppo_fast.rlhf.ppo.environment import RolloutFunction, respond
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
@@ -43,7 +44,7 @@ from ppo_fast.rlhf.ppo.rewards import (
     without_masked,
     without_truncated,
 )
-from ppo_fast.rlhf.ppo.rollout import Generation, generate, warn_about_filters
+from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
@@ -87,6 +88,7 @@ class PPORun(TrainingLoop):
     evaluation: Evaluation | None
     generator: torch.Generator  # every random number of the run except the noise that draws tokens
     callbacks: Sequence[UserCallback] = ()
+    rollout_fn: RolloutFunction | None = None
     length = "updates"
 
     def __post_init__(self) -> None:
@@ -100,9 +102,11 @@ class PPORun(TrainingLoop):
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
         self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
-        reward = self.config.reward
-        self.code = file_digests([reward.function, reward.filter, settings.order, *self.config.evaluation.evaluators])
+        reward, function = self.config.reward, self.config.rollout.function
+        names = [reward.function, reward.filter, function, settings.order, *self.config.evaluation.evaluators]
+        self.code = file_digests(names)
         users = {"reward": getattr(self.scorer.sources[0], "function", None), "filter": self.scorer.filter}
+        users["rollout"] = self.rollout_fn
         kept = {name: user for name, user in users.items() if hasattr(user, "load_state_dict")}
         self.user_states = {name: UserState(f"{name} function", user) for name, user in kept.items()}
         for name, user in self.user_states.items():
@@ -135,8 +139,8 @@ class PPORun(TrainingLoop):
                 require_finite(rewards=rewards.rewards)
             learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
             if learned is None:
-                note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
-                return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
+                why = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
+                return dataclasses.replace(self.record, step=update, metrics={}, notes=(why,), batch=batch)
             with watch("update"), self.models.recomputing():
                 correction = make_correction(learned[0], config.rollout)
                 experience = make_experience(*learned, config.advantage, correction)
@@ -161,6 +165,9 @@ class PPORun(TrainingLoop):
             skipped=self.skipped,
         )
 
+    def _finished(self) -> bool:
+        return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
+
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
 
@@ -182,7 +189,7 @@ class PPORun(TrainingLoop):
     def _answers(self, count: int) -> Generation:
         """Sample responses to the next `count` prompts."""
         prompts = self._next_prompts(count)
-        found = generate(self.models, prompts, self.config.rollout, self.seed, self.row)
+        found = respond(self.models, prompts, self.config.rollout, self.seed, self.row, self.rollout_fn)
         self.row += len(prompts.prompts)
         return found
 
@@ -214,6 +221,7 @@ def train_ppo(
     eval_prompts: str | PromptRows | None = None,
     callbacks: Sequence[object] = (),
     resume: bool | str = False,
+    rollout_fn: RolloutFunction | None = None,
 ) -> PPOResult:
     """Train a causal language model by PPO; inputs that are not passed are read from `config`.
 
@@ -227,9 +235,12 @@ def train_ppo(
         eval_prompts: held-out prompts, in the forms of `prompts`.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
-            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `checkpoint` and
-            `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
-            "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
+            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `max_hours`,
+            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name
+            such as "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is
+            complete.
+        rollout_fn: f(prompts, prompt_ids, sample, tokenizer, **columns) -> (token ids, mask, log-probabilities) of
+            each response, called by keyword; see :func:`ppo_fast.rlhf.ppo.environment.respond`.
 
     Raises:
         UserError: an input that cannot be used, a failing reward function or callback, a NaN, a full disk; one
@@ -239,7 +250,7 @@ def train_ppo(
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
     given = reward_fn, prompts, policy, tokenizer, eval_prompts
-    with open_run(config, *given, user_callbacks(callbacks), resume) as (run, log, stop):
+    with open_run(config, *given, user_callbacks(callbacks), resume, rollout_fn) as (run, log, stop):
         run.loop(log, stop)
         final = save_models(run.models, log.directory / FINAL)
         run.end()
@@ -256,6 +267,7 @@ def open_run(
     eval_prompts: str | PromptRows | None = None,
     callbacks: Sequence[UserCallback] = (),
     resume: bool | str = False,
+    rollout_fn: RolloutFunction | None = None,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
     """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
     with hold_directory(config.output_dir), threads(config.threads):
@@ -286,15 +298,17 @@ def open_run(
             filter_fn,
             max_new_tokens=config.rollout.max_new_tokens,
         )
-        evaluation = load_evaluation(config, models, scorer, eval_prompts)
+        if rollout_fn is None and config.rollout.function is not None:
+            rollout_fn = load_callable(config.rollout.function, "rollout.function")
+        evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
-        run = PPORun(config, models, data, scorer, evaluation, generator, callbacks)
+        run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
             save_config(config, log.directory / "config.yaml")
             yield run, log, stop
 

@@ -31,6 +31,7 @@ from ppo_fast.rlhf.training.finite import check_metrics, require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
 from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
 from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
@@ -139,6 +140,7 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         self.batches = Batches(lengths, optim.batch_size, self.generator, bucket=self.config.data.bucket)
         self.total = optim.epochs * len(self.batches)
         self.network = ClippedOptimizer(self.objective.model.parameters(), optim.lr, optim)
+        self.loss_scale = LossScale(self.objective.model.dtype, self.generator.device)
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
         every = self.config.log.eval_every or len(self.batches)
@@ -174,17 +176,24 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         for share, micro in weighted(examples, self.config.optim.width):
             with recomputing(self.objective.model):
                 output = self.objective.loss(micro)
-                (share * output.loss).backward()
+                self.loss_scale.scale(share * output.loss).backward()
             parts.append((share, metrics_of(output)))
         metrics = mean_metrics(parts)
-        checked = metrics | {"grad_norm": self.network.clip()}
-        failed = ~torch.stack([value.isfinite() for value in checked.values()]).all()
+        norm = self.network.clip(self.loss_scale.factor)
+        failed = ~torch.stack([value.isfinite() for value in (*metrics.values(), norm)]).all()
         factor = schedule(index, self.total, self.config.optim)
         self.network.step(factor, failed)
-        require_finite(**checked)
+        self.loss_scale.update(norm)
         numbers = {f"train/{name}": value.item() for name, value in metrics.items()}
-        numbers |= {"grad_norm": checked["grad_norm"].item(), "lr": self.network.lr * factor}
-        return numbers | {"epoch": (index + 1) / len(self.batches)}
+        numbers |= {"grad_norm": norm.item(), "lr": self.network.lr * factor}
+        numbers |= {"epoch": (index + 1) / len(self.batches)}
+        if self.loss_scale.enabled and self.loss_scale.value >= 1:
+            overflows = not norm.isfinite()
+            require_finite(**metrics)
+            numbers |= {"float16/loss_scale": self.loss_scale.value, "float16/skipped_steps": float(overflows)}
+            return numbers | ({"grad_norm": 0.0} if overflows else {})
+        require_finite(**metrics, grad_norm=norm)
+        return numbers
 
     def _save_failure(self, failed: ExampleBatch[Kind], target: Path, error: NotFiniteError) -> Path:
         """Write the weights, and the examples of the batch with their texts; all chosen ones before the rejected."""
@@ -207,7 +216,8 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         return [self.evaluation]
 
     def _parts(self) -> dict[str, Stateful]:
-        return {"batches": self.batches, "network": self.network}
+        scale: dict[str, Stateful] = {"loss_scale": self.loss_scale} if self.loss_scale.enabled else {}
+        return {"batches": self.batches, "network": self.network} | scale
 
     def _write(self, directory: Path) -> None:
         write_model(self.objective.model, self.tokenizer, directory, self.objective.adapters)
@@ -267,7 +277,7 @@ def fit(
     if checkpoint is not None:
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
-    with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+    with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         extra = objective.extra_files(data.held_out)

@@ -38,6 +38,8 @@ class AdamW(torch.optim.AdamW):
             super().step()
         finally:
             group["params"] = everything
+        # The fused kernel leaves version counters as they are, by which the products of adapters follow their weights.
+        torch.autograd.graph.increment_version(own)
 
 
 class MasterAdamW(AdamW):

@@ -135,7 +135,7 @@ def test_three_products_forward_and_five_backward(dtype):
     assert rest == [] if dtype == torch.float32 else ["_to_copy"] * 2  # on a GPU the product itself is float32
 
 
-OPTIMIZERS = {"fused": {}, "masters": {"master_weights": True}, "8bit": {"name": "adamw_8bit"}}
+OPTIMIZERS = {"another's": {}, "fused": {}, "masters": {"master_weights": True}, "8bit": {"name": "adamw_8bit"}}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -144,9 +144,12 @@ def test_the_products_follow_every_step_in_place(optimizer):
     adapters, ours, _ = pair(dtype=torch.bfloat16)
     x = torch.randn(4, 5).bfloat16()
     before, places = ours(x), [each.value.data_ptr() for each in adapters.copies["default"]]
-    network = ClippedOptimizer(adapters.parameters("default"), 0.1, AdamWConfig(**OPTIMIZERS[optimizer]))
+    parameters = adapters.parameters("default")
     before.float().square().sum().backward()
-    network.step(1.0)
+    if optimizer == "another's":
+        torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+    else:
+        ClippedOptimizer(parameters, 0.1, AdamWConfig(**OPTIMIZERS[optimizer])).step(1.0)
     with adapters.active("default"):  # before a replay
         for each in adapters.copies["default"]:
             assert torch.equal(each.value, each.parameter.bfloat16())
@@ -230,6 +233,17 @@ def test_a_parameter_put_in_the_place_of_another_is_read_at_the_call():
     ours(x)
     ours.lora_B["default"].weight = nn.Parameter(torch.zeros(7, 3))
     assert torch.equal(ours(x), ours.base_layer(x))
+
+
+def test_a_copy_and_a_moved_layer_read_their_own_parameters():
+    _, ours, _ = pair(dtype=torch.bfloat16)
+    x = torch.randn(3, 5).bfloat16()
+    ours(x)
+    with torch.no_grad():
+        ours.lora_B["default"].weight.zero_()  # not read before the copy is made, whose versions start again
+    assert torch.equal(copy.deepcopy(ours)(x), ours.base_layer(x))
+    moved = ours.to("meta")
+    assert moved(x.to("meta")).device.type == "meta"
 
 
 def test_it_learns_as_pefts_forward_does():

@@ -12,7 +12,7 @@ from ppo_fast.ops._backends.triton.device import clamped, expm1, on_device_of
 from ppo_fast.ops._backends.triton.token_stats import (
     aligned,
     counted_rows,
-    merged,
+    merged_rows,
     merging,
     results,
     row_arguments,
@@ -131,7 +131,7 @@ def terms_kernel(
     exists, counted = counted_rows(mask_ptr, row, N)
     if segments_ptr is not None:
         FULL: tl.constexpr = full_kl_ptr is not None
-        sums = merged(segments_ptr, row, counted, N, scale, True, FULL, SEGMENTS, WIDTH)
+        sums = merged_rows(segments_ptr, row, counted, N, scale, True, FULL, SEGMENTS, WIDTH)
         logprob, entropy, kl = results(
             sums,
             logits_ptr,
