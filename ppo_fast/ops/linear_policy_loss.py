@@ -68,14 +68,13 @@ def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     """Each tile once: a token's share of the loss depends on its own row only, and its weight on the mask."""
     call, found = head.call, []
     run = registry.implementation("policy_gradients", call.backend)
-    weights = _weights(call, policy)
-    scale = unit_scale(call.hidden, weights)
-    weights, counted = head.rows.of(weights / scale), _counted(head, policy)
+    counted, weights, scale = _weighted(head, policy)
     total = head.unset_gradients()
     for start, stop in head.chunks():
         for tile in head.tiles(start, stop):
             first, last = tile.first, tile.last
-            stats, grads = run(head.inputs(tile), _some(counted, first, last), weights[:, first:last])
+            some = None if weights is None else weights[:, first:last]
+            stats, grads = run(head.inputs(tile), _some(counted, first, last), some)
             head.write_gradient(tile, grads, stats)
             found.append((tile, stats))
         head.add_chunk(total, start, stop)
@@ -83,13 +82,27 @@ def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     return _from_stats(call.backend, stats, call.mask, policy), stats, total, scale
 
 
-def _weights(call: LinearCall, policy: PolicyInputs) -> Tensor:
-    """The weight of each token's loss."""
+def _weighted(head: ChunkedHead, policy: PolicyInputs) -> tuple[PolicyInputs, Tensor | None, Tensor]:
+    """The inputs of the rows that count, the weight of each around 1 (None: 1), and the factor left out of the weights.
+
+    Kept out of a half-precision gradient of the logits, 1 / denominator cannot make it underflow.
+    """
+    call, counted = head.call, _counted(head, policy)
     dtype = checks.accumulation_dtype(call.hidden.dtype)
+    if policy.aggregation == "token-mean":
+        number = head.count if policy.denominator is None else policy.denominator
+        counted = counted._replace(denominator=1.0)
+        if head.count == 0:
+            return counted, None, call.hidden.new_ones((), dtype=dtype)
+        if isinstance(number, Tensor):
+            return counted, None, number.reciprocal()
+        return counted, None, call.hidden.new_full((), 1.0 / number, dtype=dtype)
     mask = call.mask
     if mask is None:
         mask = torch.ones(call.targets.shape, dtype=torch.bool, device=call.hidden.device)
-    return reference.token_weights(mask, policy.cu_seqlens, policy.denominator, policy.aggregation, dtype)
+    weights = reference.token_weights(mask, policy.cu_seqlens, policy.denominator, policy.aggregation, dtype)
+    scale = unit_scale(call.hidden, weights)
+    return counted, head.rows.of(weights / scale), scale
 
 
 def _two_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
@@ -312,9 +325,9 @@ def linear_policy_loss(
     check_policy_inputs(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
     head = (call.hidden, call.weight, call.bias)
     needs = NeedsGrad(*[torch.is_grad_enabled() and x is not None and x.requires_grad for x in head])
-    policy = with_tensors(
-        policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator), call.hidden
-    )
+    policy = policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
     run = _Eager.apply if is_eager(call) else _linear_policy_loss
+    if not is_eager(call):
+        policy = with_tensors(policy, call.hidden)
     loss, metrics, logprobs, entropy, kl, *_ = run(*call, *needs, *policy)
     return named_output(loss, metrics, logprobs, entropy, kl, targets.shape)

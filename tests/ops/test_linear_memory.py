@@ -133,7 +133,7 @@ def test_the_rule_on_a_cpu(N: int, chunk: int) -> None:
         (128256, torch.float32, TRAINED, 2048),
         (400000, torch.bfloat16, TRAINED, 2048),
         (32000, torch.float32, TRAINED, 4096),
-        (128256, torch.bfloat16, NeedsGrad(True, False, False), 2048),
+        (128256, torch.bfloat16, NeedsGrad(True, False, False), 1024),
         (128256, torch.bfloat16, SCORING, 1024),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_buffers_of_the_largest_head_on_a_gpu() -> None:
         for rows in (8192, 65536):
             hidden, weight = (torch.empty(n, 4096, device="cuda", dtype=torch.bfloat16) for n in (rows, 128256))
             given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, False, "torch")
-            assert Buffers.of(given, rows, TRAINED, "cuda").bytes(given) == 128256 * (4096 * 2 + 512 * 4)
+            assert Buffers.of(given, rows, TRAINED, "cuda").bytes(given) == 128256 * (4096 * 2 + 640 * 4)
 
 
 def test_tiles_of_a_chunk_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,9 @@ class Learner:
         for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
             step = first + len(steps)
             value_factor = schedule(step, self.steps, self.config.optim)
-            policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
+            policy_factor = 0.0
             if not self.warming_up:
+                policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
                 self.policy.begin(policy_factor, failed)
             if self.value is not None:
                 self.value.begin(value_factor, failed)

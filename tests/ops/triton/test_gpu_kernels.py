@@ -183,7 +183,8 @@ def test_linear_policy_loss(masked: bool, options: dict[str, Any], dtype: torch.
     truth = gradients(torch.float64, "torch", softcap=options.get("softcap"))
     for ours, expected in zip(gradients(dtype, "triton", **options), truth, strict=True):
         error = (ours.double() - expected).norm() / expected.norm()
-        assert error < (1e-4 if dtype == torch.float32 else 0.03 if "half_logits" in options else 0.01)
+        rounded = 0.03 if "half_logits" in options else 0.02 if "softcap" in options else 0.01
+        assert error < (1e-4 if dtype == torch.float32 else rounded)
 
 
 def test_kernels_run_on_the_device_of_their_tensors() -> None:

@@ -299,7 +299,7 @@ def policy_loss_from_stats(
     return _loss(stats, _from_stats(stats, mask, policy, weights))
 
 
-def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, RowGrads]:
     """The statistics of some rows of a batch, and the gradients of their loss in these, weighted by token."""
     stats, terms = _from_rows(rows, policy, weights)
     return stats, given_grads(*terms.grads)
