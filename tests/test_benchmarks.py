@@ -126,6 +126,7 @@ def test_the_phases_of_trl_are_between_its_marks() -> None:
     assert marks.seconds() == [{"rollout": 1.0, "scoring": 1.0, "update": 1.0}] * 2
 
 
+@pytest.mark.filterwarnings("ignore:a bfloat16 weight")
 def test_our_side_of_the_race_at_size_runs() -> None:
     updates = trl_at_size.train_ours(trl_at_size.SIZES["tiny"])
     assert len(updates) == trl_at_size.UPDATES

@@ -70,6 +70,7 @@ class AdamW8bit(torch.optim.Optimizer):
             else:
                 flat = weight.detach().view(-1), weight.grad.contiguous().view(-1)
                 self.kernel(*flat, moments, step, self._seed(self.index[weight]))
+                torch.autograd.graph.increment_version(weight)  # a kernel of Triton does not
         for dtype, weights in small.items():
             self._step_together(weights, step, self._seed(dtype))
 
