@@ -43,7 +43,7 @@ _UNALIGNED_WORDS = 16
 _FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 32, 4), (10, 0): Tile(2048, 4, 4)}
 _BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(4096, 1, 8), (10, 0): Tile(2048, 1, 4)}
 WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
-_WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together
+_WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together; not yet measured
 _SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
 _FILTER = Tile(1024, 1, 8)
 ELEMENTS = 4096  # per program of the kernel that scales a tensor
