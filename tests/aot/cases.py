@@ -118,6 +118,7 @@ _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
 CASES: dict[str, Callable[[], None]] = {
     **{f"forward-{n}-{d}": functools.partial(forward, VOCABULARIES[n], d) for n, d in _LOGITS},
     **{f"backward-{n}-{d}": functools.partial(backward, VOCABULARIES[n], d) for n, d in _LOGITS},
+    "small": small,
     "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
     "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
     "small": small,

@@ -15,7 +15,7 @@ import ppo_fast as pf
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._core import checks, registry
 
-SHAPE = (3, 5)
+SHAPE = (1, 3)
 # Ops that allocate, or look at memory that is there.
 _NO_KERNEL = {"empty", "empty_like", "new_empty", "detach", "view", "_unsafe_view", "expand", "unbind", "alias"}
 _NO_KERNEL |= {"slice", "select", "unsqueeze", "t", "permute", "transpose", "as_strided"}
@@ -100,7 +100,7 @@ def test_forward_and_backward(
     leaf = torch.randn(*SHAPE, *words).requires_grad_()
     old, advantages = torch.randn(2, *SHAPE).unbind()
     inputs: Any = {"targets": torch.zeros(SHAPE, dtype=torch.int64), "old": old, "advantages": advantages}
-    inputs |= {"mask": torch.rand(SHAPE) > 0.3, "denominator": denominator}
+    inputs |= {"mask": torch.tensor([[True, False, True]]), "denominator": denominator}
     with counted(monkeypatch) as (kernels, ours):
         loss = loss_of(leaf, inputs)
         loss.backward()

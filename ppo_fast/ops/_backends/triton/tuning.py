@@ -38,12 +38,12 @@ _FORWARD: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(2048, 8, 2), (10, 0):
 _FORWARD_WITH_REFERENCE: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(4096, 32, 8), (10, 0): Tile(4096, 4, 4)}
 _BACKWARD: _Table = {(8, 0): Tile(4096, 1, 4), (9, 0): Tile(4096, 1, 4), (10, 0): Tile(4096, 1, 4)}
 # Of words of any width: unaligned rows are read word by word, each with a predicate of its own; more than 16 a thread
-# spill.
+# spill. Reading 16 bytes from the first aligned word on would sum a row in an order that depends on its address.
 _UNALIGNED_WORDS = 16
 _FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 32, 4), (10, 0): Tile(2048, 4, 4)}
 _BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(4096, 1, 8), (10, 0): Tile(2048, 1, 4)}
 WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
-_WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together
+_WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together; not yet measured
 _SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
 _FILTER = Tile(1024, 1, 8)
 ELEMENTS = 4096  # per program of the kernel that scales a tensor
