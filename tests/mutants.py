@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
-    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_(chunk, masters)\n", "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_([*chunk], masters)\n", "", OPTIM),
     Mutant(f"{RLHF}/training/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
     Mutant(f"{RLHF}/training/adamw_8bit.py", "count += 1 - keep", "count += 1", OPTIM),
     Mutant(f"{RLHF}/training/adamw_8bit.py", '        self.draws = state_dict["draws"]\n', "", OPTIM),

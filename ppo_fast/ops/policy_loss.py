@@ -99,8 +99,8 @@ _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 def _keep(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult, found: list[PolicyLossResult]) -> Tensor:
     """Keep what a backward pass past the dispatcher needs; return the loss, the only output that autograd handles."""
-    save_rows(ctx, rows)
-    ctx.stats, ctx.grads, ctx.backend = result.stats, result.grads, backend
+    save_rows(ctx, rows, *result.stats)
+    ctx.grads, ctx.backend = result.grads, backend
     found.append(result)
     return result.loss
 
@@ -128,8 +128,8 @@ class _Eager(torch.autograd.Function):
         checks.first_derivative(_OP)
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None or grad_loss.item() != 1:
-            rows, _ = saved_rows(ctx)
-            dlogits = token_stats_backward(ctx.grads, rows, ctx.stats, ctx.backend, grad_loss)
+            rows, stats = saved_rows(ctx)
+            dlogits = token_stats_backward(ctx.grads, rows, RowStats(*stats), ctx.backend, grad_loss)
         return to_first(ctx, dlogits)
 
 
@@ -162,11 +162,11 @@ class _InPlace(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
-        rows, _ = saved_rows(ctx)
+        rows, stats = saved_rows(ctx)
         logits = rows.logits.detach()
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
-            run(ctx.grads, rows._replace(logits=logits), ctx.stats, out=logits, scale=grad_loss)
+            run(ctx.grads, rows._replace(logits=logits), RowStats(*stats), out=logits, scale=grad_loss)
         elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)

@@ -111,6 +111,14 @@ def gae_packed_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     yield rewards[:0], values[:0], offsets[:1], None, None, None, 1.0, 0.95, "carry", backend
 
 
+def sample_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of sample_tokens: no filter, both, strided bf16, no row."""
+    logits, keys = torch.randn(2, 3, 5), torch.arange(18).view(2, 3, 3)
+    yield logits, keys, 1.0, None, None, backend
+    yield torch.randn(3, 2, 5).bfloat16().transpose(0, 1), keys, 0.7, 2, 0.9, backend
+    yield logits[:, :0], keys[:, :0], 1.0, None, None, backend
+
+
 def linear_calls(backend: str) -> Iterator[tuple[Any, ...]]:
     """The arguments that the linear ops share: nothing optional, everything, strided and frozen."""
     hidden, weight, none = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), (None,) * 4
@@ -161,6 +169,7 @@ ARGUMENTS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {
     "linear_policy_loss_backward": linear_scaling_arguments,
     "value_loss": value_arguments,
     "gae": gae_arguments,
+    "sample_tokens": sample_arguments,
 }
 CASES = [(op, b) for op in ARGUMENTS for b in backends_under_test(op.removesuffix("_backward"))]
 

@@ -28,6 +28,4 @@ def check_engine(name: str | None, model: PreTrainedModel) -> None:
     if name == "slots":
         check_supported(model)
     if name is None and (reason := why_unsupported(model)):
-        warnings.warn(
-            f"rollout.engine: {reason}; 'generate', transformers' own loop, samples in its place", stacklevel=2
-        )
+        warnings.warn(f"rollout.engine: {reason}; transformers' own 'generate' samples in its place", stacklevel=2)

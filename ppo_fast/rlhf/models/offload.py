@@ -82,4 +82,4 @@ def _unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     device, host = kept
-    return host.to(device, non_blocking=True, copy=True)
+    return host.to(device, copy=True, non_blocking=True)

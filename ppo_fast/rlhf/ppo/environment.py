@@ -152,7 +152,7 @@ def _checked(models: Models, item: Any, prompt: list[int], sample: int) -> Turns
     check(len(parts) == 3, where, "token ids, a mask and log-probabilities", item)
     ids, mask, logprobs = (list(to_python(part)) for part in parts)
     lengths = (len(ids), len(mask), len(logprobs))
-    check(len({*lengths}) == 1 and ids, where, "three lists of the same length, 1 or more", lengths)
+    check(len({*lengths}) == 1 and bool(ids), where, "three lists of the same length, 1 or more", lengths)
     check(all(isinstance(flag, bool) for flag in mask) and any(mask), where, "a mask with True once or more", mask)
     numbers = [x for x, chosen in zip(logprobs, mask, strict=True) if chosen]
     check(all(isinstance(x, float) and math.isfinite(x) for x in numbers), where, "finite log-probabilities", numbers)

@@ -30,7 +30,7 @@ from ppo_fast.rlhf.ppo.environment import RolloutFunction, respond
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
-from ppo_fast.rlhf.ppo.metrics import collect
+from ppo_fast.rlhf.ppo.metrics import collect, phase_work
 from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
@@ -64,6 +64,7 @@ from ppo_fast.rlhf.training.resume import (
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
+from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
 
 
@@ -99,6 +100,8 @@ class PPORun(TrainingLoop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = RewardHackingMonitor()
         self.watch = Stopwatch(self.models.device, peaks=bool(self.callbacks))
+        rate = matmul_rate(self.models.device, self.models.policy.dtype)
+        self.utilization = Utilization(rate, phase_work(self.models))
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
         self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
@@ -151,6 +154,9 @@ class PPORun(TrainingLoop):
                 self.reference.update(update)
             batch = PPOBatch(rollout.generation, rollout, rewards, experience)
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
+            tokens = int(rollout.grid.attention.sum())
+            passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
+            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return dataclasses.replace(

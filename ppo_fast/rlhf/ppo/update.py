@@ -66,6 +66,7 @@ class UpdateStats:
     skipped: int = 0  # optimizer steps left out because a number was not finite
     overflows: int = 0  # optimizer steps left out because scaled gradients of float16 were not finite
     loss_scale: float | None = None  # after the last step; None: no float16
+    passes: float = 0.0  # over the batch: the epochs, fewer where they stopped early
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ class Learner:
         for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
             step = first + len(steps)
             value_factor = schedule(step, self.steps, self.config.optim)
-            policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
+            policy_factor = 0.0
             if not self.warming_up:
+                policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
                 self.policy.begin(policy_factor, failed)
             if self.value is not None:
                 self.value.begin(value_factor, failed)
@@ -168,6 +170,7 @@ class Learner:
             skipped=len(skipped),
             overflows=sum(step.overflows for step in good),
             loss_scale=scaled,
+            passes=sum(len(step.rows) for step in steps) / len(experience.lengths),
         )
 
     def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:

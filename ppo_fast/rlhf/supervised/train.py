@@ -37,6 +37,7 @@ from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_error
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful
+from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate, training_work
 
 Source = str | Path | Iterable[Mapping[str, object]]
 
@@ -54,6 +55,11 @@ class Objective(ABC, Generic[Kind]):
     @abstractmethod
     def loss(self, examples: Sequence[Kind]) -> ops.LossOutput:
         """Mean loss and metrics of the examples, each counted by its `weight`."""
+
+    @property
+    def extra_work(self) -> int:
+        """Operations on a token by other networks than the trained one."""
+        return 0
 
     def batch(self, examples: Sequence[Kind]) -> Batch:
         """Return the examples padded; pairs give [2B, L], all the chosen ones first."""
@@ -141,6 +147,9 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         self.total = optim.epochs * len(self.batches)
         self.network = ClippedOptimizer(self.objective.model.parameters(), optim.lr, optim)
         self.loss_scale = LossScale(self.objective.model.dtype, self.generator.device)
+        work = training_work(self.objective.model) + self.objective.extra_work
+        rate = matmul_rate(self.generator.device, self.objective.model.dtype)
+        self.utilization = Utilization(rate, {"step": work})
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
         every = self.config.log.eval_every or len(self.batches)
@@ -157,6 +166,8 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
             with watch("step"):
                 metrics = self._train(index, batch.examples)
             metrics["time/step"] = watch.seconds["step"]
+            tokens = sum(part.length for example in batch.examples for part in example.parts)
+            metrics |= self.utilization.metrics(tokens, {}, watch.seconds)
         except NotFiniteError as error:
             notes.append(self.give_up(index, log, error, functools.partial(self._save_failure, batch)))
         return dataclasses.replace(
@@ -172,15 +183,15 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 
     def _train(self, index: int, examples: Sequence[Kind]) -> dict[str, float]:
         """Take the step and return its metrics; NotFiniteError, with nothing changed, when one is not finite."""
-        parts = []
+        parts = list[tuple[float, dict[str, Tensor]]]()
         for share, micro in weighted(examples, self.config.optim.width):
             with recomputing(self.objective.model):
                 output = self.objective.loss(micro)
                 self.loss_scale.scale(share * output.loss).backward()
             parts.append((share, metrics_of(output)))
-        metrics = mean_metrics(parts)
+        metrics: dict[str, Tensor] = mean_metrics(parts)
         norm = self.network.clip(self.loss_scale.factor)
-        failed = ~torch.stack([value.isfinite() for value in (*metrics.values(), norm)]).all()
+        failed = ~torch.stack([value.isfinite() for value in [*metrics.values(), norm]]).all()
         factor = schedule(index, self.total, self.config.optim)
         self.network.step(factor, failed)
         self.loss_scale.update(norm)
@@ -216,8 +227,10 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         return [self.evaluation]
 
     def _parts(self) -> dict[str, Stateful]:
-        scale: dict[str, Stateful] = {"loss_scale": self.loss_scale} if self.loss_scale.enabled else {}
-        return {"batches": self.batches, "network": self.network} | scale
+        parts: dict[str, Stateful] = {"batches": self.batches, "network": self.network}
+        if self.loss_scale.enabled:
+            parts["loss_scale"] = self.loss_scale
+        return parts
 
     def _write(self, directory: Path) -> None:
         write_model(self.objective.model, self.tokenizer, directory, self.objective.adapters)
