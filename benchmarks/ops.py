@@ -194,6 +194,14 @@ def add_ratios(results: list[dict[str, Any]]) -> None:
             }
 
 
+def _rows(suite: Callable[[], Iterator[Row]], failed: list[str]) -> Iterator[Row]:
+    """The rows of a suite up to one whose inputs cannot be made."""
+    try:
+        yield from suite()
+    except Exception as error:  # the other suites are still measured
+        failed.append(f"{suite.__name__}: {type(error).__name__}: {str(error)[:200]}")
+
+
 def main() -> int:
     """Measure every row and write the results."""
     parser = argparse.ArgumentParser(description="Time the ops on a GPU.")
@@ -206,9 +214,10 @@ def main() -> int:
     rates = {"copy_bandwidth": harness.copy_bandwidth()}
     if harness.DEVICE == "cuda":
         rates["product_rate"] = harness.product_rate()
-    results, failed = [], []
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
     for suite in SUITES:
-        for row in suite():
+        for row in _rows(suite, failed):
             if time.perf_counter() - start > arguments.limit:
                 failed.append(f"{row.group} {row.contender}: no time left")
                 continue

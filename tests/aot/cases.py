@@ -13,6 +13,7 @@ from ppo_fast.ops._backends.triton import (
     gae,
     policy_loss,
     sample_tokens,
+    scaled,
     token_stats,
     token_stats_backward,
     value_loss,
@@ -109,6 +110,11 @@ def adamw(dtype: torch.dtype) -> None:
     adamw_8bit.adamw_8bit(weight, weight, Moments(*codes, scale, scale), step, 0)
 
 
+def head_gradient(dtype: torch.dtype) -> None:
+    """The head's gradient as handed out."""
+    scaled.scaled(rows(), torch.ones(()), dtype)
+
+
 # bfloat16 at every vocabulary, the other dtypes at one; the tile depends on the width of the dtype and V only.
 _LOGITS = [(name, torch.bfloat16) for name in VOCABULARIES] + [
     ("gpt2", torch.float32),
@@ -129,4 +135,5 @@ CASES: dict[str, Callable[[], None]] = {
     "slots-7b": functools.partial(slots, torch.bfloat16, 4, 128, None, None),
     "slots-gemma": functools.partial(slots, torch.bfloat16, 14, 256, 33, 50.0),
     "slots-float32": functools.partial(slots, torch.float32, 28, 128, None, None),
+    **{f"scaled-{dtype}": functools.partial(head_gradient, dtype) for dtype in FLOATS},
 }
