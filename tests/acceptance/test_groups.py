@@ -11,7 +11,6 @@ pytestmark = pytest.mark.slow
 CASES: dict[str, dict[str, Any]] = {
     "mean, KL in the loss": {"kl": {"placement": "loss"}},
     "leave-one-out, KL in the reward": {"advantage": {"leave_one_out": True}},
-    "by the deviation, no KL": {"advantage": {"divide_by_std": True}, "kl": {"coef": 0.0}},
 }
 
 
