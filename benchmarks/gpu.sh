@@ -9,7 +9,7 @@
 #   rollout  2 min    tokens per second of the rollout engines
 #   7b       2 min    PPO updates of a 7B, in the memory that its preset is for
 #   profile  2 min    the kernels of an update
-#   trl      1 min    an iteration of TRL and ours
+#   trl      1 min    an iteration of TRL and ours, 0.5 billion weights
 #
 # First it builds for this card's architecture. Results go to benchmarks/results/DEVICE/, logs and copies of the results
 # to $OUT (default: build/gpu). A phase that runs past its minutes is stopped. The last lines are a short table.
@@ -36,7 +36,7 @@ start() {
     7b) python3 -m benchmarks.bench_7b --preset "${PPO_FAST_PRESET:-7b-80g-lora}" --cap 80 --set optim.epochs=1 \
       --model "${PPO_FAST_7B:-qwen2.5-7b}" --out "$out" ;;
     profile) python3 -m benchmarks.profile_update --size mid ;;
-    trl) python3 -m benchmarks.run trl ;;
+    trl) python3 -m benchmarks.trl_at_size --out "$out" ;;
   esac
 }
 

@@ -113,14 +113,18 @@ def copy_bandwidth() -> float:
     """Bytes read plus bytes written per second by a copy far larger than the caches."""
     source = torch.ones(2**28 if DEVICE == "cuda" else 2**25, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.nbytes / min(_times(lambda: target.copy_(source)))
 
 
 def read_bandwidth() -> float:
     """Bytes per second that the quickest of torch's own reductions reads."""
     source = torch.ones(2**28 if DEVICE == "cuda" else 2**25, device=DEVICE)
     readers = (source.sum, source.amax, lambda: torch.dot(source, source))
-    return max(source.nbytes / min(seconds(run) for _ in range(10)) for run in readers)
+    return max(source.nbytes / min(_times(run)) for run in readers)
+
+
+def _times(run: Run) -> list[float]:
+    return device_seconds(run, rounds=10) if DEVICE == "cuda" else [seconds(run) for _ in range(10)]
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -3,7 +3,7 @@
     python -m benchmarks.ops [--smoke]
 
 Writes ``benchmarks/results/DEVICE/ops.json``. Times are the device's, by events, with nothing in its cache; the host's
-time of a call, which overlaps with them, is beside them. One that fails is printed with the reason and left out.
+time of a call, which overlaps with them, is reported too. One that fails is printed with the reason and left out.
 ``--smoke`` runs tiny shapes on a CPU, to see that this works.
 """
 

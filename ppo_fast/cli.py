@@ -15,6 +15,7 @@ usage: ppo-fast COMMAND [options]
 
   sft         fine-tune a language model        ppo-fast sft --model base --data examples.jsonl
   reward      train a reward model              ppo-fast reward --model runs/sft/final --data pairs.jsonl
+  value       pre-train the critic of PPO       ppo-fast value --model runs/sft/final --data run.yaml
   train       train a language model by PPO     ppo-fast train --config run.yaml --optim.lr 1e-5
   dpo         the same without a reward model   ppo-fast dpo --model runs/sft/final --data pairs.jsonl
   plan        memory of such a run, beforehand  ppo-fast plan --config run.yaml --gpu 24GB
@@ -27,7 +28,13 @@ usage: ppo-fast COMMAND [options]
   ppo-fast COMMAND --help lists the options of a command.
 """
 # Functions of `ppo_fast.rlhf` that take a config; their results name the model.
-STAGES = {"sft": "train_sft", "reward": "train_reward_model", "train": "train_ppo", "dpo": "train_dpo"}
+STAGES = {
+    "sft": "train_sft",
+    "reward": "train_reward_model",
+    "value": "train_value_model",
+    "train": "train_ppo",
+    "dpo": "train_dpo",
+}
 TOOLS = {
     "plan": "ppo_fast.rlhf.planning.command",
     "export": "ppo_fast.rlhf.reports.export",
@@ -94,7 +101,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def train(command: str, argv: list[str]) -> None:
-    """`ppo-fast sft | reward | train | dpo`: preset, then file, then flags, into one config; then the run."""
+    """`ppo-fast sft | reward | value | train | dpo`: preset, then file, then flags, into one config; then the run."""
     from ppo_fast import rlhf
     from ppo_fast.rlhf.arguments import parse_run
 

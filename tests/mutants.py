@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 NATIVE = "tests/ops/native/test_rows.py"
 ADAMW = "tests/ops/triton/test_adamw_8bit.py"
+FLOAT16 = "tests/rlhf/training/test_float16.py"
 GAE = "tests/ops/test_gae.py"
 IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
 MASKED = "tests/ops/test_masked.py"
@@ -56,7 +57,10 @@ HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
 ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+GROUPS = "tests/rlhf/ppo/test_groups.py"
+CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
+EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 SLOTS = "tests/rlhf/decoding/test_slots.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
@@ -151,7 +155,7 @@ MUTANTS = [
     Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),
     # supervised fine-tuning, reward model, DPO
     # optimizers of bfloat16 weights
-    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_(chunk, masters)\n", "", OPTIM),
+    Mutant(f"{RLHF}/training/adamw.py", "            torch._foreach_copy_([*chunk], masters)\n", "", OPTIM),
     Mutant(f"{RLHF}/training/adamw.py", ' | {"masters": self.masters}', ' | {"masters": []}', OPTIM),
     Mutant(f"{RLHF}/training/adamw_8bit.py", "count += 1 - keep", "count += 1", OPTIM),
     Mutant(f"{RLHF}/training/adamw_8bit.py", '        self.draws = state_dict["draws"]\n', "", OPTIM),
@@ -170,9 +174,10 @@ MUTANTS = [
         ' | {"last_norm": self.last_norm * 0}',
         IN_BACKWARD,
     ),
+    Mutant(f"{RLHF}/training/optim.py", "scale * self.loss_scale", "scale", FLOAT16),
     Mutant(f"{RLHF}/data/packing.py", "count + size <= tokens", "count <= tokens", BATCHES),
     Mutant(f"{RLHF}/training/optim.py", ", dtype=torch.float32)]", ")]", OPTIM),
-    Mutant(f"{RLHF}/training/runtime.py", "p.requires_grad and p.dtype", "p.dtype", OPTIM),
+    Mutant(f"{RLHF}/training/runtime.py", "if p.requires_grad and p.dtype in lost", "if p.dtype in lost", OPTIM),
     # attention over packed rows
     Mutant(f"{RLHF}/models/attention.py", "sliding_window - 1, 0)", "sliding_window, 0)", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "x.repeat_interleave(groups, dim=1)", "x.repeat(1, groups, 1)", ATTENTION),
@@ -267,13 +272,56 @@ MUTANTS = [
         WARMUP,
     ),
     Mutant(f"{RLHF}/ppo/train.py", "if not self.learner.warming_up:", "if True:", WARMUP),
+    # group advantages
+    Mutant(f"{RLHF}/ppo/advantages.py", "(count / others)[rows] if", "(others / count)[rows] if", GROUPS),
+    Mutant(
+        f"{RLHF}/ppo/advantages.py",
+        "response_sums(centered**2, lengths) / others",
+        "response_sums(centered**2, lengths) / count",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/advantages.py",
+        "torch.where(agreeing(returns, groups)[rows], 0.0, advantages)",
+        "advantages",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/dynamic_sampling.py",
+        "attention_mask=_padded(x.prompts.attention_mask, (left, 0)",
+        "attention_mask=_padded(x.prompts.attention_mask, (0, left)",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/dynamic_sampling.py",
+        "token_indices(lengths, order,",
+        "token_indices(lengths, np.arange(len(order)),",
+        GROUPS,
+    ),
+    Mutant(
+        f"{RLHF}/ppo/train.py",
+        "make_experience(*learned,",
+        "make_experience(rollout, rewards,",
+        "tests/rlhf/ppo/test_train.py",
+    ),
+    Mutant(
+        f"{RLHF}/ppo/rewards.py",
+        "(lengths - (longest - buffer)).float() / buffer",
+        "(lengths - longest + 1).float() / buffer",
+        "tests/rlhf/ppo/test_rewards.py",
+    ),
+    # pre-training of the value model
+    Mutant(f"{RLHF}/critic.py", "np.arange(n)[::-1]", "np.arange(n)", CRITIC),
+    Mutant(
+        f"{RLHF}/data/examples.py", 'example.ids if row.get("ended", True) else example.ids[:-1]', "example.ids", CRITIC
+    ),
     Mutant(
         f"{RLHF}/supervised/train.py", "(share * output.loss)", "(output.loss * len(micro) / len(examples))", SUPERVISED
     ),
     Mutant(f"{RLHF}/supervised/train.py", "share * part[name] for", "part[name] / len(parts) for", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "schedule(index,", "schedule(index + 1,", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "for row in order[count:]]", "for row in order]", SUPERVISED),
-    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**checked)\n", "", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/train.py", "        require_finite(**metrics, grad_norm=norm)\n", "", SUPERVISED),
     Mutant(f"{RLHF}/supervised/train.py", "step(factor, failed)", "step(factor)", RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", '{"batches": self.batches, "network"', '{"network"', RESUMED),
     Mutant(f"{RLHF}/supervised/train.py", ', "network": self.network}', "}", RESUMED),
@@ -317,7 +365,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/loop.py", "        restore_rng(", "        print(", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", 'state["skipped"]', "0", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
-    Mutant(f"{RLHF}/training/loop.py", " or self.done == self.total", "", RESUMED),
+    Mutant(f"{RLHF}/training/loop.py", "every == 0 or finished", "every == 0", RESUMED),
+    Mutant(f"{RLHF}/training/signals.py", "if late and not finished", "if late", RESUMED_PPO),
+    Mutant(f"{RLHF}/ppo/evaluation.py", ", self.worse = metrics[watched], 0", " = metrics[watched]", EVALUATION),
+    Mutant(f"{RLHF}/training/optim.py", "math.cos(math.pi * share)", "math.cos(share)", UPDATE),
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
     ),

@@ -22,6 +22,7 @@ ORDER = [
     "ppo",
     "supervised",
     "reports",
+    "critic",
     "arguments",
     "planning",
 ]

@@ -25,7 +25,19 @@ def test_a_preset_runs_and_tells_its_phases(preset, model, tmp_path, capsys):
     assert result["changes"] == {"rollout.max_new_tokens": "5"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{model} scaled down, {preset}, 80.0 GiB, CPU: 16 responses of ")
-    assert len(lines) == 9
+    assert lines[1] == f"first update: {result['first_update_s']:.1f} s"
+    assert lines[3].split(" | ")[4] == "of GEMM rate"
+    assert len(lines) == 10
+
+
+def test_the_first_update_is_no_part_of_the_means():
+    history = [
+        {"time/update": 100.0, "perf/mfu": 0.1},
+        {"time/update": 1.0, "perf/mfu": 0.4},
+        {"time/update": 3.0, "perf/mfu": 0.5},
+    ]
+    assert bench_7b.means(history) == {"time/update": 2.0, "perf/mfu": 0.45}
+    assert bench_7b.means(history[:1]) == history[0]
 
 
 @pytest.mark.parametrize(("model", "billions"), [("qwen2.5-7b", 7.616), ("llama3.1-8b", 8.030)])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import profile_update, tables
+from benchmarks import profile_update, tables, trl_at_size
 from benchmarks import run as runner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,3 +105,28 @@ def test_the_profile_of_an_update_has_a_share_for_every_group() -> None:
     assert shown[0] == "| update, tiny | share | ms |"
     assert len(shown) == 9
     assert shown[-1].startswith("| all | 100% | ")
+
+
+def test_the_race_at_size_shows_phases_pace_and_memory() -> None:
+    ours = {"seconds": {"rollout": 1.0, "scoring": 0.5, "update": 0.5}, "peak_gib": 4.0}
+    theirs = {"seconds": {"rollout": 6.0, "scoring": 1.0, "update": 5.0}, "peak_gib": 16.0}
+    lines = trl_at_size.table({"ppo_fast": ours, "trl": theirs}).splitlines()
+    assert lines[2] == "| ppo_fast | 1.000 | 0.500 | 0.500 | 2.000 | 4.00 |"
+    assert lines[-1] == "6.0 times TRL's pace in 0.25 of its memory"
+
+
+def test_the_phases_of_trl_are_between_its_marks() -> None:
+    module = SimpleNamespace(batch_generation=lambda x: x + 1, masked_whiten=lambda x, mask: x)
+    marks, clock = trl_at_size.Marks(), iter(range(100))
+    marks.now = lambda: float(next(clock))  # type: ignore[method-assign]
+    marks.patch(module)
+    for _ in range(3):
+        assert module.batch_generation(1) == 2
+        assert module.masked_whiten(5, mask=None) == 5
+    assert marks.seconds() == [{"rollout": 1.0, "scoring": 1.0, "update": 1.0}] * 2
+
+
+def test_our_side_of_the_race_at_size_runs() -> None:
+    updates = trl_at_size.train_ours(trl_at_size.SIZES["tiny"])
+    assert len(updates) == trl_at_size.UPDATES
+    assert all(seconds > 0 for update in updates for seconds in update.values())

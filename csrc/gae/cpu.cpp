@@ -5,6 +5,7 @@
 #include "gae/gae.h"
 
 #include "cpu/parallel.h"
+#include "cpu/rows/dispatch.h"
 #include "gae/cpu_tile.h"
 #include "gae/recursion.h"
 
@@ -136,11 +137,29 @@ void gae_block(const GaeArguments& args, int64_t first) {
   }
 }
 
+// The same in the instructions of AVX-512, which select by a mask at once. Everything is inlined: no function of these
+// instructions is left for others to call.
+#ifdef __x86_64__
+template <class T, Mask kMask, bool kDones>
+[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl"), gnu::flatten]] void gae_block_avx512(const GaeArguments& args,
+                                                                                          int64_t first) {
+  gae_block<T, kMask, kDones>(args, first);
+}
+#endif
+
+template <class T, Mask kMask, bool kDones>
+auto best_gae_block() {
+#ifdef __x86_64__
+  if (isa() == "avx512") return gae_block_avx512<T, kMask, kDones>;
+#endif
+  return gae_block<T, kMask, kDones>;
+}
+
 template <class T, Mask kMask>
 void gae_blocks(const GaeArguments& args, int threads) {
   const int64_t total = args.cu_seqlens == nullptr ? args.sequences * args.steps : args.steps;
   const int64_t useful = std::min<int64_t>(threads, 1 + total / kStepsPerThread);
-  const auto block = args.dones.data != nullptr ? gae_block<T, kMask, true> : gae_block<T, kMask, false>;
+  const auto block = args.dones.data != nullptr ? best_gae_block<T, kMask, true>() : best_gae_block<T, kMask, false>();
   parallel_for((args.sequences + kLanes - 1) / kLanes, static_cast<int>(useful),
                [&](int64_t i) { block(args, i * kLanes); });
 }

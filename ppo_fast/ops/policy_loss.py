@@ -76,39 +76,37 @@ def _(*arguments: Any) -> PolicyLossResult:
     )
 
 
-def _save(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult) -> None:
-    _, *others = result
-    ctx.backend = backend
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, ctx.backend = inputs
+    rows, _ = grouped(given, RowInputs, PolicyInputs)
+    result, (_, *others) = PolicyLossResult(*output), output
     save_rows(ctx, rows, *result.stats, result.grad_logprobs, result.grad_entropy, result.grad_kl)
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-
-
-def _saved(ctx: Any) -> tuple[RowGrads, RowInputs, RowStats]:
-    """The inputs of the backward of ``token_stats``, for a gradient of the loss of 1."""
-    rows, others = saved_rows(ctx)
-    stats, grads = grouped(others, RowStats, RowGrads)
-    return given_grads(*grads), rows, stats
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *given, backend = inputs
-    rows, _ = grouped(given, RowInputs, PolicyInputs)
-    _save(ctx, rows, backend, PolicyLossResult(*output))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
     if grad_loss is None:
         return to_first(ctx, None)
-    return to_first(ctx, token_stats_backward(*_saved(ctx), ctx.backend, grad_loss))
+    rows, others = saved_rows(ctx)
+    stats, grads = grouped(others, RowStats, RowGrads)
+    return to_first(ctx, token_stats_backward(given_grads(*grads), rows, stats, ctx.backend, grad_loss))
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _keep(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult, found: list[PolicyLossResult]) -> Tensor:
+    """Keep what a backward pass past the dispatcher needs; return the loss, the only output that autograd handles."""
+    save_rows(ctx, rows, *result.stats)
+    ctx.grads, ctx.backend = result.grads, backend
+    found.append(result)
+    return result.loss
+
+
 class _Eager(torch.autograd.Function):
-    """The registered op past the dispatcher.
+    """The registered op past the dispatcher; ``found`` takes the whole result.
 
     A backend that can writes the gradient in the forward pass: it is kept until the backward pass and handed out once.
     For a loss that arrives there scaled, or a second time, it is computed from the logits: it is rounded once, and
@@ -116,24 +114,22 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str) -> PolicyLossResult:
+    def forward(
+        ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str, found: list[PolicyLossResult]
+    ) -> Tensor:
         logits, out = rows.logits.detach(), {}
         ctx.dlogits = None
         if registry.fuses_backward(_OP, backend):
             ctx.dlogits = out["out"] = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        result = _launch(rows._replace(logits=logits), policy, backend, **out)
-        _save(ctx, rows, backend, result)
-        return result
+        return _keep(ctx, rows, backend, _launch(rows._replace(logits=logits), policy, backend, **out), found)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         checks.first_derivative(_OP)
-        if grad_loss is None:
-            return to_first(ctx, None)
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None or grad_loss.item() != 1:
-            del dlogits
-            return _backward(ctx, grad_loss)
+            rows, stats = saved_rows(ctx)
+            dlogits = token_stats_backward(ctx.grads, rows, RowStats(*stats), ctx.backend, grad_loss)
         return to_first(ctx, dlogits)
 
 
@@ -148,30 +144,29 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str) -> PolicyLossResult:
+    def forward(
+        ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str, found: list[PolicyLossResult]
+    ) -> Tensor:
         logits = rows.logits.detach()
         # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
         rows = rows._replace(logits=logits)
         ctx.written = registry.fuses_backward(_OP, backend)
         result = _launch(rows, policy, backend, **({"out": logits} if ctx.written else {}))
         torch.autograd.graph.increment_version(logits)
-        _save(ctx, rows, backend, result)
         ctx.spent = False
-        return result
+        return _keep(ctx, rows, backend, result, found)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         checks.first_derivative(_OP)
-        if grad_loss is None:
-            return to_first(ctx, None)
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
-        grads, rows, stats = _saved(ctx)
+        rows, stats = saved_rows(ctx)
         logits = rows.logits.detach()
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
-            run(grads, rows._replace(logits=logits), stats, out=logits, scale=grad_loss)
+            run(ctx.grads, rows._replace(logits=logits), RowStats(*stats), out=logits, scale=grad_loss)
         elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
@@ -181,13 +176,13 @@ class _InPlace(torch.autograd.Function):
 def _run(rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str) -> PolicyLossResult:
     """The registered op, or an eager form of it."""
     logits = rows.logits
-    if inplace:
-        return _InPlace.apply(logits, rows, policy, backend)
-    if not registry.runs_directly(logits):
+    if not inplace and not registry.runs_directly(logits):
         return PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _Eager.apply(logits, rows, policy, backend)
-    return _launch(rows, policy, backend)
+    if not torch.is_grad_enabled() or not logits.requires_grad:
+        return _launch(rows, policy, backend)
+    found: list[PolicyLossResult] = []
+    loss = (_InPlace if inplace else _Eager).apply(logits, rows, policy, backend, found)
+    return found[0]._replace(loss=loss)
 
 
 def _check_inplace(logits: Tensor) -> None:

@@ -52,25 +52,18 @@ def _(*arguments: Any) -> ValueLossResult:
     )
 
 
-def _save(ctx: Any, dtype: torch.dtype, result: ValueLossResult) -> None:
-    _, metrics, d_values = result
-    ctx.dtype = dtype
-    ctx.save_for_backward(d_values)
-    ctx.mark_non_differentiable(metrics, d_values)
-    ctx.set_materialize_grads(False)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     values, *_ = inputs
-    _save(ctx, values.dtype, ValueLossResult(*output))
+    _, metrics, d_values = output
+    ctx.dtype = values.dtype
+    ctx.save_for_backward(d_values)
+    ctx.mark_non_differentiable(metrics, d_values)
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor | None, *_: Any, run: Callable[..., Tensor] = reference.value_loss_backward
+    ctx: Any, grad_loss: Tensor, *_: Any, run: Callable[..., Tensor] = reference.value_loss_backward
 ) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
-    if grad_loss is None:
-        return to_first(ctx, None)
     (d_values,) = ctx.saved_tensors
     return to_first(ctx, run(d_values, grad_loss, ctx.dtype))
 
@@ -79,17 +72,18 @@ _value_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The registered op past the dispatcher."""
+    """The registered op past the dispatcher; ``found`` takes the whole result."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, inputs: ValueInputs, backend: str) -> ValueLossResult:
+    def forward(ctx: Any, _: Tensor, inputs: ValueInputs, backend: str, found: list[ValueLossResult]) -> Tensor:
         result = _launch(inputs, backend)
-        ctx.backend = backend
-        _save(ctx, inputs.values.dtype, result)
-        return result
+        ctx.dtype, ctx.backend = inputs.values.dtype, backend
+        ctx.save_for_backward(result.grad_values)
+        found.append(result)
+        return result.loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad_loss, run=registry.implementation(_BACKWARD, ctx.backend))
 
 
@@ -99,9 +93,11 @@ def _run(inputs: ValueInputs, backend: str) -> ValueLossResult:
     if not registry.runs_directly(values):
         numbers = inputs._replace(denominator=as_tensor(inputs.denominator, values))
         return ValueLossResult(*_value_loss(*numbers, backend))
-    if torch.is_grad_enabled() and values.requires_grad:
-        return _Eager.apply(values, inputs, backend)
-    return _launch(inputs, backend)
+    if not torch.is_grad_enabled() or not values.requires_grad:
+        return _launch(inputs, backend)
+    found: list[ValueLossResult] = []
+    loss = _Eager.apply(values, inputs, backend, found)
+    return found[0]._replace(loss=loss)
 
 
 def value_loss(

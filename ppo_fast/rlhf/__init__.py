@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ppo_fast.rlhf.config.files import load_config
     from ppo_fast.rlhf.config.ppo import PPOConfig
-    from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+    from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
+    from ppo_fast.rlhf.critic import sample_scored, train_value_model
     from ppo_fast.rlhf.errors import UserError
     from ppo_fast.rlhf.ppo.judge import Judge
     from ppo_fast.rlhf.ppo.train import PPOResult, train_ppo
@@ -29,10 +30,13 @@ __all__ = [
     "SFTConfig",
     "RewardModelConfig",
     "DPOConfig",
+    "ValueConfig",
     "SupervisedResult",
     "train_sft",
     "train_reward_model",
     "train_dpo",
+    "train_value_model",
+    "sample_scored",
     "Callback",
     "StepRecord",
     "Judge",
@@ -44,7 +48,8 @@ __all__ = [
 _MODULES = {
     "config.files": ["load_config"],
     "config.ppo": ["PPOConfig"],
-    "config.supervised": ["DPOConfig", "RewardModelConfig", "SFTConfig"],
+    "config.supervised": ["DPOConfig", "RewardModelConfig", "SFTConfig", "ValueConfig"],
+    "critic": ["sample_scored", "train_value_model"],
     "errors": ["UserError"],
     "ppo.judge": ["Judge"],
     "ppo.train": ["PPOResult", "train_ppo"],

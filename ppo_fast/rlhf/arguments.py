@@ -20,7 +20,7 @@ from ppo_fast.rlhf.config.files import (
 )
 from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
 from ppo_fast.rlhf.config.renamed import old_keys
-from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
 from ppo_fast.rlhf.errors import UserError, require
 
 # Short names of the flags that nearly every run sets.
@@ -46,6 +46,7 @@ class Stage(NamedTuple):
 STAGES = {
     "sft": Stage(SFTConfig, "Fine-tune a causal language model on completions."),
     "reward": Stage(RewardModelConfig, "Train a reward model on preference pairs."),
+    "value": Stage(ValueConfig, "Pre-train a value model on scored responses: of a file, of a run, or sampled."),
     "train": Stage(
         PPOConfig,
         "Train a causal language model by PPO.",
@@ -60,7 +61,7 @@ Values come from {preset}--config FILE (YAML or TOML, the same names, nested), t
 Short flags: {short}.
 
 --resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
-and flags may then change only the length of the run, `checkpoint.*` and `log.*`."""
+and flags may then change only the length of the run, `max_hours`, `checkpoint.*` and `log.*`."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:

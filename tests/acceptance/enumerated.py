@@ -15,20 +15,20 @@ from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.models import tiny
 
 WORDS = [f"w{i}" for i in range(12)]
-V, EOS, BETA = 16, 2, 0.2
+V, EOS, BETA = 16, 2, 0.5
 PROMPTS = WORDS[:4]
 SETTINGS: dict[str, Any] = {
     "threads": 1,
-    "rollout": {"batch_size": 64, "samples_per_prompt": 8, "max_new_tokens": 2},
+    "rollout": {"batch_size": 256, "samples_per_prompt": 8, "max_new_tokens": 2},
     "reward": {"missing_eos_penalty": 0.0},
     "kl": {"coef": BETA},
     "loss": {"aggregation": "seq-mean-token-sum"},
-    "advantage": {"whiten": False},
+    "advantage": {"kind": "group"},
     "optim": {
         "lr": 5e-3,
         "value_lr": 5e-3,
         "epochs": 2,
-        "minibatch_size": 32,
+        "minibatch_size": 128,
         "warmup_frac": 0.0,
         "final_lr_frac": 0.0,
     },

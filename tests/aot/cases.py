@@ -23,7 +23,7 @@ from ppo_fast.ops._core.results import RowStats
 from ppo_fast.rlhf.decoding.triton_attention import slot_attention
 
 B, T = 1, 2
-VOCABULARIES = {"tiny": 32, "small": 1000, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
+VOCABULARIES = {"tiny": 32, "gpt2": 50_257, "llama3": 128_256, "qwen2.5": 152_064}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,6 +50,14 @@ def backward(V: int, dtype: torch.dtype) -> None:
             token_stats_backward.token_stats_backward(RowGrads(g_logprob, g_entropy, g_kl), inputs, stats)
 
 
+def small() -> None:
+    """Several unaligned rows a program, forward and backward, with every term."""
+    logits, g, lse = torch.empty(B, T, 1000, dtype=torch.bfloat16), rows(), rows(torch.float64)
+    inputs = RowInputs(logits, rows(torch.int64), logits, rows(torch.bool), 1.0)
+    token_stats.token_stats(inputs, True)
+    token_stats_backward.token_stats_backward(RowGrads(g, g, g), inputs, RowStats(g, g, g, lse, lse), scale=g[0, 0])
+
+
 def sample(V: int, *filters: float | None) -> None:
     """sample_tokens, with these filters top_k and top_p."""
     logits, keys = torch.empty(B, T, V, dtype=torch.bfloat16), torch.empty(B, T, 3, dtype=torch.int64)
@@ -66,9 +74,9 @@ def policy(estimator: str) -> None:
     full, ref = (x, None) if estimator == "full" else (none, x)
     inputs = PolicyInputs(x, x, ref, x, None, None, coef, coef, coef, *clips)
     policy_loss.policy_loss_from_stats(stats._replace(kl=full), mask, inputs)
-    logits, targets = torch.empty(B, T, 8192, dtype=torch.bfloat16), rows(torch.int64)
-    reference = logits if estimator == "full" else None
-    policy_loss.policy_loss(RowInputs(logits, targets, reference, mask, 1.0), inputs)
+    if estimator == "full":
+        logits, targets = torch.empty(B, T, 8192, dtype=torch.bfloat16), rows(torch.int64)
+        policy_loss.policy_loss(RowInputs(logits, targets, logits, mask, 1.0), inputs)
 
 
 def value(dtype: torch.dtype) -> None:
@@ -112,6 +120,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"backward-{n}-{d}": functools.partial(backward, VOCABULARIES[n], d) for n, d in _LOGITS},
     "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
     "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
+    "small": small,
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},

@@ -155,8 +155,8 @@ def linear_policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
 
 
 def linear_scaling_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of linear_policy_loss_backward, whose backends are one."""
-    yield torch.randn(5, 4), torch.tensor(0.5), torch.tensor(3.0), torch.empty(0, dtype=torch.bfloat16)
+    """Arguments of linear_policy_loss_backward."""
+    yield torch.randn(5, 4), torch.tensor(0.5), torch.tensor(3.0), torch.empty(0, dtype=torch.bfloat16), backend
 
 
 ARGUMENTS: dict[str, Callable[[str], Iterator[tuple[Any, ...]]]] = {

@@ -133,7 +133,7 @@ def test_the_rule_on_a_cpu(N: int, chunk: int) -> None:
         (128256, torch.float32, TRAINED, 2048),
         (400000, torch.bfloat16, TRAINED, 2048),
         (32000, torch.float32, TRAINED, 4096),
-        (128256, torch.bfloat16, NeedsGrad(True, False, False), 2048),
+        (128256, torch.bfloat16, NeedsGrad(True, False, False), 1024),
         (128256, torch.bfloat16, SCORING, 1024),
     ],
 )
@@ -143,6 +143,32 @@ def test_the_rule_on_a_gpu(words: int, dtype: torch.dtype, needs: NeedsGrad, chu
         given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, False, "torch")
         assert head_buffers.chunk_rows(given, 8192, needs, "cuda") == chunk
         assert head_buffers.chunk_rows(given, 100, needs, "cuda") == 100
+
+
+@pytest.mark.parametrize(
+    ("half", "softcap", "dtype", "separate"),
+    [
+        (False, None, torch.float32, True),
+        (True, None, torch.bfloat16, False),
+        (True, 5.0, torch.float32, True),
+    ],
+)
+def test_half_logits_on_a_gpu(half: bool, softcap: float | None, dtype: torch.dtype, separate: bool) -> None:
+    """Logits in the dtype of hidden states are replaced by their gradient; softcap needs the digits of float32."""
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, D, device="cuda", dtype=torch.bfloat16) for n in (8192, V))
+        given = LinearCall(hidden, weight, None, hidden, None, None, None, None, softcap, 1.0, None, half, "torch")
+        buffers = Buffers.of(given, 8192, TRAINED, "cuda")
+    assert (buffers.dtype, buffers.separate) == (dtype, separate)
+
+
+def test_the_buffers_of_the_largest_head_on_a_gpu() -> None:
+    """With the gradient of a weight of 128,256 x 4096 in float32, 1.96 GiB, they leave room within 3.3 GiB."""
+    with FakeTensorMode():
+        for rows in (8192, 65536):
+            hidden, weight = (torch.empty(n, 4096, device="cuda", dtype=torch.bfloat16) for n in (rows, 128256))
+            given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, False, "torch")
+            assert Buffers.of(given, rows, TRAINED, "cuda").bytes(given) == 128256 * (4096 * 2 + 640 * 4)
 
 
 def test_tiles_of_a_chunk_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import INTERPRETED, assert_same
 from tests.ops.examples import EXAMPLES, each_example, fresh_inputs, run, run_with_gradient
@@ -24,6 +27,32 @@ def test_two_runs_are_bitwise_equal(name: str, backend: str) -> None:
     assert_same(
         run_with_gradient(name, backend, fresh_inputs(name)), run_with_gradient(name, backend, fresh_inputs(name))
     )
+
+
+class _Passes(TorchDispatchMode):
+    """A mode that sees every op, as those that trace do, and changes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@each_example("token_stats", "policy_loss", "value_loss")
+def test_the_registered_op_runs_where_somebody_traces_and_only_there(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, call = list[str](), CustomOpDef.__call__
+
+    def recorded(self: CustomOpDef, *arguments: Any) -> Any:
+        called.append(self._name)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(CustomOpDef, "__call__", recorded)
+    eager = run_with_gradient(name, backend, fresh_inputs(name))
+    assert not called
+    with _Passes():
+        traced = run_with_gradient(name, backend, fresh_inputs(name))
+    assert called[0] == name
+    assert_same(traced, eager)
 
 
 @contextmanager

@@ -51,13 +51,14 @@ SUPERVISED = {
     "sft": ("AutoModelForCausalLM", []),
     "reward": ("AutoModelForSequenceClassification", ["reward_stats.json"]),
     "dpo": ("AutoModelForCausalLM", []),
+    "value": ("AutoModelForSequenceClassification", ["value_stats.json"]),
 }
 
 
 @pytest.mark.parametrize("command", SUPERVISED)
 def test_the_other_stages_run_from_a_file_and_flags(files, capsys, command):
     loader, extra = SUPERVISED[command]
-    row = {"prompt": "w1", "completion": " w2", "chosen": " w2", "rejected": " w3"}
+    row = {"prompt": "w1", "completion": " w2", "chosen": " w2", "rejected": " w3", "score": 1.0}
     (files / "rows.jsonl").write_text((json.dumps(row) + "\n") * 20)
     (files / "stage.toml").write_text("[optim]\nlr = 1e-3\nepochs = 3\n[log]\nconsole = false\ntensorboard = false\n")
     flags = ["--config", "stage.toml", "--model", "model", "--data", "rows.jsonl", "--optim.epochs", "1"]
@@ -101,7 +102,7 @@ def test_short_flags():
         (
             ["trane"],
             "no command 'trane'; "
-            "the commands are sft, reward, train, dpo, plan, export, quickstart, plot, report, doctor",
+            "the commands are sft, reward, value, train, dpo, plan, export, quickstart, plot, report, doctor",
         ),
         (["sft", "--prompts", "p.jsonl"], "no option '--prompts', the nearest is '--data.held-out'"),
         (["sft", "--preset", "tiny-cpu"], "no option '--preset', the nearest is '--log.print-every'"),

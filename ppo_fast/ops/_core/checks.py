@@ -249,7 +249,7 @@ def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int
     if value is None or value.device.type != "cpu" or value.numel() == 0:
         return
     lowest, highest = value.aminmax()
-    if lowest >= 0 and highest < vocab:
+    if lowest.item() >= 0 and highest.item() < vocab:
         return
     bad = (value < 0) | (value >= vocab)
     if mask is not None:

@@ -6,7 +6,7 @@ weight and bias. Rows that do not count are left out before any product.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.results import RowStats
 
-Group = TypeVar("Group", bound=NamedTuple)
+Group = TypeVar("Group", RowStats, RowGrads)
 
 
 class CountedRows:

@@ -15,10 +15,9 @@ _CPU_MANY = 2048
 # On a GPU each chunk reads and writes the float32 gradient of the weight, so chunks are as large as 1 GiB allows.
 _GPU_CHUNK = (2048, 4096)
 _GPU_CHUNK_BYTES = 2**30
-_GPU_CHUNK_FROZEN = 2048
-_GPU_CHUNK_SCORING = 1024
+_GPU_CHUNK_FROZEN = 1024
 # Rows of the smallest tile, by device, where the gradient has memory of its own; elsewhere a tile is a chunk.
-_TILE = {"cuda": 512}
+_TILE, _TILE_FROZEN = {"cuda": 640}, {"cuda": 512}
 # Rows that the blocks of a GPU's product come in.
 _PRODUCT_ROWS = 128
 # Bytes to which the parts of the buffer are aligned.
@@ -47,7 +46,6 @@ def chunk_rows(call: LinearCall, count: int, needs: NeedsGrad, device: str) -> i
         low, high = _GPU_CHUNK
         by_bytes = _GPU_CHUNK_BYTES // (V * itemsize) // _PRODUCT_ROWS * _PRODUCT_ROWS
         rows = min(high, max(low, by_bytes)) if needs.need_weight else _GPU_CHUNK_FROZEN
-        rows = rows if any(needs) else _GPU_CHUNK_SCORING
     else:
         buffers = 1 + (call.ref_hidden is not None) + (call.softcap is not None)
         rows = min(_CPU_CHUNK, count // 8 if count >= _CPU_MANY else _CPU_CHUNK) // buffers
@@ -75,7 +73,8 @@ class Buffers(NamedTuple):
         chunk = chunk_rows(call, count, needs, device)
         dtype, ref = _logits_dtype(call, call.hidden, device), call.ref_hidden
         separate = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
-        tile = min(chunk, _TILE.get(device, chunk)) if separate else chunk
+        smallest = _TILE if needs.need_weight else _TILE_FROZEN
+        tile = min(chunk, smallest.get(device, chunk)) if separate else chunk
         return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(call, ref, device), separate)
 
     @property

@@ -45,10 +45,11 @@ class Gradients(NamedTuple):
 
         ``rows`` are those of the hidden states, in order where they are a slice.
         """
-        if self.hidden.numel() and isinstance(rows, slice):
-            torch.mm(dlogits, call.weight, out=self.hidden[rows])
-        elif self.hidden.numel():
-            self.hidden.index_copy_(0, rows, dlogits @ call.weight)
+        if self.hidden.numel():
+            if isinstance(rows, slice):
+                torch.mm(dlogits, call.weight, out=self.hidden[rows])
+            else:
+                self.hidden.index_copy_(0, rows, dlogits @ call.weight)
         if self.weight.numel():
             _add_product(self.weight, dlogits.T, hidden, first)
         if self.bias.numel():
@@ -57,18 +58,20 @@ class Gradients(NamedTuple):
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a @ b, or total = a @ b for the ``first``, summed in the dtype of ``total``."""
-    if total.dtype == a.dtype or total.is_cuda:
-        wide = {} if total.dtype == a.dtype else {"out_dtype": total.dtype}
-        if first:
-            torch.mm(a, b, out=total, **wide)
-        else:
-            torch.addmm(total, a, b, out=total, **wide)
-        return
-    # A partial product in float16 could overflow.
-    dtype = torch.float32 if a.dtype == torch.float16 else a.dtype
-    for part, rows in zip(total.split(_WORDS), a.split(_WORDS), strict=True):
-        product = rows.to(dtype) @ b.to(dtype)
-        part.copy_(product) if first else part.add_(product)
+    if total.dtype == a.dtype and first:
+        torch.mm(a, b, out=total)
+    elif total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif total.is_cuda and first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        # A partial product in float16 could overflow.
+        dtype = torch.float32 if a.dtype == torch.float16 else a.dtype
+        for part, rows in zip(total.split(_WORDS), a.split(_WORDS), strict=True):
+            product = rows.to(dtype) @ b.to(dtype)
+            part.copy_(product) if first else part.add_(product)
 
 
 def unit_scale(like: Tensor, *weights: Tensor | None) -> Tensor:
@@ -97,8 +100,5 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if gradient.dtype == factor.dtype == dtype:
         return gradient * factor
     out = torch.empty_like(gradient, dtype=dtype)
-    if out.is_cuda and gradient.dtype == factor.dtype:
-        # One kernel that rounds as it writes; on a CPU torch makes a whole temporary.
-        return torch.mul(gradient, factor, out=out)
     by_rows(out, lambda x: x.to(factor.dtype) * factor, gradient)
     return out

@@ -34,9 +34,7 @@ class WeightsConfig:
     """Where the weights come from and where they live."""
 
     path: str | None = None  # causal LM to begin with: a local directory or a hub id
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of weights, activations and products; adapters' weights: float32
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and products; adapters are float32
     load_in_4bit: bool = False  # the frozen base in 4 bits (NF4), by bitsandbytes; needs lora.rank
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters in place of full fine-tuning
     attention: str | None = None  # transformers' attn_implementation; null: by device and packing
@@ -66,6 +64,7 @@ class ModelConfig(CausalConfig):
 
     layout: Literal["separate", "shared", "adapters"] = "separate"  # value model apart; a head on the policy; one base
     offload: bool = False  # reference and reward models wait in host memory while they are not used
+    offload_activations: bool = False  # those of the update wait in host memory for the backward pass; for long rows
     value_path: str | None = None  # critic's start: causal LM, reward model, final/ of a run; null: reward.models
     value_head: Literal["normal", "zero"] = "normal"  # N(0, 1/sqrt(D+1)) or 0; unused when value_path has a head
 
@@ -96,7 +95,7 @@ class DataConfig:
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
-    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or a function as in reward
+    order: str | None = None  # curriculum, easy prompts first: a column of numbers, or a function, as reward.function
     balance: str | None = None  # column of topics; every topic is drawn equally often
 
     def __post_init__(self) -> None:
@@ -163,7 +162,7 @@ class RewardConfig:
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
     overlong_penalty: float = 0.0  # subtracted, after the clip, at max_new_tokens; less, linearly, within the buffer
     overlong_buffer: int | None = None  # tokens before max_new_tokens; null: a fifth of it
-    filter: str | None = None  # such a function -> True (keep), False (reject) or "mask" for each response
+    filter: str | None = None  # named as function -> True (keep), False (reject) or "mask" for each response
     rejected_score: float = -10.0  # of a response that the filter rejects, in place of its own
 
     def __post_init__(self) -> None:
@@ -290,7 +289,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW with one clip of the gradient norm a step; linear warm-up, then linear decay."""
+    """AdamW with one clip of the gradient norm a step; linear warm-up, then the schedule."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # moments in the weights' dtype; in 8 bits, with stochastic rounding
     master_weights: bool | None = None  # float32 copies of 16-bit weights take the steps; null: those of adapters only
@@ -299,8 +298,10 @@ class AdamWConfig:
     eps: float = 1e-5  # added to the root of the second moment
     weight_decay: float = 0.0  # decoupled
     max_grad_norm: float = 1.0  # of each trained network, once per optimizer step
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up, down to final_lr_frac or flat
     warmup_frac: float = 0.03  # of all optimizer steps
-    final_lr_frac: float = 0.1  # the linear decay ends at this share of the peak
+    warmup_steps: int | None = None  # optimizer steps, in place of warmup_frac; null: by warmup_frac
+    final_lr_frac: float = 0.1  # the decay ends at this share of the peak; constant has none
 
     def __post_init__(self) -> None:
         check_choices("optim", self)
@@ -315,6 +316,8 @@ class AdamWConfig:
         for name in ("warmup_frac", "final_lr_frac"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"optim.{name}", f"0 <= {name} <= 1", value)
+        if self.warmup_steps is not None:
+            not_negative("optim.warmup_steps", self.warmup_steps)
         check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", "two numbers 0 <= beta < 1", self.betas)
         not_negative("optim.weight_decay", self.weight_decay)
 
@@ -330,9 +333,7 @@ class OptimConfig(AdamWConfig):
     micro_batch_size: int | None = None  # sequences per forward pass; divides minibatch_size; null: all
     tokens_per_pass: int | None = None  # tokens per forward pass, prompts and padding included, in place of that
     target_kl: float | None = None  # stop the epochs when a minibatch's approx_kl exceeds this
-    in_backward: bool = (
-        False  # a weight takes its step once its gradient is complete; clips by the norm of the last step
-    )
+    in_backward: bool = False  # weights take their steps in the backward pass; clips by the norm of the step before
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -406,15 +407,17 @@ class EvaluationConfig:
 
     every: int = 0  # updates between evaluations; 0: never
     prompts: str | None = None  # held-out prompts, in the format of data.prompts
-    evaluators: tuple[
-        str, ...
-    ] = ()  # "file.py:function" or "module:function"; f(generate, model, tokenizer) -> {name: number}
+    evaluators: tuple[str, ...] = ()  # named as reward.function; f(generate, model, tokenizer) -> {name: number}
     best: str | None = "eval/scores"  # metric by which RUN/best is kept; null: no such directory
     best_is: Literal["max", "min"] = "max"  # of that metric
+    patience: int = 0  # evaluations in a row without a better `best` that end the run; 0: none do
 
     def __post_init__(self) -> None:
         check_choices("evaluation", self)
         not_negative("evaluation.every", self.every)
+        not_negative("evaluation.patience", self.patience)
+        watched = self.best is not None and self.every > 0
+        check(watched or not self.patience, "evaluation.patience", "0 without evaluation.every and best", self.patience)
 
 
 @dataclass(frozen=True)
@@ -425,6 +428,7 @@ class RunConfig:
     overwrite: bool = False  # write over an earlier run in output_dir
     seed: int = 0  # of every random number of the run
     threads: int | None = None  # torch CPU threads during the run; 1 is quickest for tiny models
+    max_hours: float | None = None  # of training; the step that ends later is the last: checkpoint, exit, --resume
     on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -433,6 +437,8 @@ class RunConfig:
         not_negative("seed", self.seed)
         if self.threads is not None:
             positive("threads", self.threads)
+        if self.max_hours is not None:
+            positive("max_hours", self.max_hours)
 
 
 @dataclass(frozen=True)
@@ -461,6 +467,9 @@ class PPOConfig(RunConfig):
         check(warmup < self.updates, "optim.critic_warmup_updates", f"fewer than updates = {self.updates}", warmup)
         skips = self.on_nan == "skip"
         check(not (skips and self.optim.in_backward), "on_nan", "'stop' with optim.in_backward", self.on_nan)
+        check_float16(self.model, self.optim)
+        float16 = self.model.dtype == "float16"
+        check(not (float16 and self.optim.in_backward), "optim.in_backward", "false with model.dtype 'float16'", True)
         buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
         allowed = f"at most rollout.max_new_tokens = {longest}"
         check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
@@ -497,6 +506,17 @@ class PPOConfig(RunConfig):
         if optim.tokens_per_pass:
             return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
         return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def check_float16(model: WeightsConfig, optim: AdamWConfig) -> None:
+    """Refuse float16 weights that take the steps themselves: the squares of their gradients would be 0."""
+    trained = model.dtype == "float16" and not model.lora.rank
+    check(
+        not trained or bool(optim.master_weights),
+        "optim.master_weights",
+        "true with model.dtype 'float16' unless adapters are trained",
+        optim.master_weights,
+    )
 
 
 def _check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:

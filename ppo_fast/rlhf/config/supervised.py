@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig
+from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig, check_float16
 from ppo_fast.rlhf.errors import check, divides, positive
 
 
@@ -63,6 +63,10 @@ class SupervisedConfig(RunConfig):
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     log: SupervisedLogConfig = field(default_factory=SupervisedLogConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_float16(self.model, self.optim)
+
 
 @dataclass(frozen=True)
 class SFTConfig(SupervisedConfig):
@@ -78,6 +82,24 @@ class RewardModelConfig(SupervisedConfig):
 
     output_dir: str = "runs/reward"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     init: str | None = None  # reward model to continue from; null: model.path with a new head
+
+
+@dataclass(frozen=True)
+class ValueConfig(RewardModelConfig):
+    """The pre-training of one value model on scored responses {"prompt", "completion", "score"[, "ended"]}.
+
+    `data.train` is a file of them, a run, for its samples.jsonl (`log.all_samples`), or the config of a PPO run (YAML,
+    TOML), whose policy answers its prompts.
+    """
+
+    output_dir: str = "runs/value"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
+    samples: int = 1024  # responses drawn and scored if data.train is the config of a PPO run
+    gamma: float = 1.0  # discount, advantage.gamma of the run to come
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("samples", self.samples)
+        check(0 <= self.gamma <= 1, "gamma", "0 <= gamma <= 1", self.gamma)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The formats are TRL's: texts, or role/content messages through the tokenizer's c
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Scored(Example):
+    """A prompt and a response with its score."""
+
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two completions of one prompt, of which the first is preferred."""
 
@@ -93,7 +101,7 @@ class Batch:
     grid: TokenBatch  # the same with masks on the host
 
 
-Kind = TypeVar("Kind", Example, Pair)
+Kind = TypeVar("Kind", Example, Pair, Scored)
 Make = Callable[[Row, "PreTrainedTokenizerBase", str], Kind]  # (row, tokenizer, where it came from)
 
 
@@ -136,6 +144,25 @@ def completion_example(
         row = {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     prompt, completion = _fields(row, where, "prompt", "completion")
     return _tokenize(prompt, completion, tokenizer, where, row, eos_ids)
+
+
+def scored_example(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int] = ()) -> Scored:
+    """{"prompt", "completion", "score"[, "ended"]}, or {"prompt_ids", "completion_ids", "score"} as they were sampled.
+
+    A completion that has not "ended" was cut short and gets no EOS. One that was "sampled" after the prompt's tokens
+    has a boundary there. `eos_ids` are those of `completion_example`.
+    """
+    score = row.get("score") if isinstance(row, Mapping) else None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise UserError(f"{where}: expected a finite number as score, got {score!r}")
+    if "completion_ids" in row:
+        start, rest = row["prompt_ids"], row["completion_ids"]
+        return Scored((*start, *rest), len(start), score=float(score))
+    example = completion_example(row, tokenizer, where, eos_ids)
+    ids = example.ids if row.get("ended", True) else example.ids[:-1]
+    if len(ids) == example.start:
+        raise UserError(f"{where}: the completion has no tokens")
+    return Scored(ids, example.start, example.joined or "sampled" in row, float(score))
 
 
 def preference_pair(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int] = ()) -> Pair:

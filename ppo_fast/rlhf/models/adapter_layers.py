@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class RoundedCopy:
         self.value: Tensor | None = None  # made at the first use
         self._version = -1
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoundedCopy:
+        return RoundedCopy(deepcopy(self.parameter, memo))  # whose versions start again
+
     @property
     def stale(self) -> bool:
         """Whether the copy is in use and the parameter has changed since."""
@@ -42,7 +46,7 @@ class RoundedCopy:
 
     def get(self, dtype: torch.dtype) -> Tensor:
         """The current values in that dtype."""
-        if self.value is None or self.value.dtype != dtype:
+        if self.value is None or self.value.dtype != dtype or self.value.device != self.parameter.device:
             with torch.inference_mode(mode=False):  # a backward pass may save it
                 self.value = torch.empty_like(self.parameter, dtype=dtype, requires_grad=False)
             self._version = -1
@@ -105,7 +109,8 @@ class AdapterLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The product [..., out] of x [..., in]."""
         layer: Any = self
-        name = None if args or kwargs or torch.is_autocast_enabled(x.device.type) else _only_adapter(layer)
+        autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+        name = None if args or kwargs or autocast else _only_adapter(layer)
         if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class mixed with
         dropout, base = layer.lora_dropout[name], layer.base_layer

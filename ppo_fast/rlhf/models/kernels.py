@@ -30,7 +30,7 @@ KNOWN = frozenset(
     ]
 )
 BOUND = ("forward", "extra_repr", "_get_name")  # methods that liger-kernel binds to modules
-# Of hidden states and gradients, relative to their norm: about twice the rounding of 32 layers.
+# Differences allowed in hidden states and gradients, relative to their norm.
 _ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROUNDING_OF_SUMS = 1e-4
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, ReferenceConfig, RewardConfig
@@ -32,7 +32,7 @@ from ppo_fast.rlhf.models.loading import (
     recomputing,
 )
 from ppo_fast.rlhf.models.networks import Networks
-from ppo_fast.rlhf.models.offload import Offloaded
+from ppo_fast.rlhf.models.offload import Offloaded, offload_activations
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
 from ppo_fast.rlhf.models.value import ValueModel, head_like, new_head
 
@@ -86,6 +86,12 @@ class Models:
         with recomputing(self.policy, *filter(None, [self.value])):
             yield
 
+    def offload_activations(self, to_host: Callable[[Tensor], Tensor]) -> None:
+        """Let the trained networks keep in host memory what their backward passes need."""
+        backbones = [backbone_of(self.policy), *([] if self.value is None else [self.value.backbone])]
+        for backbone in {id(each): each for each in backbones}.values():
+            offload_activations(backbone, to_host)
+
     def weights(self, role: Role) -> list[nn.Parameter]:
         """The weights that only the network of a role has; none if the reference is the base of adapters."""
         if role == "value" and self.value is None:
@@ -128,6 +134,12 @@ def load_models(
     networks, normalized = Networks(config, generator.device), reward.normalize == "dataset"
     value = make_value_model(config, networks, loaded, start, generator, normalized=normalized) if critic else None
     models = build_models(config, loaded, value, reference)
+    if config.offload_activations:
+        if generator.device.type == "cpu":
+            raise UserError(
+                "model.offload_activations: expected false on a CPU, where host memory is its own, got True"
+            )
+        models.offload_activations(networks.to_host)
     offloaded = Offloaded(models.reference, generator.device) if config.offload and models.adapters is None else None
     return dataclasses.replace(models, offloaded=offloaded, rewards=saved.rewards)
 

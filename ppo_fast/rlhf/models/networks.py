@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.adapters import add_to_weights
 from ppo_fast.rlhf.models.attention import use_attention
 from ppo_fast.rlhf.models.kernels import use_kernels
+from ppo_fast.rlhf.models.offload import to_pinned
 from ppo_fast.rlhf.models.pretrained import Loader, load_network
 from ppo_fast.rlhf.models.saved import CLASSIFIER, VALUE_FILE, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel
@@ -119,6 +120,10 @@ class Networks:
         """Move the network to the device and give it the attention and the kernels that the config means."""
         use_attention(network if self.config.load_in_4bit else network.to(self.device), self.config)
         use_kernels(network, self.config.kernels)
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """Copy an activation to host memory."""
+        return to_pinned(x)
 
     def _classifier_base(self, saved: SavedModel, dtype: torch.dtype | None) -> PreTrainedModel:
         """The base of a reward model's adapter as a model for sequence classification, with a random head."""

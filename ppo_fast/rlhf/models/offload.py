@@ -1,13 +1,16 @@
-"""Networks that wait in host memory while they are not used."""
+"""Networks and activations that wait in host memory while they are not used."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+FEWEST_BYTES = 2**16  # of an activation that is worth a copy
 
 
 class Offloaded:
@@ -43,3 +46,40 @@ class Offloaded:
     def _point_at(self, values: Iterable[Tensor]) -> None:
         for tensor, value in zip(self._tensors, values, strict=True):
             tensor.data = value
+
+
+def offload_activations(backbone: nn.Module, to_host: Callable[[Tensor], Tensor]) -> None:
+    """Let the forward passes of a backbone with gradients keep in host memory what their backward passes need.
+
+    Weights and tensors below 64 KiB stay. With gradient checkpointing that is the input of each layer, else all that
+    its operations save. `torch.autograd.graph.save_on_cpu` would copy the weights as well.
+    """
+    blocks = list[contextlib.AbstractContextManager[object]]()
+
+    def begin(*_: object) -> None:
+        weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
+
+        def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+            if x.nbytes < FEWEST_BYTES or x.untyped_storage()._cdata in weights:
+                return x
+            return x.device, to_host(x)
+
+        block = saved_tensors_hooks(pack, _unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
+        block.__enter__()
+        blocks.append(block)
+
+    backbone.register_forward_pre_hook(begin)
+    backbone.register_forward_hook(lambda *_: blocks.pop().__exit__(None, None, None), always_call=True)
+
+
+def to_pinned(x: Tensor) -> Tensor:
+    """Copy to host memory, pinned if from a GPU; the copy is queued, not waited for."""
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+    return host.copy_(x, non_blocking=x.is_cuda)
+
+
+def _unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    device, host = kept
+    return host.to(device, copy=True, non_blocking=True)

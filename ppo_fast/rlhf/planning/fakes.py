@@ -19,7 +19,7 @@ SCALED = 64  # weights to a scale of 8 bits, and 4 * 64 of these to one of 32 bi
 
 def attention(config: ModelConfig, device: str) -> str | None:
     """The attn_implementation of a network without data, None: the model's own."""
-    fused = device == "cpu" or (device == "cuda" and config.dtype == "bfloat16")
+    fused = device == "cpu" or (device == "cuda" and config.dtype != "float32")
     packed = config.packing and fused
     named = config.attention or ""
     if not (named.startswith("flash") or (packed and not named)):

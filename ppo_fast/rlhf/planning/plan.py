@@ -194,6 +194,11 @@ def _offload(config: PPOConfig) -> list[bool]:
     return [True] if idle and not config.model.offload else []
 
 
+def _offload_activations(config: PPOConfig) -> list[bool]:
+    recomputing = config.model.gradient_checkpointing  # which costs less
+    return [True] if recomputing and not config.model.offload_activations else []
+
+
 def _four_bits(config: PPOConfig) -> list[bool]:
     base = config.model.layout == "adapters" and not config.model.lora.merge
     return [True] if base and not config.model.load_in_4bit else []
@@ -207,6 +212,7 @@ _SETTINGS = (
     Setting("rollout.tokens_per_pass", lambda config: _halves(config.rollout.tokens_per_pass), ("scoring",)),
     Setting("model.gradient_checkpointing", _recomputing, ("update",)),
     Setting("model.offload", _offload),
+    Setting("model.offload_activations", _offload_activations, ("update",)),
     Setting("optim.name", _eight_bits),
     Setting("model.dtype", lambda config: ["bfloat16"] if config.model.dtype == "float32" else []),
     Setting("model.layout", lambda config: [] if config.model.layout == "adapters" else ["adapters"]),

@@ -49,8 +49,9 @@ def read_shapes(config: PPOConfig, policy: PretrainedConfig | None = None) -> Sa
 class NetworksWithoutData(Networks):
     """Makes the networks of a run on the meta device, from their configs."""
 
-    def __init__(self, config: ModelConfig, device: str) -> None:
+    def __init__(self, config: ModelConfig, device: str, name: Name = lambda item, tensors: None) -> None:
         super().__init__(config, torch.device("meta"))
+        self.name = name
         self.attention = attention(config, device)
 
     def make(
@@ -87,6 +88,11 @@ class NetworksWithoutData(Networks):
     def place(self, network: PreTrainedModel) -> None:
         pass
 
+    def to_host(self, x: Tensor) -> Tensor:
+        host = super().to_host(x)
+        self.name(None, [host])
+        return host
+
     def _head(self, network: PreTrainedModel) -> nn.Linear:
         return nn.Linear(network.config.hidden_size, 1, dtype=torch.float32, device=self.device)
 
@@ -100,7 +106,7 @@ def count_weights(policy: SavedModel, config: ModelConfig) -> int:
 
 def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str, name: Name) -> LoadedModels:
     """The networks in their layout, of tensors without data; to be called under a FakeTensorMode."""
-    networks, offload = NetworksWithoutData(config.model, device), config.model.offload
+    networks, offload = NetworksWithoutData(config.model, device, name), config.model.offload
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
         models = _make_models(config, networks, saved)
         rewards = [make_reward_network(each, networks, models.adapters) for each in saved.rewards]
@@ -141,7 +147,10 @@ def _make_models(config: PPOConfig, networks: Networks, saved: SavedModels) -> M
     start = critic_start(model, saved, loaded.adapters, lambda reward: reward.config.vocab_size == size)
     critic = config.advantage.critic
     value = make_value_model(model, networks, loaded, start, generator, normalized=False) if critic else None
-    return build_models(model, loaded, value, config.reference)
+    models = build_models(model, loaded, value, config.reference)
+    if model.offload_activations:
+        models.offload_activations(networks.to_host)
+    return models
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

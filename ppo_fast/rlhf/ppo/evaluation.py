@@ -51,6 +51,7 @@ class Evaluation(Callback):
         self.start_whole: list[list[int]] = []  # with the tokens that a rollout function put between them
         self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
         self.best: float | None = None
+        self.worse = 0  # evaluations since the best
         self.answers: list[Record] = []  # of the latest evaluation, paired with those of the model at the start
 
     def on_start(self, record: StepRecord) -> None:
@@ -86,10 +87,17 @@ class Evaluation(Callback):
             raise UserError(f"evaluation.best: expected one of {', '.join(metrics)}, got {watched!r}")
         sign = 1 if self.config.evaluation.best_is == "max" else -1
         if self.best is not None and sign * metrics[watched] <= sign * self.best:
-            return None
-        self.best = metrics[watched]
+            self.worse += 1
+            number = self.config.evaluation.patience
+            return f"stopped early: no better {watched} in {number} evaluations" if self.exhausted else None
+        self.best, self.worse = metrics[watched], 0
         save_models(self.models, directory)
         return f"best {watched} so far, {self.best:.4g}: saved in {directory.name}"
+
+    @property
+    def exhausted(self) -> bool:
+        """`evaluation.patience` is at its end."""
+        return 0 < self.config.evaluation.patience <= self.worse
 
     def _measured(self) -> dict[str, float]:
         generation = self._answers(self.data, self.rollout_fn)
@@ -155,7 +163,7 @@ class Evaluation(Callback):
         return dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
 
     def state_dict(self) -> State:
-        return {name: getattr(self, name) for name in ("start", "start_whole", "start_ended", "best")}
+        return {name: getattr(self, name) for name in ("start", "start_whole", "start_ended", "best", "worse")}
 
     def load_state_dict(self, state: State) -> None:
         vars(self).update(state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience, agreeing
 from ppo_fast.rlhf.ppo.correction import mismatch_metrics
 from ppo_fast.rlhf.ppo.rewards import Rewards
@@ -16,6 +17,7 @@ from ppo_fast.rlhf.ppo.rollout import Rollout
 from ppo_fast.rlhf.ppo.update import UpdateStats
 from ppo_fast.rlhf.training.finite import check_metrics
 from ppo_fast.rlhf.training.runtime import Stopwatch
+from ppo_fast.rlhf.training.utilization import matrix_weights, training_work
 
 NGRAM = 3  # of hacking/repetition and hacking/distinct_n
 
@@ -52,6 +54,8 @@ def collect(
         "nan/skipped_steps": float(stats.skipped),
         "memory/peak": watch.peak(),
     }
+    if stats.loss_scale is not None:
+        metrics |= {"float16/loss_scale": stats.loss_scale, "float16/skipped_steps": float(stats.overflows)}
     return metrics | _speed(watch.seconds, tokens=len(rollout.tokens))
 
 
@@ -118,6 +122,15 @@ def _lengths(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
         "length/truncated_frac": (~rollout.generation.ended).float().mean(),
         "hacking/length_reward_corr": torch.where(scale > 0, covariance / scale.clamp_min(1e-30), 0.0),
     }
+
+
+def phase_work(models: Models) -> dict[str, float]:
+    """Return the operations of each phase on one token of a prompt or response; of the update, in one epoch."""
+    policy, reference = matrix_weights(models.policy), matrix_weights(models.reference)
+    apart = [] if models.value is None or models.shared else [models.value]
+    update = sum(training_work(network) for network in (models.policy, *apart))
+    scoring = 2 * (policy + reference + sum(matrix_weights(each) for each in apart))
+    return {"rollout": 2 * policy, "logprobs": scoring, "update": update}
 
 
 def _speed(seconds: dict[str, float], tokens: float) -> dict[str, float]:

@@ -30,7 +30,7 @@ from ppo_fast.rlhf.ppo.environment import RolloutFunction, respond
 from ppo_fast.rlhf.ppo.evaluation import Evaluation, load_evaluation
 from ppo_fast.rlhf.ppo.failures import save_failure
 from ppo_fast.rlhf.ppo.log import RunLog
-from ppo_fast.rlhf.ppo.metrics import collect
+from ppo_fast.rlhf.ppo.metrics import collect, phase_work
 from ppo_fast.rlhf.ppo.reference import Reference
 from ppo_fast.rlhf.ppo.reward_hacking import RewardHackingMonitor
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
@@ -64,6 +64,7 @@ from ppo_fast.rlhf.training.resume import (
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
+from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
 
 
@@ -99,6 +100,8 @@ class PPORun(TrainingLoop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = RewardHackingMonitor()
         self.watch = Stopwatch(self.models.device, peaks=bool(self.callbacks))
+        rate = matmul_rate(self.models.device, self.models.policy.dtype)
+        self.utilization = Utilization(rate, phase_work(self.models))
         self.kl = KLCoefficient(self.config.kl, self.models.device)
         held_out = prompt_inputs(self.evaluation.data, "held-out ") if self.evaluation is not None else {}
         self.inputs = inputs(self.models.policy, prompt_inputs(self.data) | held_out)
@@ -139,8 +142,8 @@ class PPORun(TrainingLoop):
                 require_finite(rewards=rewards.rewards)
             learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
             if learned is None:
-                note = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
-                return dataclasses.replace(self.record, step=update, metrics={}, notes=(note,), batch=batch)
+                why = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
+                return dataclasses.replace(self.record, step=update, metrics={}, notes=(why,), batch=batch)
             with watch("update"), self.models.recomputing():
                 correction = make_correction(learned[0], config.rollout)
                 experience = make_experience(*learned, config.advantage, correction)
@@ -151,6 +154,9 @@ class PPORun(TrainingLoop):
                 self.reference.update(update)
             batch = PPOBatch(rollout.generation, rollout, rewards, experience)
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
+            tokens = int(rollout.grid.attention.sum())
+            passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
+            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return dataclasses.replace(
@@ -164,6 +170,9 @@ class PPORun(TrainingLoop):
             answers=(),
             skipped=self.skipped,
         )
+
+    def _finished(self) -> bool:
+        return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
 
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
@@ -232,9 +241,10 @@ def train_ppo(
         eval_prompts: held-out prompts, in the forms of `prompts`.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
-            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `checkpoint` and
-            `log` may differ. Another number of updates stretches the learning-rate schedule. A name such as
-            "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is complete.
+            inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `max_hours`,
+            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name
+            such as "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is
+            complete.
         rollout_fn: f(prompts, prompt_ids, sample, tokenizer, **columns) -> (token ids, mask, log-probabilities) of
             each response, called by keyword; see :func:`ppo_fast.rlhf.ppo.environment.respond`.
 
@@ -304,7 +314,7 @@ def open_run(
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
             save_config(config, log.directory / "config.yaml")
             yield run, log, stop
 

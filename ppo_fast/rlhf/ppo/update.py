@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ppo_fast.rlhf.models.forward import (
 )
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience
+from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, InBackwardOptimizer, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.training.state import State
 
@@ -62,6 +64,9 @@ class UpdateStats:
     lr: float  # of the policy at the last step
     note: str | None  # why the epochs stopped early, or which steps were skipped
     skipped: int = 0  # optimizer steps left out because a number was not finite
+    overflows: int = 0  # optimizer steps left out because scaled gradients of float16 were not finite
+    loss_scale: float | None = None  # after the last step; None: no float16
+    passes: float = 0.0  # over the batch: the epochs, fewer where they stopped early
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,19 @@ class Step:
     policy: Metrics
     value: Metrics
     norms: Tensor  # [2] float32: gradient norms of policy and value before clipping
-    taken: bool  # False: target_kl stopped the epochs here
+    taken: bool  # False: target_kl stopped the epochs here, or the gradients overflowed
+    overflows: bool = False  # scaled gradients of float16 were not finite
 
-    def checked(self) -> dict[str, Tensor]:
+    def checked(self, *, norms: bool = True) -> dict[str, Tensor]:
         """Return the 0-d numbers that must be finite for the step to be taken, by metric."""
-        return {
+        found = {
             "loss/policy": self.policy["policy_loss"],
             **({"loss/value": self.value["value_loss"]} if self.value else {}),
             "loss/total": self.policy["loss"],
             "policy/approxkl": self.policy["approx_kl"],
             "policy/ratio_max": self.policy["ratio_max"],
-            "grad_norm/policy": self.norms[0],
-            "grad_norm/value": self.norms[1],
         }
+        return found | ({"grad_norm/policy": self.norms[0], "grad_norm/value": self.norms[1]} if norms else {})
 
 
 class Learner:
@@ -100,6 +105,7 @@ class Learner:
         if models.value is not None:
             self.value = kind(models.trained("value"), config.optim.value_lr, config.optim)
         self.penalty = PenaltyCoefficient(config.loss, models.device)
+        self.loss_scale = LossScale(models.policy.dtype, models.device)
         self.kl_coef, self.penalty_coef = torch.zeros(2, dtype=torch.float32, device=models.device)
         self.loss_config = self._loss_config()
         per_update = config.optim.epochs * config.steps_per_epoch
@@ -126,28 +132,32 @@ class Learner:
         for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
             step = first + len(steps)
             value_factor = schedule(step, self.steps, self.config.optim)
-            policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
+            policy_factor = 0.0
             if not self.warming_up:
+                policy_factor = schedule(step - self.warmup, self.steps - self.warmup, self.config.optim)
                 self.policy.begin(policy_factor, failed)
             if self.value is not None:
                 self.value.begin(value_factor, failed)
             policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
-            none = torch.zeros((), dtype=torch.float32, device=device)
-            value_norm = none if self.value is None else self.value.clip()
-            norm = torch.stack([none if self.warming_up else self.policy.clip(), value_norm])
+            none, factor = torch.zeros((), dtype=torch.float32, device=device), self.loss_scale.factor
+            value_norm = none if self.value is None else self.value.clip(factor)
+            norm = torch.stack([none if self.warming_up else self.policy.clip(factor), value_norm])
             steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()
                 break
-            not_finite = ~torch.stack([*steps[-1].checked().values()]).isfinite().all()
+            overflows = ~norm.isfinite().all()
+            not_finite = ~torch.stack([*steps[-1].checked(norms=not self.loss_scale.enabled).values()]).isfinite().all()
             failed = failed | not_finite if stop else not_finite
             if not self.warming_up:
                 lr_factor = policy_factor
-                self.policy.step(policy_factor, failed)
+                self.policy.step(policy_factor, failed | overflows)
             if self.value is not None:
-                self.value.step(value_factor, failed)
-        good, skipped = finite_steps(steps, stop=stop)
+                self.value.step(value_factor, failed | overflows)
+            self.loss_scale.update(norm)
+        scaled = self.loss_scale.value if self.loss_scale.enabled else None
+        good, skipped = finite_steps(steps, stop=stop, loss_scale=scaled)
         norms = [step.norms for step in good if step.taken]
         if not self.warming_up:
             self.penalty.update(combine([step.policy for step in good if step.epoch == good[-1].epoch])["approx_kl"])
@@ -158,6 +168,9 @@ class Learner:
             lr=self.config.optim.lr * lr_factor,
             note="; ".join(filter(None, [note, *skipped])) or None,
             skipped=len(skipped),
+            overflows=sum(step.overflows for step in good),
+            loss_scale=scaled,
+            passes=sum(len(step.rows) for step in steps) / len(experience.lengths),
         )
 
     def backward(self, experience: Experience, rows: Array, kl_coef: float | Tensor) -> tuple[Metrics, Metrics]:
@@ -184,13 +197,13 @@ class Learner:
         with self.models.using("policy") as policy, torch.set_grad_enabled(not self.warming_up):
             loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
             if not self.warming_up:
-                loss.loss.backward()
+                self.loss_scale.scale(loss.loss).backward()
         return loss.metrics | {"loss": loss.loss.detach()}
 
     def _value_backward(self, micro: MicroBatch, tokens: int) -> Metrics:
         with self.models.using("value") as value:
             error = self._value_loss(response_values(value, micro.sequences), micro, tokens)
-            (self.config.loss.vf_coef * error.loss).backward()
+            self.loss_scale.scale(self.config.loss.vf_coef * error.loss).backward()
         return error.metrics
 
     def _joint_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
@@ -204,7 +217,7 @@ class Learner:
                 x = response_hidden(policy, micro.sequences)
                 loss = head_loss(x, **terms)
             error = self._value_loss(head_values(self.models.value.head, x.hidden), micro, tokens)
-            (loss.loss + self.config.loss.vf_coef * error.loss).backward()
+            self.loss_scale.scale(loss.loss + self.config.loss.vf_coef * error.loss).backward()
         return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
 
     def _loss_config(self) -> ops.PolicyLossConfig:
@@ -253,8 +266,9 @@ class Learner:
         return [self.policy, *([] if self.value is None else [self.value])]
 
     def state_dict(self) -> State:
-        """Return the states of optimizers and penalty coefficient; the models hold the weights."""
-        parts = {name: getattr(self, name) for name in ("policy", "value", "penalty")}
+        """Return the states of optimizers, penalty coefficient and loss scale; the models hold the weights."""
+        names = ("policy", "value", "penalty", *(["loss_scale"] if self.loss_scale.enabled else []))
+        parts = {name: getattr(self, name) for name in names}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State) -> None:
@@ -274,17 +288,19 @@ class Learner:
         return f"stopped in epoch {epoch + 1} of {self.config.optim.epochs}: {reason}"
 
 
-def finite_steps(steps: list[Step], *, stop: bool) -> tuple[list[Step], list[str]]:
+def finite_steps(steps: list[Step], *, stop: bool, loss_scale: float | None) -> tuple[list[Step], list[str]]:
     """Return the finite steps, and a message for each step that is not; reads once from the device.
 
-    NotFiniteError for the first step that is not finite if `stop`, or if no step is left.
+    With a loss scale, a step of which only the gradients are not finite is one that overflows, until the scale is
+    below 1. NotFiniteError for the first step that is not finite if `stop`, or if no step is left.
     """
     values = torch.stack([torch.stack([*step.checked().values()]) for step in steps]).tolist()
     good, messages, first = [], [], None
     for step, numbers in zip(steps, values, strict=True):
         found = [(name, x) for name, x in zip(step.checked(), numbers, strict=True) if not math.isfinite(x)]
-        if not found:
-            good.append(step)
+        overflows = bool(found) and all(name.startswith("grad_norm/") for name, _ in found)
+        if not found or (overflows and loss_scale is not None and loss_scale >= 1):
+            good.append(dataclasses.replace(step, taken=step.taken and not overflows, overflows=overflows))
             continue
         message = "epoch {}, minibatch {}: {} is not finite: {}".format(step.epoch + 1, step.number + 1, *found[0])
         first = first or NotFiniteError(message, step.rows)

@@ -28,6 +28,7 @@ from ppo_fast.rlhf.supervised.train import (
     setup_run,
 )
 from ppo_fast.rlhf.training.resume import with_kernels
+from ppo_fast.rlhf.training.utilization import matrix_weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class DPO(Objective[Pair]):
             ref_chosen, ref_rejected = self._logprobs(self.reference, batch)
         chosen, rejected = self._logprobs(self.model, batch)
         return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+
+    @property
+    def extra_work(self) -> int:
+        return 2 * matrix_weights(self.reference)
 
     def _logprobs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sums [B] over the completions of the chosen and of the rejected."""

@@ -130,7 +130,7 @@ def train_reward_model(
     """
     with setup_run(config, resume, callbacks) as start:
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
-        loaded = _load(weights, start.generator, model, tokenizer)
+        loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
@@ -138,7 +138,7 @@ def train_reward_model(
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
-def _load(
+def load_scalar_model(
     config: RewardModelConfig,
     generator: torch.Generator,
     model: PreTrainedModel | None,

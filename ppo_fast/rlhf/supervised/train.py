@@ -31,11 +31,13 @@ from ppo_fast.rlhf.training.finite import check_metrics, require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
 from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
 from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful
+from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate, training_work
 
 Source = str | Path | Iterable[Mapping[str, object]]
 
@@ -53,6 +55,11 @@ class Objective(ABC, Generic[Kind]):
     @abstractmethod
     def loss(self, examples: Sequence[Kind]) -> ops.LossOutput:
         """Mean loss and metrics of the examples, each counted by its `weight`."""
+
+    @property
+    def extra_work(self) -> int:
+        """Operations on a token by other networks than the trained one."""
+        return 0
 
     def batch(self, examples: Sequence[Kind]) -> Batch:
         """Return the examples padded; pairs give [2B, L], all the chosen ones first."""
@@ -139,6 +146,10 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         self.batches = Batches(lengths, optim.batch_size, self.generator, bucket=self.config.data.bucket)
         self.total = optim.epochs * len(self.batches)
         self.network = ClippedOptimizer(self.objective.model.parameters(), optim.lr, optim)
+        self.loss_scale = LossScale(self.objective.model.dtype, self.generator.device)
+        work = training_work(self.objective.model) + self.objective.extra_work
+        rate = matmul_rate(self.generator.device, self.objective.model.dtype)
+        self.utilization = Utilization(rate, {"step": work})
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
         every = self.config.log.eval_every or len(self.batches)
@@ -155,6 +166,8 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
             with watch("step"):
                 metrics = self._train(index, batch.examples)
             metrics["time/step"] = watch.seconds["step"]
+            tokens = sum(part.length for example in batch.examples for part in example.parts)
+            metrics |= self.utilization.metrics(tokens, {}, watch.seconds)
         except NotFiniteError as error:
             notes.append(self.give_up(index, log, error, functools.partial(self._save_failure, batch)))
         return dataclasses.replace(
@@ -170,21 +183,28 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 
     def _train(self, index: int, examples: Sequence[Kind]) -> dict[str, float]:
         """Take the step and return its metrics; NotFiniteError, with nothing changed, when one is not finite."""
-        parts = []
+        parts = list[tuple[float, dict[str, Tensor]]]()
         for share, micro in weighted(examples, self.config.optim.width):
             with recomputing(self.objective.model):
                 output = self.objective.loss(micro)
-                (share * output.loss).backward()
+                self.loss_scale.scale(share * output.loss).backward()
             parts.append((share, metrics_of(output)))
-        metrics = mean_metrics(parts)
-        checked = metrics | {"grad_norm": self.network.clip()}
-        failed = ~torch.stack([value.isfinite() for value in checked.values()]).all()
+        metrics: dict[str, Tensor] = mean_metrics(parts)
+        norm = self.network.clip(self.loss_scale.factor)
+        failed = ~torch.stack([value.isfinite() for value in [*metrics.values(), norm]]).all()
         factor = schedule(index, self.total, self.config.optim)
         self.network.step(factor, failed)
-        require_finite(**checked)
+        self.loss_scale.update(norm)
         numbers = {f"train/{name}": value.item() for name, value in metrics.items()}
-        numbers |= {"grad_norm": checked["grad_norm"].item(), "lr": self.network.lr * factor}
-        return numbers | {"epoch": (index + 1) / len(self.batches)}
+        numbers |= {"grad_norm": norm.item(), "lr": self.network.lr * factor}
+        numbers |= {"epoch": (index + 1) / len(self.batches)}
+        if self.loss_scale.enabled and self.loss_scale.value >= 1:
+            overflows = not norm.isfinite()
+            require_finite(**metrics)
+            numbers |= {"float16/loss_scale": self.loss_scale.value, "float16/skipped_steps": float(overflows)}
+            return numbers | ({"grad_norm": 0.0} if overflows else {})
+        require_finite(**metrics, grad_norm=norm)
+        return numbers
 
     def _save_failure(self, failed: ExampleBatch[Kind], target: Path, error: NotFiniteError) -> Path:
         """Write the weights, and the examples of the batch with their texts; all chosen ones before the rejected."""
@@ -207,7 +227,10 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         return [self.evaluation]
 
     def _parts(self) -> dict[str, Stateful]:
-        return {"batches": self.batches, "network": self.network}
+        parts: dict[str, Stateful] = {"batches": self.batches, "network": self.network}
+        if self.loss_scale.enabled:
+            parts["loss_scale"] = self.loss_scale
+        return parts
 
     def _write(self, directory: Path) -> None:
         write_model(self.objective.model, self.tokenizer, directory, self.objective.adapters)
@@ -267,7 +290,7 @@ def fit(
     if checkpoint is not None:
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
-    with report_write_errors(log.directory), log, StopSignals(log.unit) as stop:
+    with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
         save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         extra = objective.extra_files(data.held_out)

@@ -20,7 +20,7 @@ class AdamW(torch.optim.AdamW):
     found_inf: Tensor | None = None  # 0-d float32, 1: leave everything as it is; read by torch's step
     grad_scale: Tensor | None = None  # 0-d float32, divides the gradients; the same
 
-    def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
+    def __init__(self, weights: Iterable[Tensor], **options: Any) -> None:
         super().__init__(weights, fused=True, **options)
 
     def begin(self) -> None:
@@ -38,6 +38,8 @@ class AdamW(torch.optim.AdamW):
             super().step()
         finally:
             group["params"] = everything
+        # The fused kernel leaves version counters as they are, by which the products of adapters follow their weights.
+        torch.autograd.graph.increment_version(own)
 
 
 class MasterAdamW(AdamW):
@@ -67,12 +69,14 @@ class MasterAdamW(AdamW):
             weight.grad = None
         for chunk in _chunks(weight for weight in given if weight in self._master_of):
             masters = [self._master_of[weight] for weight in chunk]
-            for master, gradient in zip(masters, _in_float32([weight.grad for weight in chunk]), strict=True):
+            for master, gradient in zip(
+                masters, _in_float32([weight.grad for weight in chunk if weight.grad is not None]), strict=True
+            ):
                 master.grad = gradient
             for weight in chunk:
                 weight.grad = None
             self._take(masters)
-            torch._foreach_copy_(chunk, masters)
+            torch._foreach_copy_([*chunk], masters)
             for master in masters:
                 master.grad = None
 

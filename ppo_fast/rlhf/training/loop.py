@@ -71,17 +71,22 @@ class TrainingLoop(ABC):
         self.record = StepRecord(self.done, self.total, self.config, directory=log.directory, **self._objects())
         for callback in callbacks:
             callback.on_start(self.record)
-        while self.done < self.total:
+        while not self._finished():
             with error_prefix(f"{log.unit} {self.done + 1}"):
                 self.record = self.step(self.done, log)
                 for callback in callbacks:
                     self.record = callback.on_step(self.record) or self.record
             self.done += 1
-            if every and (self.done % every == 0 or self.done == self.total):
+            finished = self._finished()
+            if every and (self.done % every == 0 or finished):
                 self.save(log)
-            if stop.number is not None:
-                raise Interrupted(stop.number, f"{log.unit} {self.done}", self.save(log))
+            if request := stop.request(finished=finished):
+                raise Interrupted(*request, f"{log.unit} {self.done}", self.save(log))
             self.record = dataclasses.replace(self.record, batch=None)  # freed before the next one is made
+
+    def _finished(self) -> bool:
+        """Return whether no step is left to take."""
+        return self.done >= self.total
 
     def end(self) -> None:
         """Call `on_end` of the user's callbacks, after the final model is saved."""

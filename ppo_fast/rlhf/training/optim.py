@@ -24,20 +24,24 @@ class ClippedOptimizer:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, lr, config)
         self.norm: Tensor | None = None  # 0-d float32, of the gradients, if `clip` was called
+        self.loss_scale: Tensor | None = None  # 0-d float32, what the gradients were multiplied by; None: 1
 
     def begin(self, lr_factor: float, failed: Tensor) -> None:
         """Prepare a step before its backward passes: nothing to do unless they take it."""
 
-    def clip(self) -> Tensor:
+    def clip(self, loss_scale: Tensor | None = None) -> Tensor:
         """Return the 0-d float32 norm of the gradients; the step clips it.
 
-        The step's own kernel divides the gradients: a pass over those of 7 billion weights would move 30 GB.
+        The step's own kernel divides the gradients, also by `loss_scale`, 0-d float32, if the loss was multiplied by
+        it: a pass over those of 7 billion weights would move 30 GB.
         """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # By dtype: foreach kernels take one at a time. In float32: norms of bfloat16 gradients would be bfloat16.
         kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
         norms = [norm for same in kinds for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
-        self.norm = self._total(norms)
+        self.norm, self.loss_scale = self._total(norms), loss_scale
+        if loss_scale is not None:
+            self.norm = self.norm / loss_scale
         return self.norm
 
     def step(self, lr_factor: float, failed: Tensor | None = None) -> None:
@@ -51,7 +55,7 @@ class ClippedOptimizer:
 
     def zero_grad(self) -> None:
         """Clear the gradients."""
-        self.norm = None
+        self.norm = self.loss_scale = None
         self.optimizer.zero_grad()
 
     def _total(self, norms: list[Tensor]) -> Tensor:
@@ -62,7 +66,8 @@ class ClippedOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
         limit = self.config.max_grad_norm
-        self.optimizer.grad_scale = None if norm is None else ((norm + 1e-6) / limit).clamp_min(1)
+        scale = None if norm is None else ((norm + 1e-6) / limit).clamp_min(1)
+        self.optimizer.grad_scale = scale if scale is None or self.loss_scale is None else scale * self.loss_scale
         self.optimizer.found_inf = None if failed is None else failed.float()
         self.optimizer.begin()
 
@@ -180,8 +185,17 @@ class PenaltyCoefficient:
 
 
 def schedule(step: int, total: int, config: AdamWConfig) -> float:
-    """Return the learning-rate factor of `step` (from 0) of `total`: linear warm-up, then linear to `final_lr_frac`."""
-    warmup = math.ceil(config.warmup_frac * total)
+    """Return the learning-rate factor of `step` (from 0) of `total`: linear warm-up, then by `optim.schedule`.
+
+    Of the d in [0, 1) of the steps after the warm-up: linear 1 - (1 - f) d, cosine f + (1 - f) (1 + cos(pi d)) / 2,
+    with f = `final_lr_frac`; constant 1.
+    """
+    warmup = math.ceil(config.warmup_frac * total) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    return 1 - (1 - config.final_lr_frac) * (step - warmup) / max(1, total - warmup)
+    if config.schedule == "constant":
+        return 1.0
+    share, final = (step - warmup) / max(1, total - warmup), config.final_lr_frac
+    if config.schedule == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
+    return 1 - (1 - final) * share

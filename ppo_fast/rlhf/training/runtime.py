@@ -85,12 +85,15 @@ def find_device(name: str, setting: str = "model.device") -> torch.device:
 
 
 def warn_about_precision(model: nn.Module, config: AdamWConfig) -> None:
-    """Warn when bfloat16 weights may round their steps away."""
-    kept = config.master_weights or config.name == "adamw_8bit"
-    if not kept and any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+    """Warn when 16-bit weights may round their steps away."""
+    kept = {"adamw": (), "adamw_8bit": (torch.bfloat16,)}[config.name]
+    lost = {torch.bfloat16: 512, torch.float16: 4096}  # by rounding to nearest, of a weight
+    found = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in lost and p.dtype not in kept}
+    for dtype in () if config.master_weights else sorted(found, key=str):
+        name = str(dtype).removeprefix("torch.")
+        others = "optim.name to 'adamw_8bit' or " if dtype == torch.bfloat16 else "or "
         warnings.warn(
-            f"a bfloat16 weight w keeps no step below |w| / 512, and AdamW's are about optim.lr = {config.lr:g}; "
-            "set optim.master_weights to true, optim.name to 'adamw_8bit' or model.dtype to float32 unless the run "
-            "learns",
+            f"a {name} weight w keeps no step below |w| / {lost[dtype]}, and AdamW's are about optim.lr = "
+            f"{config.lr:g}; set optim.master_weights to true, {others}model.dtype to float32 unless the run learns",
             stacklevel=3,
         )

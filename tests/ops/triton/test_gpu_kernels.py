@@ -1,5 +1,7 @@
 """The compiled Triton kernels on a GPU, at the vocabularies of language models."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -154,6 +156,35 @@ def test_gae(T: int, packed: bool) -> None:
         ours = pf.gae(rewards, values, mask, bootstrap=bootstrap, dones=dones, gamma=0.99, backend="triton")
     for got, expected in zip(ours, truth, strict=True):
         assert_near_truth(got.view(6, T).cpu(), expected.cpu(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 1100}, {"chunk_size": 600, "half_logits": True}, {"softcap": 5.0}]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_policy_loss(masked: bool, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Chunks of several tiles, of different sizes."""
+    N, D, V = 2300, 64, 5003
+    head = torch.randn(N, D, device=DEVICE).to(dtype), (torch.randn(V, D, device=DEVICE) / 4).to(dtype)
+    targets = torch.randint(0, V, (N,), device=DEVICE)
+    mask = torch.rand(N, device=DEVICE) > 0.3 if masked else None
+    old, advantages, ref = torch.randn(3, N, device=DEVICE).sub(torch.tensor([[8.0], [0.0], [8.0]], device=DEVICE))
+    config = pf.PolicyLossConfig(clip_low=None, clip_high=None, ent_coef=0.1, kl_coef=0.1)
+
+    def gradients(kind: torch.dtype, backend: str, **options: Any) -> tuple[Tensor, ...]:
+        leaves = [x.to(kind).requires_grad_() for x in head]
+        rows = targets, old.to(kind), advantages.to(kind), mask
+        out = pf.linear_policy_loss(
+            *leaves, *rows, config=config, ref_logprobs=ref.to(kind), backend=backend, **options
+        )
+        return out.loss.detach(), *torch.autograd.grad(out.loss, leaves)
+
+    truth = gradients(torch.float64, "torch", softcap=options.get("softcap"))
+    for ours, expected in zip(gradients(dtype, "triton", **options), truth, strict=True):
+        error = (ours.double() - expected).norm() / expected.norm()
+        rounded = 0.03 if "half_logits" in options else 0.02 if "softcap" in options else 0.01
+        assert error < (1e-4 if dtype == torch.float32 else rounded)
 
 
 def test_kernels_run_on_the_device_of_their_tensors() -> None:

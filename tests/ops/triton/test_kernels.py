@@ -106,6 +106,35 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(V: int) -> None:
     assert_same(_gradient(*alone, upstream[(slice(None), *one)]), gradient[one])
 
 
+@pytest.mark.parametrize("V", [5, 96, 100])
+def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(V: int) -> None:
+    """Several rows of a small vocabulary are one tile: 41 of them are more than one and end within another."""
+    logits, ref = torch.randn(2, 1, 41, V)
+    targets, upstream = torch.randint(0, V, (1, 41)), torch.randn(3, 1, 41)
+    size = tuning.whole_tile(logits, token_stats.aligned(logits, ref))
+    assert size is not None
+    assert 1 < size.rows < 41 or V == 5
+    stats, gradient = _stats(logits, targets, ref), _gradient(logits, targets, ref, upstream)
+    for row in (0, 17, 40):
+        one = (slice(None), slice(row, row + 1))
+        alone = [logits[one].clone(), targets[one], ref[one].clone()]
+        assert_same(_stats(*alone), tuple(x[one] for x in stats))
+        assert_same(_gradient(*alone, upstream[(slice(None), *one)]), gradient[one])
+    rows = RowInputs(logits.double(), targets, ref.double(), None, 1.0)
+    truth = reference.token_stats_backward(RowGrads(*upstream.double()), rows, reference.token_stats(rows, True))
+    assert_near_truth(gradient, truth, dtype=torch.float32, gradient=True)
+
+
+@pytest.mark.parametrize("V", [40, 5000])
+def test_the_gradient_of_the_loss_multiplies_every_upstream_gradient(V: int) -> None:
+    logits, ref = torch.randn(2, 1, 3, V)
+    targets, upstream, scale = torch.randint(0, V, (1, 3)), torch.randn(3, 1, 3), torch.tensor(0.3)
+    rows = RowInputs(logits, targets, ref, None, 1.0)
+    stats, run = token_stats.token_stats(rows, True), token_stats_backward.token_stats_backward
+    expected = run(RowGrads(*upstream).scaled(scale), rows, stats)
+    assert_same(run(RowGrads(*upstream), rows, stats, scale=scale), expected)
+
+
 def test_a_wide_vocabulary() -> None:
     V = 50_257
     logits = torch.randn(1, 2, V).bfloat16()

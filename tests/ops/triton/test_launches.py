@@ -1,5 +1,6 @@
 """The launchers' own kernels are all that runs: no kernel of torch prepares their inputs or finishes their results."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import ppo_fast as pf
+from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._core import checks, registry
 
 SHAPE = (3, 5)
 # Ops that allocate, or look at memory that is there.
 _NO_KERNEL = {"empty", "empty_like", "new_empty", "detach", "view", "_unsafe_view", "expand", "unbind", "alias"}
+_NO_KERNEL |= {"slice", "select", "unsqueeze", "t", "permute", "transpose", "as_strided"}
 
 
 class _Kernels(TorchDispatchMode):
@@ -105,3 +108,33 @@ def test_forward_and_backward(
     assert kernels.torch == ["ones_like"]  # autograd's gradient of the loss
     assert leaf.grad is not None
     assert leaf.grad.abs().sum() > 0
+
+
+def _head(tiles: int, trained: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """(torch's kernels, ours) of the linear head on so many tiles, forward and backward."""
+    N = 2 * tiles
+    hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(40, 8, requires_grad=trained)
+    rows = torch.randint(40, (N,)), torch.randn(N), torch.randn(N), None
+    config = pf.PolicyLossConfig(ent_coef=0.1, kl_coef=0.1)
+    with counted(monkeypatch) as (kernels, ours):
+        out = pf.linear_policy_loss(
+            hidden, weight, *rows, config=config, ref_logprobs=torch.zeros(N), chunk_size=2, backend="triton"
+        )
+        out.loss.backward()
+    return kernels.torch, ours
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
+def test_a_tile_of_the_linear_head(segmented: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each further tile launches its matrix products and three kernels of ours."""
+    if segmented:
+        monkeypatch.setattr(tuning, "WHOLE", 0)
+    with monkeypatch.context() as patch:
+        torchs, ours = _head(2, trained, patch)
+    with monkeypatch.context() as patch:
+        more_torchs, more_ours = _head(4, trained, patch)
+    rows = "segment_kernel" if segmented else "rows_kernel"
+    assert Counter(more_ours) - Counter(ours) == {rows: 2, "terms_kernel": 2, "gradient_kernel": 2}
+    products = {"mm": 4, "addmm": 2} if trained else {"mm": 4}
+    assert Counter(more_torchs) - Counter(torchs) == products

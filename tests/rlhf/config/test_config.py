@@ -30,11 +30,11 @@ from ppo_fast.rlhf.config.ppo import (
     RewardConfig,
 )
 from ppo_fast.rlhf.config.renamed import RENAMED
-from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig
+from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
 from ppo_fast.rlhf.errors import UserError, require
 from tests.helpers import raises_exactly
 
-KINDS = (PPOConfig, SFTConfig, RewardModelConfig, DPOConfig)
+KINDS = (PPOConfig, SFTConfig, RewardModelConfig, ValueConfig, DPOConfig)
 GROUPS = dict.fromkeys(
     type(f.default_factory()) for kind in KINDS for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING
 )
@@ -262,6 +262,10 @@ def test_rule_07_k1_is_no_loss():
         ),
         ({"reference": {"every": 0}}, "reference.every: expected a number > 0, got 0"),
         ({"reference": {"decay": 1}}, "reference.decay: expected 0 <= decay < 1, got 1.0"),
+        ({"evaluation": {"patience": -1}}, "evaluation.patience: expected a number >= 0, got -1"),
+        ({"evaluation": {"patience": 1}}, "evaluation.patience: expected 0 without evaluation.every and best, got 1"),
+        ({"optim": {"warmup_steps": -1}}, "optim.warmup_steps: expected a number >= 0, got -1"),
+        ({"max_hours": 0}, "max_hours: expected a number > 0, got 0.0"),
         ({"evaluation": {"every": -1}}, "evaluation.every: expected a number >= 0, got -1"),
         ({"data": {"max_prompt_tokens": 0}}, "data.max_prompt_tokens: expected a number > 0, got 0"),
         ({"checkpoint": {"every": -1}}, "checkpoint.every: expected a number >= 0, got -1"),
@@ -278,8 +282,8 @@ def test_choices_are_checked_in_a_config_made_in_python_too():
         KLConfig(placement="rewards")
     with pytest.raises(UserError, match=r"^model\.value_head: expected one of 'normal', 'zero', got 'zeros'$"):
         ModelConfig(value_head="zeros")
-    with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', 'bfloat16', got 'float16'$"):
-        ModelConfig(dtype="float16")
+    with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', .* 'float16', got 'float64'$"):
+        ModelConfig(dtype="float64")
     with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
         RewardConfig(combine="max")
     with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', 'group', got 'mc'$"):

@@ -5,17 +5,20 @@ import copy
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from ppo_fast.rlhf import train_ppo
 from ppo_fast.rlhf.config.ppo import AdamWConfig, LoraConfig
 from ppo_fast.rlhf.models import tiny
+from ppo_fast.rlhf.models.adapter_files import ADAPTER_FILE
 from ppo_fast.rlhf.models.adapter_layers import AdapterLayer
 from ppo_fast.rlhf.models.adapters import Adapters, adapt
 from ppo_fast.rlhf.training.optim import ClippedOptimizer
-from tests.rlhf.layout_factories import shift
+from tests.rlhf.layout_factories import run_stage, save_base, shift
 
 
 class Counter(TorchDispatchMode):
@@ -135,7 +138,7 @@ def test_three_products_forward_and_five_backward(dtype):
     assert rest == [] if dtype == torch.float32 else ["_to_copy"] * 2  # on a GPU the product itself is float32
 
 
-OPTIMIZERS = {"fused": {}, "masters": {"master_weights": True}, "8bit": {"name": "adamw_8bit"}}
+OPTIMIZERS = {"another's": {}, "fused": {}, "masters": {"master_weights": True}, "8bit": {"name": "adamw_8bit"}}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -144,9 +147,12 @@ def test_the_products_follow_every_step_in_place(optimizer):
     adapters, ours, _ = pair(dtype=torch.bfloat16)
     x = torch.randn(4, 5).bfloat16()
     before, places = ours(x), [each.value.data_ptr() for each in adapters.copies["default"]]
-    network = ClippedOptimizer(adapters.parameters("default"), 0.1, AdamWConfig(**OPTIMIZERS[optimizer]))
+    parameters = adapters.parameters("default")
     before.float().square().sum().backward()
-    network.step(1.0)
+    if optimizer == "another's":
+        torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+    else:
+        ClippedOptimizer(parameters, 0.1, AdamWConfig(**OPTIMIZERS[optimizer])).step(1.0)
     with adapters.active("default"):  # before a replay
         for each in adapters.copies["default"]:
             assert torch.equal(each.value, each.parameter.bfloat16())
@@ -232,6 +238,17 @@ def test_a_parameter_put_in_the_place_of_another_is_read_at_the_call():
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
+def test_a_copy_and_a_moved_layer_read_their_own_parameters():
+    _, ours, _ = pair(dtype=torch.bfloat16)
+    x = torch.randn(3, 5).bfloat16()
+    ours(x)
+    with torch.no_grad():
+        ours.lora_B["default"].weight.zero_()  # not read before the copy is made, whose versions start again
+    assert torch.equal(copy.deepcopy(ours)(x), ours.base_layer(x))
+    moved = ours.to("meta")
+    assert moved(x.to("meta")).device.type == "meta"
+
+
 def test_it_learns_as_pefts_forward_does():
     def losses(kind):
         torch.manual_seed(0)
@@ -263,3 +280,21 @@ def test_without_masters_the_adapters_are_of_16_bits():
     assert {parameter.dtype for parameter in adapters.parameters("default")} == {torch.bfloat16}
     network(ids).logits.float().logsumexp(-1).sum().backward()
     assert {parameter.grad.dtype for parameter in adapters.parameters("default")} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore:a bfloat16 weight")
+def test_runs_without_masters_train_and_save_16_bits(tmp_path, make_config, tokenizer):
+    """The value model's adapter too; the reference, which follows the policy, stays float32."""
+    lora = {"dtype": "bfloat16", "layout": "adapters", "lora": {"rank": 2}}
+    config = make_config(model=lora, optim={"master_weights": False}, reference={"update": "ema", "every": 1})
+    policy = tiny.make_model(64, hidden=32, layers=1, heads=2).bfloat16()
+    rewards = {"reward_fn": lambda completions, **_: [1.0] * len(completions), "prompts": ["w1", "w2"]}
+    models = train_ppo(config, policy=policy, tokenizer=tokenizer, **rewards).models
+    kinds = [
+        {weight.dtype for weight in models.adapters.parameters(name)} for name in ("default", "value", "reference")
+    ]
+    assert kinds == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}]
+    base = save_base(tmp_path / "base")
+    trained = run_stage("sft", tmp_path / "sft", base, dtype="bfloat16", optim={"master_weights": False})
+    saved = load_file(trained.model / ADAPTER_FILE)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}

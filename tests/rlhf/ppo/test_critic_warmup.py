@@ -40,8 +40,9 @@ def same(before, after):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_value_model_learns_in_the_first_updates(layout, make_models, make_config, make_rollout):
+    optim = {"critic_warmup_updates": 2, "warmup_frac": 0.0}
     loss = {"ent_coef": 0.1, "penalty_coef": 1.0, "penalty_target": 0.1}
-    config = make_config(updates=3, model=LAYOUTS[layout], optim={"critic_warmup_updates": 2}, loss=loss)
+    config = make_config(updates=3, model=LAYOUTS[layout], optim=optim, loss=loss)
     models = make_models(config)
     rollout = make_rollout(models, config)
     learner, generator = Learner(models, config), torch.Generator().manual_seed(0)

@@ -172,6 +172,24 @@ def test_a_run_evaluates_in_time_and_leaves_its_random_numbers_alone(run, tmp_pa
     assert records[1]["note"].startswith("best eval/scores so far, ")
 
 
+def test_a_run_ends_when_the_best_has_not_been_bettered_for_long_enough(run, tmp_path):
+    scores = iter(
+        [0.0, 0.0, -1.0, 0.0, 2.0, 1.0, 2.0, 2.0, 1.0, 3.0]
+    )  # of evaluations: of answers now, then of the first
+
+    def reward(completion_ids, **_):
+        return [next(scores) if len(completion_ids) == len(HELD_OUT) else 0.5] * len(completion_ids)
+
+    settings = {"every": 1, "patience": 2}
+    values = {"updates": 9, "evaluation": settings, "checkpoint": {"every": 3}, "reward": {"missing_eos_penalty": 0.0}}
+    result = run(reward, **values)
+    assert [metrics["eval/scores"] for metrics in result.history] == [0.0, -1.0, 2.0, 2.0, 1.0]
+    again = run(lambda **_: 1 / 0, resume=True, **values)  # nothing is left to do
+    assert (len(again.history), again.model.is_dir()) == (5, True)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["note"] == "stopped early: no better eval/scores in 2 evaluations"
+
+
 def test_an_evaluator_gets_an_answer_to_every_prompt(make_evaluation):
     evaluation = make_evaluation(data={"max_prompt_tokens": 3, "deduplicate": True})
     assert len(evaluation._complete(["w1", "w1", "w2"])) == 3

@@ -14,6 +14,7 @@ from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
 from ppo_fast.rlhf.planning.plan import make_plan
 from ppo_fast.rlhf.ppo.advantages import group_advantages, make_experience
+from ppo_fast.rlhf.ppo.reward_sources import Responses
 from ppo_fast.rlhf.ppo.rewards import Rewards
 from tests.rlhf.conftest import PROMPTS
 from tests.rlhf.factories import made_rollout
@@ -71,9 +72,9 @@ def test_every_token_of_a_response_has_its_advantage_and_what_the_filter_left_is
 
 @pytest.fixture
 def run(make_config, tokenizer):
-    def go(reward_fn, prompts=PROMPTS, resume=False, **values):
+    def go(reward_fn, prompts=PROMPTS, resume=False, callbacks=(), **values):
         policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
-        settings = {"prompts": prompts, "policy": policy, "tokenizer": tokenizer}
+        settings = {"prompts": prompts, "policy": policy, "tokenizer": tokenizer, "callbacks": callbacks}
         return train_ppo(make_config(**(GROUP | values)), reward_fn=reward_fn, resume=resume, **settings)
 
     return go
@@ -109,23 +110,30 @@ def test_a_plan_has_no_value_model(tmp_path):
     assert with_critic["optimizer states"] - without["optimizer states"] == pytest.approx(2 * critic, abs=1000)
 
 
-def test_prompts_whose_samples_agree_are_drawn_again(run):
-    seen = []
+def test_prompts_whose_samples_agree_are_drawn_again(run, tokenizer):
+    seen, found = [], []
+
+    class Batch:
+        def on_step(self, record):
+            found.append(Responses.from_generation(record.batch.generation, tokenizer))
 
     def reward(prompts, completion_ids, **_):
-        """Every second sample of a prompt is better, but for short prompts."""
+        """Every second sample of a long prompt is better; those of a short one agree."""
         seen.append(list(prompts))
         return [float(len(prompt) > 4 and row % 2) for row, prompt in enumerate(prompts)]
 
     prompts = ["w1", "w5 w6 w7 w8 w9", "w2", "w3", "w4", "w7 w8 w9 w10 w11 w12"]
-    rollout = GROUP["rollout"] | {"dynamic_sampling": 9}
-    result = run(
-        reward, prompts, updates=1, rollout=rollout, data={"shuffle": False}, reward={"missing_eos_penalty": 0}
-    )
+    values = {
+        "updates": 1,
+        "rollout": GROUP["rollout"] | {"dynamic_sampling": 9},
+        "data": {"shuffle": False},
+        "reward": {"missing_eos_penalty": 0},
+    }
+    (metrics,) = run(reward, prompts, callbacks=[Batch()], **values).history
     assert [each[::4] for each in seen] == [["w1", prompts[1]], ["w2"], ["w3"], ["w4"], [prompts[5]]]
-    metrics = result.history[0]
     assert (metrics["group/replaced"], metrics["group/agree"], metrics["objective/scores"]) == (4, 0, 0.5)
     assert metrics["rollout/logprob_diff_max"] <= 2e-5  # of batches of other widths, joined
+    assert [tokenizer.decode(ids) for ids in found[0].prompt_ids] == found[0].prompts
 
 
 def test_tries_are_bounded_and_the_last_stays(run):

@@ -235,7 +235,7 @@ def test_rule_15_policy_and_value_are_clipped_apart_once_per_step(setup, monkeyp
     calls = []
     clip = ClippedOptimizer.clip
     monkeypatch.setattr(
-        ClippedOptimizer, "clip", lambda network: calls.append(len(network.parameters)) or clip(network)
+        ClippedOptimizer, "clip", lambda network, *scale: calls.append(len(network.parameters)) or clip(network, *scale)
     )
     learner, _, experience = setup(optim={"micro_batch_size": 1, "minibatch_size": 4, "epochs": 2})
     stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
@@ -251,6 +251,19 @@ def test_rule_15_the_learning_rate_warms_up_and_anneals(make_config):
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert factors[-1] == pytest.approx(0.2 + 0.8 / 36)
     assert schedule(22, 40, config) == pytest.approx(0.6)
+
+
+def test_schedules_after_a_warm_up_by_steps(make_config):
+    def factors(**values):
+        config = make_config(optim={"warmup_steps": 3, "final_lr_frac": 0.2} | values).optim
+        return [schedule(step, 11, config) for step in range(11)]
+
+    cosine = [0.2 + 0.8 * (1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)]
+    assert factors(schedule="cosine") == pytest.approx([1 / 3, 2 / 3, 1.0, *cosine])
+    assert factors(schedule="constant") == pytest.approx([1 / 3, 2 / 3, *[1.0] * 9])
+    assert factors(schedule="linear") == pytest.approx([1 / 3, 2 / 3, 1.0, *(1 - 0.1 * step for step in range(8))])
+    assert factors(schedule="constant", warmup_steps=0) == [1.0] * 11
+    assert factors(warmup_steps=20) == pytest.approx([step / 20 for step in range(1, 12)])
 
 
 def test_the_learning_rate_used_is_that_of_the_update(setup):

@@ -402,6 +402,16 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(run, tmp_path,
     assert left_by(run(updates=4, resume=True).directory) == left_by(whole.directory)
 
 
+def test_the_clock_ends_the_run_with_a_checkpoint_but_no_finished_one(run, tmp_path):
+    with pytest.raises(Interrupted) as stopped:
+        run(updates=2, checkpoint={"every": 0}, max_hours=1e-9)
+    checkpoint = tmp_path / "run" / "checkpoints" / "update-000001"
+    expected = f"max_hours: stopped after update 1; saved {str(checkpoint)!r}, --resume continues there"
+    assert (str(stopped.value), stopped.value.number) == (expected, signal.SIGTERM)
+    assert len(run(updates=2, resume=True, max_hours=1e-9).history) == 2
+    assert (tmp_path / "run" / "final").is_dir()
+
+
 def test_a_second_interrupt_aborts_at_once(run, tmp_path):
     reached = []
 

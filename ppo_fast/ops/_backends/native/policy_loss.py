@@ -70,7 +70,7 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
     return result
 
 
-def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, RowGrads]:
     """As the reference's."""
     stats = token_stats(rows, True)
     return stats, reference.policy_loss_from_stats(stats, rows.mask, policy, weights).grads

@@ -115,7 +115,7 @@ def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:
     return policy_loss_from_stats(token_stats(rows, True), rows.mask, policy)
 
 
-def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, RowGrads]:
     """The statistics of some rows of a batch, and the gradients of their loss in these, weighted by token."""
     stats = token_stats(rows, True)
     return stats, policy_loss_from_stats(stats, rows.mask, policy, weights).grads

@@ -12,7 +12,7 @@ from ppo_fast.ops._backends.triton.device import clamped, expm1, on_device_of
 from ppo_fast.ops._backends.triton.token_stats import (
     aligned,
     counted_rows,
-    merged,
+    merged_rows,
     merging,
     results,
     row_arguments,
@@ -131,7 +131,7 @@ def terms_kernel(
     exists, counted = counted_rows(mask_ptr, row, N)
     if segments_ptr is not None:
         FULL: tl.constexpr = full_kl_ptr is not None
-        sums = merged(segments_ptr, row, counted, N, scale, True, FULL, SEGMENTS, WIDTH)
+        sums = merged_rows(segments_ptr, row, counted, N, scale, True, FULL, SEGMENTS, WIDTH)
         logprob, entropy, kl = results(
             sums,
             logits_ptr,
@@ -299,7 +299,7 @@ def policy_loss_from_stats(
     return _loss(stats, _from_stats(stats, mask, policy, weights))
 
 
-def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor) -> tuple[RowStats, RowGrads]:
+def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, RowGrads]:
     """The statistics of some rows of a batch, and the gradients of their loss in these, weighted by token."""
     stats, terms = _from_rows(rows, policy, weights)
     return stats, given_grads(*terms.grads)

@@ -105,7 +105,7 @@ def segment_kernel(
 
 
 @triton.jit
-def merged_maximum(part_ptr, field, part, scale):
+def merged(part_ptr, field, part, scale):
     """(max, sum, the segments' s, their shifts to the max) of rows, from the fields m and s."""
     m = tl.load(part_ptr, part, other=LOWEST)
     s = tl.load(part_ptr + field, part, other=0.0)
@@ -115,7 +115,7 @@ def merged_maximum(part_ptr, field, part, scale):
 
 
 @triton.jit
-def merged(
+def merged_rows(
     partials_ptr,
     row,
     counted,
@@ -131,12 +131,12 @@ def merged(
     part = counted[:, None] & (segment < SEGMENTS)
     part_ptr = partials_ptr + row[:, None].to(tl.int64) * SEGMENTS + segment
     field = N.to(tl.int64) * SEGMENTS
-    top, total, s, shift = merged_maximum(part_ptr, field, part, scale)
+    top, total, s, shift = merged(part_ptr, field, part, scale)
     w, ref_top, ref_total, k = total, top, total, total
     if ENTROPY:
         w = tl.sum(moved_w(tl.load(part_ptr + 2 * field, part, other=0.0), s, shift), 1)
     if REFERENCE:
-        ref_top, ref_total, _, ref_shift = merged_maximum(part_ptr + 3 * field, field, part, scale)
+        ref_top, ref_total, _, ref_shift = merged(part_ptr + 3 * field, field, part, scale)
         k = tl.sum(moved_k(tl.load(part_ptr + 5 * field, part, other=0.0), s, shift, ref_shift), 1)
     return top, total, w, ref_top, ref_total, k
 
@@ -274,7 +274,7 @@ def rows_kernel(
     ENTROPY: tl.constexpr = entropy_ptr is not None
     REFERENCE: tl.constexpr = kl_ptr is not None
     if partials_ptr is not None:
-        sums = merged(partials_ptr, row, counted, N, scale, ENTROPY, REFERENCE, SEGMENTS, WIDTH)
+        sums = merged_rows(partials_ptr, row, counted, N, scale, ENTROPY, REFERENCE, SEGMENTS, WIDTH)
     else:
         sums = whole(
             logits_ptr,

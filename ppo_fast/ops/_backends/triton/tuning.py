@@ -46,6 +46,7 @@ WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut:
 _WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together
 _SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
 _FILTER = Tile(1024, 1, 8)
+ELEMENTS = 4096  # per program of the kernel that scales a tensor
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 256  # partial results per program of the kernel that merges them
 

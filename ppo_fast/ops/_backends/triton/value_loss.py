@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, on_device_of
+from ppo_fast.ops._backends.triton.scaled import scaled
 from ppo_fast.ops._backends.triton.token_stats import counted_rows
 from ppo_fast.ops._backends.triton.totals import (
     new_partials,
@@ -61,14 +62,6 @@ def value_kernel(
     store_partial(partials_ptr, 3, counted.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["N"])
-def scaled_kernel(out_ptr, x_ptr, factor_ptr, N, ROWS: tl.constexpr):
-    """out = x * factor [], in the dtype of out."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scaled = tl.load(x_ptr + row, row < N, other=0.0) * tl.load(factor_ptr)
-    tl.store(out_ptr + row, scaled.to(out_ptr.dtype.element_ty), row < N)
-
-
 def value_loss(inputs: ValueInputs) -> ValueLossResult:
     """The weights of the tokens come from ``reference.token_weights`` where they differ."""
     values, returns, mask, old_values, _, _, clip, _ = inputs
@@ -95,9 +88,4 @@ def value_loss(inputs: ValueInputs) -> ValueLossResult:
 
 def value_loss_backward(grad_values: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """As ``reference.value_loss_backward``."""
-    out = torch.empty_like(grad_values, dtype=dtype)
-    if out.numel():
-        with on_device_of(out):
-            grid = (triton.cdiv(out.numel(), tuning.ROWS),)
-            scaled_kernel[grid](out, grad_values, grad_loss, out.numel(), ROWS=tuning.ROWS)
-    return out
+    return scaled(grad_values, grad_loss, dtype)
