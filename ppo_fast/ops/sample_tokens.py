@@ -65,7 +65,7 @@ def sample_tokens(
     e_v = -log(1 - (k + 1/2) / 2^31), k the upper 31 bits of lane v % 4 of Philox4x32-10 (Salmon et al. 2011) with
     counter (v // 4, step, low and high half of the row) and the seed's halves as the key. A row's token thus depends
     on its logits and its key, not on the other rows. All backends draw the same words; their tokens agree unless two
-    words tie to the rounding of the race, about once in a million rows. Probabilities are exact to about 2^-31: words
+    words tie to float32 rounding in the race. Probabilities are exact to about 2^-31: words
     below that are drawn with a probability in error by as much.
 
     Word v is kept if fewer than ``top_k`` words have a larger logit and if those of a larger logit hold less than the

@@ -9,7 +9,7 @@ from torch import Tensor
 import ppo_fast as pf
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._core.inputs import RowInputs
-from tests.helpers import assert_near_truth, assert_same
+from tests.helpers import assert_near_truth, assert_same, no_host_sync
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -196,3 +196,20 @@ def test_kernels_run_on_the_device_of_their_tensors() -> None:
     assert ours.device == last
     truth = logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     assert_near_truth(ours.cpu(), truth.cpu(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.95}])
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_sampling_equals_the_cpu_and_a_graph_reads_its_keys(V: int, filters: dict[str, Any]) -> None:
+    logits, keys = (4 * torch.randn(8, V)).bfloat16(), torch.arange(24).view(8, 3)
+    expected = pf.sample_tokens(logits, keys, backend="torch", **filters)
+    logits, keys, zeros = logits.to(DEVICE), keys.to(DEVICE), torch.zeros(8, 3, dtype=torch.int64, device=DEVICE)
+    with no_host_sync():
+        pf.sample_tokens(logits, zeros, backend="triton", **filters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = pf.sample_tokens(logits, zeros, backend="triton", **filters)
+    zeros.copy_(keys)
+    graph.replay()
+    assert_same(ours.tokens.cpu(), expected.tokens)
+    assert_near_truth(ours.logprobs.cpu(), expected.logprobs, dtype=torch.float32)
