@@ -131,7 +131,7 @@ def measure(scale: str, rounds: int) -> dict[str, dict[str, Any]]:
         Adapters(model, peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules="all-linear"))
         return {"7b": plain, f"7b, adapters of rank {RANK}": measure_7b(model.to("cuda"), rounds)}
     model = tiny.make_model(512, hidden=64, layers=2, heads=4, max_positions=256)
-    spread = [8 + row * 37 % 64 * 56 // 63 for row in range(64)]
+    spread = [round(8 * 8 ** (row * 37 % 64 / 63)) for row in range(64)]  # 8 to 64, even on a logarithmic scale
     return {
         "equal lengths": compared(model, make_requests(12, [64] * 64, 512), 64, rounds),
         "lengths spread 1:8": compared(model, make_requests(12, spread, 512), 16, rounds),
