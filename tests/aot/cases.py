@@ -127,7 +127,6 @@ CASES: dict[str, Callable[[], None]] = {
     "small": small,
     "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
     "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
-    "small": small,
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},

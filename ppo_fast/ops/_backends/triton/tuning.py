@@ -34,16 +34,16 @@ class Tile(NamedTuple):
 
 # By compute capability: tiles of 2-byte words. Those of 9.0 are measured on an H200.
 _Table = dict[tuple[int, int], Tile]
-_FORWARD: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(2048, 8, 2), (10, 0): Tile(4096, 4, 4)}
+_FORWARD: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(2048, 32, 4), (10, 0): Tile(4096, 4, 4)}
 _FORWARD_WITH_REFERENCE: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(4096, 32, 8), (10, 0): Tile(4096, 4, 4)}
-_BACKWARD: _Table = {(8, 0): Tile(4096, 1, 4), (9, 0): Tile(4096, 1, 4), (10, 0): Tile(4096, 1, 4)}
+_BACKWARD: _Table = {(8, 0): Tile(4096, 1, 4), (9, 0): Tile(2048, 1, 2), (10, 0): Tile(4096, 1, 4)}
 # Of words of any width: unaligned rows are read word by word, each with a predicate of its own; more than 16 a thread
 # spill. Reading 16 bytes from the first aligned word on would sum a row in an order that depends on its address.
 _UNALIGNED_WORDS = 16
-_FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 32, 4), (10, 0): Tile(2048, 4, 4)}
-_BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(4096, 1, 8), (10, 0): Tile(2048, 1, 4)}
+_FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 128, 4), (10, 0): Tile(2048, 4, 4)}
+_BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(2048, 1, 4), (10, 0): Tile(2048, 1, 4)}
 WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
-_WHOLE_FORWARD = _WHOLE_BACKWARD = Tile(4096, 1, 4)  # 2-byte words of all its rows together; not yet measured
+_WHOLE = Tile(1024, 1, 1)  # 2-byte words of all its rows together, as measured at V = 256 and 32
 _SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
 _FILTER = Tile(1024, 1, 8)
 ELEMENTS = 4096  # per program of the kernel that scales a tensor
@@ -74,21 +74,16 @@ def _fitted(tile: Tile, V: int) -> Tile:
     return tile._replace(block=block, warps=max(1, tile.warps * block // tile.block))
 
 
-def _whole(tile: Tile, logits: Tensor, aligned: bool) -> Tile | None:
-    """The tile of whole rows; None where the vocabulary is too large for it."""
-    block, warps = triton.next_power_of_2(logits.shape[-1]), tile.warps
+def whole_tile(logits: Tensor, aligned: bool) -> Tile | None:
+    """The tile of the kernels that read or write whole rows; None where the vocabulary is too large for it."""
+    block = triton.next_power_of_2(logits.shape[-1])
     if block > WHOLE:
         return None
-    words = _in_bytes(tile, logits).block
+    words, warps = _in_bytes(_WHOLE, logits).block, max(_WHOLE.warps, block // _WHOLE.block)
     if not aligned:
         warps = max(warps, block // (32 * _UNALIGNED_WORDS))
         words = min(words, warps * 32 * _UNALIGNED_WORDS)
     return Tile(block, 1, warps, max(1, words // block))
-
-
-def whole_tile(logits: Tensor, aligned: bool) -> Tile | None:
-    """The tile of the kernel that reads whole rows once; None where rows are cut into segments."""
-    return _whole(_WHOLE_FORWARD, logits, aligned)
 
 
 def forward_tile(logits: Tensor, aligned: bool, reference: bool) -> Tile:
@@ -101,7 +96,7 @@ def forward_tile(logits: Tensor, aligned: bool, reference: bool) -> Tile:
 
 def backward_tile(logits: Tensor, aligned: bool) -> Tile:
     """The tile of the kernel that writes their gradient; its programs take one block."""
-    if (whole := _whole(_WHOLE_BACKWARD, logits, aligned)) is not None:
+    if (whole := whole_tile(logits, aligned)) is not None:
         return whole
     if not aligned:
         return _fitted(_lookup(_BACKWARD_UNALIGNED, logits), logits.shape[-1])
