@@ -15,7 +15,8 @@ BLOCK: tl.constexpr = tl.constexpr(reference.BLOCK)
 MEANS: tl.constexpr = tl.constexpr(reference.MEANS)
 ROOTS: tl.constexpr = tl.constexpr(reference.ROOTS)
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(reference.SMALLEST_SCALE)
-_BLOCKS, _WARPS = 8, 4  # of a program; the best of four tilings on an H200, at 68 % of copy bandwidth with the clip
+# Of a program. With 4 warps a step of 7.6e9 weights takes 32.1 ms in place of 33.9 on an H200, but sm100 spills.
+_BLOCKS, _WARPS = 8, 8
 
 
 @triton.jit
