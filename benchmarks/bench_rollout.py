@@ -30,6 +30,7 @@ from ppo_fast.rlhf.decoding.slots import Loop, run_slots
 from ppo_fast.rlhf.decoding.step import Network
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.adapters import Adapters
+from ppo_fast.rlhf.models.kernels import kernels_of, use_kernels
 
 ENGINES = {"slots": run_slots, "generate": run_generate}
 RANK = 64
@@ -119,13 +120,15 @@ def measure_7b(model: Any, rounds: int) -> dict[str, Any]:
     theirs, _ = seconds(lambda: run_generate(model, few, settings(64)), device)
     phase = statistics.median(taken)
     row = {"slots_s": phase, "slots_tokens_per_s": 64 * 256 / phase, "first_token_s": first, "peak_gib": peak}
-    return row | parts(model, requests, 64) | {"generate_16_tokens_s": theirs}
+    row |= parts(model, requests, 64) | {"generate_16_tokens_s": theirs}
+    return row | {"liger": float(kernels_of(model) == "liger")}
 
 
 def measure(scale: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Figures by case."""
     if scale == "7b":
         model = make_policy("qwen2.5-7b", "full", torch.device("cuda"))
+        use_kernels(model, "auto")
         plain = measure_7b(model, rounds)
         model.requires_grad_(False)
         Adapters(model, peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules="all-linear"))
