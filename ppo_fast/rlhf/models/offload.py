@@ -57,14 +57,15 @@ def offload_activations(backbone: nn.Module, to_host: Callable[[Tensor], Tensor]
     blocks = list[contextlib.AbstractContextManager[object]]()
 
     def begin(*_: object) -> None:
-        weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
+        recorded = torch.is_grad_enabled()
+        weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()} if recorded else set()
 
         def pack(x: Tensor) -> Tensor | tuple[torch.device, Tensor]:
             if x.nbytes < FEWEST_BYTES or x.untyped_storage()._cdata in weights:
                 return x
             return x.device, to_host(x)
 
-        block = saved_tensors_hooks(pack, _unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
+        block = saved_tensors_hooks(pack, _unpack) if recorded else contextlib.nullcontext()
         block.__enter__()
         blocks.append(block)
 
