@@ -50,6 +50,11 @@ def _shapes(*given: str) -> Iterator[list[str]]:
     return (words.split(", ") for words in given if not harness.SMOKE or words.startswith("V="))
 
 
+def _here(backends: list[str]) -> list[str]:
+    """Those that take tensors of this device."""
+    return [name for name in backends if name != ("native" if torch.cuda.is_available() else "cuda")]
+
+
 def token_stats() -> Iterator[Row]:
     """Forward passes."""
     for shape, dtype, what in _shapes(
@@ -64,7 +69,7 @@ def token_stats() -> Iterator[Row]:
         case = bench_token_stats.Case(shape, dtype, what)
         group = f"token_stats, {what}, {_shape(case.logits)}"
         compiles = what == "forward" and shape in ("llama3", "V=256")
-        for name in (*bench_token_stats.BACKENDS, "eager", *(["torch.compile"] if compiles else [])):
+        for name in (*_here(bench_token_stats.BACKENDS), "eager", *(["torch.compile"] if compiles else [])):
             yield Row(group, name, partial(case.run, name), case.moved, error=partial(case.error, name))
 
 
@@ -82,7 +87,7 @@ def policy_loss() -> Iterator[Row]:
         case = bench_policy_loss.Case(shape, dtype, variant)
         group = f"policy_loss, {variant}, {_shape(case.logits)}"
         compiles = variant == "k3 KL" and shape.startswith("V=")
-        for name in (*bench_policy_loss.BACKENDS, "eager", *(["torch.compile"] if compiles else [])):
+        for name in (*_here(bench_policy_loss.BACKENDS), "eager", *(["torch.compile"] if compiles else [])):
             yield Row(group, name, partial(case.run, name), case.moved, error=partial(case.error, name))
         if variant == "k3 KL" and not shape.startswith("V="):
             yield from _liger_policy_loss(group, case)
@@ -122,7 +127,7 @@ def value_loss() -> Iterator[Row]:
 
 def gae() -> Iterator[Row]:
     """Padded batches without and with a mask."""
-    backends = [b for b in ("cuda", "triton", "native") if ppo_fast.backends()["gae"].get(b) == "ok"]
+    backends = _here([b for b in ("cuda", "triton", "native") if ppo_fast.backends()["gae"].get(b) == "ok"])
     for B, T in ((4, 16),) if harness.SMOKE else ((4096, 128), (512, 1024), (8192, 4096), (8, 32768)):
         rewards, values = (torch.randn(B, T, device=harness.DEVICE) for _ in range(2))
         mask = torch.rand(B, T, device=harness.DEVICE) > 0.2
@@ -142,7 +147,7 @@ def linear() -> Iterator[Row]:
     forms = [(first, form) for form in ("scoring", "frozen", "entropy")] + [(shape, "entropy") for shape in others]
     for shape, form in forms:
         case = bench_linear.Case(shape, dtype, form)
-        names = [bench_linear.PRODUCTS, *bench_linear.BACKENDS]
+        names = [bench_linear.PRODUCTS, *_here(bench_linear.BACKENDS)]
         if shape == first and form == "entropy":
             names += ["eager", *(bench_linear.PEERS[peer] for peer in bench_linear.MODULES if peer != "trl")]
         for name in names:

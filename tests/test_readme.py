@@ -140,6 +140,17 @@ def test_the_page_on_debugging_names_every_sign_of_reward_hacking() -> None:
             assert field in row
 
 
+def test_the_figures_of_sampling_on_a_gpu_are_those_of_the_committed_result() -> None:
+    cases = json.loads((ROOT / "benchmarks/results/NVIDIA-H200/rollout-7b.json").read_text())["cases"]
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    for row, case in zip(("all weights", "adapters of rank 64"), cases.values(), strict=True):
+        rate, times = f"{case['slots_tokens_per_s']:,.0f}", [case[f"{name}_s"] for name in ("slots", "prefill")]
+        cells = [rate, *(f"{x:.2f} s" for x in times), f"{case['step_ms']:.2f} ms"]
+        cells += [*(f"{case[f'{name}_s']:.2f} s" for name in ("capture", "first_token")), f"{case['peak_gib']:.1f} GiB"]
+        assert f"| {row} | {' | '.join(cells)} |" in page
+        assert f"{rate}" in README
+
+
 def test_the_shares_of_the_profile_are_those_of_the_committed_result() -> None:
     times = json.loads((ROOT / "benchmarks/results/AMD-EPYC-AVX512/profile.json").read_text())["milliseconds"]
     text = " ".join(README.split())
