@@ -30,8 +30,8 @@ SIZES: dict[str, dict[str, int]] = {
 # The first group that an operator, or one that it was called by, belongs to; by parts of their names.
 GROUPS = {
     "optimizer and clipping": ("Optimizer.step", "Optimizer.zero_grad", "aten::_foreach", "aten::linalg_vector_norm"),
+    "value loss": ("_EagerValueLoss", "ppo_fast::value_loss", "ppo_fast_value_loss"),
     "policy loss and head": ("_Eager", "linear_policy_loss", "ppo_fast_policy_loss", "ppo_fast::policy_loss"),
-    "value loss": ("ppo_fast::value_loss", "ppo_fast_value_loss"),
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "varlen_attn"),
     "backbone GEMMs": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
 }

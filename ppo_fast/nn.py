@@ -59,6 +59,7 @@ class LinearPolicyLoss(nn.Module):
         config: a PolicyLossConfig or its fields as a mapping.
         softcap: logits become softcap*tanh(logits/softcap); None: as they are.
         chunk_size: rows whose logits exist at once; None: chosen by the op.
+        half_logits: keep half-precision logits rounded on a GPU.
         backend: "auto" | "torch" | "triton" | "native".
     """
 
@@ -68,10 +69,12 @@ class LinearPolicyLoss(nn.Module):
         *,
         softcap: float | None = None,
         chunk_size: int | None = None,
+        half_logits: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.config, self.softcap, self.chunk_size, self.backend = _config(config), softcap, chunk_size, backend
+        self.half_logits = half_logits
 
     def forward(
         self,
@@ -85,7 +88,8 @@ class LinearPolicyLoss(nn.Module):
     ) -> LossOutput:
         """The op's arguments; ``tensors`` are its bias, ref_logprobs, ref_hidden, ref_weight, ref_bias,
         importance_weights, cu_seqlens, denominator."""
-        options: dict[str, Any] = {"softcap": self.softcap, "chunk_size": self.chunk_size, "backend": self.backend}
+        names = ("softcap", "chunk_size", "half_logits", "backend")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return linear_policy_loss(
             hidden, weight, targets, old_logprobs, advantages, mask, config=self.config, **options, **tensors
         )

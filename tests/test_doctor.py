@@ -8,7 +8,7 @@ import ppo_fast
 from ppo_fast import doctor
 
 LOSSES = {"policy_loss", "linear_policy_loss", "value_loss"}
-OPS = LOSSES | {"token_logprobs", "token_stats", "linear_token_stats", "entropy", "gae", "gae_packed"}
+OPS = LOSSES | {"token_logprobs", "token_stats", "linear_token_stats", "entropy", "gae", "gae_packed", "sample_tokens"}
 
 
 def test_json_holds_versions_devices_and_every_op(capsys: pytest.CaptureFixture[str]) -> None:

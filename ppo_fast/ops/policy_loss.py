@@ -101,11 +101,12 @@ def _keep(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult, fou
     """Keep what a backward pass past the dispatcher needs; return the loss, the only output that autograd handles."""
     save_rows(ctx, rows, *result.stats)
     ctx.grads, ctx.backend = result.grads, backend
+    ctx.set_materialize_grads(False)  # an undefined gradient stays one
     found.append(result)
     return result.loss
 
 
-class _Eager(torch.autograd.Function):
+class _EagerPolicyLoss(torch.autograd.Function):
     """The registered op past the dispatcher; ``found`` takes the whole result.
 
     A backend that can writes the gradient in the forward pass: it is kept until the backward pass and handed out once.
@@ -124,8 +125,10 @@ class _Eager(torch.autograd.Function):
         return _keep(ctx, rows, backend, _launch(rows._replace(logits=logits), policy, backend, **out), found)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative(_OP)
+        if grad_loss is None:
+            return to_first(ctx, None)
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None or grad_loss.item() != 1:
             rows, stats = saved_rows(ctx)
@@ -157,8 +160,10 @@ class _InPlace(torch.autograd.Function):
         return _keep(ctx, rows, backend, result, found)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.first_derivative(_OP)
+        if grad_loss is None:
+            return to_first(ctx, None)
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
@@ -181,7 +186,7 @@ def _run(rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str) -> 
     if not torch.is_grad_enabled() or not logits.requires_grad:
         return _launch(rows, policy, backend)
     found: list[PolicyLossResult] = []
-    loss = (_InPlace if inplace else _Eager).apply(logits, rows, policy, backend, found)
+    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, rows, policy, backend, found)
     return found[0]._replace(loss=loss)
 
 

@@ -71,7 +71,7 @@ def _backward(
 _value_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Eager(torch.autograd.Function):
+class _EagerValueLoss(torch.autograd.Function):
     """The registered op past the dispatcher; ``found`` takes the whole result."""
 
     @staticmethod
@@ -96,7 +96,7 @@ def _run(inputs: ValueInputs, backend: str) -> ValueLossResult:
     if not torch.is_grad_enabled() or not values.requires_grad:
         return _launch(inputs, backend)
     found: list[ValueLossResult] = []
-    loss = _Eager.apply(values, inputs, backend, found)
+    loss = _EagerValueLoss.apply(values, inputs, backend, found)
     return found[0]._replace(loss=loss)
 
 

@@ -141,8 +141,8 @@ class Learner:
             policy, value = self.backward(experience, rows, kl_coef)
             note = self._stop_note(policy["approx_kl"], epoch)
             none, factor = torch.zeros((), dtype=torch.float32, device=device), self.loss_scale.factor
-            value_norm = none if self.value is None else self.value.clip(factor)
-            norm = torch.stack([none if self.warming_up else self.policy.clip(factor), value_norm])
+            policy_norm = none if self.warming_up else self.policy.clip(factor)
+            norm = torch.stack([policy_norm, none if self.value is None else self.value.clip(factor)])
             steps.append(Step(epoch, number, rows.tolist(), policy, value, norm, taken=note is None))
             if note is not None:
                 self._discard_gradients()

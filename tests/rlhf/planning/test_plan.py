@@ -224,6 +224,7 @@ def qwen(tmp_path):
     return str(tmp_path / "qwen")
 
 
+@pytest.mark.slow
 def test_a_7b_is_planned_from_its_config_alone(qwen, tmp_path):
     model = {"path": qwen, "dtype": "bfloat16", "gradient_checkpointing": True}
     values = {"optim": {"minibatch_size": 4}, "rollout": {"batch_size": 4, "max_new_tokens": 505}}
@@ -267,6 +268,7 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     assert not changes[-1].plan.fits
 
 
+@pytest.mark.slow
 def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
     config, shapes = make_config(tmp_path, **lora), SavedModels(SavedModel(given=tiny_policy().config))
@@ -342,11 +344,12 @@ def test_the_command_prints_table_peak_and_verdict(command, capsys):
     for name in ("rollout", "scoring", "update"):
         assert name in lines[2]
     items = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
-    assert items == ["weights", "optimizer states", "KV cache", "activations", "logits chunk", "all"]
+    assert items == ["weights", "gradients", "optimizer states", "KV cache", "activations", "logits chunk", "all"]
     assert lines[-1].startswith("peak ")
     assert lines[-1].endswith(" MiB in update")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_change(command, capsys):
     assert cli.main([*command, "--gpu", "660MiB"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         ({"rollout": {"max_new_tokens": 124}}, r"rollout\.max_new_tokens: expected at most 123 .* got 124"),
         ({"model": {"device": "abacus"}}, r"model\.device: expected 'auto' or one of 'cpu'.*, got 'abacus'"),
         ({"prompts": None}, r"data\.prompts: expected a file of prompts, got null"),
-        ({"reward_fn": None}, r"reward\.function: expected 'path/to/file\.py:function', got None"),
+        ({"reward_fn": None}, r"reward\.function: expected 'path/to/file\.py:function' or 'module:function', got None"),
     ],
 )
 def test_inputs_that_cannot_work_are_refused_before_anything_is_written(run, make_config, tmp_path, values, message):

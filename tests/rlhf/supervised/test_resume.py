@@ -54,11 +54,11 @@ def before_step(monkeypatch):
     def go(number, action):
         clip = ClippedOptimizer.clip
 
-        def acting(self):
+        def acting(self, *scale):
             calls.append(1)
             if len(calls) == number:
                 action(self)
-            return clip(self)
+            return clip(self, *scale)
 
         calls = []
         monkeypatch.setattr(ClippedOptimizer, "clip", acting)

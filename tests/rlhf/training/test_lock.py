@@ -131,7 +131,8 @@ def test_ppo_is_not_resumed_in_a_directory_in_use(make_config, tmp_path):
 @pytest.mark.parametrize("command", ["train", "quickstart"])
 def test_a_command_refuses_a_directory_in_use_with_status_2(tmp_path, capsys, command):
     directory = tmp_path / "run"
-    arguments = {"train": ["--model", "none", "--prompts", "none.jsonl"], "quickstart": []}[command]
+    # A path that is none on the Hub either: nothing is asked there.
+    arguments = {"train": ["--model", str(tmp_path / "none"), "--prompts", "none.jsonl"], "quickstart": []}[command]
     with hold_directory(directory):
         assert cli.main([command, *arguments, "--out", str(directory)]) == 2
         assert os.listdir(directory) == [".lock"]
