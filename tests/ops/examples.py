@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast as pf
-from tests.helpers import backends_under_test
+from tests.helpers import INTERPRETED, backends_under_test
 
 B, T, V, D = 3, 5, 11, 4
 MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
@@ -61,6 +61,9 @@ _HIDDEN = {"hidden": 2 * _normal(B, T, D), "weight": _normal(V, D), "bias": _nor
 _REFERENCE = {"ref_hidden": _normal(B, T, D), "ref_weight": _normal(V, D), "ref_bias": _normal(V)}
 _LINEAR = {**_HIDDEN, **{k: v for k, v in _POLICY.items() if k != "logits"}}
 _PER_TOKEN = ("logits", "targets", "old_logprobs", "advantages", "importance_weights")
+
+# The interpreter takes seconds for the passes of the filters; tests/ops/test_sample_tokens.py has them.
+FILTERS: dict[str, Any] = {} if INTERPRETED else {"top_k": 7, "top_p": 0.9}
 
 EXAMPLES: dict[str, Example] = {
     "token_logprobs": Example("token_logprobs", pf.token_logprobs, _STATS, "logits", ("logits", "targets")),
@@ -138,7 +141,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "sample_tokens": Example(
         "sample_tokens",
-        lambda **k: pf.sample_tokens(**k, temperature=0.8, top_k=7, top_p=0.9),
+        lambda **k: pf.sample_tokens(**k, temperature=0.8, **FILTERS),
         {"logits": 2 * _normal(B, T, V), "keys": torch.arange(B * T * 3).view(B, T, 3)},
         None,
         (),
