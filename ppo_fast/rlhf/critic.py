@@ -21,7 +21,7 @@ from ppo_fast.rlhf.config.supervised import ValueConfig
 from ppo_fast.rlhf.data.examples import Scored, chunks, scored_example
 from ppo_fast.rlhf.data.prompts import PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.requests import noise_seed
-from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.forward import response_values
 from ppo_fast.rlhf.models.loading import GENERATION, padding_id
 from ppo_fast.rlhf.models.models import load_models
@@ -144,7 +144,11 @@ def sample_scored(
 
     Returns rows {"prompt_ids", "completion_ids", "score"} for `train_value_model`. A prompt comes again once all had
     their turn. The inputs passed are those of :func:`ppo_fast.rlhf.train_ppo`.
+
+    Raises UserError for a config with `rollout.function`: such rows have no place for the tokens of tools.
     """
+    function = config.rollout.function
+    check(function is None, "rollout.function", "null to sample responses for a value model", function)
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
     models = load_models(
         config.model, generator, policy=policy, tokenizer=tokenizer, reward=config.reward, critic=False

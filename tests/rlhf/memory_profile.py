@@ -19,9 +19,9 @@ PHASES = {"rollout": "rollout", "logprobs": "scoring", "score": "reward", "updat
 def measured_peaks(config: PPOConfig, make_policy: Callable[[], Any], tokenizer: Any, tokens: int) -> dict[str, int]:
     """Largest sum of live bytes in each phase of the second of two updates, all_rows since the start included.
 
-    The prompts are ragged, the longest of that many tokens, and no response ends early.
+    The prompts are ragged, the longest of that many tokens, no two are equal, and no response ends early.
     """
-    prompts = [" ".join(["w1"] * (tokens - row % 2)) for row in range(config.rollout.batch_size)]
+    prompts = [" ".join([f"w{row}"] * (tokens - row % 2)) for row in range(config.rollout.batch_size)]
     function = None if config.reward.models else lambda completions, **_: [float(len(text) % 7) for text in completions]
 
     def draw(self: Sampling, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,12 @@ def test_responses_come_from_a_run_or_from_sampling_with_its_config(tmp_path, to
         assert len(result.history) == 2  # 7 of 8 in batches of 4
 
 
+def test_sampling_for_a_value_model_takes_no_rollout_function(make_config):
+    message = "rollout.function: expected null to sample responses for a value model, got 'tools.py:f'"
+    with raises_exactly(message, UserError):
+        sample_scored(make_config(rollout={"function": "tools.py:f"}), 4)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

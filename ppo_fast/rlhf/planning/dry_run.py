@@ -101,13 +101,14 @@ class DryRun:
         rows = self.config.rollout
         sampling = Sampling(rows.temperature, rows.top_k, rows.top_p)
         settings = DecodingSettings(self.models.eos_ids, self.models.pad_id, sampling, seed=0, width=slots)
-        requests = [Request([0] * self.prompt, row, self.response) for row in range(rows.batch_size)]
+        samples = rows.samples_per_prompt  # which share a prefill
+        requests = [Request([row // samples] * self.prompt, row, self.response) for row in range(rows.batch_size)]
         network = Network(policy)
         with attending_to_slots(network.backbone):
             loop = Loop(network, requests, settings, torch.device("cpu"))
             refill = loop.schedule.refill(0)
             assert refill is not None
-            loop.prefill(refill.slots[: max(1, PREFILL_TOKENS // self.prompt)])
+            loop.prefill(refill.prefilled[: max(1, PREFILL_TOKENS // self.prompt)])
             self._name_buffers(loop.buffers)
             loop.decode(slots, loop.buffers.length)
             self._name_buffers(loop.buffers)

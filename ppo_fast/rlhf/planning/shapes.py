@@ -109,20 +109,19 @@ def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str,
     networks, offload = NetworksWithoutData(config.model, device, name), config.model.offload
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
         models = _make_models(config, networks, saved)
+        if models.adapters is not None and config.optim.master_weights is False:
+            models.adapters.drop_masters()
         rewards = [make_reward_network(each, networks, models.adapters) for each in saved.rewards]
         # The head of an adapter on the policy's base is not counted: a reward model's is that of the value model.
         if models.value is not None:
             rewards = [each._replace(network=models.value) if each.shared else each for each in rewards]
     adapters = models.adapters
     if adapters is not None:
-        if config.optim.master_weights is False:
-            adapters.drop_masters()
         own = [parameter for each in adapters.trained for parameter in adapters.parameters(each)]
         head = [] if models.value is None else [*models.value.head.parameters()]
         _materialize([*own, *head], "adapters", name)
-        if models.policy.dtype != torch.float32:
-            copies = (copy for each in adapters.copies.values() for copy in each)
-            name("adapters", [copy.get(models.policy.dtype) for copy in copies])
+        dtype, copies = models.policy.dtype, (copy for each in adapters.copies.values() for copy in each)
+        name("adapters", [copy.get(dtype) for copy in copies if copy.parameter.dtype != dtype])
     offloaded = _offload(models.reference, name) if offload and adapters is None else None
     for network in filter(None, (models.policy, models.reference, models.value)):
         _materialize(_tensors(network), "weights", name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers import StopStringCriteria
 
 from ppo_fast.rlhf.config.ppo import RolloutConfig
 from ppo_fast.rlhf.data.prompts import PromptBatch
@@ -102,7 +103,7 @@ def respond(
 
     The function is called as f(prompts=, prompt_ids=, sample=, tokenizer=, **columns) and returns token ids, a mask
     and log-probabilities of each response, as in :class:`Turns`. A response has ended unless its last token is the
-    policy's and no EOS.
+    policy's, no EOS, and not the end of a string of `rollout.stop`.
 
     Raises UserError, one sentence, when the function fails or its answer does not fit.
     """
@@ -120,10 +121,18 @@ def respond(
     answer = as_list(ROLE, "responses", call(ROLE, function, **arguments, **prompts.columns), len(prompt_ids))
     pairs = zip(answer, prompt_ids, strict=True)
     turns = [_checked(models, item, prompt, sample) for sample, (item, prompt) in enumerate(pairs)]
-    return _generation(models, prompts, turns)
+    stop = stop_criteria(config.stop, models.tokenizer)
+    ended = [_ended(models, turn, stop) for turn in turns]
+    return _generation(models, prompts, turns, ended)
 
 
-def _generation(models: Models, prompts: PromptBatch, turns: list[Turns]) -> Generation:
+def _ended(models: Models, turn: Turns, stop: StopStringCriteria | None) -> bool:
+    if turn.ids[-1] in models.eos_ids or not turn.mask[-1]:
+        return True
+    return stop is not None and bool(stop(torch.tensor([turn.ids], dtype=torch.int64, device=models.device), None))
+
+
+def _generation(models: Models, prompts: PromptBatch, turns: list[Turns], ended: list[bool]) -> Generation:
     """Pad the responses on the right."""
     width, device, pad = max(len(turn.ids) for turn in turns), models.device, models.pad_id
 
@@ -134,7 +143,6 @@ def _generation(models: Models, prompts: PromptBatch, turns: list[Turns]) -> Gen
     mask = grid([turn.mask for turn in turns], False, torch.bool)
     inside = grid([[True] * len(turn.ids) for turn in turns], False, torch.bool)
     logprobs = grid([turn.logprobs for turn in turns], 0.0, torch.float32)
-    ended = [turn.ids[-1] in models.eos_ids or not turn.mask[-1] for turn in turns]
     return Generation(
         prompts=prompts,
         input_ids=torch.cat([prompts.input_ids, ids], dim=1),

@@ -143,7 +143,7 @@ class PPORun(TrainingLoop):
             learned = without_truncated(rollout, rewards) if config.rollout.mask_truncated else (rollout, rewards)
             if learned is None:
                 why = f"batch skipped: rollout.mask_truncated leaves out all {len(rewards.verdicts)} responses"
-                return dataclasses.replace(self.record, step=update, metrics={}, notes=(why,), batch=batch)
+                return self._recorded(update, batch, metrics, why)
             with watch("update"), self.models.recomputing():
                 correction = make_correction(learned[0], config.rollout)
                 experience = make_experience(*learned, config.advantage, correction)
@@ -159,13 +159,16 @@ class PPORun(TrainingLoop):
             metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
+        return self._recorded(update, batch, metrics, note)
+
+    def _recorded(self, update: int, batch: PPOBatch, metrics: dict[str, float], note: str | None) -> StepRecord:
         return dataclasses.replace(
             self.record,
             step=update,
             metrics=metrics,
             notes=(note,) if note else (),
-            seconds=watch.seconds,
-            memory=watch.memory,
+            seconds=self.watch.seconds,
+            memory=self.watch.memory,
             batch=batch,
             answers=(),
             skipped=self.skipped,

@@ -71,6 +71,7 @@ MEASURED = {
     "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}, "advantage": {"whiten": False}}),
     "shared": ({}, {"model": {"layout": "shared"}}),
     "adapters": ({}, {"model": LORA} | MICRO),
+    "group": ({}, {"model": LORA, "advantage": {"kind": "group"}, "rollout": {"samples_per_prompt": 4}}),
     "moving reference": ({}, {"model": LORA, "reference": {"update": "ema", "every": 1}}),
     "offloaded": ({}, {"model": {"offload": True}} | MICRO),
 }
@@ -100,6 +101,17 @@ def test_a_bfloat16_plan_is_within_a_tenth(tmp_path, tokenizer):
         if "logits chunk" in account:
             planned += product_scratch(512, 128, 4096, torch.bfloat16)
         assert planned == pytest.approx(measured[phase], rel=0.1), (phase, account)
+
+
+def test_adapters_without_masters_are_planned_in_the_dtype_of_the_base(tmp_path):
+    model = LORA | {"dtype": "bfloat16"}
+    kept, dropped = (
+        tiny_plan(tmp_path, model=model, optim={"master_weights": choice}).phases["rollout"] for choice in (None, False)
+    )
+    head = 4 * (128 + 1)  # of the value model, float32
+    trained, moments = kept["adapters"] - head, kept["optimizer states"]
+    assert (dropped["adapters"] - head) * 3 == trained  # 2 bytes for 4 and a copy of 2
+    assert moments / 2 < dropped["optimizer states"] < 0.51 * moments  # the head's and the counts stay
 
 
 def test_reward_models_are_in_the_plan_and_measured(tmp_path, tokenizer):

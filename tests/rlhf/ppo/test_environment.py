@@ -107,6 +107,26 @@ def test_sample_takes_stop_strings_and_nothing(make_config):
     assert [ids for ids, _ in sampler()([[5, 6]], max_new_tokens=4)] == [whole[:4]]
 
 
+def test_a_stop_string_ends_a_response_with_a_function_as_without(make_config):
+    tokenizer, config = byte_tokenizer(), make_config()
+    policy = tiny.make_model(len(tokenizer), hidden=16, heads=2)
+    models = load_models(config.model, torch.Generator(), policy=policy, tokenizer=tokenizer)
+    data = load_prompts(["a", "b", "c"], tokenizer, config.data)
+    batch = make_batch(data, [0, 1, 2], models.pad_id, models.device)
+
+    def one_turn(prompt_ids, sample, **_):
+        return [(ids, [True] * len(ids), logprobs) for ids, logprobs in sample(prompt_ids)]
+
+    def responses(stop):
+        return respond(models, batch, dataclasses.replace(config.rollout, stop=stop), 1, function=one_turn)
+
+    texts = map(tokenizer.decode, responses(()).responses[0])
+    assert not responses(("never",)).ended.any()
+    stopped = responses((next(text for text in texts if text.isascii()),))
+    assert stopped.ended[0]
+    assert stopped.ended.tolist() == [n < config.rollout.max_new_tokens for n in stopped.mask.sum(dim=1)]
+
+
 def answers(item):
     return lambda prompts, **_: [item] * len(prompts)
 

@@ -235,6 +235,30 @@ def test_truncated_responses_are_left_out_of_loss_and_normalizers_and_counted(ru
     assert notes == [None, "batch skipped: rollout.mask_truncated leaves out all 8 responses"]
 
 
+def test_a_skipped_batch_has_no_answers_or_times_of_the_update_before(make_config, tokenizer, monkeypatch):
+    records, draw = [], Sampling.draw
+
+    class Records:
+        def on_step(self, record):
+            records.append(record)
+
+    def ends_at_first(self, logits, keys):
+        """All responses end at their second token until an update is done, later ones never."""
+        tokens, logprobs = draw(self, logits, keys)
+        ends = (keys[:, 2] == 1) & (not records)
+        return torch.where(ends, EOS, tokens % 32 + 4), logprobs
+
+    monkeypatch.setattr(Sampling, "draw", ends_at_first)
+    config = make_config(rollout={"mask_truncated": True}, evaluation={"every": 1})
+    policy, given = (
+        tiny.make_model(64, hidden=32, layers=1, heads=2),
+        {"tokenizer": tokenizer, "callbacks": [Records()]},
+    )
+    train_ppo(config, reward_fn=reward, prompts=PROMPTS, eval_prompts=PROMPTS[:2], policy=policy, **given)
+    assert [len(record.answers) for record in records] == [2, 0]
+    assert ["update" in record.seconds for record in records] == [True, False]
+
+
 def test_the_prompts_come_in_the_order_of_the_curriculum(run):
     seen = []
 
