@@ -54,6 +54,7 @@ def test_cartpole_balances() -> None:
     assert sorted(lengths[-5:])[2] > 150  # the median: single updates differ by the processor
 
 
+@pytest.mark.slow
 def test_patched_trl_learns_with_the_ops() -> None:
     printed = _run("patched_trl.py")
     shares = [float(share) for share in re.findall(r"'rewards/reward/mean': '([\d.]+)'", printed)]
@@ -61,6 +62,7 @@ def test_patched_trl_learns_with_the_ops() -> None:
     assert "replaced trl.trainer.utils.selective_log_softmax (3x), 20 calls" in printed
 
 
+@pytest.mark.slow
 def test_ppo_llm_learns_to_write_good_tokens() -> None:
     printed = _run("ppo_llm.py")
     scores = [float(score) for score in re.findall(r"score ([\d.]+)", printed)]
