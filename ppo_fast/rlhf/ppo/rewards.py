@@ -16,7 +16,8 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
 from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.errors import UserError, check
-from ppo_fast.rlhf.ppo.reward_sources import Responses, Score
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses, Score, shared_out
 from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, select, token_indices
 from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import as_list, call
@@ -138,11 +139,17 @@ class Scorer:
         ended = torch.tensor(responses.ended, dtype=torch.bool, device="cpu")
         penalty = torch.where(ended, penalty, penalty + config.missing_eos_penalty)
         scores = scores.index_add(0, last, -penalty)
-        verdicts = self._verdicts(responses)
+        verdicts = shared_out(self._verdicts, responses, whole=hasattr(self.filter, "load_state_dict"))
         no = torch.tensor([verdict is False for verdict in verdicts], dtype=torch.bool, device="cpu")
         rejected = torch.zeros_like(scores).index_fill(0, last, config.rejected_score)
         scores = torch.where(no.repeat_interleave(lengths), rejected, scores)
         return ScoredBatch(scores, response_sums(scores, lengths), verdicts, std)
+
+    def split(self, models: Models, *, offload: bool = False) -> None:
+        """Split the weights of reward models over the ranks, if they are a process group."""
+        for source in self.sources:
+            if isinstance(source, ModelSource):
+                source.split(models, offload=offload)
 
     def _combined(self, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""
@@ -164,7 +171,7 @@ class Scorer:
             return [True] * len(responses.completions)
         answer = call("filter", self.filter, **responses.arguments())
         verdicts = as_list("filter", "verdicts", answer, len(responses.completions))
-        for sample, verdict in enumerate(verdicts):
+        for sample, verdict in enumerate(verdicts, start=responses.first):
             known = isinstance(verdict, bool) or verdict == "mask"
             check(known, "filter", f"True, False or 'mask' for sample {sample}", verdict)
         return verdicts
@@ -172,7 +179,8 @@ class Scorer:
     def _normalized(self, number: int, responses: Responses, lengths: Tensor, learn: bool) -> Tensor:
         """Return the scores [N] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
         source, running = self.sources[number], self.running[number]
-        scores = _per_token(source(responses), lengths)
+        function = getattr(source, "function", None)
+        scores = _per_token(shared_out(source, responses, whole=hasattr(function, "load_state_dict")), lengths)
         if self.config.normalize == "running" and learn:
             running.update(response_sums(scores, lengths))
         stats = {"running": running.stats(), "dataset": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}

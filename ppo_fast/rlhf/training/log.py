@@ -21,6 +21,7 @@ from ppo_fast.rlhf.data.templates import is_messages
 from ppo_fast.rlhf.errors import UserError, check, printable, require
 from ppo_fast.rlhf.files import remove
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
+from ppo_fast.rlhf.world import current
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,8 +42,9 @@ def require_free(config: RunConfig) -> None:
 class StageLog(Callback):
     """Writes the metrics of a step at once, so that a crashed run leaves a readable file.
 
-    Use as a context manager; `history` keeps the metrics of the steps so far. Raises a UserError before anything is
-    written when the directory holds files that the run would replace and `overwrite` is off. `resume` is the
+    Use as a context manager; `history` keeps the metrics of the steps so far. Of several processes rank 0 writes; the
+    others keep the history. Raises a UserError before anything is written when the directory holds files that the run
+    would replace and `overwrite` is off. `resume` is the
     `position` of a checkpoint: the files are truncated to it and appended to.
     """
 
@@ -58,15 +60,17 @@ class StageLog(Callback):
         *,
         resume: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, log = config, config.log
+        self.config, log, self.is_main = config, config.log, current().is_main
         if resume is None:
-            require_free(config)
+            current().on_main(lambda: require_free(config))
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
         self.directory = Path(config.output_dir)
         self.history: list[dict[str, float]] = []
         self.console = console or Console(quiet=not log.console)
 
     def __enter__(self) -> Self:
+        if not self.is_main:
+            return self
         if self.resume is None:
             self._empty_directory()
         else:
@@ -88,7 +92,8 @@ class StageLog(Callback):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._resources.close()
+        if self.is_main:
+            self._resources.close()
 
     def on_step(self, record: StepRecord) -> None:
         """Record a step that has metrics; show the notes of any."""
@@ -102,6 +107,8 @@ class StageLog(Callback):
     def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
         """Record the metrics and the note of step `number`, from 1 in files and on the console."""
         self.history.append(metrics)
+        if not self.is_main:
+            return
         record: Record = {self.unit: number} | metrics
         _line(self._open[METRICS], record | ({"note": note} if note else {}))
         if self._board is not None:
@@ -118,12 +125,14 @@ class StageLog(Callback):
 
     def note(self, number: int, note: str | None) -> None:
         """Show a note, if there is one."""
-        if note:
+        if note and self.is_main:
             line = printable(f"{self.unit} {number}: {note}")
             self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def position(self, done: int) -> dict[str, int]:
         """Flush the files and return the steps done and the bytes in each file; a resumed run continues there."""
+        if not self.is_main:
+            return {"done": done}
         for file in self._open.values():
             os.fsync(file.fileno())
         return {"done": done} | {name: (self.directory / name).stat().st_size for name in self.files}
