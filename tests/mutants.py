@@ -84,7 +84,6 @@ MUTANTS = [
     Mutant(
         f"{CORE}/vocab_shard.py", "self._words[: self.rank].sum()", "self._words[: self.rank].sum() * 0", VOCAB_SHARD
     ),
-    Mutant(f"{CORE}/chunked_head.py", "else shard.largest", "else call.weight.shape[0]", VOCAB_SHARD),
     Mutant("ppo_fast/ops/linear_policy_loss.py", "shard.sum_(gradients.hidden)", "pass", VOCAB_SHARD),
     Mutant("ppo_fast/ops/linear_token_stats.py", "shard.sum_(total.hidden)", "pass", VOCAB_SHARD),
     Mutant(f"{CPU}/rows/backward.h", "max == -kInfinity ? top : top / t", "top / t", VOCAB_SHARD),

@@ -22,7 +22,7 @@ def log_softmax(logits: Tensor, temperature: float, lse: Tensor | None = None) -
     u = z - log_sum
     if lse is None:
         return u, own
-    return torch.where(log_sum == -torch.inf, z, u + (own - lse).to(u.dtype)[..., None]), lse
+    return torch.where(log_sum == -torch.inf, z, u) + (own - lse).to(u.dtype)[..., None], lse
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
