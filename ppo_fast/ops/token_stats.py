@@ -32,11 +32,16 @@ registry.register("token_stats", "native", native_rows.implementation(native_tok
 registry.register("token_stats_backward", "native", native_rows.implementation(native_token_stats.token_stats_backward))
 
 
+def _public_name(rows: RowInputs, want_entropy: bool) -> str:
+    """The op that was called, for errors."""
+    return "entropy" if rows.targets is None else "token_stats" if want_entropy else "token_logprobs"
+
+
 def _launch(*arguments: Any) -> RowStats:
     """Checks what depends on values, then runs the backend."""
     *given, want_entropy, backend = arguments
     rows = RowInputs(*given)
-    checks.target_values("token_stats", rows.targets, rows.mask, rows.logits.shape[-1])
+    checks.target_values(_public_name(rows, want_entropy), rows.targets, rows.mask, rows.logits.shape[-1])
     return registry.implementation("token_stats", backend)(rows, want_entropy)
 
 
@@ -118,8 +123,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    checks.first_derivative("token_stats")
     rows, stats = saved_rows(ctx)
+    checks.first_derivative(_public_name(rows, stats[1].numel() > 0))
     grads = given_grads(logprobs, entropy, kl)
     if grads.nothing:
         return to_first(ctx, torch.zeros_like(rows.logits, memory_format=torch.contiguous_format))
