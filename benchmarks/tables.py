@@ -94,25 +94,24 @@ _SUMMARY = (
 
 
 def summary() -> str:
-    """A row of each op on a GPU and on a CPU: time and peak memory of ours, of eager torch and of the next best."""
-    lines = [["op, shape", "ppo_fast", "eager torch", "next best"], ["---"] * 4]
-    notes = {}
+    """One row an op, on a GPU and on a CPU: time and peak memory of ours, of eager torch and of the next best."""
+    lines = [["op, shape", "ppo_fast", "eager torch", "next best", "machine, commit"], ["---"] * 5]
     for result, group, peer in _SUMMARY:
         data = json.loads((RESULTS / f"{result}.json").read_text())
+        machine, commit = data["machine_info"], data["commit_info"]["id"][:10]
         found = {b["extra_info"]["contender"]: b for b in data["benchmarks"] if b["group"] == group}
         ours = next(b for b in found.values() if "eager" in b["extra_info"]["ratios"])
-        cells = [_cells(b, data["machine_info"]) for b in (ours, found["eager"], found[peer])]
-        took = [f"{cell['median']}, {cell['peak memory']}" for cell in cells]
-        machine, commit = data["machine_info"], data["commit_info"]["id"][:10]
+        took = [_time_and_memory(b) for b in (ours, found["eager"], found[peer])]
         name = group if result.endswith("ops") else f"{Path(result).name}, {group}"
-        lines.append([f"{name}, {machine['device']}", *took[:2], f"{took[2]}: {peer}"])
-        notes.setdefault((machine["device"], machine["threads"], machine["torch"]), []).append(commit)
-    made = [
-        f"{device}, {threads} thread, torch {torch}, commit {', '.join(dict.fromkeys(commits))}"
-        for (device, threads, torch), commits in notes.items()
-    ]
-    note = f"Median time and peak memory beyond the inputs. {'; '.join(made)}."
+        lines.append([name, *took[:2], f"{took[2]}: {peer}", f"{machine['device']}, {commit}"])
+    note = "Median time and peak memory beyond the inputs; one thread on the CPU."
     return "\n".join([*map(_line, lines), "", note, ""])
+
+
+def _time_and_memory(bench: dict[str, Any]) -> str:
+    milliseconds, size = bench["stats"]["median"] * 1e3, bench["extra_info"]["peak_bytes"] / 2**20
+    memory = f"{size:.3g} MiB" if size < 1000 else f"{size / 1024:.3g} GiB"
+    return f"{milliseconds:.3g} ms, {memory}" if milliseconds < 1000 else f"{milliseconds / 1e3:.3g} s, {memory}"
 
 
 def render(document: str) -> str:
