@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from ppo_fast._version import __version__
 
 if TYPE_CHECKING:
-    from ppo_fast import ops
+    from ppo_fast import ops as ops
     from ppo_fast.ops import *  # noqa: F403
+
+# ruff: noqa: F405
 
 __all__ = [
     "__version__",

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast.ops._backends import reference, triton
 from ppo_fast.ops._backends.native import policy_loss as native_policy_loss
@@ -22,6 +23,7 @@ from ppo_fast.ops._core.policy_inputs import (
 )
 from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import grouped, schema, to_first
+from ppo_fast.ops._core.vocab_shard import VocabShard
 from ppo_fast.ops.token_stats import empty_stats, save_rows, saved_rows, token_stats_backward
 
 _OP = "policy_loss"
@@ -41,10 +43,15 @@ registry.register(_GRADIENTS, "native", registry.Implementation(native_policy_lo
 registry.register(_GRADIENTS, "triton", triton.implementation(_GRADIENTS, "policy_loss"))
 
 
-def _launch(rows: RowInputs, policy: PolicyInputs, backend: str, **out: Tensor) -> PolicyLossResult:
+def _launch(
+    rows: RowInputs, policy: PolicyInputs, backend: str, shard: VocabShard | None = None, **out: Tensor
+) -> PolicyLossResult:
     """Checks what depends on values, then runs the backend."""
-    checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
     check_values(_OP, policy, rows.mask)
+    if shard is not None:
+        stats = shard.stats(rows, True, backend)
+        return registry.implementation(_FROM_STATS, backend)(stats, rows.mask, policy)
+    checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
     return registry.implementation(_OP, backend)(rows, policy, **out)
 
 
@@ -116,13 +123,19 @@ class _EagerPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str, found: list[PolicyLossResult]
+        ctx: Any,
+        _: Tensor,
+        rows: RowInputs,
+        policy: PolicyInputs,
+        backend: str,
+        shard: VocabShard | None,
+        found: list[PolicyLossResult],
     ) -> Tensor:
         logits, out = rows.logits.detach(), {}
         ctx.dlogits = None
-        if registry.fuses_backward(_OP, backend):
+        if shard is None and registry.fuses_backward(_OP, backend):
             ctx.dlogits = out["out"] = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        return _keep(ctx, rows, backend, _launch(rows._replace(logits=logits), policy, backend, **out), found)
+        return _keep(ctx, rows, backend, _launch(rows._replace(logits=logits), policy, backend, shard, **out), found)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -148,13 +161,19 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str, found: list[PolicyLossResult]
+        ctx: Any,
+        _: Tensor,
+        rows: RowInputs,
+        policy: PolicyInputs,
+        backend: str,
+        shard: VocabShard | None,
+        found: list[PolicyLossResult],
     ) -> Tensor:
         logits = rows.logits.detach()
         # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
         rows = rows._replace(logits=logits)
-        ctx.written = registry.fuses_backward(_OP, backend)
-        result = _launch(rows, policy, backend, **({"out": logits} if ctx.written else {}))
+        ctx.written = shard is None and registry.fuses_backward(_OP, backend)
+        result = _launch(rows, policy, backend, shard, **({"out": logits} if ctx.written else {}))
         torch.autograd.graph.increment_version(logits)
         ctx.spent = False
         return _keep(ctx, rows, backend, result, found)
@@ -178,15 +197,17 @@ class _InPlace(torch.autograd.Function):
         return to_first(ctx, logits)
 
 
-def _run(rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str) -> PolicyLossResult:
+def _run(
+    rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str, shard: VocabShard | None
+) -> PolicyLossResult:
     """The registered op, or an eager form of it."""
     logits = rows.logits
     if not inplace and not registry.runs_directly(logits):
         return PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
     if not torch.is_grad_enabled() or not logits.requires_grad:
-        return _launch(rows, policy, backend)
+        return _launch(rows, policy, backend, shard)
     found: list[PolicyLossResult] = []
-    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, rows, policy, backend, found)
+    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, rows, policy, backend, shard, found)
     return found[0]._replace(loss=loss)
 
 
@@ -234,6 +255,7 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> LossOutput:
     """The PPO policy loss straight from logits: clipped ratio, entropy bonus, PPO-penalty and KL to the reference.
 
@@ -259,6 +281,9 @@ def policy_loss(
         inplace: let the gradient take the storage of ``logits``, whose contents are unspecified afterwards. On the
             "native" backend a bfloat16 gradient is rounded twice when the loss is scaled before its backward.
         backend: "auto" | "torch" | "triton" | "native".
+        group: the process group over whose ranks the vocabulary is split, as in :func:`ppo_fast.token_logprobs`:
+            ``logits`` and ``ref_logits`` are this rank's slices, everything else is the same on every rank. Loss and
+            metrics are those of whole rows on every rank, the gradient is that of this rank's logits.
 
     Returns:
         LossOutput. ``metrics``: policy_loss, entropy, kl, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max,
@@ -308,5 +333,8 @@ def policy_loss(
         float(config.temperature),
     )
     policy = policy_inputs(config, logits, shape, per_token, cu_seqlens, denominator)
-    loss, metrics, logprobs, entropy, kl, *_ = _run(rows, policy, inplace, backend)
+    shard = None if group is None else VocabShard(_OP, group, logits.shape[-1], logits)
+    if shard is not None and rows.targets is not None:
+        rows = rows._replace(targets=shard.local(rows.targets, rows.mask))
+    loss, metrics, logprobs, entropy, kl, *_ = _run(rows, policy, inplace, backend, shard)
     return named_output(loss, metrics, logprobs, entropy, kl, shape)

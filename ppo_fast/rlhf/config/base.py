@@ -42,7 +42,8 @@ class Settings:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        kind: Any = type(self)
+        hints = _hints(kind)
         for field in dataclasses.fields(self):
             name, value = f"{self.GROUP}.{field.name}".lstrip("."), getattr(self, field.name)
             if field.default_factory is dataclasses.MISSING:

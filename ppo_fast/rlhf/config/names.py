@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -26,8 +25,7 @@ def check_names(values: Values, kind: type[Any]) -> None:
             raise UserError(f"unknown key {name!r}{hint(name, kind)}")
 
 
-@functools.cache
-def field_defaults(kind: Any) -> Mapping[str, object]:  # mypy takes no type[...] for hashable
+def field_defaults(kind: type[Any]) -> Mapping[str, object]:
     """Dotted names of the fields of a config with their defaults."""
     return dict(leaves(dataclasses.asdict(kind()), f"{kind.GROUP}." if kind.GROUP else ""))
 
