@@ -164,8 +164,8 @@ _ABOUT_KNOBS = """\
 Every option of every command, with its values, its default and what it does.
 
 `optim.lr` is the flag `--optim.lr`, the key `lr` under `optim:` in a YAML or TOML file, and the field of the config in
-Python. A flag may have `-` for `_`, and `--GROUP.no-FIELD` switches off. `null` is None in Python. `make pages` makes this
-page from the help.
+Python. A flag may have `-` for `_`, and `--GROUP.no-FIELD` switches off. `null` is None in Python. `make pages` makes
+this page from the help.
 """
 
 
