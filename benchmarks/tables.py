@@ -1,11 +1,11 @@
-"""Write the tables of README.md and docs/benchmarks.md from the committed benchmark results.
+"""Write the tables of README.md and of the pages in docs/ from the committed benchmark results.
 
     python benchmarks/tables.py            # rewrite them
     python benchmarks/tables.py --check    # exit 1 if one is not what the results say
     python benchmarks/tables.py --print RESULT.json ...
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->`` and is made from every
-``benchmarks/results/DEVICE/NAME.json`` that is there.
+``benchmarks/results/DEVICE/NAME.json`` that is there; ``summary`` is a selection of rows.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -82,12 +82,46 @@ def table(path: Path) -> str:
     return "\n".join([head, "|---" * len(columns) + "|", *body, "", note, ""])
 
 
+# Of the table "summary": (result, group, the next best contender that it is compared with).
+_SUMMARY = (
+    ("NVIDIA-H200/ops", "token_stats, forward, 8192x128256 bfloat16", "torch.compile"),
+    ("NVIDIA-H200/ops", "policy_loss, k3 KL, 8192x128256 bfloat16", "liger-kernel (no entropy)"),
+    ("NVIDIA-H200/ops", "linear, entropy, 8192x4096x128256", "cut-cross-entropy"),
+    ("AMD-EPYC-AVX512/token_stats", "forward+backward, llama3, 130x128256 float32", "torch.compile"),
+    ("AMD-EPYC-AVX512/policy_loss", "k2 KL, llama3, 130x128256 float32", "torch.compile"),
+    ("AMD-EPYC-AVX512/linear", "entropy, 2048x256x32000 float32", "torch.compile"),
+)
+
+
+def summary() -> str:
+    """A row of each op on a GPU and on a CPU: time and peak memory of ours, of eager torch and of the next best."""
+    lines = [["op, shape", "ppo_fast", "eager torch", "next best"], ["---"] * 4]
+    notes = {}
+    for result, group, peer in _SUMMARY:
+        data = json.loads((RESULTS / f"{result}.json").read_text())
+        found = {b["extra_info"]["contender"]: b for b in data["benchmarks"] if b["group"] == group}
+        ours = next(b for b in found.values() if "eager" in b["extra_info"]["ratios"])
+        cells = [_cells(b, data["machine_info"]) for b in (ours, found["eager"], found[peer])]
+        took = [f"{cell['median']}, {cell['peak memory']}" for cell in cells]
+        machine, commit = data["machine_info"], data["commit_info"]["id"][:10]
+        name = group if result.endswith("ops") else f"{Path(result).name}, {group}"
+        lines.append([f"{name}, {machine['device']}", *took[:2], f"{took[2]}: {peer}"])
+        notes.setdefault((machine["device"], machine["threads"], machine["torch"]), []).append(commit)
+    made = [
+        f"{device}, {threads} thread, torch {torch}, commit {', '.join(dict.fromkeys(commits))}"
+        for (device, threads, torch), commits in notes.items()
+    ]
+    note = f"Median time and peak memory beyond the inputs. {'; '.join(made)}."
+    return "\n".join([*map(_line, lines), "", note, ""])
+
+
 def render(document: str) -> str:
     """``document`` with every table block regenerated."""
 
     def block(match: re.Match[str]) -> str:
         found = sorted(RESULTS.glob(f"*/{match[2]}.json"))
-        return match[1] + "\n" + "\n".join(table(path) for path in found) + "\n" + match[3]
+        tables = [summary()] if match[2] == "summary" else [table(path) for path in found]
+        return match[1] + "\n" + "\n".join(tables) + "\n" + match[3]
 
     return _BLOCK.sub(block, document)
 

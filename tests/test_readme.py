@@ -12,7 +12,8 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from ppo_fast import cli
-from ppo_fast.rlhf.config.files import field_defaults
+from ppo_fast.rlhf.config.names import field_defaults
+from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.ppo.reward_hacking import RULES
 
@@ -121,7 +122,7 @@ def test_the_example_of_rewards_runs_with_local_models(tmp_path: Path) -> None:
 
 
 def test_the_knobs_are_fields_of_the_config_with_their_defaults() -> None:
-    fields = field_defaults()
+    fields = field_defaults(PPOConfig)
     rows = re.findall(r"^\| (`[^|]*`) \((\S+)\) \|", README, re.MULTILINE)
     assert len(rows) == 10
     for names, default in rows:

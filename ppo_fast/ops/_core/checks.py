@@ -274,7 +274,10 @@ def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int
     if mask is not None:
         bad &= mask
     if bad.any():
-        raise ValueError(f"{op}: expected targets in [0, {vocab}) where mask is True, got {value[bad][0].item()}")
+        got = value[bad][0].item()
+        # The label that torch.nn.functional.cross_entropy and the collators of transformers ignore.
+        hint = ": pass mask=targets != -100" if got == -100 else ""
+        raise ValueError(f"{op}: expected targets in [0, {vocab}) where mask is True, got {got}{hint}")
 
 
 def cu_seqlens_values(op: str, value: Tensor | None, rows: int) -> None:

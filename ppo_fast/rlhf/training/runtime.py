@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from ppo_fast.rlhf.config.ppo import AdamWConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.errors import UserError
 
 
