@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Literal, get_args, get_type_hints
 
 # Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -47,14 +46,6 @@ def require(module: str, package: str = "'ppo-fast[train]'") -> ModuleType:
 def check(ok: bool, name: str, expected: str, got: object) -> None:
     if not ok:
         raise UserError(f"{name}: expected {expected}, got {got!r}")
-
-
-def check_choices(group: str, config: object) -> None:
-    """Refuse what no Literal of the fields lists; a config made in Python is checked by nobody else."""
-    for name, kind in get_type_hints(type(config)).items():
-        choices, value = get_args(kind), getattr(config, name)
-        if getattr(kind, "__origin__", None) is Literal:
-            check(value in choices, f"{group}.{name}", f"one of {', '.join(map(repr, choices))}", value)
 
 
 def positive(name: str, value: float) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ppo_fast.rlhf.config.ppo import LoraConfig
+from ppo_fast.rlhf.config.model import LoraConfig
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.adapter_files import HEAD, SavedAdapter, first_line
 from ppo_fast.rlhf.models.adapter_layers import RoundedCopy, refresh, use_fast_forward

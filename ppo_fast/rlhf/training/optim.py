@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.rlhf.config.ppo import AdamWConfig, LossConfig
+from ppo_fast.rlhf.config.objective import LossConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.integrity import check_tensors
 from ppo_fast.rlhf.split import Rows, Share, local, rows_of, sum_over_ranks
 from ppo_fast.rlhf.training.adamw import AdamW, MasterAdamW

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ppo_fast.rlhf.config.files import config_from_dict, first_difference
-from ppo_fast.rlhf.config.ppo import PPOConfig, WeightsConfig
+from ppo_fast.rlhf.config.model import WeightsConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.data.prompts import Prompts
 from ppo_fast.rlhf.errors import UserError
