@@ -62,6 +62,9 @@ void bind_token_stats(py::module_& m) {
 }
 
 void bind_policy_loss(py::module_& m) {
+  py::enum_<PolicyObjective>(m, "PolicyObjective")
+      .value("clip", PolicyObjective::kClip)
+      .value("cispo", PolicyObjective::kCispo);
   py::enum_<KlEstimator>(m, "KlEstimator")
       .value("k1", KlEstimator::kK1)
       .value("k2", KlEstimator::kK2)
@@ -74,6 +77,7 @@ void bind_policy_loss(py::module_& m) {
       .def_readwrite("low", &Args::low)
       .def_readwrite("high", &Args::high)
       .def_readwrite("dual_clip", &Args::dual_clip)
+      .def_readwrite("objective", &Args::objective)
       .def_readwrite("kl_estimator", &Args::kl_estimator)
       .def_readwrite("gradient", &Args::gradient);
   def_pointers(args);

@@ -61,6 +61,7 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
     set_fields(statistics, stats)
     arguments.stats = statistics
     arguments.low, arguments.high, arguments.dual_clip = 1.0 - policy.clip_low, 1.0 + policy.clip_high, policy.dual_clip
+    arguments.objective = getattr(extension.PolicyObjective, policy.objective)
     arguments.kl_estimator = getattr(extension.KlEstimator, policy.kl_estimator)
     arguments.gradient = gradient_view(out, logits)
     set_addresses(arguments, token_weights=weights, **{name: getattr(policy, name) for name in _TENSORS})
