@@ -147,7 +147,7 @@ class Scorer:
     def __call__(self, responses: Responses, *, learn: bool = True) -> ScoredBatch:
         """Score responses; `learn`: take them into the running statistics."""
         lengths = torch.tensor([len(ids) for ids in responses.completion_ids], dtype=torch.int64, device="cpu")
-        given = torch.stack([_per_token(_answers(source, responses), lengths) for source in self.sources])
+        given = torch.stack([_given(source, responses, lengths) for source in self.sources])
         normalized = [self._normalized(n, scores, lengths, learn) for n, scores in enumerate(given)]
         scores, std = self._combined(torch.stack(normalized), lengths)
         *own, combined = (response_sums(each, lengths) for each in (*given, self._combined(given, lengths)[0]))
@@ -308,9 +308,10 @@ def without_truncated(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewa
     return rollout.select(rows), rewards.select(rows, rollout.grid.lengths)
 
 
-def _answers(source: Callable[[Responses], list[Score]], responses: Responses) -> list[Score]:
-    function = getattr(source, "function", None)
-    return shared_out(source, responses, whole=hasattr(function, "load_state_dict"))
+def _given(source: Callable[[Responses], list[Score]], responses: Responses, lengths: Tensor) -> Tensor:
+    """Return the scores [N] of a source, each rank's of its share of the responses."""
+    whole = hasattr(getattr(source, "function", None), "load_state_dict")
+    return _per_token(shared_out(source, responses, whole=whole), lengths)
 
 
 def _per_token(scores: list[Score], lengths: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ class Learner:
         per_update = config.optim.epochs * config.steps_per_epoch
         self.steps, self.warmup = config.updates * per_update, config.optim.critic_warmup_updates * per_update
         self.warming_up = False  # only the value model learns
-        self.repeats = False  # the pass at hand counts 0
         self.progress: Callable[[int, int], None] = lambda done, total: None  # is called as optimizer steps begin
+        self.repeats = False  # the pass at hand counts 0
 
     def update(
         self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator

@@ -124,7 +124,7 @@ class StageLog(Callback):
 
     def introduce(self, lines: Iterable[str]) -> None:
         """Show the lines of `TrainingLoop.describe`."""
-        for line in lines:
+        for line in lines if self.is_main else ():
             self._print(line)
 
     def show(self, phase: str, done: int = 0, total: int = 0) -> None:
@@ -164,7 +164,7 @@ class StageLog(Callback):
 
     def note(self, number: int, note: str | None) -> None:
         """Show a note, if there is one."""
-        if note:
+        if note and self.is_main:
             self._print(f"{self.unit} {number}: {note}", style="yellow")
 
     def position(self, done: int) -> dict[str, int]:

@@ -114,8 +114,8 @@ class TrainingLoop(ABC):
         target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
         if current().on_main(lambda: is_complete(target)):
             return target
-        rng = rng_state(self.generator)
         log.show("saving")
+        rng = rng_state(self.generator)
         state = {
             "config": dataclasses.asdict(self.config),
             "log": log.position(self.done),
