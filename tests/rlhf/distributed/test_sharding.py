@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import fully_shard
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import config_from_dict
@@ -138,24 +138,17 @@ def traps(_):
     expected = [weight.grad for weight in plain.parameters()]
     own = IDS[current().rank :: 2]
 
-    def by(run):
+    def by(run, split=shard):
         model = tiny.make_model(64, hidden=32, layers=2, heads=2)
         root = Root(model=model)
-        shard(root, current().mesh)
+        split(root, current().mesh)
         run(root, model).backward()
         found = [torch.zeros_like(w) if w.grad is None else whole(w.grad) for w in model.parameters()]
         return error(found, expected)
 
     def unshard(root, model):
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-        found = loss_of(model, own)
-        found.backward()
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return torch.zeros((), requires_grad=True)
+        root.unshard()
+        return loss_of(model, own)
 
     def full_tensor(root, model):
         hidden = root.run("model", lambda model: model.model(input_ids=own).last_hidden_state.clone())
@@ -165,7 +158,7 @@ def traps(_):
 
     return {
         "ours": by(lambda root, _: root.run("model", loss_of, own)),
-        "unshard": by(unshard),
+        "unshard": by(unshard, lambda root, mesh: fully_shard(root, mesh=mesh)),
         "full_tensor": by(full_tensor),
     }
 
