@@ -349,7 +349,7 @@ def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequ
     """
     world, total = current(), sum(example.weight for example in examples)
     shares = [examples[part.start : part.stop] for part in world.shares(len(examples))]
-    split = [[*chunks(share, width)] for share in shares]
+    split = [list(chunks(share, width)) for share in shares]
     own, count = split[world.rank], max(map(len, split))
     for micro in own:
         yield sum(example.weight for example in micro) / total, micro
