@@ -369,6 +369,8 @@ def _check_ranks(config: PPOConfig) -> None:
     check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
     activations = config.model.offload_activations
     check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots' or 'generate' under torchrun", engine)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:
