@@ -16,6 +16,7 @@ ORDER = [
     "user_code",
     "config",
     "data",
+    "preflight",
     "models",
     "decoding",
     "training",

@@ -59,6 +59,12 @@ def check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int 
         check(micro_batch_size is None, f"{group}.tokens_per_pass", f"null with {group}.micro_batch_size", tokens)
 
 
+def check_columns(columns: tuple[str, ...]) -> None:
+    halves = [each.partition("=") for each in columns]
+    named = all(ours and theirs for ours, _, theirs in halves) and len({ours for ours, _, _ in halves}) == len(halves)
+    check(named, "data.columns", "NAME=COLUMN, each name once", columns)
+
+
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)

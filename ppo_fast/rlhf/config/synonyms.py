@@ -24,6 +24,8 @@ OTHERS = {
     "data.train": "prompts dataset dataset_name train_dataset train_files data_path",
     "data.held_out": "eval_dataset test_dataset val_files",
     "data.held_out_frac": "test_size val_size",
+    "data.columns": "input_key output_key label_key prompt_key dataset_text_field column_mapping field_messages",
+    "data.subset": "dataset_config dataset_config_name",
     "data.max_prompt_tokens": "max_prompt_length prompt_max_len max_length max_len max_seq_length",
     "data.max_tokens": "max_length max_len max_seq_length sequence_len cutoff_len",
     "data.shuffle": "shuffle_dataset",

@@ -47,6 +47,7 @@ from ppo_fast.rlhf.ppo.rewards import (
 from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.preflight import check_ppo
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
 from ppo_fast.rlhf.training.finite import require_finite
@@ -285,6 +286,8 @@ def open_run(
         warn_about_filters(config.rollout)
         warn_about_whitening(config.kl, config.advantage.whitened)
         clear_module_cache()
+        given = policy is not None and tokenizer is not None
+        check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(

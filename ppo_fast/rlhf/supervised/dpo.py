@@ -18,6 +18,7 @@ from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
 from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -94,6 +95,8 @@ def train_dpo(
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
     with setup_run(config, resume, callbacks) as start:
+        given = model is not None and tokenizer is not None
+        check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

@@ -221,5 +221,5 @@ def test_held_out_prompts_come_from_a_file(run, tmp_path):
         run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, overwrite=True)
     with pytest.raises(UserError, match=r"^evaluation\.prompts: expected a file of prompts, got null$"):
         run(updates=1, eval_prompts=None, evaluation={"every": 1}, overwrite=True)
-    with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl'$"):
+    with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl' in /"):
         run(updates=1, eval_prompts="none.jsonl", evaluation={"every": 1}, overwrite=True)
