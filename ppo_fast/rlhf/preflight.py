@@ -47,12 +47,16 @@ def check_supervised(
     check_models({"init": init} if init else {} if given else {"model.path": config.model.path})
     for name, source in (("train", train), ("held_out", held_out)):
         source = getattr(config.data, name) if source is None else source
-        if source is not None:
+        if source is not None:  # `load_data` refuses a run without training examples
             check_columns(source, f"data.{name}", config.data, *wanted)
 
 
-def check_columns(source: Source, setting: str, data: DataConfig | ExamplesConfig, *wanted: tuple[str, ...]) -> None:
-    """UserError for a source without rows, or whose first row has the columns of none of the forms `wanted`."""
+def check_columns(
+    source: Source | None, setting: str, data: DataConfig | ExamplesConfig, *wanted: tuple[str, ...]
+) -> None:
+    """UserError for no source, no rows, or a first row that has the columns of none of the forms `wanted`."""
+    if source is None:
+        raise UserError(f"{setting}: expected a file of prompts, got null")
     row = first_row(source, setting, data)
     if isinstance(row, Mapping) and not any({*form} <= row.keys() for form in wanted):
         forms = ", or ".join(" and ".join(form) for form in wanted)
@@ -74,8 +78,7 @@ def check_ppo(
     models |= {"model.value_path": config.model.value_path}
     check_models(models, *config.reward.models)
     source = config.data.prompts if prompts is None else prompts
-    check(source is not None, "data.prompts", "a file of prompts", None)
-    check_columns(source, "data.prompts", config.data, ("prompt",))  # type: ignore[arg-type]  # it is not None
+    check_columns(source, "data.prompts", config.data, ("prompt",))
     columns = Columns(source, config.data)
     for name in (config.data.balance, config.data.order):
         if name is not None and ":" not in name and not columns.has(name):
@@ -155,8 +158,7 @@ def check_evaluation(config: PPOConfig, prompts: Source | None) -> None:
     """Check held-out prompts, evaluators, and the name of the metric that is watched."""
     settings = config.evaluation
     source = settings.prompts if prompts is None else prompts
-    check(source is not None, "evaluation.prompts", "a file of prompts", None)
-    check_columns(source, "evaluation.prompts", config.data, ("prompt",))  # type: ignore[arg-type]
+    check_columns(source, "evaluation.prompts", config.data, ("prompt",))
     for spec in settings.evaluators:
         check_arguments("evaluation.evaluators", spec, ("generate", "model", "tokenizer"))
     known = settings.best is None or settings.best in METRICS

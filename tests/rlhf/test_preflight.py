@@ -61,7 +61,7 @@ def config(changes):
 TAKES = "prompts, completions, completion_ids, level"
 LOCAL = "no such directory {!r} in {{here}}"
 MISTAKES = [
-    ({"data": {"prompts": None}}, "data.prompts: expected a file of prompts, got None"),
+    ({"data": {"prompts": None}}, "data.prompts: expected a file of prompts, got null"),
     ({"data": {"prompts": "empty.jsonl"}}, "empty.jsonl: expected at least one row, got none"),
     ({"data": {"prompts": "q.jsonl"}}, "data.prompts: no such file 'q.jsonl' in {here}"),
     (
@@ -95,7 +95,7 @@ MISTAKES = [
         "rollout.function: expected a function that takes prompts, prompt_ids, sample, tokenizer, level by keyword, "
         "got one without prompt_ids, tokenizer, level: end its arguments with **columns",
     ),
-    ({"evaluation": {"every": 1}}, "evaluation.prompts: expected a file of prompts, got None"),
+    ({"evaluation": {"every": 1}}, "evaluation.prompts: expected a file of prompts, got null"),
     (
         {"evaluation": {"every": 1, "prompts": "p.jsonl", "best": "eval/score"}},
         "evaluation.best: expected one of eval/scores, eval/kl, eval/length, eval/truncated_frac, eval/win_rate, "
