@@ -110,7 +110,7 @@ def test_short_flags():
         (["dpo", "--optim.lrr", "1"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
         (["reward", "--data", "none.jsonl", "--model", "model"], "data.train: no such file 'none.jsonl' in {here}"),
         (["dpo", "--beta", "-1"], "flags: beta: expected a number > 0, got -1.0"),
-        (["train", "--config", "none.yaml"], "config: no such file 'none.yaml'"),
+        (["train", "--config", "none.yaml"], "config: no such file 'none.yaml' in {here}"),
         (
             ["train", "--config", "run.yaml", "--output-dir", "o", "--reward", "r.py:g"],
             "reward.function: no function 'g' in 'r.py'",

@@ -8,7 +8,7 @@ from collections.abc import Collection
 OTHERS = {
     "output_dir": "save_path ckpt_path logging_dir run_name out_dir",
     "overwrite": "overwrite_output_dir",
-    "updates": "total_episodes num_episodes num_total_batches max_steps total_steps total_epochs",
+    "updates": "total_episodes num_train_epochs num_episodes num_total_batches max_steps total_steps total_epochs",
     "model.path": "model_name_or_path sft_model_path pretrain model_name model_id model_path base_model",
     "model.value_path": "critic_pretrain value_model value_model_path critic_model",
     "model.dtype": "torch_dtype bf16 fp16 precision",

@@ -258,7 +258,8 @@ def train_ppo(
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
             token, for each completion; called by keyword. It may be `async def`, or return coroutines.
-        prompts: texts, or rows {"prompt": text or messages, column: ...}.
+        prompts: texts, or rows {"prompt": text or messages, column: ...}; or a path or a name on the Hub, as
+            `data.prompts`.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
         eval_prompts: held-out prompts, in the forms of `prompts`.

@@ -79,7 +79,7 @@ def train_dpo(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "chosen", "rejected"}.
+        train: a path or a name on the Hub, as `data.train`, or rows {"prompt", "chosen", "rejected"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the model's.

@@ -114,7 +114,7 @@ def train_reward_model(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
+        train: a path or a name on the Hub, as `data.train`, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
         tokenizer: the model's.

@@ -57,7 +57,8 @@ def train_sft(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "completion"} or {"messages"}.
+        train: a path or a name on the Hub, as `data.train`, or rows of one of the forms {"prompt", "completion"},
+            {"messages"} and {"text"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the model's.

@@ -344,6 +344,7 @@ def test_every_config_class_is_exported():
         (PPOConfig, "max_length", "; here it is 'data.max_prompt_tokens' or 'rollout.max_new_tokens'"),
         (DPOConfig, "max_length", "; here it is 'data.max_tokens'"),
         (SFTConfig, "num_train_epochs", "; here it is 'optim.epochs'"),
+        (PPOConfig, "num_train_epochs", "; here it is 'updates' or 'optim.epochs'"),
         (SFTConfig, "per_device_train_batch_size", "; here it is 'optim.micro_batch_size'"),
         (PPOConfig, "gamma", ", the nearest is 'advantage.gamma'"),
         (PPOConfig, "vf_coef", ", the nearest is 'loss.vf_coef'"),
