@@ -18,6 +18,7 @@ ORDER = [
     "world",
     "config",
     "data",
+    "preflight",
     "models",
     "decoding",
     "training",

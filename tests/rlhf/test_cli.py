@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ppo_fast import __version__, cli, rlhf
 from ppo_fast.rlhf import arguments
 from ppo_fast.rlhf.config.files import load_config
-from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.errors import UserError, install_command
 from ppo_fast.rlhf.models import tiny
 from tests.helpers import raises_exactly
 
@@ -108,9 +108,9 @@ def test_short_flags():
         (["sft", "--preset", "tiny-cpu"], "no option '--preset'"),
         (["sft", "--learning-rate", "1e-5"], "no option '--learning-rate'; here it is '--optim.lr'"),
         (["dpo", "--optim.lrr", "1"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
-        (["reward", "--data", "none.jsonl", "--model", "model"], "data.train: no such file 'none.jsonl'"),
+        (["reward", "--data", "none.jsonl", "--model", "model"], "data.train: no such file 'none.jsonl' in {here}"),
         (["dpo", "--beta", "-1"], "flags: beta: expected a number > 0, got -1.0"),
-        (["train", "--config", "none.yaml"], "config: no such file 'none.yaml'"),
+        (["train", "--config", "none.yaml"], "config: no such file 'none.yaml' in {here}"),
         (
             ["train", "--config", "run.yaml", "--output-dir", "o", "--reward", "r.py:g"],
             "reward.function: no function 'g' in 'r.py'",
@@ -157,7 +157,10 @@ def test_short_flags():
             ["dpo", "--model.lora.targets", "q_proj"],
             "flags: model.lora.targets: expected none without lora.rank, got ('q_proj',)",
         ),
-        (["sft", "--model", "no/such/dir"], "AutoConfig: cannot load model 'no/such/dir': no such directory"),
+        (
+            ["sft", "--model", "no/such/dir", "--data", "p.jsonl"],
+            "model.path: no such directory 'no/such/dir' in {here}",
+        ),
         (
             ["train", "--rollout.temperature", "-1"],
             "flags: rollout.temperature: expected 1e-9 <= temperature <= 1e9, got -1.0",
@@ -166,7 +169,7 @@ def test_short_flags():
 )
 def test_mistakes_are_one_line_and_status_2(files, capsys, arguments, message):
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err == f"ppo-fast: {message}\n"
+    assert capsys.readouterr().err == f"ppo-fast: {message.replace('{here}', str(files))}\n"
 
 
 def test_flags_say_every_kind_of_value():
@@ -253,7 +256,7 @@ def test_a_missing_dependency_names_the_install_command(files, monkeypatch, caps
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     monkeypatch.setitem(cli.COMMANDS, "quickstart", lambda argv: __import__("matplotlib.pyplot"))
     assert cli.main(["quickstart"]) == 2
-    expected = "ppo-fast: quickstart needs matplotlib, which is not installed: pip install 'ppo-fast[train]'\n"
+    expected = f"ppo-fast: quickstart needs matplotlib, which is not installed: {install_command()}\n"
     assert capsys.readouterr().err == expected
 
 
@@ -304,7 +307,7 @@ def test_help_needs_no_transformers_and_a_run_names_the_extra():
     ran = subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.splitlines()[-1:]) == (
         2,
-        ["ppo-fast: sft needs transformers, which is not installed: pip install 'ppo-fast[train]'"],
+        [f"ppo-fast: sft needs transformers, which is not installed: {install_command()}"],
     ), ran.stderr
     assert "--model.path" in ran.stdout
 

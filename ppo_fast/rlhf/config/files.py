@@ -76,7 +76,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _read(path: Path) -> Values:
     if not path.is_file():
-        raise UserError(f"config: no such file {str(path)!r}")
+        raise UserError(f"config: no such file {str(path)!r} in {Path.cwd()}")
     if path.suffix == ".toml":
         toml = _toml()
         parse, failure = toml.loads, toml.TOMLDecodeError

@@ -48,6 +48,7 @@ from ppo_fast.rlhf.ppo.rewards import (
 from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.preflight import check_ppo
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
 from ppo_fast.rlhf.training.finite import require_finite
@@ -257,7 +258,8 @@ def train_ppo(
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
             token, for each completion; called by keyword. It may be `async def`, or return coroutines.
-        prompts: texts, or rows {"prompt": text or messages, column: ...}.
+        prompts: texts, or rows {"prompt": text or messages, column: ...}; or a path or a name on the Hub, as
+            `data.prompts`.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
         eval_prompts: held-out prompts, in the forms of `prompts`.
@@ -312,6 +314,8 @@ def open_run(
         warn_about_filters(config.rollout)
         warn_about_whitening(config.kl, config.advantage.whitened)
         clear_module_cache()
+        given = policy is not None and tokenizer is not None
+        check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ppo_fast import PolicyLossConfig, rlhf
+from ppo_fast.rlhf import errors
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.files import (
     PRESETS,
@@ -343,6 +344,7 @@ def test_every_config_class_is_exported():
         (PPOConfig, "max_length", "; here it is 'data.max_prompt_tokens' or 'rollout.max_new_tokens'"),
         (DPOConfig, "max_length", "; here it is 'data.max_tokens'"),
         (SFTConfig, "num_train_epochs", "; here it is 'optim.epochs'"),
+        (PPOConfig, "num_train_epochs", "; here it is 'updates' or 'optim.epochs'"),
         (SFTConfig, "per_device_train_batch_size", "; here it is 'optim.micro_batch_size'"),
         (PPOConfig, "gamma", ", the nearest is 'advantage.gamma'"),
         (PPOConfig, "vf_coef", ", the nearest is 'loss.vf_coef'"),
@@ -395,8 +397,19 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load_config(tmp_path / "latin.yaml")
 
 
-def test_a_missing_dependency_names_the_install_command():
-    with pytest.raises(UserError, match=r"needs no_such_package, .* pip install 'ppo-fast\[train\]'"):
+def test_a_missing_dependency_names_the_command_that_installs_it_here(monkeypatch, tmp_path):
+    root = Path(errors.__file__).parents[2]
+    start = "this command needs no_such_package, which is not installed: pip install"
+    monkeypatch.chdir(tmp_path)
+    with raises_exactly(f"{start} '{root}[train]'", UserError):
+        require("no_such_package")
+    monkeypatch.chdir(root)
+    with raises_exactly(f"{start} '.[train]'", UserError):
+        require("no_such_package")
+    with raises_exactly(f"{start} other", UserError):
+        require("no_such_package", "other")
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/ppo_fast/rlhf/errors.py"))
+    with raises_exactly(f"{start} 'ppo-fast[train]'", UserError):
         require("no_such_package")
 
 

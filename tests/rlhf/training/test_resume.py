@@ -534,7 +534,7 @@ def test_sigterm_is_answered_by_a_checkpoint_and_status_143(files):
         (["--out", "run", "--seed", "7"], "resume: seed: expected 0 as in {}, got 7"),
         (
             ["--out", "run", "--updates", "fast"],
-            "resume: updates: Input should be a valid integer, unable to parse string as an integer, got 'fast'",
+            "resume: updates: expected an int, got 'fast'",
         ),
     ],
 )
