@@ -28,7 +28,14 @@ from ppo_fast.rlhf.user_code import source_of, to_python
 
 Weights = TypeVar("Weights", bound=WeightsConfig)
 KERNELS = "kernels of the model"  # in `inputs`
-FREE = ("output_dir", "overwrite", "max_hours", "checkpoint", "log")  # fields and groups that a resumed run may change
+FREE = (
+    "output_dir",
+    "overwrite",
+    "max_hours",
+    "push_to_hub",
+    "checkpoint",
+    "log",
+)  # fields and groups that a resumed run may change
 
 
 def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: str) -> Checkpoint | None:
