@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from ppo_fast import ops
 from ppo_fast.rlhf.errors import UserError
+
+Progress = Callable[[int, int], None]  # is called with what is done, and of how much
 
 
 class Request(NamedTuple):
@@ -97,6 +99,7 @@ class DecodingSettings:
     seed: int  # of the noise; see `noise_seed`
     width: int  # responses sampled at a time
     stop: StopStringCriteria | None = None
+    progress: Progress | None = None  # of the responses
 
 
 def noise_seed(seed: int, phase: str) -> int:

@@ -14,6 +14,7 @@ from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.decoding.engines import find_engine
 from ppo_fast.rlhf.decoding.requests import (
     DecodingSettings,
+    Progress,
     Request,
     Sampling,
     noise_seed,
@@ -98,8 +99,10 @@ def respond(
     seed: int,
     first_row: int = 0,
     function: RolloutFunction | None = None,
+    progress: Progress | None = None,
 ) -> Generation:
-    """Return the responses of `function` to the prompts; None: one sampled response each, by `generate`.
+    """Return the responses of `function` to the prompts; None: one sampled response each, by `generate`,
+    which calls `progress`.
 
     The function is called as f(prompts=, prompt_ids=, sample=, tokenizer=, **columns) and returns token ids, a mask
     and log-probabilities of each response, as in :class:`Turns`. A response has ended unless its last token is the
@@ -108,7 +111,7 @@ def respond(
     Raises UserError, one sentence, when the function fails or its answer does not fit.
     """
     if function is None:
-        return generate(models, prompts, config, seed, first_row)
+        return generate(models, prompts, config, seed, first_row, progress)
     prompt_ids = counted_ids(prompts.input_ids, prompts.attention_mask)
     arguments: dict[str, Any] = {
         "prompts": prompts.prompts,

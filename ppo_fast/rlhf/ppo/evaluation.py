@@ -32,9 +32,12 @@ Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), ca
 class Evaluation(Callback):
     """Answers the same prompts from the same random numbers each time, so that two evaluations differ by the model.
 
-    Metrics eval/scores, eval/kl (nats per response), eval/length, eval/truncated_frac, eval/win_rate (the share of
-    prompts with a higher score than the model at the start reached, ties half), and eval/NAME of every evaluator.
+    Metrics eval/scores, eval/reward (before normalization, clip and penalties), eval/kl (nats per response),
+    eval/length, eval/truncated_frac, eval/win_rate (the share of prompts with a higher score than the model at the
+    start reached, ties half), and eval/NAME of every evaluator.
     """
+
+    phase = "evaluation"
 
     def __init__(
         self,
@@ -103,7 +106,8 @@ class Evaluation(Callback):
         generation = self._answers(self.data, self.rollout_fn)
         rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
-        scores = self.scorer(responses, learn=False).totals
+        scored = self.scorer(responses, learn=False)
+        scores = scored.totals
         start, start_scores = self._at_the_start(responses)
         wins = torch.sign(scores - start_scores).mean() / 2 + 0.5
         self.answers = [
@@ -119,6 +123,7 @@ class Evaluation(Callback):
         ]
         values = {
             "eval/scores": scores.mean(),
+            "eval/reward": scored.own.combined.mean(),
             "eval/kl": rollout.sums(rollout.logprobs - rollout.ref_logprobs).mean(),
             "eval/length": rollout.grid.lengths.mean(),
             "eval/truncated_frac": (~generation.ended).double().mean(),

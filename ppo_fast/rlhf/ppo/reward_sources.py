@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class FunctionSource:
 
     def __init__(self, function: RewardFunction, timeout: float | None = None) -> None:
         self.function, self.timeout = function, timeout
+        name = getattr(function, "__name__", type(function).__name__)
+        self.name = name if name.isidentifier() else "function"  # of its metrics; a lambda has none
 
     def __call__(self, responses: Responses) -> list[Score]:
         answer = call_async("reward function", self.function, "reward.timeout", self.timeout, **responses.arguments())
@@ -120,6 +123,8 @@ class ModelSource:
         self.eos_ids = {*eos_ids, tokenizer.eos_token_id} if self.same else own_eos_ids
         self.path, self.batch_size, self.device = str(saved.path), batch_size, device
         self.saved_stats = saved.stats
+        parts = [part for part in Path(self.path).parts if part not in ("final", "best")]
+        self.name = parts[-1] if parts else "model"  # of its metrics: RUN/final is called by the run
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> list[Score]:

@@ -14,7 +14,7 @@ from ppo_fast.rlhf.config.ppo import RolloutConfig
 from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, ranges, to_device
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.decoding.engines import find_engine
-from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling, stop_criteria
+from ppo_fast.rlhf.decoding.requests import DecodingSettings, Progress, Request, Sampling, stop_criteria
 from ppo_fast.rlhf.models.models import Models
 
 
@@ -70,12 +70,20 @@ class Rollout:
         return {name: getattr(self, name) for name in names}
 
 
-def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, seed: int, first_row: int = 0) -> Generation:
+def generate(
+    models: Models,
+    prompts: PromptBatch,
+    config: RolloutConfig,
+    seed: int,
+    first_row: int = 0,
+    progress: Progress | None = None,
+) -> Generation:
     """Sample one response of at most `max_new_tokens` tokens to each prompt.
 
     Args:
         seed, first_row: of the noise. A response depends on them, its place in the batch, its prompt and the weights;
             not on the engine or `micro_batch_size`.
+        progress: is called as responses end.
     """
     settings = DecodingSettings(
         eos_ids=models.eos_ids,
@@ -84,6 +92,7 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, seed: 
         seed=seed,
         width=config.micro_batch_size or len(prompts.prompts),
         stop=stop_criteria(config.stop, models.tokenizer),
+        progress=progress,
     )
     requests = [
         Request(ids, first_row + row, config.max_new_tokens)

@@ -52,7 +52,7 @@ from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_m
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog
-from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.loop import TrainingLoop, describe_model
 from ppo_fast.rlhf.training.resume import (
     file_digests,
     inputs,
@@ -100,6 +100,7 @@ class PPORun(TrainingLoop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = RewardHackingMonitor()
         self.watch = Stopwatch(self.models.device, peaks=bool(self.callbacks))
+        self.learner.progress = self.watch.progress
         rate = matmul_rate(self.models.device, self.models.policy.dtype)
         self.utilization = Utilization(rate, phase_work(self.models))
         self.kl = KLCoefficient(self.config.kl, self.models.device)
@@ -177,6 +178,21 @@ class PPORun(TrainingLoop):
     def _finished(self) -> bool:
         return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
 
+    def describe(self) -> list[str]:
+        config, models = self.config, self.models
+        trained = [*models.trained("policy"), *([] if models.value is None else models.trained("value"))]
+        settings = config.model
+        critic = [] if models.value is None else ["with a critic"]
+        layout = f"layout {settings.layout}" + f" of rank {settings.lora.rank}" * (models.adapters is not None)
+        prompts = f"{len(self.data.token_ids):,} prompts" + f" ({self.data.dropped:,} dropped)" * bool(
+            self.data.dropped
+        )
+        run = f"{config.updates:,} updates of {config.rollout.batch_size} responses"
+        return [
+            describe_model(models.policy, trained, layout, *critic, *["packed"] * models.packed),
+            f"{prompts}; {run}; output in {config.output_dir}",
+        ]
+
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
 
@@ -198,7 +214,8 @@ class PPORun(TrainingLoop):
     def _answers(self, count: int) -> Generation:
         """Sample responses to the next `count` prompts."""
         prompts = self._next_prompts(count)
-        found = respond(self.models, prompts, self.config.rollout, self.seed, self.row, self.rollout_fn)
+        settings, progress = self.config.rollout, self.watch.progress
+        found = respond(self.models, prompts, settings, self.seed, self.row, self.rollout_fn, progress)
         self.row += len(prompts.prompts)
         return found
 

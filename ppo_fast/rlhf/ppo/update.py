@@ -111,6 +111,7 @@ class Learner:
         per_update = config.optim.epochs * config.steps_per_epoch
         self.steps, self.warmup = config.updates * per_update, config.optim.critic_warmup_updates * per_update
         self.warming_up = False  # only the value model learns
+        self.progress: Callable[[int, int], None] = lambda done, total: None  # is called as optimizer steps begin
 
     def update(
         self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator
@@ -129,7 +130,9 @@ class Learner:
         stop = self.config.on_nan == "stop"
         failed = torch.zeros((), dtype=torch.bool, device=device)
         lr_factor, note = 0.0, None
-        for epoch, number, rows in self._minibatches(len(experience.lengths), generator):
+        size, optim = len(experience.lengths), self.config.optim
+        for epoch, number, rows in self._minibatches(size, generator):
+            self.progress(len(steps) + 1, optim.epochs * -(-size // optim.minibatch_size))
             step = first + len(steps)
             value_factor = schedule(step, self.steps, self.config.optim)
             policy_factor = 0.0
