@@ -26,6 +26,8 @@ from ppo_fast.rlhf.config.model import LoraConfig
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.adapter_files import HEAD, SavedAdapter, first_line
 from ppo_fast.rlhf.models.adapter_layers import RoundedCopy, refresh, use_fast_forward
+from ppo_fast.rlhf.split import whole
+from ppo_fast.rlhf.world import current
 
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 
@@ -161,11 +163,12 @@ class Adapters:
         """The state dict of `network` with W + alpha / rank * B A, rounded once, for every W that has an adapter."""
         state = network.state_dict()
         for name, layer in self._adapted(TRAINED, network).items():
-            weight = layer.get_base_layer().weight.detach()
+            weight = whole(layer.get_base_layer().weight.detach())
             with torch.no_grad():
-                sums = weight + layer.get_delta_weight(TRAINED)  # of float32
-            # In host memory: the device may not hold two copies of a base.
-            state[f"{name}.base_layer.weight"] = sums.to(weight.dtype).cpu()
+                sums = weight + _gathered(layer).get_delta_weight(TRAINED)  # of float32
+            # In host memory, and once: the device may not hold two copies of a base.
+            sums = sums.to(weight.dtype) if current().is_main else sums.new_empty(0)
+            state[f"{name}.base_layer.weight"] = sums.cpu()
         return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
     def check_mergeable(self, source: str) -> None:
@@ -202,6 +205,17 @@ class Adapters:
                 layer._active_adapter = [name]
         refresh(self.copies.get(name, ()) if name is not None else ())
         self._now = name
+
+
+def _gathered(layer: LoraLayer) -> LoraLayer:
+    """The layer with the whole weights of its trained adapter, if they are split over ranks."""
+    found = copy.copy(layer)
+    found._modules = dict(layer._modules)
+    for name in ("lora_A", "lora_B"):
+        factor = copy.copy(getattr(layer, name)[TRAINED])
+        factor._parameters = {key: None if x is None else whole(x) for key, x in factor._parameters.items()}
+        found._modules[name] = nn.ModuleDict({TRAINED: factor})
+    return found
 
 
 def adapt(

@@ -25,6 +25,7 @@ from ppo_fast.rlhf.training.finite import check_metrics
 from ppo_fast.rlhf.training.log import BEST, Record
 from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import call, load_callable
+from ppo_fast.rlhf.world import current
 
 Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), called by keyword
 
@@ -141,12 +142,17 @@ class Evaluation(Callback):
         """Return the metrics of the evaluators; their `generate` maps prompts to completions of the current policy."""
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
-            inputs = {"generate": self._complete, "model": self.models.policy, "tokenizer": self.models.tokenizer}
-            answer = call("evaluator", evaluator, **inputs)
-            if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
-                raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+            with self.models.whole("policy") as policy:
+                inputs = {"generate": self._complete, "model": policy, "tokenizer": self.models.tokenizer}
+                answer = current().together(lambda: self._numbers(evaluator, inputs))[0]  # noqa: B023  # called here
             metrics |= {f"eval/{name}": float(value) for name, value in answer.items()}
         return metrics
+
+    def _numbers(self, evaluator: Evaluator, inputs: dict[str, object]) -> dict[str, float]:
+        answer = call("evaluator", evaluator, **inputs)
+        if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
+            raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+        return answer
 
     def _complete(self, prompts: PromptRows) -> list[str]:
         if isinstance(prompts, str):

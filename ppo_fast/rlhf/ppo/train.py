@@ -20,7 +20,7 @@ from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.engines import check_engine
 from ppo_fast.rlhf.decoding.requests import noise_seed
-from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.errors import NotFiniteError, UserError, check
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
@@ -66,6 +66,7 @@ from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
 from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
+from ppo_fast.rlhf.world import current, join
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class PPORun(TrainingLoop):
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
             tokens = int(rollout.grid.attention.sum())
             passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
-            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
+            metrics |= self.utilization.metrics(tokens / current().size, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return self._recorded(update, batch, metrics, note)
@@ -296,7 +297,12 @@ def open_run(
     rollout_fn: RolloutFunction | None = None,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
     """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
-    with hold_directory(config.output_dir), threads(config.threads):
+    with (
+        join(config.model.device, config.ddp_timeout),
+        hold_directory(config.output_dir),
+        threads(config.threads),
+    ):
+        _check_ranks(config)
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
@@ -331,12 +337,25 @@ def open_run(
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
+        models.split(offload=config.model.offload)
+        scorer.split(models, offload=config.model.offload)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
         with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
-            save_config(config, log.directory / "config.yaml")
+            if current().is_main:
+                save_config(config, log.directory / "config.yaml")
             yield run, log, stop
+
+
+def _check_ranks(config: PPOConfig) -> None:
+    """Refuse by name what several processes, or weights split over them, cannot have."""
+    if current().mesh is None:
+        return
+    one = "false under torchrun"
+    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
+    activations = config.model.offload_activations
+    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:
