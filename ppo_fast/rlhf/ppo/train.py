@@ -20,6 +20,7 @@ from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.engines import check_engine
 from ppo_fast.rlhf.decoding.requests import noise_seed
+from ppo_fast.rlhf.decoding.vllm_engine import import_vllm, longest_sequence, running
 from ppo_fast.rlhf.errors import NotFiniteError, UserError, check
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
@@ -297,12 +298,15 @@ def open_run(
     rollout_fn: RolloutFunction | None = None,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
     """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
+    config = dataclasses.replace(config, rollout=config.rollout.resolved())
     with (
         join(config.model.device, config.ddp_timeout),
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
         _check_ranks(config)
+        if config.rollout.engine == "vllm":
+            import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
@@ -332,6 +336,8 @@ def open_run(
         )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
+        given = rollout_fn is not None and config.rollout.engine == "vllm"
+        check(not given, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
@@ -342,7 +348,12 @@ def open_run(
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
+        with (
+            running(models, config.rollout, longest_sequence(config, models.policy.config)),
+            report_write_errors(log.directory),
+            log,
+            StopSignals(log.unit, config.max_hours) as stop,
+        ):
             if current().is_main:
                 save_config(config, log.directory / "config.yaml")
             yield run, log, stop
@@ -354,6 +365,8 @@ def _check_ranks(config: PPOConfig) -> None:
         return
     one = "false under torchrun"
     check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
     activations = config.model.offload_activations
     check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
 
