@@ -47,7 +47,7 @@ class RolloutConfig(Settings):
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
-    correction: Literal["none", "truncate", "mask"] | None = None  # of other samplers; null: none, truncate for vllm
+    correction: Literal["none", "truncate", "mask"] | None = None  # of other samplers; null: truncate for vllm
     correction_cap: float = 2.0  # truncate: weights of the policy loss are min(pi_train / pi_sampled, cap)
     correction_band: tuple[float, float] = (0.5, 2.0)  # mask: tokens with a weight outside are left out of the update
     correction_level: Literal["token", "sequence"] = "token"  # sequence: the product of a response's weights
