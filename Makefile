@@ -46,6 +46,7 @@ SITE = $(PYTHON) .ci/site_pages.py --site && PYTHONPATH=.ci $(PYTHON) -m zensica
 
 site:
 	$(SITE) build --strict --clean
+	cd docs && find . -name "*.md" -exec cp --parents {} ../build/site \;  # llms.txt names them
 
 serve:
 	$(SITE) serve
