@@ -11,7 +11,6 @@ import zipfile
 from email.message import Message
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[2]
 DIST = ROOT / "build" / "dist"
 SMOKE = Path(__file__).with_name("smoke.py")
