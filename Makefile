@@ -1,6 +1,6 @@
 # CI and people call the same targets. `make check` is everything; each stage prints its seconds.
-.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu peers pretrained mutants \
-	wheels sdist wheel-here release-check clean
+.PHONY: check format lint types test test-full acceptance interpreter aot docs site serve pages notebooks bench-smoke package wheels sdist \
+	wheel-here release-check bench tables gpu peers pretrained mutants clean
 
 PYTHON ?= python
 DIST ?= build/release
@@ -39,6 +39,23 @@ aot:
 
 docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
+	$(call stage,site,$(SITE) build --strict --clean && $(PYTHON) .ci/site_pages.py --check)
+
+# The pages in docs/ as a website in build/site; `make serve` shows it and follows edits.
+SITE = $(PYTHON) .ci/site_pages.py --site && PYTHONPATH=.ci $(PYTHON) -m zensical
+
+site:
+	$(SITE) build --strict --clean
+
+serve:
+	$(SITE) serve
+
+# The pages that are made from the code: docs/knobs.md, docs/llms.txt.
+pages:
+	$(PYTHON) .ci/site_pages.py
+
+notebooks:
+	$(PYTHON) .ci/run_notebook.py docs/notebooks/*.ipynb
 
 bench-smoke:
 	$(call stage,benchmarks run once,PPO_FAST_BENCH_SMOKE=1 $(PYTHON) -m pytest -q benchmarks -m "not peers" --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
