@@ -1,8 +1,8 @@
 """Write the pages that are made from something else.
 
-python .ci/site_pages.py            # docs/knobs.md and docs/llms.txt, which are committed
-python .ci/site_pages.py --check    # exit 1 if one of them is not current
-python .ci/site_pages.py --site     # and the notebooks as pages, for the site
+    python .ci/site_pages.py            # docs/knobs.md and docs/llms.txt, which are committed
+    python .ci/site_pages.py --check    # exit 1 if one of them is not current
+    python .ci/site_pages.py --site     # and the notebooks as pages, for the site
 """
 
 from __future__ import annotations
@@ -155,24 +155,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_shown, value))}]"
     plain = {None: "null", True: "true", False: "false"}
-    return (
-        plain[value]
-        if value is None or isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    return plain[value] if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def knobs_page() -> str:
     """docs/knobs.md: every option of `ppo-fast train`, then those that the other stages have of their own."""
     lines = ["# Knobs", "", "Every option of every command, with its values, its default and what it does.", ""]
-    lines += [
-        "`optim.lr` is the flag `--optim.lr`, the key `lr` under `optim:` in a YAML or TOML file and the field of the config"
-    ]
-    lines += [
-        "in Python; a flag has `-` for `_`, and `--NAME.no-FIELD` switches off. Null is `null` everywhere, `None` in Python."
-    ]
+    lines += ["`optim.lr` is the flag `--optim.lr`, the key `lr` under `optim:` in a YAML or TOML file and the field of the config"]
+    lines += ["in Python; a flag has `-` for `_`, and `--NAME.no-FIELD` switches off. Null is `null` everywhere, `None` in Python."]
     lines += ["This page is made from the help by `make pages`."]
     seen: set[tuple[str, str, str, str]] = set()
     for command, stage in sorted(STAGES.items(), key=lambda item: item[0] != "train"):

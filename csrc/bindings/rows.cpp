@@ -110,6 +110,9 @@ void bind_token_stats(py::module_& m) {
 }
 
 void bind_policy_loss(py::module_& m) {
+  py::enum_<PolicyObjective>(m, "PolicyObjective")
+      .value("clip", PolicyObjective::kClip)
+      .value("cispo", PolicyObjective::kCispo);
   py::enum_<KlEstimator>(m, "KlEstimator")
       .value("k1", KlEstimator::kK1)
       .value("k2", KlEstimator::kK2)
@@ -118,15 +121,16 @@ void bind_policy_loss(py::module_& m) {
   using Number = std::optional<float>;
   m.def(
       "policy_loss",
-      [](const Rows& rows, const LogitsView* gradient, float low, float high, float dual_clip, KlEstimator kl_estimator,
-         Number denominator, Number penalty_coef, Number ent_coef, Number kl_coef, int threads,
-         const py::kwargs& tensors) {
+      [](const Rows& rows, const LogitsView* gradient, float low, float high, float dual_clip,
+         PolicyObjective objective, KlEstimator kl_estimator, Number denominator, Number penalty_coef, Number ent_coef,
+         Number kl_coef, int threads, const py::kwargs& tensors) {
         PolicyLossArguments args{};
         args.stats.in = rows;
         if (gradient != nullptr) args.gradient = *gradient;
         args.low = low;
         args.high = high;
         args.dual_clip = dual_clip;
+        args.objective = objective;
         args.kl_estimator = kl_estimator;
         args.denominator = denominator;
         args.penalty_coef = penalty_coef;
@@ -136,7 +140,7 @@ void bind_policy_loss(py::module_& m) {
         const py::gil_scoped_release release;
         policy_loss(args, threads);
       },
-      py::arg("rows"), py::arg("gradient"), py::arg("low"), py::arg("high"), py::arg("dual_clip"),
+      py::arg("rows"), py::arg("gradient"), py::arg("low"), py::arg("high"), py::arg("dual_clip"), py::arg("objective"),
       py::arg("kl_estimator"), py::arg("denominator"), py::arg("penalty_coef"), py::arg("ent_coef"), py::arg("kl_coef"),
       py::arg("threads"));
 }

@@ -255,6 +255,7 @@ def policy_loss(
     With r = exp(clamp(logprob - old_logprob, -20, 20)) and A the advantage::
 
         objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)       (A < 0: at least dual_clip*A)
+        or, "cispo": stopgrad(clip(r, 1 - clip_low, 1 + clip_high))*A*logprob
         loss = aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H)
 
     Args:
@@ -263,7 +264,7 @@ def policy_loss(
         old_logprobs: [..., T] under the policy that sampled them; None means ``logprobs.detach()`` (r = 1).
         advantages: [..., T] or [..., 1].
         mask: [..., T], bool, True = counts; None counts every position. Other rows are not read.
-        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        config: objective, clip, coefficients, ratio, KL estimator, temperature, aggregation.
         ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
         ref_logits: [..., T, V] of the reference, for kl_estimator "full"; divided by the same temperature.
         importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
@@ -280,7 +281,8 @@ def policy_loss(
 
     Returns:
         LossOutput. ``metrics``: policy_loss, entropy, kl, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max,
-        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens.
+        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens. clipfrac: tokens
+        whose clip lowers the objective; with "cispo" those whose ratio is outside the clip.
         ``per_token``: TokenStats(logprobs, entropy, kl).
 
     Raises:
@@ -295,7 +297,8 @@ def policy_loss(
         (-1.0, 2.0)
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; dual clip: Ye et al. 2020, eq. 3;
-    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7.
+    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7; CISPO:
+    MiniMax 2025, arXiv:2506.13585, eq. 4.
     """
     per_token = {
         "old_logprobs": old_logprobs,

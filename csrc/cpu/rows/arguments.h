@@ -83,6 +83,7 @@ struct TokenStatsBackwardArguments {
   }
 };
 
+enum class PolicyObjective : int { kClip, kCispo };
 enum class KlEstimator : int { kK1, kK2, kK3, kFull };
 
 struct PolicyLossArguments {
@@ -100,6 +101,7 @@ struct PolicyLossArguments {
   float low;  // the ratio is clipped to [low, high]
   float high;
   float dual_clip;  // infinite: none
+  PolicyObjective objective;
   KlEstimator kl_estimator;
   float* grad_logprobs;  // of the loss in the statistics
   float* grad_entropy;

@@ -88,6 +88,7 @@ def policy_inputs(
         ratio=config.ratio,
         kl_estimator=config.kl_estimator,
         aggregation=config.aggregation,
+        objective=config.objective,
     )
 
 
