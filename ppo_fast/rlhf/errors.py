@@ -21,6 +21,8 @@ def printable(text: str) -> str:
 class UserError(ValueError):
     """An input the user can correct: one printable sentence; the command line prints it without a traceback."""
 
+    shared = False  # another process of the run raised it first, and says so
+
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
@@ -66,4 +68,6 @@ def error_prefix(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        prefixed = UserError(f"{where}: {error}")
+        prefixed.shared = error.shared
+        raise prefixed from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ppo_fast.rlhf.config.base import Settings, check_tokens_per_pass
@@ -43,11 +43,14 @@ class RolloutConfig(Settings):
     mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
     dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
-    engine: Literal["slots", "generate"] | None = None  # null: slots if they take the model; generate: any
+    # null: slots if they take the model; generate: any; vllm: a second copy of the weights, in that package, with noise
+    # of its own, so that a resumed run may differ in bits
+    engine: Literal["slots", "generate", "vllm"] | None = None
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
-    correction: Literal["none", "truncate", "mask"] | None = None  # of sampled for trained probabilities; null: none
+    # of sampled for trained probabilities; null: truncate for vllm, else none
+    correction: Literal["none", "truncate", "mask"] | None = None
     correction_cap: float = 2.0  # truncate: weights of the policy loss are min(pi_train / pi_sampled, cap)
     correction_band: tuple[float, float] = (0.5, 2.0)  # mask: tokens with a weight outside are left out of the update
     correction_level: Literal["token", "sequence"] = "token"  # sequence: the product of a response's weights
@@ -69,3 +72,13 @@ class RolloutConfig(Settings):
         check(1 <= self.correction_cap < math.inf, "rollout.correction_cap", "a number >= 1", self.correction_cap)
         around = 0 <= low <= 1 <= high < math.inf
         check(around, "rollout.correction_band", "two numbers, 0 <= low <= 1 <= high", self.correction_band)
+        if self.engine == "vllm":
+            own = "with rollout.engine 'vllm'"
+            check(self.function is None, "rollout.function", f"null {own}", self.function)
+            # It would sample at 0.01 in place of a lower temperature.
+            check(self.temperature >= 0.01, "rollout.temperature", f"0.01 or more {own}", self.temperature)
+
+    def resolved(self) -> RolloutConfig:
+        """Return the settings with the correction that null means for `vllm`, whose log-probabilities differ."""
+        chosen = "truncate" if self.engine == "vllm" and self.correction is None else self.correction
+        return replace(self, correction=chosen)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ppo_fast import rlhf
+from ppo_fast import PolicyLossConfig, rlhf
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.files import (
     PRESETS,
@@ -367,6 +367,15 @@ def test_the_hints_name_settings_that_there_are():
 def test_the_loss_config_is_checked_by_the_op_it_configures():
     with pytest.raises(UserError, match=r"loss: .*dual_clip"):
         config_from_dict({"loss": {"dual_clip": 0.5}})
+    with raises_exactly(
+        "config: loss: PolicyLossConfig: expected dual_clip to be None with objective='cispo', got 3.0", UserError
+    ):
+        config_from_dict({"loss": {"objective": "cispo", "dual_clip": 3.0}})
+
+
+def test_the_loss_config_hands_its_options_to_the_op():
+    options = {"objective": "cispo", "clip_low": None, "clip_high": 4.0, "ratio": "sequence", "ent_coef": 0.1}
+    assert LossConfig(**options).policy_loss(kl_coef=0.5) == PolicyLossConfig(**options, kl_coef=0.5)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):

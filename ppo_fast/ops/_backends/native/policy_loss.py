@@ -51,6 +51,7 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
         1.0 - policy.clip_low,
         1.0 + policy.clip_high,
         policy.dual_clip,
+        getattr(extension.PolicyObjective, policy.objective),
         getattr(extension.KlEstimator, policy.kl_estimator),
         as_number(policy.denominator),
         as_number(policy.penalty_coef),
