@@ -137,12 +137,14 @@ def terms_kernel(
     if old_ptr is not None:
         raw = logprob - tl.load(old_ptr + row, counted, other=0.0)
     log_r = clamped(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rise = expm1(log_r)
     loss, objective, slope, at_constant_r, d_kl_term, kl, is_clipped, is_dual, r = token_terms(
         row,
         exists,
         counted,
         weight,
         log_r,
+        rise,
         logprob,
         entropy,
         kl,
@@ -161,12 +163,11 @@ def terms_kernel(
         CISPO,
         ESTIMATOR,
     )
+    store_partial(partials_ptr, 1, weight * objective)
     d_logprob = weight * (tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope) - at_constant_r) + d_kl_term
     tl.store(d_logprobs_ptr + row, tl.where(counted, d_logprob, 0.0), exists)
-
     store_partial(partials_ptr, 0, tl.where(counted, weight * loss, 0.0))
-    store_partial(partials_ptr, 1, weight * objective)
-    store_metrics(partials_ptr, counted, entropy, kl, expm1(log_r) - log_r, is_clipped, is_dual, r)
+    store_metrics(partials_ptr, counted, entropy, kl, rise - log_r, is_clipped, is_dual, r)
 
 
 class _Terms(NamedTuple):

@@ -96,12 +96,14 @@ def sequence_terms_kernel(
             kl = tl.load(full_kl_ptr + row, counted, other=0.0)
         own = log_ratio(logprobs_ptr, old_ptr, row, counted)
         raw = none + mean if SEQUENCE_RATIO else own
+        log_r = clamped(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss, objective, slope, at_constant_r, d_kl_term, kl, is_clipped, is_dual, r = token_terms(
             row,
             exists,
             counted,
             weight,
-            clamped(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO),
+            log_r,
+            expm1(log_r),
             logprob,
             entropy,
             kl,

@@ -52,6 +52,7 @@ def token_terms(
     counted,
     weight,
     log_r,
+    rise,
     logprob,
     entropy,
     kl,
@@ -72,7 +73,7 @@ def token_terms(
 ):
     """Per token -importance*objective + penalty*(r - 1 - log r) + kl_coef*kl - ent_coef*H; None leaves a term out.
 
-    Returns this loss, that of the objective, the derivatives in log r, in the log-probability at a constant r (negated)
+    With rise = r - 1. Returns this loss, that of the objective, the derivatives in log r, in the log-probability at a constant r (negated)
     and, weighted, of the KL term, then the KL of the estimator, whether the clip and the dual clip bind, and r. Writes
     the KL, and the weighted gradients in entropy and exact KL.
     """
@@ -81,7 +82,7 @@ def token_terms(
     importance = none + 1.0
     if importance_ptr is not None:
         importance = tl.load(importance_ptr + row, counted, other=0.0)
-    slope, at_constant_r, d_kl_term, is_dual = none, none, none, none != 0.0
+    slope, at_constant_r, d_kl_term, is_dual = none, none, none, tl.zeros(row.shape, tl.int1)
     if CISPO:
         objective, at_constant_r, is_clipped = cispo_objective(r, adv, importance, logprob, clip_low, clip_high)
     else:
@@ -89,7 +90,7 @@ def token_terms(
     objective, slope = -objective, -slope
     loss = objective
     if penalty_coef is not None:
-        penalty, rise = number(penalty_coef), expm1(log_r)
+        penalty = number(penalty_coef)
         loss += penalty * (rise - log_r)
         slope += penalty * rise
     if ref_logprobs_ptr is not None:
