@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, TRITON = "ppo_fast/ops/_backends/reference", "ppo_fast/ops/_backends/triton"
-CPU, RLHF = "csrc/cpu", "ppo_fast/rlhf"
+CORE, CPU, RLHF = "ppo_fast/ops/_core", "csrc/cpu", "ppo_fast/rlhf"
 
 
 class Mutant(NamedTuple):
@@ -42,6 +42,7 @@ MANNERS = "tests/ops/test_side_effects.py"
 SAMPLE = "tests/ops/test_sample_tokens.py"
 STATS = "tests/ops/test_token_stats.py"
 VALUE = "tests/ops/test_value_loss.py"
+VOCAB_SHARD = "tests/ops/test_vocab_shard.py"
 ERRORS = "tests/ops/test_errors.py"
 CONFIG = "tests/rlhf/config/test_config.py"
 EXAMPLES = "tests/rlhf/data/test_examples.py"
@@ -77,6 +78,18 @@ OPTIM = "tests/rlhf/training/test_optim.py"
 RESUMED_PPO = "tests/rlhf/training/test_resume.py"
 
 MUTANTS = [
+    # a vocabulary split over ranks
+    Mutant(f"{CORE}/vocab_shard.py", "share * (part.entropy - log_share)", "share * part.entropy", VOCAB_SHARD),
+    Mutant(f"{CORE}/vocab_shard.py", "part.kl + log_share - log_ref_share", "part.kl + log_share", VOCAB_SHARD),
+    Mutant(
+        f"{CORE}/vocab_shard.py", "log_ref_share == -torch.inf, torch.inf", "log_ref_share > 0, torch.inf", VOCAB_SHARD
+    ),
+    Mutant(
+        f"{CORE}/vocab_shard.py", "self._words[: self.rank].sum()", "self._words[: self.rank].sum() * 0", VOCAB_SHARD
+    ),
+    Mutant("ppo_fast/ops/linear_policy_loss.py", "shard.sum_(gradients.hidden)", "pass", VOCAB_SHARD),
+    Mutant("ppo_fast/ops/linear_token_stats.py", "shard.sum_(total.hidden)", "pass", VOCAB_SHARD),
+    Mutant(f"{CPU}/rows/backward.h", "max == -kInfinity ? top : top / t", "top / t", VOCAB_SHARD),
     # token_logprobs, token_stats, entropy: the definition and the op around it
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(p == 0, 0.0, p * x)", "(p * x)", TRAPS),
     Mutant(f"{REFERENCE}/token_stats.py", "(entropy[..., None] + u)", "(u - entropy[..., None])", STATS),
@@ -121,7 +134,7 @@ MUTANTS = [
         f"{REFERENCE}/policy_loss.py", "torch.where(factor == 0, 0.0, factor * logprobs)", "factor * logprobs", POLICY
     ),
     Mutant("ppo_fast/ops/_core/config.py", 'self.objective == "cispo" and', "False and", ERRORS),
-    Mutant("ppo_fast/rlhf/config/ppo.py", '("objective", "clip_low",', '("clip_low",', CONFIG),
+    Mutant("ppo_fast/rlhf/config/objective.py", '("objective", "clip_low",', '("clip_low",', CONFIG),
     Mutant(f"{REFERENCE}/sequences.py", "position, right=True", "position, right=False", POLICY),
     Mutant(f"{REFERENCE}/sequences.py", "(lengths > 0).sum()", "torch.ones_like(lengths).sum()", POLICY),
     # value_loss

@@ -88,7 +88,7 @@ inline TokenLoss token_loss(const PolicyLossArguments& args, const Group& group,
   out.policy_loss = weight * objective.loss;
 
   Vec loss = objective.loss, d_log_ratio = objective.d_log_ratio;
-  if (args.penalty_coef != nullptr) {
+  if (args.penalty_coef.has_value()) {
     loss += *args.penalty_coef * out.approx_kl;
     d_log_ratio += *args.penalty_coef * (out.approx_kl + log_ratio);
   }
@@ -98,12 +98,12 @@ inline TokenLoss token_loss(const PolicyLossArguments& args, const Group& group,
   if (args.ref_logprobs != nullptr) {
     const KlTerm term = kl_term(token.logprob - group.load(args.ref_logprobs), args.kl_estimator);
     out.kl = term.value;
-    if (args.kl_coef != nullptr) out.grads.grad_logprobs += weight * *args.kl_coef * term.slope;
-  } else if (args.kl_coef != nullptr) {
+    if (args.kl_coef.has_value()) out.grads.grad_logprobs += weight * *args.kl_coef * term.slope;
+  } else if (args.kl_coef.has_value()) {
     out.grads.grad_kl = weight * *args.kl_coef;
   }
-  if (args.kl_coef != nullptr) loss += *args.kl_coef * out.kl;
-  if (args.ent_coef != nullptr) {
+  if (args.kl_coef.has_value()) loss += *args.kl_coef * out.kl;
+  if (args.ent_coef.has_value()) {
     loss -= *args.ent_coef * token.entropy;
     out.grads.grad_entropy = -weight * *args.ent_coef;
   }

@@ -20,7 +20,8 @@ from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.engines import check_engine
 from ppo_fast.rlhf.decoding.requests import noise_seed
-from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.decoding.vllm_engine import import_vllm, longest_sequence, running
+from ppo_fast.rlhf.errors import NotFiniteError, UserError, check
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
@@ -52,7 +53,7 @@ from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_m
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog
-from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.loop import TrainingLoop, describe_model
 from ppo_fast.rlhf.training.resume import (
     file_digests,
     inputs,
@@ -66,6 +67,7 @@ from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
 from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
+from ppo_fast.rlhf.world import current, join
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class PPORun(TrainingLoop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = RewardHackingMonitor()
         self.watch = Stopwatch(self.models.device, peaks=bool(self.callbacks))
+        self.learner.progress = self.watch.progress
         rate = matmul_rate(self.models.device, self.models.policy.dtype)
         self.utilization = Utilization(rate, phase_work(self.models))
         self.kl = KLCoefficient(self.config.kl, self.models.device)
@@ -156,7 +159,7 @@ class PPORun(TrainingLoop):
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
             tokens = int(rollout.grid.attention.sum())
             passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
-            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
+            metrics |= self.utilization.metrics(tokens / current().size, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return self._recorded(update, batch, metrics, note)
@@ -176,6 +179,21 @@ class PPORun(TrainingLoop):
 
     def _finished(self) -> bool:
         return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
+
+    def describe(self) -> list[str]:
+        config, models = self.config, self.models
+        trained = [*models.trained("policy"), *([] if models.value is None else models.trained("value"))]
+        settings = config.model
+        critic = [] if models.value is None else ["with a critic"]
+        layout = f"layout {settings.layout}" + f" of rank {settings.lora.rank}" * (models.adapters is not None)
+        prompts = f"{len(self.data.token_ids):,} prompts" + f" ({self.data.dropped:,} dropped)" * bool(
+            self.data.dropped
+        )
+        run = f"{config.updates:,} updates of {config.rollout.batch_size} responses"
+        return [
+            describe_model(models.policy, trained, layout, *critic, *["packed"] * models.packed),
+            f"{prompts}; {run}; output in {config.output_dir}",
+        ]
 
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
@@ -198,7 +216,8 @@ class PPORun(TrainingLoop):
     def _answers(self, count: int) -> Generation:
         """Sample responses to the next `count` prompts."""
         prompts = self._next_prompts(count)
-        found = respond(self.models, prompts, self.config.rollout, self.seed, self.row, self.rollout_fn)
+        settings, progress = self.config.rollout, self.watch.progress
+        found = respond(self.models, prompts, settings, self.seed, self.row, self.rollout_fn, progress)
         self.row += len(prompts.prompts)
         return found
 
@@ -279,7 +298,15 @@ def open_run(
     rollout_fn: RolloutFunction | None = None,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
     """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
-    with hold_directory(config.output_dir), threads(config.threads):
+    config = dataclasses.replace(config, rollout=config.rollout.resolved())
+    with (
+        join(config.model.device, config.ddp_timeout),
+        hold_directory(config.output_dir),
+        threads(config.threads),
+    ):
+        _check_ranks(config)
+        if config.rollout.engine == "vllm":
+            import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
         warn_about_filters(config.rollout)
@@ -309,17 +336,39 @@ def open_run(
         )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
+        given = rollout_fn is not None and config.rollout.engine == "vllm"
+        check(not given, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
+        models.split(offload=config.model.offload)
+        scorer.split(models, offload=config.model.offload)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
-            save_config(config, log.directory / "config.yaml")
+        with (
+            running(models, config.rollout, longest_sequence(config, models.policy.config)),
+            report_write_errors(log.directory),
+            log,
+            StopSignals(log.unit, config.max_hours) as stop,
+        ):
+            if current().is_main:
+                save_config(config, log.directory / "config.yaml")
             yield run, log, stop
+
+
+def _check_ranks(config: PPOConfig) -> None:
+    """Refuse by name what several processes, or weights split over them, cannot have."""
+    if current().mesh is None:
+        return
+    one = "false under torchrun"
+    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
+    activations = config.model.offload_activations
+    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:
