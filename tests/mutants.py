@@ -61,6 +61,7 @@ HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
 ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+PLACEMENT = "tests/rlhf/ppo/test_kl_placement.py"
 GROUPS = "tests/rlhf/ppo/test_groups.py"
 CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
@@ -124,6 +125,10 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * policy", "d_entropy = weights * policy", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "torch.where(inside, d_log_r, 0.0)", "d_log_r", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "(r.clamp(low, high) * adv)", "(r * adv)", POLICY),
+    Mutant("ppo_fast/rlhf/ppo/rewards.py", "if kl.config.in_reward and (", "if (", PLACEMENT),
+    Mutant(
+        "ppo_fast/rlhf/ppo/update.py", 'settings |= {"kl_coef": self.kl_coef} if kl', "settings |= {} if kl", PLACEMENT
+    ),
     Mutant(f"{REFERENCE}/policy_loss.py", "d_logprobs - weights * objective.d_logprobs", "d_logprobs", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "(r < low) | (r > high)", "r > high", POLICY),
     Mutant(
