@@ -44,7 +44,7 @@ class PolicyLoss(nn.Module):
         **tensors: Any,
     ) -> LossOutput:
         """The op's arguments; ``tensors`` are its ref_logprobs, ref_logits, importance_weights, cu_seqlens,
-        denominator."""
+        denominator, group."""
         options: dict[str, Any] = {"config": self.config, "inplace": self.inplace, "backend": self.backend}
         return policy_loss(logits, targets, old_logprobs, advantages, mask, **options, **tensors)
 
@@ -87,7 +87,7 @@ class LinearPolicyLoss(nn.Module):
         **tensors: Any,
     ) -> LossOutput:
         """The op's arguments; ``tensors`` are its bias, ref_logprobs, ref_hidden, ref_weight, ref_bias,
-        importance_weights, cu_seqlens, denominator."""
+        importance_weights, cu_seqlens, denominator, group."""
         names = ("softcap", "chunk_size", "half_logits", "backend")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return linear_policy_loss(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, TRITON = "ppo_fast/ops/_backends/reference", "ppo_fast/ops/_backends/triton"
-CPU, RLHF = "csrc/cpu", "ppo_fast/rlhf"
+CORE, CPU, RLHF = "ppo_fast/ops/_core", "csrc/cpu", "ppo_fast/rlhf"
 
 
 class Mutant(NamedTuple):
@@ -42,6 +42,9 @@ MANNERS = "tests/ops/test_side_effects.py"
 SAMPLE = "tests/ops/test_sample_tokens.py"
 STATS = "tests/ops/test_token_stats.py"
 VALUE = "tests/ops/test_value_loss.py"
+VOCAB_SHARD = "tests/ops/test_vocab_shard.py"
+ERRORS = "tests/ops/test_errors.py"
+CONFIG = "tests/rlhf/config/test_config.py"
 EXAMPLES = "tests/rlhf/data/test_examples.py"
 BATCHES = "tests/rlhf/data/test_packing.py"
 TEMPLATES = "tests/rlhf/data/test_templates.py"
@@ -74,6 +77,18 @@ OPTIM = "tests/rlhf/training/test_optim.py"
 RESUMED_PPO = "tests/rlhf/training/test_resume.py"
 
 MUTANTS = [
+    # a vocabulary split over ranks
+    Mutant(f"{CORE}/vocab_shard.py", "share * (part.entropy - log_share)", "share * part.entropy", VOCAB_SHARD),
+    Mutant(f"{CORE}/vocab_shard.py", "part.kl + log_share - log_ref_share", "part.kl + log_share", VOCAB_SHARD),
+    Mutant(
+        f"{CORE}/vocab_shard.py", "log_ref_share == -torch.inf, torch.inf", "log_ref_share > 0, torch.inf", VOCAB_SHARD
+    ),
+    Mutant(
+        f"{CORE}/vocab_shard.py", "self._words[: self.rank].sum()", "self._words[: self.rank].sum() * 0", VOCAB_SHARD
+    ),
+    Mutant("ppo_fast/ops/linear_policy_loss.py", "shard.sum_(gradients.hidden)", "pass", VOCAB_SHARD),
+    Mutant("ppo_fast/ops/linear_token_stats.py", "shard.sum_(total.hidden)", "pass", VOCAB_SHARD),
+    Mutant(f"{CPU}/rows/backward.h", "max == -kInfinity ? top : top / t", "top / t", VOCAB_SHARD),
     # token_logprobs, token_stats, entropy: the definition and the op around it
     Mutant(f"{REFERENCE}/token_stats.py", "torch.where(p == 0, 0.0, p * x)", "(p * x)", TRAPS),
     Mutant(f"{REFERENCE}/token_stats.py", "(entropy[..., None] + u)", "(u - entropy[..., None])", STATS),
@@ -107,6 +122,14 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/policy_loss.py", "d_log_r = d_log_r + policy.penalty_coef * (r - 1)", "pass", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * policy", "d_entropy = weights * policy", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "torch.where(inside, d_log_r, 0.0)", "d_log_r", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "(r.clamp(low, high) * adv)", "(r * adv)", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "d_logprobs - weights * objective.d_logprobs", "d_logprobs", POLICY),
+    Mutant(f"{REFERENCE}/policy_loss.py", "(r < low) | (r > high)", "r > high", POLICY),
+    Mutant(
+        f"{REFERENCE}/policy_loss.py", "torch.where(factor == 0, 0.0, factor * logprobs)", "factor * logprobs", POLICY
+    ),
+    Mutant("ppo_fast/ops/_core/config.py", 'self.objective == "cispo" and', "False and", ERRORS),
+    Mutant("ppo_fast/rlhf/config/objective.py", '("objective", "clip_low",', '("clip_low",', CONFIG),
     Mutant(f"{REFERENCE}/sequences.py", "position, right=True", "position, right=False", POLICY),
     Mutant(f"{REFERENCE}/sequences.py", "(lengths > 0).sum()", "torch.ones_like(lengths).sum()", POLICY),
     # value_loss
@@ -148,8 +171,17 @@ MUTANTS = [
     Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
     Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
     Mutant(f"{TRITON}/policy_loss.py", "slope += penalty * rise", "slope += 0.0", POLICY),
+    Mutant(f"{TRITON}/policy_loss.py", "0.0, slope) - at_constant_r", "0.0, slope - at_constant_r)", POLICY),
+    Mutant(f"{TRITON}/policy_loss.py", "(clamped(r, low, high) * adv)", "(clamped(r, low, high) * -adv)", POLICY),
     Mutant(f"{TRITON}/gae.py", "tl.where(passes2, value1, value2)", "value2", GAE),
     # the C++ kernels
+    Mutant(f"{CPU}/rows/policy.h", "(ratio < args.low) | (ratio > args.high)", "ratio > args.high", POLICY),
+    Mutant(
+        f"{CPU}/rows/policy.h",
+        "inside_clamp(raw, d_log_ratio) + objective.d_logprob",
+        "inside_clamp(raw, d_log_ratio + objective.d_logprob)",
+        POLICY,
+    ),
     Mutant(f"{CPU}/rows/forward.h", "factor * (sums.weighted - delta * sums.sum)", "factor * sums.weighted", NATIVE),
     Mutant(f"{CPU}/rows/forward.h", "sums.cross += delta * sums.sum;", ";", NATIVE),
     Mutant(f"{CPU}/rows/backward.h", "grads.grad_kl - grads.grad_entropy;", "-grads.grad_entropy;", NATIVE),

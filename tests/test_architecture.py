@@ -12,8 +12,10 @@ ROOT = Path(ppo_fast.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "split",
     "integrity",
     "user_code",
+    "world",
     "config",
     "data",
     "models",

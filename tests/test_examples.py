@@ -19,10 +19,10 @@ from ppo_fast.rlhf.models import tiny
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _run(name: str, *arguments: str) -> str:
+def _run(name: str, *arguments: str, cwd: Path = ROOT) -> str:
     command = [sys.executable, ROOT / "examples" / name, *arguments]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # tests run side by side
-    run = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=cwd, env=one_thread, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -45,6 +45,13 @@ def test_ops_in_your_loop_learns() -> None:
     assert len(shares) == 30
     assert shares[0] < 0.6
     assert shares[-1] > 0.8
+
+
+def test_train_in_python_learns(tmp_path: Path) -> None:
+    (before, after) = re.findall(r"score ([\d.]+) -> ([\d.]+)", _run("train_in_python.py", cwd=tmp_path))[-1]
+    assert float(before) < 0.55 < 0.65 < float(after)
+    assert (tmp_path / "runs/even/final/config.json").is_file()
+    assert len((ROOT / "examples/train_in_python.py").read_text().splitlines()) <= 25
 
 
 def test_cartpole_balances() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ppo_fast.rlhf import PPOConfig, train_ppo
-from ppo_fast.rlhf.config.ppo import LoraConfig
+from ppo_fast.rlhf.config.model import LoraConfig
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "migrating-from-trl.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")]

@@ -1,17 +1,19 @@
 """The policy loss from hidden states and the head's weight. At most one chunk of logits exists at any time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._core import checks, linear_inputs, registry
 from ppo_fast.ops._core.chunked_head import ChunkedHead, zero_stats
 from ppo_fast.ops._core.config import PolicyInputs, PolicyLossConfig
-from ppo_fast.ops._core.head_buffers import NeedsGrad
+from ppo_fast.ops._core.head_buffers import NeedsGrad, Tile
 from ppo_fast.ops._core.head_gradients import Gradients, unit_scale
+from ppo_fast.ops._core.inputs import RowGrads
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.policy_inputs import (
     PER_TOKEN,
@@ -24,6 +26,7 @@ from ppo_fast.ops._core.policy_inputs import (
 )
 from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import grouped, schema
+from ppo_fast.ops._core.vocab_shard import VocabShard
 
 _OP = "linear_policy_loss"
 _DEFAULT = PolicyLossConfig()
@@ -67,19 +70,29 @@ def _some(policy: PolicyInputs, first: int, last: int) -> PolicyInputs:
 def _one_pass(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     """Each tile once: a token's share of the loss depends on its own row only, and its weight on the mask."""
     call, found = head.call, []
-    run = registry.implementation("policy_gradients", call.backend)
     counted, weights, scale = _weighted(head, policy)
     total = head.unset_gradients()
     for start, stop in head.chunks():
         for tile in head.tiles(start, stop):
             first, last = tile.first, tile.last
             some = None if weights is None else weights[:, first:last]
-            stats, grads = run(head.inputs(tile), _some(counted, first, last), some)
+            stats, grads = _tile_gradients(head, tile, _some(counted, first, last), some)
             head.write_gradient(tile, grads, stats)
             found.append((tile, stats))
         head.add_chunk(total, start, stop)
     stats = head.joined(found)
     return _from_stats(call.backend, stats, call.mask, policy), stats, total, scale
+
+
+def _tile_gradients(
+    head: ChunkedHead, tile: Tile, policy: PolicyInputs, weights: Tensor | None
+) -> tuple[RowStats, RowGrads]:
+    """The statistics of a tile, and the gradients of its loss in these."""
+    if head.shard is None:
+        return registry.implementation("policy_gradients", head.call.backend)(head.inputs(tile), policy, weights)
+    stats = head.tile_stats(tile)
+    run = registry.implementation("policy_loss_from_stats", head.call.backend)
+    return stats, run(stats, None, policy, weights).grads
 
 
 def _weighted(head: ChunkedHead, policy: PolicyInputs) -> tuple[PolicyInputs, Tensor | None, Tensor]:
@@ -139,21 +152,24 @@ def _choose(head: ChunkedHead, policy: PolicyInputs) -> Callable[[ChunkedHead, P
     """The strategy of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
     call, one_tile = head.call, head.one_tile
     by_row = policy.ratio == "token" and policy.aggregation == "token-mean" and call.softcap is None
-    if one_tile and by_row and registry.fuses_backward("policy_loss", call.backend):
+    if head.shard is None and one_tile and by_row and registry.fuses_backward("policy_loss", call.backend):
         return _fused_one_tile
     if not any(head.needs):
         return _forward_only
     return _two_pass if one_tile or policy.ratio == "sequence" else _one_pass
 
 
-def _launch(*arguments: Any) -> _Result:
+def _launch(*arguments: Any, shard: VocabShard | None = None) -> _Result:
     """Checks what depends on values; then the loss, the statistics of every row and the gradients that are needed."""
     call, needs, policy = grouped(arguments, LinearCall, NeedsGrad, PolicyInputs)
-    checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
+    if shard is None:
+        checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     check_values(_OP, policy, call.mask)
     with torch.autocast(call.hidden.device.type, enabled=False):
-        head = ChunkedHead(call, needs)
+        head = ChunkedHead(call, needs, shard)
         result, stats, gradients, scale = _choose(head, policy)(head, policy)
+        if shard is not None and needs.need_hidden:
+            shard.sum_(gradients.hidden)
     kl = result.kl if policy.ref_logprobs is not None else stats.kl
     return _Result(result.loss, result.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 
@@ -185,7 +201,7 @@ def _(gradient: Tensor, scale: Tensor, grad_loss: Tensor, like: Tensor, backend:
     return torch.empty_like(gradient, dtype=like.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     call, ctx.needs, _ = grouped(inputs, LinearCall, NeedsGrad, PolicyInputs)
     result, (_, *others) = _Result(*output), output
     ctx.like, ctx.backend = call.hidden.new_empty(0), call.backend
@@ -211,11 +227,15 @@ _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """Run the registered op without the dispatcher, which takes longer than the work of a small batch."""
+    """Run the registered op without the dispatcher, which takes longer than the work of a small batch.
+
+    The last input is the slice of the vocabulary that the weight is, or None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> _Result:
-        output = _launch(*inputs)
+    def forward(ctx: Any, *arguments: Any) -> _Result:
+        *inputs, shard = arguments
+        output = _launch(*inputs, shard=shard)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -245,6 +265,7 @@ def linear_policy_loss(
     chunk_size: int | None = None,
     half_logits: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> LossOutput:
     """:func:`ppo_fast.policy_loss` of ``hidden @ weight.T + bias``, whose logits never exist all at once.
 
@@ -262,7 +283,7 @@ def linear_policy_loss(
         advantages: [..., T] or [..., 1].
         mask: [..., T], bool, True = counts; None counts every position. Other rows are left out of every product.
             Their number is read from the GPU: the op's one host sync.
-        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        config: objective, clip, coefficients, ratio, KL estimator, temperature, aggregation.
         bias: [V], or None.
         softcap: in [1e-9, 1e9], the final-logit softcapping of Gemma 2; None: none.
         ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
@@ -279,6 +300,8 @@ def linear_policy_loss(
             a log-probability by up to 0.03 (0.01 on average) and the gradient of ``hidden`` by 0.2 %. A CPU always
             rounds them, softcap never does.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.
+        group: the process group over whose ranks the vocabulary is split, as in :func:`ppo_fast.linear_token_stats`.
+            The backward pass communicates nothing: the gradient of ``hidden`` is summed in the forward pass.
 
     Returns:
         LossOutput, as :func:`ppo_fast.policy_loss` returns it. Gradients come back in the dtype of their inputs.
@@ -326,8 +349,12 @@ def linear_policy_loss(
     head = (call.hidden, call.weight, call.bias)
     needs = NeedsGrad(*[torch.is_grad_enabled() and x is not None and x.requires_grad for x in head])
     policy = policy_inputs(config, call.hidden, targets.shape, per_token, cu_seqlens, denominator)
-    run = _Eager.apply if is_eager(call) else _linear_policy_loss
-    if not is_eager(call):
-        policy = with_tensors(policy, call.hidden)
-    loss, metrics, logprobs, entropy, kl, *_ = run(*call, *needs, *policy)
+    shard = None if group is None else VocabShard(_OP, group, call.weight.shape[0], call.hidden)
+    if shard is not None:
+        call = call._replace(targets=shard.local(call.targets, call.mask))
+    if is_eager(call):
+        result = _Eager.apply(*call, *needs, *policy, shard)
+    else:
+        result = _linear_policy_loss(*call, *needs, *with_tensors(policy, call.hidden))
+    loss, metrics, logprobs, entropy, kl, *_ = result
     return named_output(loss, metrics, logprobs, entropy, kl, targets.shape)

@@ -1,9 +1,11 @@
 """Per-token log-probability, entropy and exact KL from hidden states, computing the logits a chunk at a time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast.ops._backends import triton
 from ppo_fast.ops._core import checks, linear_inputs, registry
@@ -14,6 +16,7 @@ from ppo_fast.ops._core.inputs import RowGrads, given_grads
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.results import RowStats, TokenStats
 from ppo_fast.ops._core.schema import grouped, schema, tensor_fields
+from ppo_fast.ops._core.vocab_shard import VocabShard
 
 _OP = "linear_token_stats"
 
@@ -23,11 +26,12 @@ registry.register("scaled", "native", registry.Implementation(scaled))
 registry.register("scaled", "triton", triton.implementation("scaled", "scaled"))
 
 
-def _launch(*arguments: Any) -> RowStats:
+def _launch(*arguments: Any, shard: VocabShard | None = None) -> RowStats:
     call = LinearCall(*arguments)
-    checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
+    if shard is None:
+        checks.target_values(_OP, call.targets, call.mask, call.weight.shape[0])
     with torch.autocast(call.hidden.device.type, enabled=False):
-        return ChunkedHead(call, NeedsGrad(False, False, False)).stats()
+        return ChunkedHead(call, NeedsGrad(False, False, False), shard).stats()
 
 
 _linear_token_stats = torch.library.custom_op(
@@ -47,11 +51,18 @@ def _(*arguments: Any) -> RowStats:
     schema=schema(LinearCall, NeedsGrad, RowGrads, RowStats, results=Gradients),
 )
 def _linear_token_stats_backward(*arguments: Any) -> Gradients:
+    return _gradients(*grouped(arguments, LinearCall, NeedsGrad, RowGrads, RowStats))
+
+
+def _gradients(
+    call: LinearCall, needs: NeedsGrad, grads: RowGrads, stats: RowStats, shard: VocabShard | None = None
+) -> Gradients:
     """The gradients in the dtypes of the inputs; the logits are computed again."""
-    call, needs, grads, stats = grouped(arguments, LinearCall, NeedsGrad, RowGrads, RowStats)
     with torch.autocast(call.hidden.device.type, enabled=False):
         scale = unit_scale(call.hidden, *grads)
-        total = ChunkedHead(call, needs).gradients(grads.divided(scale), stats)
+        total = ChunkedHead(call, needs, shard).gradients(grads.divided(scale), stats)
+        if shard is not None and needs.need_hidden:
+            shard.sum_(total.hidden)
         run = registry.implementation("scaled", call.backend)
         return Gradients(*[run(x, scale, call.hidden.dtype) for x in total])
 
@@ -65,7 +76,7 @@ def _(*arguments: Any) -> Gradients:
 _TENSORS = tensor_fields(LinearCall)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     call, stats = LinearCall(*inputs), RowStats(*output)
     ctx.save_for_backward(*[getattr(call, name) for name in _TENSORS], *stats)
     without: dict[str, Any] = dict.fromkeys(_TENSORS)
@@ -74,22 +85,43 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any, shard: VocabShard | None = None
+) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
     saved = iter(ctx.saved_tensors)
     call, stats = ctx.call._replace(**dict(zip(_TENSORS, saved, strict=False))), RowStats(*saved)
-    asked = LinearCall(*ctx.needs_input_grad)
+    asked = LinearCall(*ctx.needs_input_grad[: len(call)])
     needs = NeedsGrad(asked.hidden, asked.weight, asked.bias)  # type: ignore[arg-type]
     grads = given_grads(logprobs, entropy, kl)
     if grads.nothing:
-        found = [x if x is None else torch.zeros_like(x) for x in (call.hidden, call.weight, call.bias)]
+        found: Sequence[Tensor | None] = [
+            x if x is None else torch.zeros_like(x) for x in (call.hidden, call.weight, call.bias)
+        ]
+    elif shard is not None:
+        found = _gradients(call, needs, grads, stats, shard)
     else:
         found = _linear_token_stats_backward(*call, *needs, *grads, *stats)
     kept = [x if need else None for x, need in zip(found, needs, strict=True)]
-    return *kept, *((None,) * (len(asked) - len(kept)))
+    return *kept, *((None,) * (len(ctx.needs_input_grad) - len(kept)))
 
 
 _linear_token_stats.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Sharded(torch.autograd.Function):
+    """The op on a slice of the vocabulary, the last input; eager only."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> RowStats:
+        *inputs, ctx.shard = arguments
+        stats = _launch(*inputs, shard=ctx.shard)
+        _setup_context(ctx, inputs, stats)
+        return stats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads, shard=ctx.shard)
 
 
 def linear_token_stats(
@@ -107,6 +139,7 @@ def linear_token_stats(
     chunk_size: int | None = None,
     half_logits: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     """:func:`ppo_fast.token_stats` of ``hidden @ weight.T + bias``, whose logits never exist all at once.
 
@@ -136,6 +169,11 @@ def linear_token_stats(
             a log-probability by up to 0.03 (0.01 on average) and the gradient of ``hidden`` by 0.2 %. A CPU always
             rounds them, softcap never does.
         backend: "auto" | "torch" | "triton" | "native": the row kernels; the products are torch's.
+        group: the process group over whose ranks the vocabulary is split, each of which makes the call, and its
+            backward pass. Rank r passes the r-th slice of weight, bias, ref_weight and ref_bias, of any size; hidden
+            states, targets (ids of the whole vocabulary) and mask are the same on every rank. The results are those of
+            the whole vocabulary on every rank. The op sums the gradient of ``hidden`` over the ranks, in its dtype; the
+            gradients of weight and bias are those of the slice. Not under ``torch.compile``. None: the head is whole.
 
     Returns:
         TokenStats(logprobs, entropy, kl), each [...], nats, float32 (float64 for float64 hidden states).
@@ -171,7 +209,12 @@ def linear_token_stats(
     )
     head = (call.hidden, call.weight, call.bias)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    run = _launch if is_eager(call) and not differentiable else _linear_token_stats
-    logprobs, entropy, kl, _, _ = run(*call)
+    shard = None if group is None else VocabShard(_OP, group, call.weight.shape[0], call.hidden)
+    if shard is not None:
+        call = call._replace(targets=shard.local(call.targets, call.mask))
+        logprobs, entropy, kl, _, _ = _Sharded.apply(*call, shard)
+    else:
+        run = _launch if is_eager(call) and not differentiable else _linear_token_stats
+        logprobs, entropy, kl, _, _ = run(*call)
     shape = targets.shape
     return TokenStats(logprobs.view(shape), entropy.view(shape), None if ref_hidden is None else kl.view(shape))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast.ops._backends import reference, triton
 from ppo_fast.ops._backends.native import policy_loss as native_policy_loss
@@ -22,6 +23,7 @@ from ppo_fast.ops._core.policy_inputs import (
 )
 from ppo_fast.ops._core.results import METRICS, LossOutput, PolicyLossResult, RowStats
 from ppo_fast.ops._core.schema import grouped, schema, to_first
+from ppo_fast.ops._core.vocab_shard import VocabShard
 from ppo_fast.ops.token_stats import empty_stats, save_rows, saved_rows, token_stats_backward
 
 _OP = "policy_loss"
@@ -41,10 +43,15 @@ registry.register(_GRADIENTS, "native", registry.Implementation(native_policy_lo
 registry.register(_GRADIENTS, "triton", triton.implementation(_GRADIENTS, "policy_loss"))
 
 
-def _launch(rows: RowInputs, policy: PolicyInputs, backend: str, **out: Tensor) -> PolicyLossResult:
+def _launch(
+    rows: RowInputs, policy: PolicyInputs, backend: str, shard: VocabShard | None = None, **out: Tensor
+) -> PolicyLossResult:
     """Checks what depends on values, then runs the backend."""
-    checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
     check_values(_OP, policy, rows.mask)
+    if shard is not None:
+        stats = shard.stats(rows, True, backend)
+        return registry.implementation(_FROM_STATS, backend)(stats, rows.mask, policy)
+    checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
     return registry.implementation(_OP, backend)(rows, policy, **out)
 
 
@@ -116,13 +123,18 @@ class _EagerPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str, found: list[PolicyLossResult]
+        ctx: Any,
+        logits: Tensor,
+        rows: RowInputs,
+        policy: PolicyInputs,
+        backend: str,
+        shard: VocabShard | None,
+        found: list[PolicyLossResult],
     ) -> Tensor:
-        logits, out = rows.logits.detach(), {}
-        ctx.dlogits = None
-        if registry.fuses_backward(_OP, backend):
-            ctx.dlogits = out["out"] = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        return _keep(ctx, rows, backend, _launch(rows._replace(logits=logits), policy, backend, **out), found)
+        ctx.shape, ctx.dlogits, flat, out = logits.shape, None, rows.logits, {}
+        if shard is None and registry.fuses_backward(_OP, backend):
+            ctx.dlogits = out["out"] = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
+        return _keep(ctx, rows, backend, _launch(rows, policy, backend, shard, **out), found)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -133,7 +145,7 @@ class _EagerPolicyLoss(torch.autograd.Function):
         if dlogits is None or grad_loss.item() != 1:
             rows, stats = saved_rows(ctx)
             dlogits = token_stats_backward(ctx.grads, rows, RowStats(*stats), ctx.backend, grad_loss)
-        return to_first(ctx, dlogits)
+        return to_first(ctx, dlogits.view(ctx.shape))
 
 
 class _InPlace(torch.autograd.Function):
@@ -148,13 +160,16 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _: Tensor, rows: RowInputs, policy: PolicyInputs, backend: str, found: list[PolicyLossResult]
+        ctx: Any,
+        logits: Tensor,
+        rows: RowInputs,
+        policy: PolicyInputs,
+        backend: str,
+        shard: VocabShard | None,
+        found: list[PolicyLossResult],
     ) -> Tensor:
-        logits = rows.logits.detach()
-        # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
-        rows = rows._replace(logits=logits)
-        ctx.written = registry.fuses_backward(_OP, backend)
-        result = _launch(rows, policy, backend, **({"out": logits} if ctx.written else {}))
+        ctx.shape, ctx.written = logits.shape, shard is None and registry.fuses_backward(_OP, backend)
+        result = _launch(rows, policy, backend, shard, **({"out": rows.logits} if ctx.written else {}))
         torch.autograd.graph.increment_version(logits)
         ctx.spent = False
         return _keep(ctx, rows, backend, result, found)
@@ -168,25 +183,24 @@ class _InPlace(torch.autograd.Function):
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
         rows, stats = saved_rows(ctx)
-        logits = rows.logits.detach()
+        logits = rows.logits
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
-            run(ctx.grads, rows._replace(logits=logits), RowStats(*stats), out=logits, scale=grad_loss)
+            run(ctx.grads, rows, RowStats(*stats), out=logits, scale=grad_loss)
         elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
-        return to_first(ctx, logits)
+        return to_first(ctx, logits.view(ctx.shape))
 
 
-def _run(rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str) -> PolicyLossResult:
-    """The registered op, or an eager form of it."""
-    logits = rows.logits
-    if not inplace and not registry.runs_directly(logits):
-        return PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
+def _run(
+    logits: Tensor, rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str, shard: VocabShard | None
+) -> PolicyLossResult:
+    """The op past the dispatcher, of ``logits`` whose values are in ``rows`` without their history."""
     if not torch.is_grad_enabled() or not logits.requires_grad:
-        return _launch(rows, policy, backend)
+        return _launch(rows, policy, backend, shard)
     found: list[PolicyLossResult] = []
-    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, rows, policy, backend, found)
+    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, rows, policy, backend, shard, found)
     return found[0]._replace(loss=loss)
 
 
@@ -234,12 +248,14 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> LossOutput:
     """The PPO policy loss straight from logits: clipped ratio, entropy bonus, PPO-penalty and KL to the reference.
 
     With r = exp(clamp(logprob - old_logprob, -20, 20)) and A the advantage::
 
         objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)       (A < 0: at least dual_clip*A)
+        or, "cispo": stopgrad(clip(r, 1 - clip_low, 1 + clip_high))*A*logprob
         loss = aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H)
 
     Args:
@@ -248,7 +264,7 @@ def policy_loss(
         old_logprobs: [..., T] under the policy that sampled them; None means ``logprobs.detach()`` (r = 1).
         advantages: [..., T] or [..., 1].
         mask: [..., T], bool, True = counts; None counts every position. Other rows are not read.
-        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        config: objective, clip, coefficients, ratio, KL estimator, temperature, aggregation.
         ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
         ref_logits: [..., T, V] of the reference, for kl_estimator "full"; divided by the same temperature.
         importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
@@ -259,10 +275,14 @@ def policy_loss(
         inplace: let the gradient take the storage of ``logits``, whose contents are unspecified afterwards. On the
             "native" backend a bfloat16 gradient is rounded twice when the loss is scaled before its backward.
         backend: "auto" | "torch" | "triton" | "native".
+        group: the process group over whose ranks the vocabulary is split, as in :func:`ppo_fast.token_logprobs`:
+            ``logits`` and ``ref_logits`` are this rank's slices, everything else is the same on every rank. Loss and
+            metrics are those of whole rows on every rank, the gradient is that of this rank's logits.
 
     Returns:
         LossOutput. ``metrics``: policy_loss, entropy, kl, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max,
-        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens.
+        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens. clipfrac: tokens
+        whose clip lowers the objective; with "cispo" those whose ratio is outside the clip.
         ``per_token``: TokenStats(logprobs, entropy, kl).
 
     Raises:
@@ -277,7 +297,8 @@ def policy_loss(
         (-1.0, 2.0)
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; dual clip: Ye et al. 2020, eq. 3;
-    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7.
+    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7; CISPO:
+    MiniMax 2025, arXiv:2506.13585, eq. 4.
     """
     per_token = {
         "old_logprobs": old_logprobs,
@@ -293,8 +314,9 @@ def policy_loss(
     if inplace:
         _check_inplace(logits)
     inplace = inplace and type(logits) is Tensor  # a tensor without data has no place
-    shape = targets.shape
-    flat_logits = as_logits(logits)
+    shape, direct = targets.shape, inplace or registry.runs_directly(logits)
+    flat_logits = as_logits(logits.detach() if direct else logits)
+    by_address = direct and backend != "torch" and group is None
     if inplace and flat_logits.data_ptr() != logits.data_ptr():
         raise ValueError(
             f"{_OP}: expected logits that need no copy (unit stride over V) with inplace=True, "
@@ -302,11 +324,18 @@ def policy_loss(
         )
     rows = RowInputs(
         flat_logits,
-        as_rows(targets, shape),
+        as_rows(targets, shape, by_address),
         None if ref_logits is None else as_logits(ref_logits.detach()),
-        as_bools(mask, shape),
+        as_bools(mask, shape, by_address),
         float(config.temperature),
     )
-    policy = policy_inputs(config, logits, shape, per_token, cu_seqlens, denominator)
-    loss, metrics, logprobs, entropy, kl, *_ = _run(rows, policy, inplace, backend)
+    policy = policy_inputs(config, logits, shape, per_token, cu_seqlens, denominator, by_address)
+    shard = None if group is None else VocabShard(_OP, group, logits.shape[-1], logits)
+    if shard is not None and rows.targets is not None:
+        rows = rows._replace(targets=shard.local(rows.targets, rows.mask))
+    if direct:
+        result = _run(logits, rows, policy, inplace, backend, shard)
+    else:
+        result = PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
+    loss, metrics, logprobs, entropy, kl, *_ = result
     return named_output(loss, metrics, logprobs, entropy, kl, shape)

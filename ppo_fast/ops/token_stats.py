@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast.ops._backends import reference, triton
 from ppo_fast.ops._backends.native import rows as native_rows
@@ -17,6 +18,7 @@ from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
 from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
 from ppo_fast.ops._core.results import RowStats, TokenStats
 from ppo_fast.ops._core.schema import grouped, schema, to_first
+from ppo_fast.ops._core.vocab_shard import VocabShard
 
 for _op in ("token_logprobs", "token_stats", "entropy"):
     registry.register_public(_op, kernels="token_stats")
@@ -30,11 +32,16 @@ registry.register("token_stats", "native", native_rows.implementation(native_tok
 registry.register("token_stats_backward", "native", native_rows.implementation(native_token_stats.token_stats_backward))
 
 
+def _public_name(rows: RowInputs, want_entropy: bool) -> str:
+    """The op that was called, for errors."""
+    return "entropy" if rows.targets is None else "token_stats" if want_entropy else "token_logprobs"
+
+
 def _launch(*arguments: Any) -> RowStats:
     """Checks what depends on values, then runs the backend."""
     *given, want_entropy, backend = arguments
     rows = RowInputs(*given)
-    checks.target_values("token_stats", rows.targets, rows.mask, rows.logits.shape[-1])
+    checks.target_values(_public_name(rows, want_entropy), rows.targets, rows.mask, rows.logits.shape[-1])
     return registry.implementation("token_stats", backend)(rows, want_entropy)
 
 
@@ -116,8 +123,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, logprobs: Tensor, entropy: Tensor, kl: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    checks.first_derivative("token_stats")
     rows, stats = saved_rows(ctx)
+    checks.first_derivative(_public_name(rows, stats[1].numel() > 0))
     grads = given_grads(logprobs, entropy, kl)
     if grads.nothing:
         return to_first(ctx, torch.zeros_like(rows.logits, memory_format=torch.contiguous_format))
@@ -128,24 +135,32 @@ _token_stats.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The registered op past the dispatcher."""
+    """The registered op past the dispatcher, or that of a slice of the vocabulary."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, rows: RowInputs, want_entropy: bool, backend: str) -> RowStats:
-        stats = _launch(*rows, want_entropy, backend)
+    def forward(
+        ctx: Any, _: Tensor, rows: RowInputs, want_entropy: bool, backend: str, shard: VocabShard | None
+    ) -> RowStats:
+        stats = _run_directly(rows, want_entropy, backend, shard)
         _save(ctx, rows, stats, backend)
         return stats
 
     backward = staticmethod(_backward)
 
 
-def _forward(rows: RowInputs, want_entropy: bool, backend: str) -> RowStats:
+def _run_directly(rows: RowInputs, want_entropy: bool, backend: str, shard: VocabShard | None) -> RowStats:
+    if shard is not None:
+        return shard.stats(rows, want_entropy, backend)
+    return _launch(*rows, want_entropy, backend)
+
+
+def _forward(rows: RowInputs, want_entropy: bool, backend: str, shard: VocabShard | None) -> RowStats:
     """The registered op, or an eager form of it."""
     if not registry.runs_directly(rows.logits):
         return RowStats(*_token_stats(*rows, want_entropy, backend))
     if torch.is_grad_enabled() and rows.logits.requires_grad:
-        return _Eager.apply(rows.logits, rows, want_entropy, backend)
-    return _launch(*rows, want_entropy, backend)
+        return _Eager.apply(rows.logits, rows, want_entropy, backend, shard)
+    return _run_directly(rows, want_entropy, backend, shard)
 
 
 def _run(
@@ -157,6 +172,7 @@ def _run(
     temperature: float,
     want_entropy: bool,
     backend: str,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check, bring to [B, T, V], run the op, give back the shape of the targets."""
     checks.logits(op, "logits", logits)
@@ -175,7 +191,10 @@ def _run(
         as_bools(mask, shape),
         float(temperature),
     )
-    logprobs, ent, kl, _, _ = _forward(rows, want_entropy, backend)
+    shard = None if group is None else VocabShard(op, group, logits.shape[-1], logits)
+    if shard is not None and rows.targets is not None:
+        rows = rows._replace(targets=shard.local(rows.targets, rows.mask))
+    logprobs, ent, kl, _, _ = _forward(rows, want_entropy, backend, shard)
     return logprobs, ent, kl if ref_logits is None else kl.view(shape)
 
 
@@ -186,6 +205,7 @@ def token_logprobs(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each target: ``log_softmax(logits / temperature, -1)[target]``, nothing of size V kept.
 
@@ -198,6 +218,10 @@ def token_logprobs(
         mask: [...], bool, True = counts; None counts every position. Other rows are not read and give 0.
         temperature: in [1e-9, 1e9], divides the logits.
         backend: "auto" | "torch" | "triton" | "native"; a named backend runs or raises.
+        group: the process group over whose ranks the vocabulary is split, each of which makes the call. Rank r passes
+            the r-th slice of V, of any size; targets are ids of the whole vocabulary, and they and the mask are the
+            same on every rank. The results are those of whole rows on every rank; a gradient is that of the rank's own
+            logits. Not under ``torch.compile``. None: the logits are whole.
 
     Returns:
         [...], nats, float32 (float64 for float64 logits). The gradient comes back in the dtype of the logits.
@@ -213,7 +237,7 @@ def token_logprobs(
         0.25
     """
     checks.tensor("token_logprobs", "targets", targets)
-    logprobs, _, _ = _run("token_logprobs", logits, targets, None, mask, temperature, False, backend)
+    logprobs, _, _ = _run("token_logprobs", logits, targets, None, mask, temperature, False, backend, group)
     return logprobs.view(logits.shape[:-1])
 
 
@@ -225,6 +249,7 @@ def token_stats(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and exact KL(pi || ref) of every token in one pass over the vocabulary.
 
@@ -239,6 +264,8 @@ def token_stats(
         mask: [...], bool, True = counts. Other rows are not read, return 0 and get zero gradient.
         temperature: in [1e-9, 1e9], divides both kinds of logits.
         backend: "auto" | "torch" | "triton" | "native".
+        group: the process group over whose ranks the vocabulary is split, that of ``ref_logits`` in the same way, as in
+            :func:`token_logprobs`.
 
     Returns:
         TokenStats(logprobs, entropy, kl), each [...], nats, float32 (float64 for float64 logits).
@@ -254,7 +281,7 @@ def token_stats(
         (1.3863, 0.0)
     """
     checks.tensor("token_stats", "targets", targets)
-    logprobs, ent, kl = _run("token_stats", logits, targets, ref_logits, mask, temperature, True, backend)
+    logprobs, ent, kl = _run("token_stats", logits, targets, ref_logits, mask, temperature, True, backend, group)
     shape = logits.shape[:-1]
     return TokenStats(logprobs.view(shape), ent.view(shape), None if ref_logits is None else kl)
 
@@ -265,6 +292,7 @@ def entropy(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Entropy of each row's distribution, ``-sum p*log p`` with p = softmax(logits / temperature), in nats.
 
@@ -276,6 +304,7 @@ def entropy(
         mask: [...], bool, True = counts; other rows return 0 and get zero gradient.
         temperature: in [1e-9, 1e9].
         backend: "auto" | "torch" | "triton" | "native".
+        group: the process group over whose ranks the vocabulary is split, as in :func:`token_logprobs`.
 
     Returns:
         [...], float32 (float64 for float64 logits), between 0 and ln V.
@@ -289,5 +318,5 @@ def entropy(
         >>> round(entropy(torch.zeros(8)).item(), 4)
         2.0794
     """
-    _, ent, _ = _run("entropy", logits, None, None, mask, temperature, True, backend)
+    _, ent, _ = _run("entropy", logits, None, None, mask, temperature, True, backend, group)
     return ent.view(logits.shape[:-1])

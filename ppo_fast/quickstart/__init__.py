@@ -24,8 +24,10 @@ from ppo_fast.rlhf.config.supervised import RewardModelConfig, SFTConfig
 from ppo_fast.rlhf.errors import require
 from ppo_fast.rlhf.reports import plots
 from ppo_fast.rlhf.training.lock import hold_directory
+from ppo_fast.rlhf.training.log import held_artifacts
 
 History = list[dict[str, float]]
+RUNS = ("sft", "reward", "ppo", "no-kl")  # directories of the stages
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Options:
     answers: int = 10_000  # examples of supervised fine-tuning
     pairs: int = 1_000  # preferences for the reward model
     updates: int = 50  # PPO updates of each of the two runs
+    overwrite: bool = False  # replace an earlier quickstart in `out`
 
     def __post_init__(self) -> None:
         for name in ("answers", "pairs", "updates"):
@@ -64,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=defaults.answers, help="examples of fine-tuning (%(default)s)")
     parser.add_argument("--pairs", type=int, default=defaults.pairs, help="preferences (%(default)s)")
     parser.add_argument("--updates", type=int, default=defaults.updates, help="PPO updates per run (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier quickstart in the directory")
     options = Options(**vars(parser.parse_args(argv)))
     torch.set_num_threads(1)  # two threads are slower than one on a model this small
     require("transformers").utils.logging.disable_progress_bar()
@@ -74,22 +78,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: Options) -> Result:
     """Fine-tune, learn the reward, train against it with and without the KL penalty, compare, draw."""
     start, out, console = time.monotonic(), options.out, Console(highlight=False)
+    _require_free(options)
     console.print("[bold]1  Supervised fine-tuning[/] on sampled restaurant reviews")
     files.write_inputs(out, options.seed, options.answers, options.updates)
-    train_sft(load_config(out / "sft.yaml", kind=SFTConfig))
+    replace = {"overwrite": options.overwrite}
+    train_sft(load_config(out / "sft.yaml", kind=SFTConfig, flags=replace))
     console.print(f"\n[bold]2  Reward model[/] from {options.pairs} noisy preferences between its answers")
     write_preferences(out, options.pairs, options.seed)
-    train_reward_model(load_config(out / "reward.yaml", kind=RewardModelConfig))
+    train_reward_model(load_config(out / "reward.yaml", kind=RewardModelConfig, flags=replace))
     console.print("\n[bold]3  PPO[/] against the reward model, with the KL penalty")
-    train_ppo(load_config(out / "ppo.yaml"))
+    train_ppo(load_config(out / "ppo.yaml", flags=replace))
     console.print("\n[bold]4  The same without the penalty[/]")
-    train_ppo(load_config(out / "ppo.yaml", flags={"kl.coef": 0.0, "output_dir": str(out / "no-kl")}))
+    train_ppo(load_config(out / "ppo.yaml", flags=replace | {"kl.coef": 0.0, "output_dir": str(out / "no-kl")}))
     histories = {name: plots.read_metrics(out / run) for name, run in (("with KL", "ppo"), ("without KL", "no-kl"))}
     examiner = Examiner(out, options.seed)
     sft, with_kl, without_kl = (examiner.evaluate(out / name / "final") for name in ("sft", "ppo", "no-kl"))
     result = Result(sft, with_kl, without_kl, histories)
     show_result(result, options, console, start)
     return result
+
+
+def _require_free(options: Options) -> None:
+    """Raise a UserError when a stage in the directory completed something that would be replaced unasked."""
+    held = [name for name in RUNS if held_artifacts(options.out / name)]
+    if held and not options.overwrite:
+        found = f"{str(options.out)!r} already holds the run {held[0]!r}"
+        raise UserError(f"quickstart: {found}; choose another (--out DIR) or replace it (--overwrite)")
 
 
 def show_result(result: Result, options: Options, console: Console, start: float) -> None:

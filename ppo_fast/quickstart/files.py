@@ -20,7 +20,6 @@ model: {{path: "{here}/base", device: cpu}}
 data: {{train: "{here}/answers.jsonl", held_out_frac: 0.02}}
 optim: {{lr: 3.0e-3, batch_size: 32, warmup_frac: 0.1}}
 output_dir: "{here}/sft"
-overwrite: true
 log: {{tensorboard: false, print_every: 100}}
 """
 REWARD = """\
@@ -31,7 +30,6 @@ model: {{path: "{here}/sft/final", device: cpu}}
 data: {{train: "{here}/pairs.jsonl", held_out_frac: 0.2}}
 optim: {{lr: 1.0e-3, batch_size: 32, epochs: 3, warmup_frac: 0.1}}
 output_dir: "{here}/reward"
-overwrite: true
 log: {{tensorboard: false, print_every: 25}}
 """
 PPO = """\
@@ -47,7 +45,6 @@ kl: {{coef: 0.2}}
 optim: {{lr: 4.0e-4, value_lr: 1.0e-3, warmup_frac: 0.1, epochs: 4, minibatch_size: 32}}
 evaluation: {{every: 5, prompts: "{here}/test.jsonl", evaluators: ["{here}/gold.py:gold"], best: eval/gold}}
 output_dir: "{here}/ppo"
-overwrite: true
 log: {{tensorboard: false, print_every: 10, samples_every: 10, samples: 2}}
 """
 TRAIN_PROMPTS, TEST_PROMPTS = 512, 128

@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppo_fast.rlhf.config.files import load_config
-    from ppo_fast.rlhf.config.ppo import PPOConfig
-    from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
+    from ppo_fast.rlhf.config.model import CausalConfig, LoraConfig, ModelConfig, WeightsConfig
+    from ppo_fast.rlhf.config.objective import AdvantageConfig, LossConfig
+    from ppo_fast.rlhf.config.optim import OptimConfig
+    from ppo_fast.rlhf.config.ppo import EvaluationConfig, PPOConfig
+    from ppo_fast.rlhf.config.reward import KLConfig, ReferenceConfig, RewardConfig
+    from ppo_fast.rlhf.config.rollout import DataConfig, RolloutConfig
+    from ppo_fast.rlhf.config.run import CheckpointConfig, LogConfig
+    from ppo_fast.rlhf.config.supervised import (
+        DPOConfig,
+        ExamplesConfig,
+        RewardModelConfig,
+        SFTConfig,
+        SupervisedLogConfig,
+        SupervisedOptimConfig,
+        ValueConfig,
+    )
     from ppo_fast.rlhf.critic import sample_scored, train_value_model
     from ppo_fast.rlhf.errors import UserError
     from ppo_fast.rlhf.ppo.judge import Judge
@@ -43,12 +57,44 @@ __all__ = [
     "export_pairs",
     "load_config",
     "UserError",
+    "CausalConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "WeightsConfig",
+    "AdvantageConfig",
+    "LossConfig",
+    "OptimConfig",
+    "EvaluationConfig",
+    "KLConfig",
+    "ReferenceConfig",
+    "RewardConfig",
+    "DataConfig",
+    "RolloutConfig",
+    "CheckpointConfig",
+    "LogConfig",
+    "ExamplesConfig",
+    "SupervisedLogConfig",
+    "SupervisedOptimConfig",
 ]
 
 _MODULES = {
     "config.files": ["load_config"],
-    "config.ppo": ["PPOConfig"],
-    "config.supervised": ["DPOConfig", "RewardModelConfig", "SFTConfig", "ValueConfig"],
+    "config.model": ["CausalConfig", "LoraConfig", "ModelConfig", "WeightsConfig"],
+    "config.objective": ["AdvantageConfig", "LossConfig"],
+    "config.optim": ["OptimConfig"],
+    "config.ppo": ["EvaluationConfig", "PPOConfig"],
+    "config.reward": ["KLConfig", "ReferenceConfig", "RewardConfig"],
+    "config.rollout": ["DataConfig", "RolloutConfig"],
+    "config.run": ["CheckpointConfig", "LogConfig"],
+    "config.supervised": [
+        "DPOConfig",
+        "ExamplesConfig",
+        "RewardModelConfig",
+        "SFTConfig",
+        "SupervisedLogConfig",
+        "SupervisedOptimConfig",
+        "ValueConfig",
+    ],
     "critic": ["sample_scored", "train_value_model"],
     "errors": ["UserError"],
     "ppo.judge": ["Judge"],

@@ -8,20 +8,18 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 from ppo_fast.rlhf.config.files import (
     Config,
-    Values,
-    check_names,
     config_from_dict,
-    field_defaults,
     load_config,
     merge,
-    nearest_name,
     preset_names,
     read_values,
 )
-from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
+from ppo_fast.rlhf.config.names import Values, check_names, field_defaults, hint
+from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.renamed import old_keys
+from ppo_fast.rlhf.config.run import RunConfig
 from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.errors import UserError, error_prefix, require
 
 # Short names of the flags that nearly every run sets.
 SHORT = {
@@ -91,7 +89,8 @@ def resumed_config(given: Values, kind: type[Config], resume: bool | str = True)
     from ppo_fast.rlhf.training.checkpoint import load_checkpoint
     from ppo_fast.rlhf.training.log import CHECKPOINTS
 
-    check_names(given, "resume", kind)  # before one of them says where the checkpoint is
+    with error_prefix("resume"):
+        check_names(given, kind)  # before one of them says where the checkpoint is
     directory = given.get("output_dir") or field_defaults(kind)["output_dir"]
     name = resume if isinstance(resume, str) else None
     saved = load_checkpoint(Path(str(directory)) / CHECKPOINTS, name, tensors=False).state["config"]
@@ -104,7 +103,7 @@ def read_flags(argv: Sequence[str], kind: type[RunConfig]) -> dict[str, Any]:
     "null" is None, and an empty list where a list is due. Types and ranges are not checked here: flags join the values
     of preset and file, and the config is built once, of all of them.
     """
-    fields = dict.fromkeys(old_keys(), True) | field_defaults(kind) | {CONFIG: None, RESUME: False}
+    fields = dict.fromkeys(old_keys(), True) | {**field_defaults(kind)} | {CONFIG: None, RESUME: False}
     fields |= {PRESET: None} if kind is PPOConfig else {}
     switched_off = {_negated(name): name for name, default in fields.items() if isinstance(default, bool)}
     texts, unknown = require("tyro").cli(
@@ -145,8 +144,7 @@ def _no_option(flag: str, kind: type[RunConfig]) -> UserError:
     if not flag.startswith("--"):
         return UserError(f"expected an option, got {flag!r}")
     long = {short: name for name, short in SHORT.items()}  # of other commands too
-    nearest = nearest_name(long.get(flag, flag[2:].replace("-", "_")), kind)
-    return UserError(f"no option {flag!r}, the nearest is {_flag(nearest)!r}")
+    return UserError(f"no option {flag!r}{hint(long.get(flag, flag[2:].replace('-', '_')), kind, _flag)}")
 
 
 def _negated(name: str) -> str:

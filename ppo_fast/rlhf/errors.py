@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Literal, get_args, get_type_hints
 
 # Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -21,6 +20,8 @@ def printable(text: str) -> str:
 
 class UserError(ValueError):
     """An input the user can correct: one printable sentence; the command line prints it without a traceback."""
+
+    shared = False  # another process of the run raised it first, and says so
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -47,14 +48,6 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
         raise UserError(f"{name}: expected {expected}, got {got!r}")
 
 
-def check_choices(group: str, config: object) -> None:
-    """Refuse what no Literal of the fields lists; a config made in Python is checked by nobody else."""
-    for name, kind in get_type_hints(type(config)).items():
-        choices, value = get_args(kind), getattr(config, name)
-        if getattr(kind, "__origin__", None) is Literal:
-            check(value in choices, f"{group}.{name}", f"one of {', '.join(map(repr, choices))}", value)
-
-
 def positive(name: str, value: float) -> None:
     check(value > 0 and math.isfinite(value), name, "a number > 0", value)
 
@@ -75,4 +68,6 @@ def error_prefix(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        prefixed = UserError(f"{where}: {error}")
+        prefixed.shared = error.shared
+        raise prefixed from error

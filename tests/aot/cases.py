@@ -65,10 +65,10 @@ def sample(V: int, *filters: float | None) -> None:
     sample_tokens.sample_tokens(SampleInputs(logits, keys, 1.0, *filters))
 
 
-def policy(estimator: str) -> None:
+def policy(estimator: str, objective: str = "clip") -> None:
     """The terms of the policy loss: only the objective, then all of them."""
     x, mask, none, coef = rows(), rows(torch.bool), torch.empty(0), torch.ones(())
-    clips = (0.2, 0.2, 3.0, "token", estimator, "token-mean")
+    clips = (0.2, 0.2, 3.0, "token", estimator, "token-mean", objective)
     stats = RowStats(x, x, none, none, none)
     inputs = PolicyInputs(None, x, None, None, None, None, None, None, None, *clips)
     policy_loss.policy_loss_from_stats(stats, None, inputs)
@@ -128,6 +128,7 @@ CASES: dict[str, Callable[[], None]] = {
     "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
     "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
+    "policy-cispo": functools.partial(policy, "k3", "cispo"),
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},
     **{f"gae-{dtype}-{steps}": functools.partial(scans, dtype, steps) for dtype in FLOATS[:2] for steps in (32, 1000)},

@@ -74,6 +74,7 @@ def config(**fields: Any) -> Callable[[], Any]:
 
 FLOATS = "float32, bfloat16, float16 or float64"
 HUGE, SPARSE = "an integer beyond every float", "one of layout torch.sparse_coo"
+IGNORED = "targets in [0, 4) where mask is True, got -100: pass mask=targets != -100"
 POSITIVE = "a number in [1e-30, 1e+30]"
 HEAD = ": pass {0}.full_tensor(grad_placements=[Partial()]), or call the op in the sharded module's forward"
 PENALTY = "PolicyLossConfig: expected penalty_coef to be"
@@ -93,6 +94,13 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (stats(targets=TARGETS.to(META)), "token_stats: expected targets on the device of logits (cpu), got meta"),
     (stats(targets=TARGETS - 1), "token_stats: expected targets in [0, 4) where mask is True, got -1"),
     (policy(targets=TARGETS + 4), "policy_loss: expected targets in [0, 4) where mask is True, got 4"),
+    (
+        lambda: pf.token_logprobs(LOGITS, TARGETS + 4),
+        "token_logprobs: expected targets in [0, 4) where mask is True, got 4",
+    ),
+    (stats(targets=TARGETS - 100), f"token_stats: expected {IGNORED}"),
+    (policy(targets=TARGETS - 100), f"policy_loss: expected {IGNORED}"),
+    (lambda: pf.token_logprobs(LOGITS, TARGETS - 100), f"token_logprobs: expected {IGNORED}"),
     (stats(ref_logits=LOGITS[:1]), "token_stats: expected ref_logits to match logits [2, 3, 4], got [1, 3, 4]"),
     (stats(ref_logits=LOGITS.long()), f"token_stats: expected ref_logits to be {FLOATS}, got torch.int64"),
     (stats(ref_logits=LOGITS.to(META)), "token_stats: expected ref_logits on the device of logits (cpu), got meta"),
@@ -390,6 +398,14 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (
         config(penalty_coef=torch.tensor(1)),
         f"{PENALTY} a number or a 0-d floating tensor, got a tensor of shape [] and dtype torch.int64",
+    ),
+    (
+        config(objective="ppo"),
+        "PolicyLossConfig: expected objective to be one of 'clip', 'cispo', got 'ppo'",
+    ),
+    (
+        config(objective="cispo", dual_clip=3.0),
+        "PolicyLossConfig: expected dual_clip to be None with objective='cispo', got 3.0",
     ),
     (config(ratio="group"), "PolicyLossConfig: expected ratio to be one of 'token', 'sequence', got 'group'"),
     (

@@ -15,6 +15,7 @@ HIDDEN, WEIGHT, BIAS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
 TARGETS, ROWS = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3)
 REF = torch.zeros(2, 3, 7)
 STATS, LOSS = "linear_token_stats", "linear_policy_loss"
+IGNORED = "targets in [0, 5) where mask is True, got -100: pass mask=targets != -100"
 
 
 def stats(**changes: Any) -> Callable[[], Any]:
@@ -94,6 +95,8 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
     (stats(targets=TARGETS.to(META)), f"{STATS}: expected targets on the device of hidden (cpu), got meta"),
     (stats(targets=TARGETS + 5), f"{STATS}: expected targets in [0, 5) where mask is True, got 5"),
     (loss(targets=TARGETS - 1), f"{LOSS}: expected targets in [0, 5) where mask is True, got -1"),
+    (stats(targets=TARGETS - 100), f"{STATS}: expected {IGNORED}"),
+    (loss(targets=TARGETS - 100), f"{LOSS}: expected {IGNORED}"),
     # the reference
     (stats(ref_weight=WEIGHT), f"{STATS}: expected ref_hidden with ref_weight, got None"),
     (loss(ref_bias=BIAS), f"{LOSS}: expected ref_hidden with ref_bias, got None"),

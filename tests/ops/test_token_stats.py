@@ -153,5 +153,5 @@ def test_gradcheck(field: str, masked: bool) -> None:
 def test_targets_are_checked_where_they_count() -> None:
     logits, targets = torch.zeros(1, 2, 4), torch.tensor([[1, 4]])
     assert pf.token_logprobs(logits, targets, mask=torch.tensor([[True, False]]))[0, 1] == 0
-    with raises_exactly("token_stats: expected targets in [0, 4) where mask is True, got 4"):
+    with raises_exactly("token_logprobs: expected targets in [0, 4) where mask is True, got 4"):
         pf.token_logprobs(logits, targets)

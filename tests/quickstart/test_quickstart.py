@@ -103,9 +103,9 @@ def test_same_seed_same_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    metrics = []
-    for out in (tmp_path / "first", tmp_path / "again"):
-        short = ["--answers", "200", "--pairs", "60", "--updates", "1"]
+    metrics, out = [], tmp_path / "run"
+    for again in ([], ["--overwrite"]):
+        short = ["--answers", "200", "--pairs", "60", "--updates", "1", *again]
         assert cli.main(["quickstart", "--out", str(out), "--seed", "3", *short]) == 0
         rows = [row for name in ("sft", "reward", "ppo", "no-kl") for row in plots.read_metrics(out / name)]
         metrics.append([{k: v for k, v in row.items() if not k.startswith(WALL_CLOCK)} for row in rows])
@@ -138,6 +138,19 @@ def test_the_summary_is_of_each_side() -> None:
         ("gold score (never seen in training)", "-1.00", "-3.00"),
         ("well-formed reviews", "100%", "0%"),
     ]
+
+
+def test_a_second_time_nothing_is_deleted_unasked(
+    short: tuple[Path, Result], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = short
+    held = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock" and path.is_file()}
+    assert cli.main(["quickstart", "--out", str(out)]) == 2
+    message = (
+        f"quickstart: {str(out)!r} already holds the run 'sft'; choose another (--out DIR) or replace it (--overwrite)"
+    )
+    assert capsys.readouterr().err == f"ppo-fast: {message}\n"
+    assert held == {path: path.stat().st_mtime_ns for path in held}
 
 
 @pytest.mark.parametrize("name", ["answers", "pairs", "updates"])

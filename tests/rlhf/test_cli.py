@@ -104,8 +104,9 @@ def test_short_flags():
             "no command 'trane'; "
             "the commands are sft, reward, value, train, dpo, plan, export, quickstart, plot, report, doctor",
         ),
-        (["sft", "--prompts", "p.jsonl"], "no option '--prompts', the nearest is '--data.held-out'"),
-        (["sft", "--preset", "tiny-cpu"], "no option '--preset', the nearest is '--log.print-every'"),
+        (["sft", "--prompts", "p.jsonl"], "no option '--prompts'; here it is '--data.train'"),
+        (["sft", "--preset", "tiny-cpu"], "no option '--preset'"),
+        (["sft", "--learning-rate", "1e-5"], "no option '--learning-rate'; here it is '--optim.lr'"),
         (["dpo", "--optim.lrr", "1"], "no option '--optim.lrr', the nearest is '--optim.lr'"),
         (["reward", "--data", "none.jsonl", "--model", "model"], "data.train: no such file 'none.jsonl'"),
         (["dpo", "--beta", "-1"], "flags: beta: expected a number > 0, got -1.0"),
@@ -129,11 +130,11 @@ def test_short_flags():
         ),
         (
             ["train", "--optim.lr", "fast"],
-            "flags: optim.lr: Input should be a valid number, unable to parse string as a number, got 'fast'",
+            "flags: optim.lr: expected a number, got 'fast'",
         ),
         (
             ["train", "--kl.placement", "los"],
-            "flags: kl.placement: Input should be 'reward', 'loss' or 'both', got 'los'",
+            "flags: kl.placement: expected 'reward', 'loss' or 'both', got 'los'",
         ),
         (
             ["train", "--seed", "1", "2"],

@@ -37,12 +37,16 @@ struct LogSumExps {
   double lse[kWidth] = {}, ref_lse[kWidth] = {};
 };
 
+inline double log_sum_exp(float max, float log_sum, double t) {
+  const double top = max;
+  return max == -kInfinity ? top : top / t + static_cast<double>(log_sum);  // log_sum is NaN there
+}
+
 inline LogSumExps log_sum_exps(const Normalizers& norm, float temperature) {
-  const double t = temperature;
   LogSumExps out;
   for (int i = 0; i < kWidth; ++i) {
-    out.lse[i] = static_cast<double>(norm.max[i]) / t + static_cast<double>(norm.log_sum[i]);
-    out.ref_lse[i] = static_cast<double>(norm.ref_max[i]) / t + static_cast<double>(norm.ref_log_sum[i]);
+    out.lse[i] = log_sum_exp(norm.max[i], norm.log_sum[i], temperature);
+    out.ref_lse[i] = log_sum_exp(norm.ref_max[i], norm.ref_log_sum[i], temperature);
   }
   return out;
 }

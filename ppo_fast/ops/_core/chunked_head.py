@@ -18,6 +18,7 @@ from ppo_fast.ops._core.head_gradients import Gradients, by_rows
 from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.results import RowStats
+from ppo_fast.ops._core.vocab_shard import VocabShard
 
 Group = TypeVar("Group", RowStats, RowGrads)
 
@@ -86,17 +87,20 @@ def _product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 class ChunkedHead:
     """The rows that count, the buffers of a chunk, and the row kernels on them.
 
-    With softcap the buffers hold t = tanh(x / softcap), whose temperature is temperature / softcap.
+    With softcap the buffers hold t = tanh(x / softcap), whose temperature is temperature / softcap. With ``shard`` the
+    weight is a slice of the vocabulary and the targets are local ones.
     """
 
-    def __init__(self, call: LinearCall, needs: NeedsGrad) -> None:
-        self.call, self.needs = call, needs
+    def __init__(self, call: LinearCall, needs: NeedsGrad, shard: VocabShard | None = None) -> None:
+        self.call, self.needs, self.shard = call, needs, shard
         hidden = call.hidden
         self.rows = CountedRows(call.mask, hidden.shape[0])
         self.count = self.rows.count
         self.targets = self.rows.of(call.targets)
         self.temperature = call.temperature / (call.softcap or 1.0)
-        buffers = Buffers.of(call, self.count, needs, hidden.device.type)
+        # The ranks of a group communicate for each tile: they must have the same tiles.
+        words = None if shard is None else shard.largest
+        buffers = Buffers.of(call, self.count, needs, hidden.device.type, words)
         self.chunk, self._layout = buffers.chunk, Layout(call, buffers)
         self.one_tile = 0 < self.count <= self._layout.rows(0)
         self._loaded: tuple[int, int] | None = None
@@ -154,6 +158,8 @@ class ChunkedHead:
 
     def tile_stats(self, tile: Tile) -> RowStats:
         """The statistics [1, n] of a tile."""
+        if self.shard is not None:
+            return self.shard.stats(self.inputs(tile), True, self.call.backend)
         return registry.implementation("token_stats", self.call.backend)(self.inputs(tile), True)
 
     def write_gradient(self, tile: Tile, grads: RowGrads, stats: RowStats) -> None:

@@ -37,9 +37,12 @@ def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def chunk_rows(call: LinearCall, count: int, needs: NeedsGrad, device: str) -> int:
-    """Rows whose logits or gradient are held at one time, of ``count`` that count; at least 1."""
-    V, itemsize = call.weight.shape[0], call.hidden.element_size()
+def chunk_rows(call: LinearCall, count: int, needs: NeedsGrad, device: str, words: int | None = None) -> int:
+    """Rows whose logits or gradient are held at one time, of ``count`` that count; at least 1.
+
+    ``words`` per row are those of the weight unless given.
+    """
+    V, itemsize = words or call.weight.shape[0], call.hidden.element_size()
     if call.chunk_size is not None:
         rows = call.chunk_size
     elif device == "cuda":
@@ -68,9 +71,9 @@ class Buffers(NamedTuple):
     separate: bool  # the gradient has memory of its own; else it replaces the logits
 
     @staticmethod
-    def of(call: LinearCall, count: int, needs: NeedsGrad, device: str) -> "Buffers":
-        """For ``count`` rows that count, on a device of that type."""
-        chunk = chunk_rows(call, count, needs, device)
+    def of(call: LinearCall, count: int, needs: NeedsGrad, device: str, words: int | None = None) -> "Buffers":
+        """For ``count`` rows that count, on a device of that type; ``words`` as :func:`chunk_rows` takes it."""
+        chunk = chunk_rows(call, count, needs, device, words)
         dtype, ref = _logits_dtype(call, call.hidden, device), call.ref_hidden
         separate = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
         smallest = _TILE if needs.need_weight else _TILE_FROZEN

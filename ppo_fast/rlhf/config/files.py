@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ppo_fast.rlhf.config.ppo import PPOConfig, RunConfig
-from ppo_fast.rlhf.config.renamed import what_became_of
-from ppo_fast.rlhf.errors import UserError, require
+from ppo_fast.rlhf.config.names import Values, check_names, leaves
+from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.run import RunConfig
+from ppo_fast.rlhf.errors import UserError, error_prefix, require
 from ppo_fast.rlhf.files import write_whole
 
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config", bound=RunConfig)
-Values = Mapping[str, Any]  # of a config, nested
 
 
 def load_config(
@@ -65,23 +64,9 @@ def config_from_dict(
     kind: type[Config] = PPOConfig,  # type: ignore[assignment]
 ) -> Config:
     """Build a config from nested mappings; strings such as "1e-5" become numbers where a number is due."""
-    check_names(values, source, kind)
-    pydantic = require("pydantic")
-    try:
-        # Over all defaults: a group that is given in part keeps those that its config has for it.
-        return pydantic.TypeAdapter(kind).validate_python(merge(dataclasses.asdict(kind()), values))
-    except pydantic.ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(error.errors()[0])}") from error
-
-
-def check_names(values: Values, source: str, kind: type[RunConfig]) -> None:
-    """UserError for a key that the config has not, or has under another name."""
-    known = field_defaults(kind)
-    for name, value in _leaves(values):
-        if (change := what_became_of(name, value)) is not None:
-            raise UserError(f"{source}: {change}")
-        if name not in known and not any(k.startswith(name + ".") for k in known):
-            raise UserError(f"{source}: unknown key {name!r}, the nearest is {nearest_name(name, kind)!r}")
+    with error_prefix(source):
+        check_names(values, kind)
+        return kind(**values)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -107,14 +92,6 @@ def _read(path: Path) -> Values:
     return values
 
 
-def _first_problem(problem: Mapping[str, Any]) -> str:
-    """One entry of pydantic's error list in one line; our own messages already name the field."""
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}, got {problem['input']!r}"
-
-
 def _toml() -> ModuleType:
     try:
         return importlib.import_module("tomllib")
@@ -136,32 +113,8 @@ def first_difference(a: RunConfig, b: RunConfig, free: Sequence[str] = ()) -> tu
 
     Fields that `free` names, by themselves or by their group, may differ.
     """
-    pairs = zip(_leaves(dataclasses.asdict(a)), _leaves(dataclasses.asdict(b)), strict=True)
+    pairs = zip(leaves(dataclasses.asdict(a)), leaves(dataclasses.asdict(b)), strict=True)
     differing = ((name, x, y) for (name, x), (_, y) in pairs if x != y)
     return next(
         (found for found in differing if not f"{found[0]}.".startswith(tuple(f"{name}." for name in free))), None
     )
-
-
-def field_defaults(kind: type[RunConfig] = PPOConfig) -> dict[str, object]:
-    """Dotted names of the fields of a config with their defaults."""
-    return dict(_leaves(dataclasses.asdict(kind())))
-
-
-def _leaves(tree: Values, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names of what nested mappings hold."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def nearest_name(name: str, kind: type[RunConfig] = PPOConfig) -> str:
-    """The dotted field of a config most like `name`, as a whole or in its last part."""
-
-    def likeness(candidate: str) -> float:
-        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    return max(field_defaults(kind), key=likeness)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from ppo_fast.rlhf.config.ppo import AdamWConfig, CausalConfig, RunConfig, RunLogConfig, WeightsConfig, check_float16
+from ppo_fast.rlhf.config.base import Settings
+from ppo_fast.rlhf.config.model import CausalConfig, WeightsConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig, check_float16
+from ppo_fast.rlhf.config.run import RunConfig, RunLogConfig
 from ppo_fast.rlhf.errors import check, divides, positive
 
 
 @dataclass(frozen=True)
-class ExamplesConfig:
+class ExamplesConfig(Settings):
     """Training and held-out examples: JSONL, Parquet, or a directory that the datasets library saved."""
+
+    GROUP = "data"
 
     train: str | None = None  # path of the examples
     held_out: str | None = None  # path of examples never trained on; null: a share of train
@@ -21,6 +26,7 @@ class ExamplesConfig:
     bucket: bool = True  # batches of similar length: less padding, the same examples per epoch
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("data.max_tokens", self.max_tokens)
         check(0 <= self.held_out_frac < 1, "data.held_out_frac", "0 <= held_out_frac < 1", self.held_out_frac)
 

@@ -22,7 +22,12 @@ def run_generate(model: PreTrainedModel, requests: Sequence[Request], settings: 
     """Sample a response to each request, `settings.width` at a time; keys and values are freed on return."""
     parts = [requests[start : start + settings.width] for start in range(0, len(requests), settings.width)]
     with torch.no_grad():
-        return Responses.joined([_run_batch(model, part, settings) for part in parts])
+        found = list[Responses]()
+        for part in parts:
+            found.append(_run_batch(model, part, settings))
+            if settings.progress is not None:
+                settings.progress(sum(len(each.lengths) for each in found), len(requests))
+        return Responses.joined(found)
 
 
 def _run_batch(model: PreTrainedModel, requests: Sequence[Request], settings: DecodingSettings) -> Responses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from ppo_fast import ops
 from ppo_fast.rlhf.errors import UserError
+
+Progress = Callable[[int, int], None]  # is called with what is done, and of how much
 
 
 class Request(NamedTuple):
@@ -34,6 +36,12 @@ class Responses(NamedTuple):
     logprobs: Tensor  # [B, T] float32, each taken at the step that sampled the token
     lengths: Tensor  # [B] int64: tokens, the EOS or the last of a stop string included
     ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
+
+    @classmethod
+    def none(cls, device: torch.device) -> Responses:
+        """Return the responses to no requests."""
+        empty = torch.empty((0, 0), dtype=torch.int64, device=device)
+        return cls(empty, empty.float(), empty.flatten(), empty.flatten().bool())
 
     @classmethod
     def cut(cls, tokens: Tensor, logprobs: Tensor, found: Tensor, limits: Tensor) -> Responses:
@@ -97,6 +105,7 @@ class DecodingSettings:
     seed: int  # of the noise; see `noise_seed`
     width: int  # responses sampled at a time
     stop: StopStringCriteria | None = None
+    progress: Progress | None = None  # of the responses
 
 
 def noise_seed(seed: int, phase: str) -> int:

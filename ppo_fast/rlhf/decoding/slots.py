@@ -76,6 +76,7 @@ class Loop:
         self.tokens = torch.zeros((len(requests), longest), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((len(requests), longest), dtype=torch.float32, device=device)
         self.found = torch.zeros(len(requests), dtype=torch.int64, device=device)
+        self.answered = 0
 
     def run(self) -> Responses:
         """Return the responses."""
@@ -133,6 +134,9 @@ class Loop:
             self.tokens[requests] = self.state.tokens[slots, :-1]
             self.logprobs[requests] = self.state.logprobs[slots, :-1]
             self.found[requests] = self.state.found[slots]
+            self.answered += len(requests)
+            if self.settings.progress is not None:
+                self.settings.progress(self.answered, len(self.requests))
 
     def _move(self, sources: list[int], targets: list[int]) -> None:
         if sources:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, utils
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ppo_fast.rlhf.config.ppo import WeightsConfig
+from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.errors import UserError
 
 VARLEN = "ppo_fast_varlen"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.rlhf.config.ppo import CausalConfig, WeightsConfig
+from ppo_fast.rlhf.config.model import CausalConfig, WeightsConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.adapters import Adapters, adapt, add_to_weights

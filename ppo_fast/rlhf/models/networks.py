@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ppo_fast.rlhf.config.ppo import WeightsConfig
+from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.integrity import copy_tensors, read_tensors
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter

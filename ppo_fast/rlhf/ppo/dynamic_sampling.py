@@ -117,10 +117,13 @@ def _joined_scores(a: ScoredBatch, b: ScoredBatch, before: Array, after: Array, 
     """Return the scores of the rows `order` of both, whose responses have `before` and `after` tokens."""
     rows, lengths = to_device(order, a.totals.device), np.concatenate([before, after])
     tokens = torch.cat([a.per_token_scores, b.per_token_scores])
+    names = ("sources", "combined", "unpenalized")
+    own = {name: torch.cat([getattr(x.own, name) for x in (a, b)])[rows] for name in names}
     std = None if a.std is None or b.std is None else torch.cat([a.std, b.std])[rows]
     return ScoredBatch(
         per_token_scores=tokens[token_indices(lengths, order, tokens.device)],
         totals=torch.cat([a.totals, b.totals])[rows],
         verdicts=select(a.verdicts + b.verdicts, order),
         std=std,
+        own=dataclasses.replace(a.own, **own),
     )

@@ -25,6 +25,7 @@ from ppo_fast.rlhf.training.finite import check_metrics
 from ppo_fast.rlhf.training.log import BEST, Record
 from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import call, load_callable
+from ppo_fast.rlhf.world import current
 
 Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), called by keyword
 
@@ -32,9 +33,12 @@ Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), ca
 class Evaluation(Callback):
     """Answers the same prompts from the same random numbers each time, so that two evaluations differ by the model.
 
-    Metrics eval/scores, eval/kl (nats per response), eval/length, eval/truncated_frac, eval/win_rate (the share of
-    prompts with a higher score than the model at the start reached, ties half), and eval/NAME of every evaluator.
+    Metrics eval/scores, eval/reward (before normalization, clip and penalties), eval/kl (nats per response),
+    eval/length, eval/truncated_frac, eval/win_rate (the share of prompts with a higher score than the model at the
+    start reached, ties half), and eval/NAME of every evaluator.
     """
+
+    phase = "evaluation"
 
     def __init__(
         self,
@@ -103,7 +107,8 @@ class Evaluation(Callback):
         generation = self._answers(self.data, self.rollout_fn)
         rollout = score(self.models, generation, self.config.scoring)
         responses = Responses.from_generation(generation, self.models.tokenizer)
-        scores = self.scorer(responses, learn=False).totals
+        scored = self.scorer(responses, learn=False)
+        scores = scored.totals
         start, start_scores = self._at_the_start(responses)
         wins = torch.sign(scores - start_scores).mean() / 2 + 0.5
         self.answers = [
@@ -119,6 +124,7 @@ class Evaluation(Callback):
         ]
         values = {
             "eval/scores": scores.mean(),
+            "eval/reward": scored.own.combined.mean(),
             "eval/kl": rollout.sums(rollout.logprobs - rollout.ref_logprobs).mean(),
             "eval/length": rollout.grid.lengths.mean(),
             "eval/truncated_frac": (~generation.ended).double().mean(),
@@ -136,12 +142,17 @@ class Evaluation(Callback):
         """Return the metrics of the evaluators; their `generate` maps prompts to completions of the current policy."""
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
-            inputs = {"generate": self._complete, "model": self.models.policy, "tokenizer": self.models.tokenizer}
-            answer = call("evaluator", evaluator, **inputs)
-            if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
-                raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+            with self.models.whole("policy") as policy:
+                inputs = {"generate": self._complete, "model": policy, "tokenizer": self.models.tokenizer}
+                answer = current().together(lambda: self._numbers(evaluator, inputs))[0]  # noqa: B023  # called here
             metrics |= {f"eval/{name}": float(value) for name, value in answer.items()}
         return metrics
+
+    def _numbers(self, evaluator: Evaluator, inputs: dict[str, object]) -> dict[str, float]:
+        answer = call("evaluator", evaluator, **inputs)
+        if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
+            raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+        return answer
 
     def _complete(self, prompts: PromptRows) -> list[str]:
         if isinstance(prompts, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -31,9 +31,10 @@ class RunLog(StageLog):
 
     def on_step(self, record: StepRecord) -> None:
         """Record an update, its samples and its answers to the held-out prompts."""
-        self.write_answers(record.step + 1, record.answers)
+        if self.is_main:
+            self.write_answers(record.step + 1, record.answers)
         super().on_step(record)
-        if record.metrics:
+        if record.metrics and self.is_main:
             self.write_samples(record.step + 1, record.batch.rollout, record.batch.rewards)
 
     def write_answers(self, update: int, answers: Iterable[Mapping[str, object]]) -> None:
@@ -42,34 +43,49 @@ class RunLog(StageLog):
             _line(self._open[EVALUATIONS], {"update": update, **answer})
 
     def write_samples(self, update: int, rollout: Rollout, rewards: Rewards) -> None:
-        """Record the first responses of the rollout and show them as a table, every `samples_every` updates."""
+        """Record the first responses of the rollout and show them as a table, at first and every `samples_every`."""
         log = self.config.log
-        shown = log.samples_every > 0 and update % log.samples_every == 0
+        shown = log.samples_every > 0 and (update == 1 or update % log.samples_every == 0)
         prompts, scores = rollout.generation.prompts.prompts, rewards.scores.tolist()
         kept = len(scores) if log.all_samples else log.samples * shown
         columns = rollout.generation.prompts.columns
         used = {name: columns[name] for name in TEMPLATE_COLUMNS if name in columns}
-        for row, (prompt, response, value) in enumerate(zip(prompts[:kept], rewards.completions, scores, strict=False)):
-            record = {"update": update, "prompt": prompt, "completion": response, "score": value}
+        rows = [*zip(prompts, rewards.completions, rewards.own.unpenalized.tolist(), scores, strict=True)]
+        for row, (prompt, response, own, value) in enumerate(rows[:kept]):
+            record = {"update": update, "prompt": prompt, "completion": response, "reward": own, "score": value}
             asked = {} if isinstance(prompt, str) else {name: values[row] for name, values in used.items()}
             _line(self._open[SAMPLES], record | asked)
         if not shown:
             return
-        table = Table("prompt", "response", "score", title=f"samples of update {update}", title_justify="left")
-        for prompt, response, value in zip(prompts[: log.samples], rewards.completions, scores, strict=False):
-            table.add_row(_one_line(prompt), _one_line(response), f"{value:.3f}")
-        self.console.print(table)
+        self.console.print(_table(f"samples of update {update}", rows[: log.samples]))
 
-    def _summary(self, metrics: dict[str, float]) -> str:
-        loss = self.config.loss
-        entropy = 0 - loss.ent_coef * metrics["policy/entropy"]
-        value = f"value {loss.vf_coef * metrics['loss/value']:+.4f}  " if "loss/value" in metrics else ""
-        return (
-            f"reward {metrics['objective/rlhf_reward']:+.3f}  "
-            f"score {metrics['objective/scores']:+.3f}  KL {metrics['objective/kl']:.3f}  "
-            f"loss: policy {metrics['loss/policy']:+.4f}  {value}entropy {entropy:+.4f}  "
-            f"total {metrics['loss/total']:+.4f}  {metrics['tokens_per_second']:.0f} tok/s"
-        )
+    def _summary(self, metrics: Mapping[str, float]) -> list[list[str]]:
+        seconds = sum(x for name, x in metrics.items() if name.startswith("time/") and not name.endswith("_share"))
+        shown = [
+            f"reward {_number(metrics['reward/mean'], '+')}",
+            f"KL {_number(metrics['objective/kl'])}",
+            f"entropy {_number(metrics['objective/entropy'])}",
+            f"length {metrics['length/mean']:.1f}",
+            f"clip {metrics['policy/clipfrac']:.2f}",
+            f"{seconds:.1f} s",
+        ]
+        return [shown, *self._evaluation(metrics)]
+
+
+def _table(title: str, rows: Sequence[tuple[Prompt, str, float, float]]) -> Table:
+    """Return a table of prompts, responses and their rewards, and of their scores if penalties change these."""
+    columns = ["reward"] + ["score"] * any(own != value for *_, own, value in rows)
+    table = Table("prompt", "response", title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for prompt, response, *numbers in rows:
+        cells = [f"{number:.3f}" for number in numbers[: len(columns)]]
+        table.add_row(_one_line(prompt), _one_line(response), *cells)
+    return table
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign}.4g}"
 
 
 def _one_line(text: Prompt) -> Text:

@@ -12,7 +12,7 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.advantages import Experience, agreeing
 from ppo_fast.rlhf.ppo.correction import mismatch_metrics
-from ppo_fast.rlhf.ppo.rewards import Rewards
+from ppo_fast.rlhf.ppo.rewards import OwnScores, Rewards
 from ppo_fast.rlhf.ppo.rollout import Rollout
 from ppo_fast.rlhf.ppo.update import UpdateStats
 from ppo_fast.rlhf.training.finite import check_metrics
@@ -76,8 +76,19 @@ def _objective(rollout: Rollout, rewards: Rewards) -> dict[str, Tensor]:
         "objective/rlhf_reward": total.mean(),
         "objective/non_score_reward": (total - rewards.scores).mean(),
         "objective/kl_coef": rewards.kl_coef,
+        **_own_scores(rewards.own),
         "rollout/logprob_diff_max": difference.max(),
         "rollout/logprob_diff_mean": difference.mean(),
+    }
+
+
+def _own_scores(own: OwnScores) -> dict[str, Tensor]:
+    """Return mean and deviation of what the sources gave, of each and combined, before clip and penalties."""
+    scores = {"": own.combined} | {f"{name}/": own.sources[:, index] for index, name in enumerate(own.names)}
+    return {
+        f"reward/{prefix}{kind}": number
+        for prefix, values in scores.items()
+        for kind, number in (("mean", values.mean()), ("std", values.std(correction=0)))
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,12 +17,28 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
 from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.errors import UserError, check
-from ppo_fast.rlhf.ppo.reward_sources import Responses, Score
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses, Score, shared_out
 from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, select, token_indices
 from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import as_list, call
 
 Verdict = bool | Literal["mask"]  # of the filter: kept, rejected, or left out of the update
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """The scores of B responses before clip and penalties: totals over the tokens of each."""
+
+    names: tuple[str, ...]  # of the S sources
+    sources: Tensor  # [B, S] float32: as each source gave them
+    combined: Tensor  # [B] float32: of these, in the units of the sources; the number itself of one with weight 1
+    unpenalized: Tensor  # [B] float32: of the normalized ones; `rejected_score` where the filter rejects
+
+    def to(self, device: torch.device) -> OwnScores:
+        """Return the same on a device."""
+        sources, *others = (x.to(device) for x in (self.sources, self.combined, self.unpenalized))
+        return OwnScores(self.names, sources, *others)
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class ScoredBatch:
     totals: Tensor  # [B] float32: their sums
     verdicts: list[Verdict]  # [B]
     std: Tensor | None  # [B] float32: standard deviation of the sources' scores; None where they are summed
+    own: OwnScores  # before clip and penalties
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,12 @@ class Rewards:
     completions: list[str]  # [B] decoded responses without special tokens
     verdicts: list[Verdict]  # [B] of the filter
     std: Tensor | None  # [B] float32: standard deviation of the sources' scores; None where they are summed
+    own: OwnScores  # before clip and penalties
 
     def select(self, rows: Array, lengths: Array) -> Rewards:
         """The rewards of these responses; `lengths` [B] are those of all."""
         chosen = token_indices(lengths, rows, self.rewards.device)
-        per_response = ("scores", "completion_ids", "completions", "verdicts", "std")
+        per_response = ("scores", "completion_ids", "completions", "verdicts", "std", "own")
         kept = select({name: getattr(self, name) for name in per_response}, rows)
         return replace(self, rewards=self.rewards.index_select(0, chosen), kl=self.kl.index_select(0, chosen), **kept)
 
@@ -123,13 +142,16 @@ class Scorer:
         check(len(weights) == count, "reward.weights", f"one for each of the {count} sources", config.weights)
         self.weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         self.running = [RunningStats() for _ in sources]
+        self.names = source_names(sources)
 
     def __call__(self, responses: Responses, *, learn: bool = True) -> ScoredBatch:
         """Score responses; `learn`: take them into the running statistics."""
         lengths = torch.tensor([len(ids) for ids in responses.completion_ids], dtype=torch.int64, device="cpu")
-        sources = [self._normalized(n, responses, lengths, learn) for n in range(len(self.sources))]
-        scores, std = self._combined(torch.stack(sources), lengths)
-        config, last = self.config, lengths.cumsum(0) - 1
+        given = torch.stack([_given(source, responses, lengths) for source in self.sources])
+        normalized = [self._normalized(n, scores, lengths, learn) for n, scores in enumerate(given)]
+        scores, std = self._combined(torch.stack(normalized), lengths)
+        *own, combined = (response_sums(each, lengths) for each in (*given, self._combined(given, lengths)[0]))
+        plain, config, last = scores, self.config, lengths.cumsum(0) - 1
         if config.clip is not None:
             scores = scores.clamp(-config.clip, config.clip)
         penalty = config.length_penalty * lengths.float()
@@ -138,11 +160,19 @@ class Scorer:
         ended = torch.tensor(responses.ended, dtype=torch.bool, device="cpu")
         penalty = torch.where(ended, penalty, penalty + config.missing_eos_penalty)
         scores = scores.index_add(0, last, -penalty)
-        verdicts = self._verdicts(responses)
+        verdicts = shared_out(self._verdicts, responses, whole=hasattr(self.filter, "load_state_dict"))
         no = torch.tensor([verdict is False for verdict in verdicts], dtype=torch.bool, device="cpu")
         rejected = torch.zeros_like(scores).index_fill(0, last, config.rejected_score)
-        scores = torch.where(no.repeat_interleave(lengths), rejected, scores)
-        return ScoredBatch(scores, response_sums(scores, lengths), verdicts, std)
+        scores, plain = (torch.where(no.repeat_interleave(lengths), rejected, each) for each in (scores, plain))
+        totals, unpenalized = (response_sums(each, lengths) for each in (scores, plain))
+        before = OwnScores(self.names, torch.stack(own, dim=1), combined, unpenalized)
+        return ScoredBatch(scores, totals, verdicts, std, before)
+
+    def split(self, models: Models, *, offload: bool = False) -> None:
+        """Split the weights of reward models over the ranks, if they are a process group."""
+        for source in self.sources:
+            if isinstance(source, ModelSource):
+                source.split(models, offload=offload)
 
     def _combined(self, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""
@@ -164,15 +194,14 @@ class Scorer:
             return [True] * len(responses.completions)
         answer = call("filter", self.filter, **responses.arguments())
         verdicts = as_list("filter", "verdicts", answer, len(responses.completions))
-        for sample, verdict in enumerate(verdicts):
+        for sample, verdict in enumerate(verdicts, start=responses.first):
             known = isinstance(verdict, bool) or verdict == "mask"
             check(known, "filter", f"True, False or 'mask' for sample {sample}", verdict)
         return verdicts
 
-    def _normalized(self, number: int, responses: Responses, lengths: Tensor, learn: bool) -> Tensor:
+    def _normalized(self, number: int, scores: Tensor, lengths: Tensor, learn: bool) -> Tensor:
         """Return the scores [N] of one source, of mean 0 and deviation 1 in total by the statistics at hand."""
         source, running = self.sources[number], self.running[number]
-        scores = _per_token(source(responses), lengths)
         if self.config.normalize == "running" and learn:
             running.update(response_sums(scores, lengths))
         stats = {"running": running.stats(), "dataset": getattr(source, "saved_stats", (0.0, 1.0)), "none": (0.0, 1.0)}
@@ -186,6 +215,15 @@ class Scorer:
     def load_state_dict(self, state: State) -> None:
         for stats, saved in zip(self.running, state["running"], strict=True):
             stats.load_state_dict(saved)
+
+
+def source_names(sources: Iterable[object]) -> tuple[str, ...]:
+    """Return a name for the metrics of each source: of its function, or of the directory of its model, and a number."""
+    names: list[str] = []
+    for source in sources:
+        stem = getattr(source, "name", "reward")
+        names.append(next(x for n in itertools.count(1) if (x := stem if n == 1 else f"{stem}-{n}") not in names))
+    return tuple(names)
 
 
 def overlong(lengths: Tensor, longest: int, buffer: int | None = None) -> Tensor:
@@ -246,6 +284,7 @@ def compute_rewards(
         completions=responses.completions,
         verdicts=scores.verdicts,
         std=None if scores.std is None else scores.std.to(device),
+        own=scores.own.to(device),
     )
 
 
@@ -267,6 +306,12 @@ def without_truncated(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewa
     if len(rows) == len(rewards.verdicts):
         return rollout, rewards
     return rollout.select(rows), rewards.select(rows, rollout.grid.lengths)
+
+
+def _given(source: Callable[[Responses], list[Score]], responses: Responses, lengths: Tensor) -> Tensor:
+    """Return the scores [N] of a source, each rank's of its share of the responses."""
+    whole = hasattr(getattr(source, "function", None), "load_state_dict")
+    return _per_token(shared_out(source, responses, whole=whole), lengths)
 
 
 def _per_token(scores: list[Score], lengths: Tensor) -> Tensor:

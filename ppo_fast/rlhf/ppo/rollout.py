@@ -14,8 +14,9 @@ from ppo_fast.rlhf.config.ppo import RolloutConfig
 from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, ranges, to_device
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.decoding.engines import find_engine
-from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling, stop_criteria
+from ppo_fast.rlhf.decoding.requests import DecodingSettings, Progress, Request, Responses, Sampling, stop_criteria
 from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.world import World, current
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,20 @@ class Rollout:
         return {name: getattr(self, name) for name in names}
 
 
-def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, seed: int, first_row: int = 0) -> Generation:
+def generate(
+    models: Models,
+    prompts: PromptBatch,
+    config: RolloutConfig,
+    seed: int,
+    first_row: int = 0,
+    progress: Progress | None = None,
+) -> Generation:
     """Sample one response of at most `max_new_tokens` tokens to each prompt.
 
     Args:
         seed, first_row: of the noise. A response depends on them, its place in the batch, its prompt and the weights;
             not on the engine or `micro_batch_size`.
+        progress: is called as responses end.
     """
     settings = DecodingSettings(
         eos_ids=models.eos_ids,
@@ -84,13 +93,18 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, seed: 
         seed=seed,
         width=config.micro_batch_size or len(prompts.prompts),
         stop=stop_criteria(config.stop, models.tokenizer),
+        progress=progress,
     )
     requests = [
         Request(ids, first_row + row, config.max_new_tokens)
         for row, ids in enumerate(counted_ids(prompts.input_ids, prompts.attention_mask))
     ]
-    with models.using("policy") as policy:
-        responses = find_engine(config.engine, policy)(policy, requests, settings)
+    own = current().share(len(requests))
+    responses = Responses.none(models.device)
+    with models.whole("policy") as policy:
+        if own:
+            responses = find_engine(config.engine, policy)(policy, requests[own.start : own.stop], settings)
+    responses = gathered(responses, current())
     length = responses.tokens.shape[1]
     mask = torch.arange(length, dtype=torch.int64, device=models.device) < responses.lengths[:, None]
     return Generation(
@@ -101,6 +115,16 @@ def generate(models: Models, prompts: PromptBatch, config: RolloutConfig, seed: 
         ended=responses.ended,
         logprobs=responses.logprobs,
     )
+
+
+def gathered(responses: Responses, world: World) -> Responses:
+    """Return the responses of all ranks, by rank."""
+    if world.size == 1:
+        return responses
+    width = max(world.objects(responses.tokens.shape[1]))
+    pad = width - responses.tokens.shape[1]
+    padded = (torch.nn.functional.pad(x, (0, pad)) for x in responses[:2])
+    return Responses(*map(world.concatenate, (*padded, *responses[2:])))
 
 
 def counted_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:

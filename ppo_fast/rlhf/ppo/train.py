@@ -53,7 +53,7 @@ from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_m
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog
-from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.loop import TrainingLoop, describe_model
 from ppo_fast.rlhf.training.resume import (
     file_digests,
     inputs,
@@ -67,6 +67,7 @@ from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
 from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
+from ppo_fast.rlhf.world import current, join
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class PPORun(TrainingLoop):
         self.reference = Reference(self.models, self.config.reference)
         self.monitors = RewardHackingMonitor()
         self.watch = Stopwatch(self.models.device, peaks=bool(self.callbacks))
+        self.learner.progress = self.watch.progress
         rate = matmul_rate(self.models.device, self.models.policy.dtype)
         self.utilization = Utilization(rate, phase_work(self.models))
         self.kl = KLCoefficient(self.config.kl, self.models.device)
@@ -157,7 +159,7 @@ class PPORun(TrainingLoop):
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
             tokens = int(rollout.grid.attention.sum())
             passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
-            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
+            metrics |= self.utilization.metrics(tokens / current().size, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return self._recorded(update, batch, metrics, note)
@@ -177,6 +179,21 @@ class PPORun(TrainingLoop):
 
     def _finished(self) -> bool:
         return super()._finished() or (self.evaluation is not None and self.evaluation.exhausted)
+
+    def describe(self) -> list[str]:
+        config, models = self.config, self.models
+        trained = [*models.trained("policy"), *([] if models.value is None else models.trained("value"))]
+        settings = config.model
+        critic = [] if models.value is None else ["with a critic"]
+        layout = f"layout {settings.layout}" + f" of rank {settings.lora.rank}" * (models.adapters is not None)
+        prompts = f"{len(self.data.token_ids):,} prompts" + f" ({self.data.dropped:,} dropped)" * bool(
+            self.data.dropped
+        )
+        run = f"{config.updates:,} updates of {config.rollout.batch_size} responses"
+        return [
+            describe_model(models.policy, trained, layout, *critic, *["packed"] * models.packed),
+            f"{prompts}; {run}; output in {config.output_dir}",
+        ]
 
     def _objects(self) -> Objects:
         return {"models": self.models, "tokenizer": self.models.tokenizer}
@@ -199,7 +216,8 @@ class PPORun(TrainingLoop):
     def _answers(self, count: int) -> Generation:
         """Sample responses to the next `count` prompts."""
         prompts = self._next_prompts(count)
-        found = respond(self.models, prompts, self.config.rollout, self.seed, self.row, self.rollout_fn)
+        settings, progress = self.config.rollout, self.watch.progress
+        found = respond(self.models, prompts, settings, self.seed, self.row, self.rollout_fn, progress)
         self.row += len(prompts.prompts)
         return found
 
@@ -281,7 +299,12 @@ def open_run(
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
     """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
     config = dataclasses.replace(config, rollout=config.rollout.resolved())
-    with hold_directory(config.output_dir), threads(config.threads):
+    with (
+        join(config.model.device, config.ddp_timeout),
+        hold_directory(config.output_dir),
+        threads(config.threads),
+    ):
+        _check_ranks(config)
         if config.rollout.engine == "vllm":
             import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
@@ -320,6 +343,8 @@ def open_run(
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
+        models.split(offload=config.model.offload)
+        scorer.split(models, offload=config.model.offload)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
@@ -329,8 +354,21 @@ def open_run(
             log,
             StopSignals(log.unit, config.max_hours) as stop,
         ):
-            save_config(config, log.directory / "config.yaml")
+            if current().is_main:
+                save_config(config, log.directory / "config.yaml")
             yield run, log, stop
+
+
+def _check_ranks(config: PPOConfig) -> None:
+    """Refuse by name what several processes, or weights split over them, cannot have."""
+    if current().mesh is None:
+        return
+    one = "false under torchrun"
+    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
+    activations = config.model.offload_activations
+    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:

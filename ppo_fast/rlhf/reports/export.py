@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the best and the worst response to each prompt of each update as {"prompt", "chosen", "rejected"}.
 
-    The scores go along as "score_chosen" and "score_rejected", and so do the columns that the chat template is given.
-    Messages get messages: an answer of the assistant's.
+    The scores before clip and penalties decide, and go along as "score_chosen" and "score_rejected"; so do the columns
+    that the chat template is given. A response without text is left out. Messages get messages: an answer of the
+    assistant's.
 
     Args:
         run: directory of a run with several responses per prompt (`rollout.samples_per_prompt`) and all of them
@@ -56,18 +57,26 @@ def export_pairs(run: str | Path, out: str | Path | None = None) -> Path:
 def _pairs(source: Path) -> Iterator[Record]:
     groups: dict[tuple[int, str], list[Record]] = {}
     for record in sample_records(source, "update", "prompt", "completion", "score"):
+        if not record["completion"].strip():
+            continue
         asked = {name: record[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in record}
         groups.setdefault((record["update"], json.dumps(asked)), []).append(record)
     for (_, question), group in groups.items():
-        ordered = sorted(group, key=lambda record: record["score"])
+        ordered = sorted(group, key=_score)
         rejected, chosen = ordered[0], ordered[-1]
-        if chosen["score"] > rejected["score"] and chosen["completion"] != rejected["completion"]:
+        if _score(chosen) > _score(rejected) and chosen["completion"] != rejected["completion"]:
             yield json.loads(question) | {
                 "chosen": _answer(chosen),
                 "rejected": _answer(rejected),
-                "score_chosen": chosen["score"],
-                "score_rejected": rejected["score"],
+                "score_chosen": _score(chosen),
+                "score_rejected": _score(rejected),
             }
+
+
+def _score(record: Record) -> float:
+    """Return the score before clip and penalties; earlier versions recorded only the score."""
+    own, score = record.get("reward"), float(record["score"])
+    return float(own) if isinstance(own, int | float) else score
 
 
 def _answer(record: Record) -> object:

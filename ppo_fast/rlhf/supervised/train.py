@@ -30,7 +30,7 @@ from ppo_fast.rlhf.training.failures import save_batch
 from ppo_fast.rlhf.training.finite import check_metrics, require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
 from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
-from ppo_fast.rlhf.training.loop import TrainingLoop
+from ppo_fast.rlhf.training.loop import TrainingLoop, describe_model
 from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
 from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
@@ -118,6 +118,7 @@ class SupervisedEvaluation(Callback, Generic[Kind]):
     objective: Objective[Kind]
     examples: list[Kind]
     every: int
+    phase = "evaluation"
 
     def on_step(self, record: StepRecord) -> StepRecord | None:
         done = record.step + 1
@@ -167,6 +168,7 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
                 metrics = self._train(index, batch.examples)
             metrics["time/step"] = watch.seconds["step"]
             tokens = sum(part.length for example in batch.examples for part in example.parts)
+            metrics["tokens_per_second"] = tokens / max(watch.seconds["step"], 1e-9)
             metrics |= self.utilization.metrics(tokens, {}, watch.seconds)
         except NotFiniteError as error:
             notes.append(self.give_up(index, log, error, functools.partial(self._save_failure, batch)))
@@ -219,6 +221,16 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         batch = vars(self.objective.batch(failed.examples))
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         return save_batch(target, self._write, tensors, record)
+
+    def describe(self) -> list[str]:
+        model, data, optim = self.objective.model, self.data, self.config.optim
+        counts = f"{len(data.train):,} examples, {len(data.held_out):,} held out"
+        kept = "packed" if getattr(self.config.model, "packing", False) else ""
+        lora = f"adapters of rank {self.config.model.lora.rank}" if self.objective.adapters is not None else ""
+        return [
+            describe_model(model, model.parameters(), lora, kept),
+            f"{counts}; {self.total:,} steps of {optim.batch_size}; output in {self.config.output_dir}",
+        ]
 
     def _objects(self) -> Objects:
         return {"models": self.objective.model, "tokenizer": self.tokenizer}

@@ -60,6 +60,8 @@ class Callback:
     One with `state_dict` and `load_state_dict` is saved in every checkpoint and restored by `resume`.
     """
 
+    phase = ""  # in the progress bar during a call, where that takes its time
+
     def on_start(self, record: StepRecord) -> None:
         """Called before the first step, and before the next one of a resumed run."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -21,28 +22,48 @@ from ppo_fast.rlhf.data.templates import is_messages
 from ppo_fast.rlhf.errors import UserError, check, printable, require
 from ppo_fast.rlhf.files import remove
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
+from ppo_fast.rlhf.world import current
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 METRICS, SAMPLES, EVALUATIONS = "metrics.jsonl", "samples.jsonl", "evaluations.jsonl"
 TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST = "tensorboard", "checkpoints", "final", "failed", "best"
+PHASE = "{task.fields[phase]}"  # of the progress bar
+PHASES = {"rollout": "sampling", "resample": "sampling again", "logprobs": "scoring", "score": "reward", "step": ""}
 Record = dict[str, Any]  # a line of a JSONL file
 RUN_ARTIFACTS = (METRICS, SAMPLES, EVALUATIONS, TENSORBOARD, CHECKPOINTS, FINAL, FAILED, BEST)
 
 
 def require_free(config: RunConfig) -> None:
-    """Raise a UserError when the directory holds files that the run would replace and `overwrite` is off."""
-    held = [name for name in RUN_ARTIFACTS if (Path(config.output_dir) / name).exists()]
+    """Raise a UserError when the run would replace what an earlier one completed and `overwrite` is off."""
+    directory = Path(config.output_dir)
+    held = held_artifacts(directory)
     if held and not config.overwrite:
-        raise UserError(f"output_dir: {config.output_dir!r} already holds {held[0]!r}; choose another or set overwrite")
+        resume = ", continue it (--resume)" * (directory / CHECKPOINTS).is_dir()
+        others = f"choose another (--out DIR){resume} or replace it (--overwrite)"
+        raise UserError(f"output_dir: {config.output_dir!r} already holds {held[0]!r}; {others}")
+
+
+def held_artifacts(directory: Path) -> list[str]:
+    """Return the names of what a run in that directory completed; none after one that ended before its first step.
+
+    Such a run leaves empty files, and events of TensorBoard without a number.
+    """
+    begun = (directory / METRICS).is_file()
+    return [name for name in RUN_ARTIFACTS if not (begun and name == TENSORBOARD) and _holds(directory / name)]
+
+
+def _holds(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
 
 
 class StageLog(Callback):
     """Writes the metrics of a step at once, so that a crashed run leaves a readable file.
 
-    Use as a context manager; `history` keeps the metrics of the steps so far. Raises a UserError before anything is
-    written when the directory holds files that the run would replace and `overwrite` is off. `resume` is the
+    Use as a context manager; `history` keeps the metrics of the steps so far. Of several processes rank 0 writes; the
+    others keep the history. Raises a UserError before anything is written when the directory holds what another run
+    completed and `overwrite` is off. `resume` is the
     `position` of a checkpoint: the files are truncated to it and appended to.
     """
 
@@ -58,15 +79,17 @@ class StageLog(Callback):
         *,
         resume: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, log = config, config.log
+        self.config, log, self.is_main = config, config.log, current().is_main
         if resume is None:
-            require_free(config)
+            current().on_main(lambda: require_free(config))
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
         self.directory = Path(config.output_dir)
         self.history: list[dict[str, float]] = []
         self.console = console or Console(quiet=not log.console)
 
     def __enter__(self) -> Self:
+        if not self.is_main:
+            return self
         if self.resume is None:
             self._empty_directory()
         else:
@@ -78,17 +101,37 @@ class StageLog(Callback):
                 name: resources.enter_context((self.directory / name).open(mode, encoding="utf-8"))
                 for name in self.files
             }
-            columns = (TextColumn(self.stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = resources.enter_context(Progress(*columns, console=self.console))
+            columns = (
+                TextColumn(self.stage),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn(PHASE),
+            )
+            bar = Progress(*columns, console=self.console, disable=not self._interactive)
+            self._progress = resources.enter_context(bar)
             self._resources = resources.pop_all()
         done = self.resume["done"] if self.resume else 0
         if self.resume:
             self.console.print(f"resumed after {self.unit} {done}", highlight=False)
-        self._task = self._progress.add_task(self.stage, total=self.total, completed=done)
+        self._task = self._progress.add_task(self.stage, total=self.total, completed=done, phase="")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._resources.close()
+        if self.is_main:
+            self._progress.update(self._task, phase="")
+            self._resources.close()
+
+    def introduce(self, lines: Iterable[str]) -> None:
+        """Show the lines of `TrainingLoop.describe`."""
+        for line in lines if self.is_main else ():
+            self._print(line)
+
+    def show(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Name the phase of the step in the progress bar, and how much of it is done."""
+        name = PHASES.get(phase, phase)
+        if self.is_main:
+            self._progress.update(self._task, phase=f"{name} {done}/{total}" if total else name)
 
     def on_step(self, record: StepRecord) -> None:
         """Record a step that has metrics; show the notes of any."""
@@ -102,6 +145,8 @@ class StageLog(Callback):
     def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
         """Record the metrics and the note of step `number`, from 1 in files and on the console."""
         self.history.append(metrics)
+        if not self.is_main:
+            return
         record: Record = {self.unit: number} | metrics
         _line(self._open[METRICS], record | ({"note": note} if note else {}))
         if self._board is not None:
@@ -111,26 +156,53 @@ class StageLog(Callback):
         if self._wandb is not None:
             self._wandb.log(metrics, step=number)
         if self.log.print_every and number % self.log.print_every == 0:
-            line = f"{number:>5}/{self.total}  {self._summary(metrics)}"
-            self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+            start = f"{number:>5}/{self.total}  "
+            for index, parts in enumerate(self._summary(metrics)):
+                self._print_parts(start if not index else " " * len(start), parts)
         self.note(number, note)
         self._progress.update(self._task, completed=number)
 
     def note(self, number: int, note: str | None) -> None:
         """Show a note, if there is one."""
-        if note:
-            line = printable(f"{self.unit} {number}: {note}")
-            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        if note and self.is_main:
+            self._print(f"{self.unit} {number}: {note}", style="yellow")
 
     def position(self, done: int) -> dict[str, int]:
         """Flush the files and return the steps done and the bytes in each file; a resumed run continues there."""
+        if not self.is_main:
+            return {"done": done}
         for file in self._open.values():
             os.fsync(file.fileno())
         return {"done": done} | {name: (self.directory / name).stat().st_size for name in self.files}
 
-    def _summary(self, metrics: dict[str, float]) -> str:
-        shown = (name for name in metrics if name.startswith(("train/", "eval/")) or name == "lr")
-        return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
+    def _summary(self, metrics: Mapping[str, float]) -> list[list[str]]:
+        """Return the lines that the console shows of a step, each as parts that are not divided."""
+        shown = [f"{name.removeprefix('train/')} {metrics[name]:.4g}" for name in metrics if name.startswith("train/")]
+        shown += [f"lr {metrics['lr']:.3g}"] if "lr" in metrics else []
+        shown += [f"{metrics['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in metrics else []
+        return [shown, *self._evaluation(metrics)]
+
+    @staticmethod
+    def _evaluation(metrics: Mapping[str, float]) -> list[list[str]]:
+        found = [f"{name.removeprefix('eval/')} {metrics[name]:.4g}" for name in metrics if name.startswith("eval/")]
+        return [["held out:", *found]] if found else []
+
+    @property
+    def _interactive(self) -> bool:
+        return self.console.is_terminal or self.console.is_jupyter
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        """Print a line; a terminal breaks it between words, a file gets it whole."""
+        options = {"highlight": False, "markup": False, "soft_wrap": not self._interactive}
+        self.console.print(printable(text), style=style, **options)
+
+    def _print_parts(self, start: str, parts: Iterable[str]) -> None:
+        """Print parts two spaces apart; a terminal breaks the line between parts, and indents what follows."""
+        lines, width = [""], self.console.width - len(start) if self._interactive else math.inf
+        for part in parts:
+            line = f"{lines[-1]}  {part}".lstrip()
+            lines[-1:] = [line] if len(line) <= width or not lines[-1] else [lines[-1], part]
+        self._print("\n".join((start if not index else " " * len(start)) + line for index, line in enumerate(lines)))
 
     def _empty_directory(self) -> None:
         """Make the directory and remove an earlier run's files; the target of a link stays."""
@@ -219,7 +291,7 @@ def _is_metrics(record: Record) -> bool:
 
 def _has(record: Record, name: str) -> bool:
     value = record.get(name)
-    if name in ("update", "score"):
+    if name in ("update", "reward", "score"):
         return isinstance(value, int | float)
     return isinstance(value, str) or (name == "prompt" and is_messages(value))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from torch import nn
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
@@ -18,8 +20,10 @@ from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, User
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, supersede_newer
 from ppo_fast.rlhf.training.log import BEST, CHECKPOINTS, FAILED, FINAL, StageLog
 from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
+from ppo_fast.rlhf.training.runtime import Stopwatch
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
 from ppo_fast.rlhf.training.state import State, Stateful, restore_rng, rng_state
+from ppo_fast.rlhf.world import current
 
 
 class TrainingLoop(ABC):
@@ -35,10 +39,15 @@ class TrainingLoop(ABC):
     done: int = 0  # steps
     skipped: int = 0  # batches skipped, on_nan = "skip"
     record: StepRecord  # of the latest step; of the run as a whole before the first
+    watch: Stopwatch  # of the phases of a step
 
     @abstractmethod
     def step(self, index: int, log: StageLog, /) -> StepRecord:
         """Take step `index`, from 0."""
+
+    @abstractmethod
+    def describe(self) -> list[str]:
+        """Return what a person checks before the first step: the model, and the data with the length of the run."""
 
     @abstractmethod
     def _objects(self) -> Objects:
@@ -62,27 +71,34 @@ class TrainingLoop(ABC):
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
         """Take the remaining steps; after each one the run can be saved and stopped."""
-        for name in (FINAL, BEST):
-            settle(log.directory / name)
-        for name in (CHECKPOINTS, FAILED):
-            settle_all(log.directory / name)
+        if current().is_main:
+            for name in (FINAL, BEST):
+                settle(log.directory / name)
+            for name in (CHECKPOINTS, FAILED):
+                settle_all(log.directory / name)
         every = self.config.checkpoint.every
         callbacks: list[Callback] = [*self._own_callbacks(), *self.callbacks, log]
         self.record = StepRecord(self.done, self.total, self.config, directory=log.directory, **self._objects())
+        log.introduce(self.describe())
+        self.watch.show = log.show
         for callback in callbacks:
+            log.show(callback.phase)
             callback.on_start(self.record)
         while not self._finished():
             with error_prefix(f"{log.unit} {self.done + 1}"):
                 self.record = self.step(self.done, log)
                 for callback in callbacks:
+                    log.show(callback.phase)
                     self.record = callback.on_step(self.record) or self.record
             self.done += 1
             finished = self._finished()
             if every and (self.done % every == 0 or finished):
                 self.save(log)
-            if request := stop.request(finished=finished):
+            asked = current().objects(stop.request(finished=finished))  # all ranks stop after the same step
+            if request := next(filter(None, asked), None):
                 raise Interrupted(*request, f"{log.unit} {self.done}", self.save(log))
             self.record = dataclasses.replace(self.record, batch=None)  # freed before the next one is made
+        log.show("saving")
 
     def _finished(self) -> bool:
         """Return whether no step is left to take."""
@@ -96,8 +112,10 @@ class TrainingLoop(ABC):
     def save(self, log: StageLog) -> Path:
         """Write a checkpoint, unless this step has one, and call `on_checkpoint` of the user's callbacks."""
         target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
-        if is_complete(target):
+        if current().on_main(lambda: is_complete(target)):
             return target
+        log.show("saving")
+        rng = rng_state(self.generator)
         state = {
             "config": dataclasses.asdict(self.config),
             "log": log.position(self.done),
@@ -105,8 +123,10 @@ class TrainingLoop(ABC):
             "inputs": self.inputs,
             "code": dict(self.code),
             "parts": {name: part.state_dict() for name, part in self._all_parts().items()},
-            "rng": rng_state(self.generator),
+            "rng": rng,
         }
+        if current().size > 1:  # of the generators that a user's functions may use
+            state["rng_of_ranks"] = current().objects(rng)
         saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
         with error_prefix(f"{log.unit} {self.done}"):
             for callback in self.callbacks:
@@ -120,7 +140,7 @@ class TrainingLoop(ABC):
         """
         with restoring(start.directory):
             self._restore(start)
-            supersede_newer(start.directory)
+            current().on_main(lambda: supersede_newer(start.directory))
 
     def _restore(self, start: Checkpoint) -> None:
         state, parts = start.state, self._all_parts()
@@ -136,7 +156,9 @@ class TrainingLoop(ABC):
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._load(start.directory)
-        restore_rng(state["rng"], self.generator)
+        ranks = state.get("rng_of_ranks", [])[1:]
+        rank = current().rank
+        restore_rng(ranks[rank - 1] if 0 < rank <= len(ranks) else state["rng"], self.generator)
         self.done, self.skipped = done, state["skipped"]
 
     def _all_parts(self) -> dict[str, Stateful]:
@@ -154,3 +176,18 @@ class TrainingLoop(ABC):
         in_backward = isinstance(self.config, PPOConfig) and self.config.optim.in_backward
         weights = "the weights, of which the step has changed some," if in_backward else "the weights before it"
         raise UserError(f"{error}; the batch and {weights} are in {str(saved)!r}") from error
+
+
+def describe_model(model: Any, trained: Iterable[nn.Parameter], *others: str) -> str:
+    """Return a line: architecture of a model of transformers, its parameters, those trained, device, dtype, others."""
+    count, updated = model.num_parameters(), sum({id(p): p.numel() for p in trained if p.requires_grad}.values())
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+    where = [str(model.device), "/".join(kinds), *filter(None, others)]
+    return f"{type(model).__name__}: {_short(count)} parameters, {_short(updated)} trained; {', '.join(where)}"
+
+
+def _short(count: int) -> str:
+    for power, letter in ((9, "B"), (6, "M"), (3, "k")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {letter}"
+    return str(count)

@@ -6,14 +6,14 @@ import contextlib
 import resource
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.profiler import record_function
 
-from ppo_fast.rlhf.config.ppo import AdamWConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.errors import UserError
 
 
@@ -33,6 +33,8 @@ class Stopwatch:
     def __init__(self, device: torch.device, *, peaks: bool = False) -> None:
         self.device, self.peaks = device, peaks and device.type == "cuda"
         self.highest = 0  # bytes, before the latest reset
+        self.show: Callable[..., None] = lambda phase, done=0, total=0: None  # is called as phases begin and go on
+        self.phase = ""
         self.restart()
 
     def restart(self) -> None:
@@ -42,6 +44,8 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.phase = phase
+        self.show(phase)
         if self.peaks:
             self.highest = max(self.highest, torch.cuda.max_memory_allocated(self.device))
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -54,6 +58,10 @@ class Stopwatch:
         if self.peaks:
             allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
             self.memory[phase] = PhaseMemory(allocated(self.device), reserved(self.device))
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how much of the phase is done."""
+        self.show(self.phase, done, total)
 
     def peak(self) -> float:
         """Peak GiB so far: of the allocator on a GPU, of the process on a CPU."""

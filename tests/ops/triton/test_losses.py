@@ -23,7 +23,7 @@ def _double(group: Any) -> Any:
 
 
 def _inputs(
-    estimator: str, *, masked: bool, penalty: bool, aggregation: str
+    estimator: str, *, masked: bool, penalty: bool, aggregation: str, objective: str
 ) -> tuple[RowStats, Tensor | None, PolicyInputs]:
     """Arguments of policy_loss_from_stats, NaN where masked; without penalty also gaps beyond +-20."""
     logprobs, advantages = -torch.rand(SHAPE) * 3, torch.randn(SHAPE)
@@ -43,7 +43,7 @@ def _inputs(
     policy = PolicyInputs(
         *(old, advantages, reference_terms[1], weights),
         *(None, torch.tensor(50.0), coef if penalty else None, coef * 0.1, coef),
-        *(0.2, 0.28, 1.5, "token", estimator, aggregation),
+        *(0.2, 0.28, 1.5, "token", estimator, aggregation, objective),
     )
     return stats, mask, policy
 
@@ -51,8 +51,10 @@ def _inputs(
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_policy_loss_from_stats(estimator: str, masked: bool) -> None:
-    for penalty, aggregation in zip((False, True, True), AGGREGATIONS, strict=True):
-        stats, mask, policy = _inputs(estimator, masked=masked, penalty=penalty, aggregation=aggregation)
+    kinds = [(penalty, kind, "clip") for penalty, kind in zip((False, True, True), AGGREGATIONS, strict=True)]
+    for penalty, aggregation, objective in (*kinds, (False, "token-mean", "cispo"), (True, "token-mean", "cispo")):
+        options = {"penalty": penalty, "aggregation": aggregation, "objective": objective}
+        stats, mask, policy = _inputs(estimator, masked=masked, **options)
         ours = policy_loss.policy_loss_from_stats(stats, mask, policy)
         truth = reference.policy_loss_from_stats(_double(stats), mask, _double(policy))
         eager = reference.policy_loss_from_stats(stats, mask, policy)
@@ -64,7 +66,7 @@ def test_policy_loss_from_stats(estimator: str, masked: bool) -> None:
 
 def test_policy_loss_from_stats_without_options() -> None:
     x, none = torch.randn(SHAPE), torch.empty(0)
-    options = (math.inf, math.inf, math.inf, "token", "k3", "token-mean")
+    options = (math.inf, math.inf, math.inf, "token", "k3", "token-mean", "clip")
     policy = PolicyInputs(None, x, None, None, None, None, None, None, None, *options)
     ours = policy_loss.policy_loss_from_stats(RowStats(x, x, none, none, none), None, policy)
     assert_near_truth(ours.loss, -x.double().mean(), dtype=torch.float32)

@@ -1,7 +1,9 @@
 """Config: one source for file and flags; mistakes are one sentence."""
 
+import copy
 import dataclasses
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -10,27 +12,27 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ppo_fast import PolicyLossConfig, rlhf
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.files import (
     PRESETS,
     config_from_dict,
-    field_defaults,
     first_difference,
     load_config,
     save_config,
 )
+from ppo_fast.rlhf.config.model import WeightsConfig
+from ppo_fast.rlhf.config.names import field_defaults
 from ppo_fast.rlhf.config.ppo import (
     AdvantageConfig,
-    EvaluationConfig,
     KLConfig,
     LossConfig,
-    ModelConfig,
+    OptimConfig,
     PPOConfig,
-    ReferenceConfig,
-    RewardConfig,
 )
 from ppo_fast.rlhf.config.renamed import RENAMED
 from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
+from ppo_fast.rlhf.config.synonyms import OTHERS
 from ppo_fast.rlhf.errors import UserError, require
 from tests.helpers import raises_exactly
 
@@ -127,9 +129,12 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path):
         ({"optim": {"epoch": 1}}, "config: unknown key 'optim.epoch', the nearest is 'optim.epochs'"),
         ({"gamma": 1}, "config: unknown key 'gamma', the nearest is 'advantage.gamma'"),
         ({"rolout": {"batch_size": 8}}, "config: unknown key 'rolout.batch_size', the nearest is 'rollout.batch_size'"),
-        ({"updates": "many"}, "got 'many'"),
-        ({"kl": {"placement": "both sides"}}, "config: kl.placement: Input should be 'reward', 'loss' or 'both'"),
-        ({"optim": 3}, "config: optim: "),
+        ({"updates": "many"}, "config: updates: expected an int, got 'many'"),
+        (
+            {"kl": {"placement": "both sides"}},
+            "config: kl.placement: expected 'reward', 'loss' or 'both', got 'both sides'",
+        ),
+        ({"optim": 3}, "config: optim: expected an OptimConfig or a mapping such as {'name': ...}, got 3"),
     ],
 )
 def test_mistakes_in_a_file_name_the_key(values, message):
@@ -195,7 +200,7 @@ def test_an_old_key_or_value_names_the_new_one(old, new, tmp_path):
 @pytest.mark.parametrize("new", RENAMED.values())
 def test_the_new_key_is_there_and_takes_the_new_value(new):
     name, _, value = new.partition(": ")
-    assert name in field_defaults()
+    assert name in field_defaults(PPOConfig)
     if value:
         flags = {name: value, "model.lora.rank": "4", "model.layout": "adapters"}
         assert str(flat(dataclasses.asdict(load_config(flags=flags)))[name]).lower() == value
@@ -277,28 +282,100 @@ def test_values_out_of_range(values, message):
     assert str(error.value) == f"config: {message}"
 
 
-def test_choices_are_checked_in_a_config_made_in_python_too():
-    with pytest.raises(UserError, match=r"^kl\.placement: expected one of 'reward', 'loss', 'both', got 'rewards'$"):
-        KLConfig(placement="rewards")
-    with pytest.raises(UserError, match=r"^model\.value_head: expected one of 'normal', 'zero', got 'zeros'$"):
-        ModelConfig(value_head="zeros")
-    with pytest.raises(UserError, match=r"^model\.dtype: expected one of 'float32', .* 'float16', got 'float64'$"):
-        ModelConfig(dtype="float64")
-    with pytest.raises(UserError, match=r"^reward\.combine: expected one of 'sum', .* 'mean-std', got 'max'$"):
-        RewardConfig(combine="max")
-    with pytest.raises(UserError, match=r"^advantage\.kind: expected one of 'gae', 'sequence', 'group', got 'mc'$"):
-        AdvantageConfig(kind="mc")
-    with pytest.raises(
-        UserError, match=r"^reference\.update: expected one of 'fixed', 'replace', 'ema', got 'moving'$"
-    ):
-        ReferenceConfig(update="moving")
-    with pytest.raises(UserError, match=r"^evaluation\.best_is: expected one of 'max', 'min', got 'high'$"):
-        EvaluationConfig(best_is="high")
+PYTHON = [
+    (PPOConfig, {"updates": 2.5}, "updates: expected an int, got 2.5"),
+    (PPOConfig, {"model": "llama"}, "model: expected a ModelConfig or a mapping such as {'path': ...}, got 'llama'"),
+    (PPOConfig, {"log": None}, "log: expected a LogConfig or a mapping such as {'tensorboard': ...}, got None"),
+    (PPOConfig, {"model": WeightsConfig()}, "model: expected a ModelConfig .*, got a WeightsConfig"),
+    (PPOConfig, {"optim": {"lrr": 1}}, "unknown key 'optim.lrr', the nearest is 'optim.lr'"),
+    (PPOConfig, {"optim": {"betas": [1, 2, 3]}}, "optim.betas: expected a list of 2 numbers, got .*"),
+    (PPOConfig, {"reward": {"models": "one"}}, "reward.models: expected a list, got 'one'"),
+    (PPOConfig, {"log": {"console": "maybe"}}, "log.console: expected true or false, got 'maybe'"),
+    (
+        PPOConfig,
+        {"reward": {"function": len}},
+        "reward.function: expected text or null, got a builtin_function_or_method; "
+        "pass an object as the argument reward_fn",
+    ),
+    (SFTConfig, {"optim": {"epochs": "two"}}, "optim.epochs: expected an int, got 'two'"),
+    (RewardModelConfig, {"init": 3}, "init: expected text or null, got 3"),
+    (ValueConfig, {"gamma": "one"}, "gamma: expected a number, got 'one'"),
+    (DPOConfig, {"beta": None}, "beta: expected a number, got None"),
+    (DPOConfig, {"model": {"lora": {"rank": None}}}, "model.lora.rank: expected an int, got None"),
+    (KLConfig, {"placement": "rewards"}, "kl.placement: expected 'reward', 'loss' or 'both', got 'rewards'"),
+    (AdvantageConfig, {"lam": "any"}, "advantage.lam: expected a number or 'adaptive', got 'any'"),
+    (OptimConfig, {"learning_rate": 1}, "unknown key 'optim.learning_rate'; here it is 'optim.lr'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), PYTHON)
+def test_a_config_made_in_python_is_refused_as_that_of_a_file(kind, values, message):
+    with pytest.raises(UserError) as made:
+        kind(**values)
+    assert re.fullmatch(message if ".*" in message else re.escape(message), str(made.value))
+    if kind in KINDS:
+        with raises_exactly(f"config: {made.value}", UserError):
+            config_from_dict(values, kind=kind)
+
+
+def test_a_config_made_in_python_is_converted_as_that_of_a_file(tmp_path):
+    values = {"optim": {"lr": "1e-5", "betas": [0.5, 1 / 2]}, "updates": 7.0, "model": {"lora": {"merge": "false"}}}
+    config = PPOConfig(**values, output_dir=tmp_path, reward={"models": [tmp_path]})
+    assert config == config_from_dict(values | {"output_dir": str(tmp_path), "reward": {"models": [str(tmp_path)]}})
+    assert (config.optim.lr, config.optim.betas, config.updates) == (1e-5, (0.5, 0.5), 7)
+    assert (config.output_dir, config.reward.models) == (str(tmp_path), (str(tmp_path),))
+    assert DPOConfig(optim={"epochs": 2}).optim.lr == 1e-6  # the default of the config, not of the class
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    with raises_exactly("optim.lr: expected a number > 0, got 0.0", UserError):
+        dataclasses.replace(config, optim={"lr": 0})
+
+
+def test_every_config_class_is_exported():
+    assert {kind.__name__ for kind in (*KINDS, *GROUPS)} <= {*rlhf.__all__}
+    assert all(getattr(rlhf, kind.__name__) is kind for kind in (*KINDS, *GROUPS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "meant"),
+    [
+        (PPOConfig, "learning_rate", "; here it is 'optim.lr'"),
+        (PPOConfig, "cliprange", "; here it is 'loss.clip_low' or 'loss.clip_high'"),
+        (PPOConfig, "max_length", "; here it is 'data.max_prompt_tokens' or 'rollout.max_new_tokens'"),
+        (DPOConfig, "max_length", "; here it is 'data.max_tokens'"),
+        (SFTConfig, "num_train_epochs", "; here it is 'optim.epochs'"),
+        (SFTConfig, "per_device_train_batch_size", "; here it is 'optim.micro_batch_size'"),
+        (PPOConfig, "gamma", ", the nearest is 'advantage.gamma'"),
+        (PPOConfig, "vf_coef", ", the nearest is 'loss.vf_coef'"),
+        (PPOConfig, "kl_coef", "; here it is 'kl.coef'"),
+        (SFTConfig, "dataset_name", "; here it is 'data.train'"),
+        (PPOConfig, "zero_stage", ""),
+    ],
+)
+def test_a_name_of_other_trainers_is_a_hint_and_a_far_one_is_no_nearest(kind, name, meant):
+    with raises_exactly(f"unknown key {name!r}{meant}", UserError):
+        kind(**{name: 1})
+
+
+def test_the_hints_name_settings_that_there_are():
+    known = {name for kind in KINDS for name in field_defaults(kind)}
+    assert {*OTHERS} <= known
+    theirs = " ".join(OTHERS.values()).split()
+    assert len(theirs) > 150
+    assert not {*theirs} & {"lr", "epochs", "gamma"}  # ours; the nearest name finds them
 
 
 def test_the_loss_config_is_checked_by_the_op_it_configures():
     with pytest.raises(UserError, match=r"loss: .*dual_clip"):
         config_from_dict({"loss": {"dual_clip": 0.5}})
+    with raises_exactly(
+        "config: loss: PolicyLossConfig: expected dual_clip to be None with objective='cispo', got 3.0", UserError
+    ):
+        config_from_dict({"loss": {"objective": "cispo", "dual_clip": 3.0}})
+
+
+def test_the_loss_config_hands_its_options_to_the_op():
+    options = {"objective": "cispo", "clip_low": None, "clip_high": 4.0, "ratio": "sequence", "ent_coef": 0.1}
+    assert LossConfig(**options).policy_loss(kl_coef=0.5) == PolicyLossConfig(**options, kl_coef=0.5)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ppo_fast.rlhf import train_ppo
-from ppo_fast.rlhf.config.ppo import AdamWConfig, LoraConfig
+from ppo_fast.rlhf.config.model import LoraConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.adapter_files import ADAPTER_FILE
 from ppo_fast.rlhf.models.adapter_layers import AdapterLayer

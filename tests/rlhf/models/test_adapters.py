@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_fast.rlhf import UserError, arguments
 from ppo_fast.rlhf.config.files import config_from_dict
-from ppo_fast.rlhf.config.ppo import LoraConfig
+from ppo_fast.rlhf.config.model import LoraConfig
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.adapter_files import ADAPTER_CONFIG, ADAPTER_FILE, PLAIN_FIELDS, same_base
 from ppo_fast.rlhf.models.adapters import Adapters, adapt, add_to_weights, put_on

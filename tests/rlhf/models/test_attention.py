@@ -9,7 +9,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_fast.rlhf import UserError, train_ppo
-from ppo_fast.rlhf.config.ppo import CausalConfig, ModelConfig, WeightsConfig
+from ppo_fast.rlhf.config.model import CausalConfig, ModelConfig, WeightsConfig
 from ppo_fast.rlhf.models import attention, tiny
 from ppo_fast.rlhf.models.attention import (
     VARLEN,

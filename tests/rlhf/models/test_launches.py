@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 
-from ppo_fast.rlhf.config.ppo import LoraConfig
+from ppo_fast.rlhf.config.model import LoraConfig
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.adapters import adapt
 from ppo_fast.rlhf.models.loading import checkpoint_activations, recomputing

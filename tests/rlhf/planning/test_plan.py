@@ -25,7 +25,7 @@ from tests.helpers import product_scratch, raises_exactly
 from tests.rlhf.memory_profile import measured_peaks
 
 GIB, PROMPT = 2**30, 16
-README = Path(__file__).parents[3] / "README.md"
+MEMORY_PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
 QWEN = bench_7b.QWEN | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
@@ -255,7 +255,7 @@ def test_a_7b_is_planned_from_its_config_alone(qwen, tmp_path):
     "preset", ["7b-80g-full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("7b-80g-lora", "7b-24g"))]
 )
 def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
-    row = next(line for line in README.read_text().splitlines() if line.startswith(f"| `{preset}` |"))
+    row = next(line for line in MEMORY_PAGE.read_text().splitlines() if line.startswith(f"| `{preset}` |"))
     plan = make_plan(load_config(preset=preset, flags={"model.path": qwen}), "cuda")
     assert f" {plan.peak / GIB:.1f} GiB" in row
     if "4bit" in row:

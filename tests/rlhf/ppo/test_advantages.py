@@ -16,7 +16,7 @@ LENGTHS = [2, 5, 1, 4]
 def rewards_for(rollout, seed=7, fill=0.0):
     made = made_rollout(LENGTHS, seed=seed, width=rollout.generation.mask.shape[1], fill=fill)
     zeros = torch.zeros(len(LENGTHS))
-    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [], [True] * 4, None)
+    return Rewards(made.values, zeros, torch.zeros_like(made.values), torch.tensor(0.0), [], [], [True] * 4, None, None)
 
 
 def split(*columns):
@@ -71,7 +71,9 @@ def test_an_adaptive_lam_is_that_of_each_response(alpha, gamma):
     lengths = [1, 2, 5, 64, 19, 20, 21, 130]  # at 0.05 lam is 0 up to a length of 20
     rollout = made_rollout(lengths)
     earned = made_rollout(lengths, seed=7).values.double()
-    rewards = Rewards(earned, torch.zeros(8), torch.zeros_like(earned), torch.tensor(0.0), [], [], [True] * 8, None)
+    rewards = Rewards(
+        earned, torch.zeros(8), torch.zeros_like(earned), torch.tensor(0.0), [], [], [True] * 8, None, None
+    )
     rollout = dataclasses.replace(rollout, values=rollout.values.double())
     config = AdvantageConfig(gamma=gamma, lam="adaptive", lam_alpha=alpha, whiten=False)
     experience = make_experience(rollout, rewards, config)

@@ -60,7 +60,9 @@ def test_every_token_of_a_response_has_its_advantage_and_what_the_filter_left_is
     generation = dataclasses.replace(rollout.generation, prompts=prompts)
     rollout = dataclasses.replace(rollout, generation=generation, values=torch.zeros(8))
     earned = torch.tensor([1.0, 2.0, 5.0, 0.0, 0.0, 7.0, 2.0, 4.0])
-    rewards = Rewards(earned, torch.zeros(4), torch.zeros(8), torch.tensor(0.0), [[]] * 4, [""] * 4, [True] * 4, None)
+    rewards = Rewards(
+        earned, torch.zeros(4), torch.zeros(8), torch.tensor(0.0), [[]] * 4, [""] * 4, [True] * 4, None, None
+    )
     config = AdvantageConfig(kind="group", gamma=0.5)
     found = make_experience(rollout, rewards, config).advantages  # returns 2, 5, 7 / 4, 4
     assert found.tolist() == [-1.5, -1.5, 1.5, -1.125, -1.125, -1.125, 1.125, 1.125]

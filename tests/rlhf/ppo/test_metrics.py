@@ -15,7 +15,7 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.ppo.log import RunLog
 from ppo_fast.rlhf.ppo.metrics import collect, explained_variance
-from ppo_fast.rlhf.ppo.rewards import Rewards
+from ppo_fast.rlhf.ppo.rewards import OwnScores, Rewards
 from ppo_fast.rlhf.ppo.update import UpdateStats
 from ppo_fast.rlhf.training.finite import require_finite
 from ppo_fast.rlhf.training.runtime import Stopwatch
@@ -29,6 +29,8 @@ NAMES = [
     "objective/rlhf_reward",
     "objective/non_score_reward",
     "objective/kl_coef",
+    "reward/mean",
+    "reward/std",
     "policy/approxkl",
     "policy/clipfrac",
     "policy/ratio_mean",
@@ -71,9 +73,9 @@ def made_update(lengths=(2, 4, 3), fill=0.0):
     per_token = -0.1 * kl
     per_token[rollout.cu_seqlens[:-1]] += scores
     ids = [rollout.generation.responses[row, :n].tolist() for row, n in enumerate(lengths)]
-    rewards = Rewards(
-        per_token, scores, kl, torch.tensor(0.1), ids, [f"answer {n}" for n in lengths], [True] * len(lengths), None
-    )
+    texts, verdicts = [f"answer {n}" for n in lengths], [True] * len(lengths)
+    own = OwnScores(("polite", "short"), torch.stack([2 * scores, 5 - scores], dim=1), 5 + scores, 1 + scores)
+    rewards = Rewards(per_token, scores, kl, torch.tensor(0.1), ids, texts, verdicts, None, own)
     experience = made_experience(rollout, torch.zeros_like(kl), rollout.values + 1)
     policy_names = ("policy_loss", "entropy", "approx_kl", "clipfrac", "dual_clipfrac", "ratio_mean", "ratio_max")
     policy = {name: torch.tensor(float(number)) for number, name in enumerate(policy_names, start=2)}
@@ -99,6 +101,11 @@ def test_the_objective_is_per_sequence_and_the_rest_per_counted_token():
     assert metrics["objective/scores"] == 1
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.1 * kl.sum(1).mean().item(), rel=1e-4)
     assert metrics["objective/rlhf_reward"] == pytest.approx(1 + metrics["objective/non_score_reward"], rel=1e-4)
+    own = {name: metrics[f"reward/{name}"] for name in ("mean", "std", "polite/mean", "polite/std", "short/mean")}
+    deviation = (2 / 3) ** 0.5
+    assert own == pytest.approx(
+        {"mean": 6, "std": deviation, "polite/mean": 2, "polite/std": 2 * deviation, "short/mean": 4}
+    )
     difference = (rollout.generation.logprobs[rollout.generation.mask] - rollout.logprobs).abs()
     assert metrics["rollout/logprob_diff_max"] == pytest.approx(difference.max().item())
     assert metrics["rollout/logprob_diff_mean"] == pytest.approx(difference.mean().item())
@@ -158,11 +165,12 @@ def test_a_value_that_is_not_finite_is_named():
 def logged(make_config):
     """logged(directory=None, overwrite=False, **log): a RunLog that prints into a string, and that string."""
 
-    def make(*, directory=None, overwrite=False, **log):
+    def make(*, directory=None, overwrite=False, width=200, force_terminal=False, color_system="auto", **log):
         screen = io.StringIO()
+        options = {"width": width, "force_terminal": force_terminal, "color_system": color_system}
         where = {} if directory is None else {"output_dir": str(directory)}
         config = make_config(overwrite=overwrite, log={"console": True, **log}, **where)
-        return RunLog(config, Console(file=screen, width=200)), screen
+        return RunLog(config, Console(file=screen, **options)), screen
 
     return make
 
@@ -186,14 +194,36 @@ def test_a_crashed_run_leaves_a_readable_jsonl(logged):
     assert log.history == [metrics, metrics]
 
 
-def test_the_console_shows_reward_kl_and_the_parts_of_the_loss(logged):
+SHOWN = {"objective/kl": 2.5, "objective/entropy": 1.25, "policy/clipfrac": 0.125, "eval/scores": 0.5}
+PARTS = ["reward +6.000", "KL 2.500", "entropy 1.250", "length 3.0", "clip 0.12", "4.0 s"]
+
+
+def test_the_console_shows_what_a_person_watches_a_file_on_one_line(logged):
     log, screen = logged()
     with log:
-        log.write(1, collected() | {"objective/rlhf_reward": 1.25, "objective/kl": 2.5}, "stopped early")
-    text = screen.getvalue()
-    assert "1/2  reward +1.250  score +1.000  KL 2.500" in text
-    assert "loss: policy +2.0000  value +2.0000  entropy +0.0000  total +3.0000" in text
-    assert "update 1: stopped early" in text
+        log.introduce(["llama: 1 M parameters"])
+        log.show("rollout", 3, 8)  # a file gets no progress
+        log.write(1, collected() | SHOWN, "stopped early")
+    assert screen.getvalue().splitlines() == [
+        "llama: 1 M parameters",
+        "    1/2  " + "  ".join(PARTS),
+        "         held out:  scores 0.5",
+        "update 1: stopped early",
+    ]
+
+
+@pytest.mark.parametrize("width", [24, 40, 80])
+def test_a_terminal_breaks_a_line_between_its_parts(logged, width):
+    log, screen = logged(width=width, force_terminal=True, color_system=None)
+    with log:
+        log.write(1, collected() | SHOWN, "approx_kl 0.0213 > target_kl 0.01")
+        log.show("rollout", 3, 8)
+        log._progress.refresh()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\n\r]", screen.getvalue())]
+    assert max(map(len, lines)) <= width
+    for part in (*PARTS, "held out:", "scores 0.5"):
+        assert sum(part in line for line in lines) == 1
+    assert any("sampling 3/8" in line for line in lines)
 
 
 def test_what_a_text_would_do_to_the_terminal_is_written_out(logged):
@@ -217,12 +247,16 @@ def test_samples_are_a_table_and_a_file(logged):
         for update in (1, 2, 3):
             log.write_samples(update, rollout, rewards)
     records = [json.loads(line) for line in (log.directory / "samples.jsonl").read_text().splitlines()]
-    assert records == [
-        {"update": 2, "prompt": "w1", "completion": "answer 2", "score": 0.0},
-        {"update": 2, "prompt": "w1", "completion": "answer 4", "score": 1.0},
-    ]
-    assert "samples of update 2" in screen.getvalue()
-    assert "answer 4" in screen.getvalue()
+    first, second = (
+        [
+            {"update": update, "prompt": "w1", "completion": "answer 2", "reward": 1.0, "score": 0.0},
+            {"update": update, "prompt": "w1", "completion": "answer 4", "reward": 2.0, "score": 1.0},
+        ]
+        for update in (1, 2)
+    )
+    assert records == first + second
+    assert [f"samples of update {update}" in screen.getvalue() for update in (1, 2, 3)] == [True, True, False]
+    assert re.search(r"answer 4 *│ *2\.000 │ *1\.000 │", screen.getvalue())
 
 
 def test_markup_in_a_sample_is_text(logged):
@@ -280,7 +314,8 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
         log.write(1, collected())
     (log.directory / "final").mkdir()
     with pytest.raises(
-        UserError, match=r"output_dir: '.*run' already holds 'metrics\.jsonl'; choose another or set overwrite"
+        UserError,
+        match=r"output_dir: '.*run' already holds 'metrics\.jsonl'; choose another \(--out DIR\) or replace it",
     ):
         logged()
     assert (log.directory / "metrics.jsonl").read_text()
@@ -292,9 +327,25 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(logged):
 @pytest.mark.parametrize("name", ["final", "checkpoints", "tensorboard", "samples.jsonl"])
 def test_what_others_left_in_the_directory_is_never_removed_unasked(logged, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"output_dir: '.*run' already holds '{name}'"):
+    (tmp_path / "run" / name / "mine").write_text("x")
+    resume = r", continue it \(--resume\)" if name == "checkpoints" else ""
+    with pytest.raises(UserError, match=rf"output_dir: '.*run' already holds '{name}'; .*DIR\){resume} or replace"):
         logged()
-    assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run" / name / "mine").exists()
+
+
+def test_a_directory_in_which_nothing_was_completed_is_free(logged):
+    """A run that ended before its first update left empty files and TensorBoard's events."""
+    for _ in range(2):
+        with logged(tensorboard=True)[0] as log:
+            pass
+        (log.directory / "checkpoints").mkdir()
+        assert [*(log.directory / "tensorboard").iterdir()]
+    with logged(tensorboard=True)[0] as log:
+        assert not (log.directory / "checkpoints").exists()
+        log.write(1, collected())
+    with pytest.raises(UserError, match=r"already holds 'metrics\.jsonl'"):
+        logged()
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(logged, tmp_path):

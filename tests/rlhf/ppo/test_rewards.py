@@ -38,6 +38,20 @@ def scores(*values):
     return lambda **_: list(values)
 
 
+def test_what_the_sources_gave_is_kept_without_clip_penalty_and_normalization(rewarded):
+    """Two functions of one name; the filter rejects the last response, the second one has no EOS."""
+    rollout = made_rollout([2, 3, 1], ended=[True, False, True])
+    settings = {"clip": 1.0, "weights": [2.0, 1.0], "normalize": "running", "missing_eos_penalty": 3.0}
+    functions = [scores(4.0, [1.0, 2.0, 3.0], 8.0), scores(0.5, 1.0, 1.5)]
+    made = rewarded(rollout, functions, reward=settings, filter_fn=lambda **_: [True, True, False])
+    assert made.own.names == ("function", "function-2")
+    assert made.own.sources.tolist() == [[4, 0.5], [6, 1], [8, 1.5]]
+    assert made.own.combined.tolist() == [8.5, 13, 17.5]
+    unit = 1.5**0.5  # normalized, both are -unit, 0, unit
+    assert made.own.unpenalized.tolist() == pytest.approx([-3 * unit, 0, -10], abs=1e-6)
+    assert made.scores.tolist() == pytest.approx([-1, 1 + 1 - 1 - 3, -10], abs=1e-6)  # each token is clipped
+
+
 def test_rule_06_reward_is_minus_kl_per_token_plus_the_score_on_the_last_counted_one(rewarded):
     rollout = made_rollout([2, 4, 3])
     rewards = rewarded(rollout, scores(1.0, 2.0, -3.0), kl={"coef": 0.1})

@@ -90,6 +90,30 @@ def test_what_a_run_leaves(run, make_config):
     assert records[1]["objective/scores"] == result.history[1]["objective/scores"]
 
 
+@pytest.mark.parametrize("engine", ["slots", "generate"])
+def test_a_run_says_what_it_is_and_how_far_it_is(run, monkeypatch, capsys, engine):
+    seen = []
+    monkeypatch.setattr(RunLog, "show", lambda self, *phase: seen.append(phase))
+    rollout = {"engine": engine, "micro_batch_size": 4}
+    result = run(updates=1, rollout=rollout, log={"console": True, "samples_every": 0}, evaluation={"every": 0})
+    lines = capsys.readouterr().out.splitlines()
+    count = sum(parameter.numel() for parameter in result.models.policy.parameters())
+    trained = count + sum(parameter.numel() for parameter in result.models.value.parameters())
+    assert lines[:2] == [
+        f"LlamaForCausalLM: {count / 1e3:.3g} k parameters, {trained / 1e3:.3g} k trained; cpu, float32, "
+        "layout separate, with a critic",
+        f"4 prompts; 1 updates of 8 responses; output in {result.directory}",
+    ]
+    assert len(lines) == 3
+    sampled = [phase[1:] for phase in seen if phase[0] == "rollout" and len(phase) > 1]
+    assert sampled == sorted(sampled)
+    assert sampled[-1] == (8, 8)
+    assert len(sampled) > 1
+    assert [phase[1:] for phase in seen if phase[0] == "update"] == [(), (1, 4), (2, 4), (3, 4), (4, 4)]
+    order = [phase[0] for phase in seen if phase[0] and len(phase) == 1]
+    assert order == ["rollout", "logprobs", "score", "update", "saving"]
+
+
 def test_rule_04_without_epochs_to_drift_the_first_step_has_ratio_1(run):
     result = run(optim={"epochs": 1, "minibatch_size": 8})
     for metrics in result.history:

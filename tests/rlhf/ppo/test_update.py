@@ -34,7 +34,7 @@ def random_experience(rollout, seed=3):
 
 def made_rewards(rollout):
     zero, scores = torch.zeros_like(rollout.logprobs), torch.zeros(len(rollout.grid.ids))
-    return Rewards(zero, scores, zero, torch.tensor(0.0), [], [], [True] * len(scores), None)
+    return Rewards(zero, scores, zero, torch.tensor(0.0), [], [], [True] * len(scores), None, None)
 
 
 def random_rewards(rollout):

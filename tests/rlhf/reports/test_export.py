@@ -44,6 +44,20 @@ def test_the_best_and_the_worst_response_to_a_prompt_make_a_pair(tmp_path):
     ]
 
 
+def test_the_scores_are_those_before_penalties_and_no_answer_is_empty(tmp_path):
+    """The longest response pays for its missing EOS; the empty one would be the worst of all."""
+    run, texts = tmp_path / "run", {"long": (2.0, -1.0), "short": (1.0, 1.0), " \n": (-5.0, -5.0)}
+    run.mkdir()
+    records = [
+        {"update": 1, "prompt": "p", "completion": text, "reward": own, "score": score}
+        for text, (own, score) in texts.items()
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read(export_pairs(run)) == [
+        {"prompt": "p", "chosen": "long", "rejected": "short", "score_chosen": 2.0, "score_rejected": 1.0}
+    ]
+
+
 def test_messages_get_messages(tmp_path):
     prompt = [{"role": "user", "content": "hi"}]
     run = write(tmp_path / "run", (1, prompt, "yes", 1.0), (1, prompt, "no", 0.0))

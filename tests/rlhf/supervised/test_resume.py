@@ -34,7 +34,9 @@ SAVED = {"checkpoint": {"every": 3}, "log": {"eval_every": 2}}
 def left_by(directory):
     """What must not depend on where a run was stopped: final model, last checkpoint, metrics without the clock's."""
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{n: x for n, x in record.items() if not n.startswith("time/")} for record in records]
+    metrics = [
+        {n: x for n, x in record.items() if not n.startswith(("time/", "tokens_per_second"))} for record in records
+    ]
     files = [*(directory / "final").iterdir(), *(directory / "checkpoints/step-000010").glob("*.safetensors")]
     return metrics, {str(path.relative_to(directory)): path.read_bytes() for path in files}
 

@@ -9,7 +9,7 @@ import torch
 
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.config.files import config_from_dict
-from ppo_fast.rlhf.config.ppo import AdamWConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.config.supervised import SFTConfig
 from ppo_fast.rlhf.models.models import load_models
 from ppo_fast.rlhf.ppo.update import Learner

@@ -7,7 +7,7 @@ import torch
 
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.config.files import config_from_dict
-from ppo_fast.rlhf.config.ppo import AdamWConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.training.adamw_8bit import SMALLEST
 from ppo_fast.rlhf.training.checkpoint import load_checkpoint
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, InBackwardOptimizer

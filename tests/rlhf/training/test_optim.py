@@ -9,7 +9,7 @@ import torch
 
 from ppo_fast.ops._backends.reference.adamw_8bit import BLOCK, MEANS, ROOTS, decode, encode, noise, rounded
 from ppo_fast.rlhf import train_ppo
-from ppo_fast.rlhf.config.ppo import AdamWConfig
+from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.training import adamw
 from ppo_fast.rlhf.training.adamw_8bit import SMALLEST, AdamW8bit, new_moments
 from ppo_fast.rlhf.training.checkpoint import load_checkpoint, save_checkpoint

@@ -8,16 +8,21 @@ from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import RowStats
 
 
-def log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def log_softmax(logits: Tensor, temperature: float, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(u, lse), the latter in float64. The largest logit is subtracted first, halved: no difference overflows.
 
-    Not z - lse: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability.
+    Not z - lse: with a logit offset of 3e4 a float32 lse is off by 1e-3, and so is every probability. A given ``lse``
+    is that of the whole row, of which the logits may be a slice, even one that is -inf throughout.
     """
     x = logits.to(accumulation_dtype(logits.dtype))
-    top = x.amax(-1, keepdim=True)
+    top = x.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
     z = (x / 2 - top / 2) / (temperature / 2)
     log_sum = z.logsumexp(-1, keepdim=True)
-    return z - log_sum, (top.double() / temperature + log_sum.double())[..., 0]
+    own = (top.double() / temperature + log_sum.double())[..., 0]
+    u = z - log_sum
+    if lse is None:
+        return u, own
+    return torch.where(log_sum == -torch.inf, z, u) + (own - lse).to(u.dtype)[..., None], lse
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
@@ -57,14 +62,14 @@ def token_stats_backward(
     g, g_entropy, g_kl = grads.scaled(scale)
     logits, targets, ref_logits, mask, temperature = rows
     entropy, kl = stats.entropy, stats.kl
-    u, _ = log_softmax(logits, temperature)
+    u, _ = log_softmax(logits, temperature, stats.lse)
     inner = torch.zeros_like(u)
     if g is not None:
         inner = inner - g[..., None]
     if g_entropy is not None:
         inner = inner - g_entropy[..., None] * (entropy[..., None] + u)
     if g_kl is not None and ref_logits is not None:
-        w, _ = log_softmax(ref_logits, temperature)
+        w, _ = log_softmax(ref_logits, temperature, stats.ref_lse)
         inner = inner + g_kl[..., None] * (u - w.to(u.dtype) - kl[..., None])
     p = u.exp()
     grad = torch.where(p == 0, 0.0, p * inner)

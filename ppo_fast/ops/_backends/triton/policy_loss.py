@@ -53,15 +53,25 @@ def kl_estimate(delta, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def clipped_objective(r, adv, clip_low, clip_high, dual_clip):
-    """(objective, r*A, whether the clip binds, whether the dual clip binds)."""
+def clip_objective(r, adv, importance, clip_low, clip_high, dual_clip):
+    """(importance*objective, its derivative in log r, whether the clip binds, whether the dual clip binds)."""
     unclipped = r * adv
     clipped = clamped(r, 1.0 - clip_low, 1.0 + clip_high) * adv
     is_clipped = clipped < unclipped
     objective = tl.where(is_clipped, clipped, unclipped)
     bound = tl.where(adv < 0.0, dual_clip * adv, -float("inf"))
     is_dual = bound > objective
-    return tl.where(is_dual, bound, objective), unclipped, is_clipped, is_dual
+    objective = tl.where(is_dual, bound, objective)
+    slope = tl.where(is_clipped | is_dual, 0.0, unclipped)
+    return importance * objective, importance * slope, is_clipped, is_dual
+
+
+@triton.jit
+def cispo_objective(r, adv, importance, logprob, clip_low, clip_high):
+    """(importance*clip(r)*A*logprob, its derivative in logprob at a constant ratio, whether r is outside the clip)."""
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    factor = importance * (clamped(r, low, high) * adv)
+    return tl.where(factor == 0.0, 0.0, factor * logprob), factor, (r < low) | (r > high)
 
 
 @triton.jit
@@ -117,6 +127,7 @@ def terms_kernel(
     clip_low,
     clip_high,
     dual_clip,
+    CISPO: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -165,18 +176,21 @@ def terms_kernel(
     log_r = clamped(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     rise = expm1(log_r)
     r = tl.exp(log_r)
-    objective, unclipped, is_clipped, is_dual = clipped_objective(r, adv, clip_low, clip_high, dual_clip)
-    slope = tl.where(is_clipped | is_dual, 0.0, -unclipped)
+    importance = tl.full([ROWS], 1.0, tl.float32)
     if importance_ptr is not None:
         importance = tl.load(importance_ptr + row, counted, other=0.0)
-        objective, slope = importance * objective, importance * slope
-    loss = -objective
+    slope, at_constant_r, is_dual = tl.zeros([ROWS], tl.float32), 0.0, tl.zeros([ROWS], tl.int1)
+    if CISPO:
+        objective, at_constant_r, is_clipped = cispo_objective(r, adv, importance, logprob, clip_low, clip_high)
+    else:
+        objective, slope, is_clipped, is_dual = clip_objective(r, adv, importance, clip_low, clip_high, dual_clip)
+    loss, slope = -objective, -slope
     store_partial(partials_ptr, 1, weight * loss)
     if penalty_coef is not None:
         penalty = number(penalty_coef)
         loss += penalty * (rise - log_r)
         slope += penalty * rise
-    d_logprob = weight * tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope)
+    d_logprob = weight * (tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope) - at_constant_r)
 
     if ref_logprobs_ptr is not None:
         kl, kl_slope = kl_estimate(logprob - tl.load(ref_logprobs_ptr + row, counted, other=0.0), ESTIMATOR)
@@ -250,6 +264,7 @@ def _terms(
                 policy.clip_low,
                 policy.clip_high,
                 policy.dual_clip,
+                CISPO=policy.objective == "cispo",
                 ESTIMATOR=policy.kl_estimator,
                 **constants,
                 enable_fp_fusion=False,
