@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from ppo_fast.rlhf.errors import UserError
+    from ppo_fast.rlhf.errors import UserError, install_command
     from ppo_fast.rlhf.training.signals import Interrupted
 
     try:
@@ -93,7 +93,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
-        return _fail(f"{command} needs {error.name}, which is not installed: pip install 'ppo-fast[train]'")
+        return _fail(f"{command} needs {error.name}, which is not installed: {install_command()}")
     except Interrupted as stopped:
         if _is_main():
             print(f"ppo-fast: {stopped}", file=sys.stderr)

@@ -19,6 +19,7 @@ from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
 from ppo_fast.rlhf.models.sharding import Root, shard
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -93,7 +94,7 @@ def train_dpo(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "chosen", "rejected"}.
+        train: a path or a name on the Hub, as `data.train`, or rows {"prompt", "chosen", "rejected"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the model's.
@@ -109,6 +110,8 @@ def train_dpo(
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
     with setup_run(config, resume, callbacks) as start:
+        given = model is not None and tokenizer is not None
+        check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

@@ -30,6 +30,7 @@ from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.resume import with_kernels
 
@@ -116,7 +117,7 @@ def train_reward_model(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
+        train: a path or a name on the Hub, as `data.train`, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
         tokenizer: the model's.
@@ -132,6 +133,8 @@ def train_reward_model(
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with setup_run(config, resume, callbacks) as start:
+        given = model is not None and tokenizer is not None
+        check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
         loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)

@@ -25,6 +25,7 @@ from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.forward import response_stats
 from ppo_fast.rlhf.models.loading import recomputing
 from ppo_fast.rlhf.models.sharding import Root, shard
+from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, load_saved, save_model, write_model
 from ppo_fast.rlhf.training.failures import save_batch
@@ -286,6 +287,7 @@ def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[
     ):
         if resume in (False, None):
             current().on_main(lambda: require_free(config))
+        current().on_main(lambda: check_hub(config))
         checkpoint = load_start(config, resume, "optim.epochs")
         yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint, users)
 
@@ -338,6 +340,7 @@ def fit(
         extra = objective.extra_files(data.held_out)
         merge = config.model.lora.merge
         final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, objective.adapters, merge=merge)
+        publish(final, log, objective.model)
         run.end()
     return SupervisedResult(log.directory, final, log.history, objective.model)
 
