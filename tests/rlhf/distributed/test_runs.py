@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_fast.rlhf import UserError, train_ppo
+from ppo_fast.rlhf import UserError, ValueConfig, train_ppo, train_value_model
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.training.signals import Interrupted
 from ppo_fast.rlhf.world import current
@@ -45,7 +45,13 @@ RUNS = {
     },
     "evaluated": {"evaluation": {"every": 1}, "reward": {"normalize": "running"}, "updates": 2},
 }
-STAGE_RUNS = {"sft": {}, "reward": {}, "dpo": {}, "dpo-adapters": {"model": {"lora": {"rank": 4, "alpha": 8}}}}
+STAGE_RUNS = {
+    "sft": {},
+    "reward": {},
+    "dpo": {},
+    "dpo-adapters": {"model": {"lora": {"rank": 4, "alpha": 8}}},
+    "value": {},
+}
 
 
 def reward(completion_ids, **_):
@@ -58,16 +64,18 @@ def run(output, name, *, resume=False, callbacks=(), reward_fn=reward, **values)
     merged = BASE | {k: {**BASE.get(k, {}), **v} if isinstance(v, dict) else v for k, v in values.items()}
     config = config_from_dict(merged | {"output_dir": str(output)})
     held_out = {"eval_prompts": ["w1", "w3 w4", "w9"]} if name == "evaluated" else {}
-    given = {"policy": make_model(), "tokenizer": make_tokenizer(), "prompts": PROMPTS, **held_out}
+    policy = make_model(tie_word_embeddings=name == "shared")
+    given = {"policy": policy, "tokenizer": make_tokenizer(), "prompts": PROMPTS, **held_out}
     return train_ppo(config, reward_fn=reward_fn, **given, resume=resume, callbacks=callbacks)
 
 
 def stage(output, name, *, resume=False, **values):
     """A run of STAGE_RUNS on a fresh tiny model."""
-    train, kind, _ = STAGES[name.partition("-")[0]]
+    train, kind, *_ = (STAGES | {"value": (train_value_model, ValueConfig)})[name.partition("-")[0]]
     own = {"optim": {"lr": 1e-3, "batch_size": 4}, "log": {"tensorboard": False, "console": False, "eval_every": 2}}
     values = {"threads": 1, "output_dir": str(output), "checkpoint": {"every": 2}} | own | STAGE_RUNS[name] | values
-    given = {"train": rows(15), "held_out": rows(5, 1), "model": make_model(), "tokenizer": make_tokenizer()}
+    train_rows, held_out = ([{**row, "score": len(row["completion"])} for row in rows(*of)] for of in ((15,), (5, 1)))
+    given = {"train": train_rows, "held_out": held_out, "model": make_model(), "tokenizer": make_tokenizer()}
     return train(config_from_dict(values, kind=kind), **given, resume=resume)
 
 
