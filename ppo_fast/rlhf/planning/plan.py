@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, check_ranks
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.dry_run import DryRun
@@ -17,6 +17,7 @@ from ppo_fast.rlhf.planning.tracing import Breakdown
 
 ITEMS = (
     "weights",
+    "gathered weights",
     "adapters",
     "gradients",
     "optimizer states",
@@ -27,7 +28,7 @@ ITEMS = (
     "CUDA context",
 )
 # What comes and goes, and the share of it that CUDA's caching allocator is taken to lose between its blocks.
-_VARYING, _LOST = ("gradients", "KV cache", "activations", "logits chunk"), 0.05
+_VARYING, _LOST = ("gathered weights", "gradients", "KV cache", "activations", "logits chunk"), 0.05
 # CUDA's own and the workspace of cuBLAS; an estimate, which differs between GPUs by a few hundred MiB.
 _CONTEXT = 600 * 2**20
 FEWEST_TOKENS = 64  # of a pass that is advised
@@ -79,6 +80,7 @@ def make_plan(
     limit: int | None = None,
     shapes: SavedModels | None = None,
     prompt_tokens: int | None = None,
+    gpus: int = 1,
 ) -> Plan:
     """Plan the run from the configs of its models, by a step on tensors without data.
 
@@ -87,10 +89,13 @@ def make_plan(
         limit: bytes of the device.
         shapes: configs of the models; None: read from where `config` says.
         prompt_tokens: of the longest prompt; None: as many as are allowed.
+        gpus: over which torchrun splits the run; the plan is that of one of them.
     """
+    if gpus > 1:
+        check_ranks(config)
     shapes = shapes or read_shapes(config)
     longest = prompt_tokens or longest_prompt(config, shapes)
-    timeline = DryRun(config, shapes, device, longest).run()
+    timeline = DryRun(config, shapes, device, longest, gpus).run()
     overhead = _overhead if device == "cuda" else lambda breakdown: breakdown
     phases = {name: overhead(breakdown) for name, breakdown in timeline.peaks().items()}
     return Plan({name: _ordered(breakdown) for name, breakdown in phases.items()}, timeline.host, limit)

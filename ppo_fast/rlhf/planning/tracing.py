@@ -35,12 +35,17 @@ class Timeline(TorchDispatchMode):
     """Keeps the life of every storage that an operation in its `with` block makes, fake tensors' too.
 
     A tick of the clock is one operation. Memory that an operation holds only while it runs is not seen;
-    `op_workspace(operation, arguments)` adds it, in bytes.
+    `op_workspace(operation, arguments)` adds it, in bytes. Of a tensor with a name, this GPU has `share(item, tensor)`
+    bytes.
     """
 
-    def __init__(self, op_workspace: Callable[[OpOverload, Sequence[object]], Breakdown]) -> None:
+    def __init__(
+        self,
+        op_workspace: Callable[[OpOverload, Sequence[object]], Breakdown],
+        share: Callable[[str | None, Tensor], int] = lambda item, tensor: tensor.untyped_storage().nbytes(),
+    ) -> None:
         super().__init__()
-        self.op_workspace = op_workspace
+        self.op_workspace, self.share = op_workspace, share
         self.now, self.blocks, self.phases = 0, list[Block](), list[tuple[str, int, int]]()
         self._block_of = WeakIdKeyDictionary()
 
@@ -74,17 +79,19 @@ class Timeline(TorchDispatchMode):
     def name(self, item: str | None, tensors: Iterable[Tensor]) -> None:
         """Count these tensors as `item`, from their birth on."""
         for tensor in tensors:
-            self._see(tensor).item = item
+            block = self._see(tensor)
+            block.item, block.bytes = item, self.share(item, tensor)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """The operations of the block are a phase."""
+    def phase(self, name: str, **held: int) -> Iterator[None]:
+        """The operations of the block are a phase; `held` are bytes by item that are alive throughout."""
         self.now += 1
         start = self.now
         try:
             yield
         finally:
             self.phases.append((name, start, self.now))
+            self.blocks += [Block(count, item, start, self.now) for item, count in held.items() if count]
 
     @property
     def host(self) -> int:
