@@ -82,6 +82,7 @@ class DryRun:
                 self.config, self.shapes, self.device, self.timeline.name, self.gpus
             )
             self.models = self.resident.models
+            self.start()
             roles: tuple[Role, ...] = ("policy",) if self.models.value is None else ("policy", "value")
             for role in roles:  # before the hooks of the optimizers, which free gradients
                 for parameter in self.models.trained(role):
@@ -97,6 +98,17 @@ class DryRun:
                 self.reward()
             self.update()
         return self.timeline
+
+    def start(self) -> None:
+        """Several processes each load all networks, and then split them."""
+        if self.gpus == 1:
+            return
+        roots = {id(root): root for role in ROLES if len((root := self.models.root(role)).networks)}
+        networks = [*roots.values(), *(model.network for model in self.resident.rewards if not model.shared)]
+        weights = {id(weight): weight for network in networks for weight in network.parameters()}
+        sizes = [(weight.nbytes, self.timeline.on_device(weight)) for weight in weights.values()]
+        with self.timeline.phase("start", **{"gathered weights": sum(whole - share for whole, share in sizes)}):
+            pass
 
     @torch.no_grad()
     def rollout(self) -> None:

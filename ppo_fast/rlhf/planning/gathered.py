@@ -25,7 +25,7 @@ def layer_by_layer(root: Root) -> int:
 
 
 def trained(root: Root) -> int:
-    """Return the bytes of a backward pass: the weights, and the largest group's gradient, for the sum in float32 too."""
+    """Return the bytes of a backward pass: the weights, and the largest gradient of a group, again in float32."""
     groups: list[nn.Module] = [*find_groups(root), root]
     seen, sizes = set[int](), list[int]()
     for group in groups:

@@ -82,6 +82,11 @@ class Timeline(TorchDispatchMode):
             block = self._see(tensor)
             block.item, block.bytes = item, self.share(item, tensor)
 
+    def on_device(self, tensor: Tensor) -> int:
+        """Bytes of a tensor on the device."""
+        block = self._see(tensor)
+        return 0 if block.item is None else block.bytes
+
     @contextlib.contextmanager
     def phase(self, name: str, **held: int) -> Iterator[None]:
         """The operations of the block are a phase; `held` are bytes by item that are alive throughout."""

@@ -529,6 +529,8 @@ def test_each_of_several_gpus_has_its_share_and_holds_a_few_layers_whole(tmp_pat
     assert two["rollout"]["gathered weights"] == pytest.approx(everything, rel=0.01, abs=2 * adapters)
     assert two["scoring"]["gathered weights"] == pytest.approx(layer + 2 * embedding, rel=0.01, abs=2 * adapters)
     assert two["update"]["gathered weights"] > two["scoring"]["gathered weights"]
+    # The networks of a run are whole before they are split.
+    assert sum(two["start"].values()) == pytest.approx(sum(one["scoring"].get(x, 0) for x in ("weights", "adapters")))
     # Half of the responses: half of the keys and values.
     assert two["rollout"]["KV cache"] == pytest.approx(one["rollout"]["KV cache"] / 2, rel=0.1)
 
