@@ -22,14 +22,14 @@ ORDER = [
     "models",
     "decoding",
     "training",
+    "reports",
     "ppo",
     "supervised",
-    "reports",
     "critic",
     "arguments",
     "planning",
 ]
-PEERS = {"ppo", "supervised", "reports", "arguments"}  # none of them imports another
+PEERS = {"ppo", "supervised", "arguments"}  # none of them imports another
 
 
 def name_of(path: Path) -> str:

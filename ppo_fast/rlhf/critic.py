@@ -18,7 +18,7 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.files import load_config
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import ValueConfig
-from ppo_fast.rlhf.data.examples import Scored, chunks, scored_example
+from ppo_fast.rlhf.data.examples import Batch, Scored, scored_example
 from ppo_fast.rlhf.data.prompts import PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import UserError, check
@@ -56,9 +56,12 @@ class ValueRegression(Objective[Scored]):
 
     def values(self, examples: Sequence[Scored]) -> Tensor:
         """Return [N] float32, example by example."""
-        grid = self.batch(examples).grid
-        rows = np.arange(len(examples))
-        return response_values(ValueModel.from_classifier(self.model), grid.sequences(rows, packed=False))
+        return self.run(self._values, self.batch(examples))
+
+    @staticmethod
+    def _values(model: PreTrainedModel, batch: Batch) -> Tensor:
+        rows = np.arange(len(batch.grid.ids))
+        return response_values(ValueModel.from_classifier(model), batch.grid.sequences(rows, packed=False))
 
     def returns(self, examples: Sequence[Scored]) -> Tensor:
         """Return [N] float32, example by example."""
@@ -68,11 +71,16 @@ class ValueRegression(Objective[Scored]):
         return torch.tensor(np.concatenate(found), dtype=torch.float32, device=self.model.device)
 
     def loss(self, examples: Sequence[Scored]) -> ops.LossOutput:
-        return ops.LossOutput(ops.value_loss(self.values(examples), self.returns(examples), None).loss, {})
+        batch, returns = self.batch(examples), self.returns(examples)
+
+        def loss(model: PreTrainedModel) -> ops.LossOutput:
+            return ops.LossOutput(ops.value_loss(self._values(model, batch), returns, None).loss, {})
+
+        return self.run(loss)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Scored]) -> dict[str, float]:
-        values = torch.cat([self.values(part) for part in chunks(examples, self.width)])
+        values = self.gathered(self.values, examples)
         returns = self.returns(examples)
         loss = ops.value_loss(values, returns, None).loss
         return {"loss": loss.item(), "explained_variance": explained_variance(values, returns).item()}

@@ -18,6 +18,7 @@ from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
 from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
+from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
@@ -30,6 +31,7 @@ from ppo_fast.rlhf.supervised.train import (
 )
 from ppo_fast.rlhf.training.resume import with_kernels
 from ppo_fast.rlhf.training.utilization import matrix_weights
+from ppo_fast.rlhf.world import current
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,22 @@ class DPO(Objective[Pair]):
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
         batch = self.batch(pairs)
         with torch.no_grad(), self._at_start():
-            ref_chosen, ref_rejected = self._logprobs(self.reference, batch)
-        chosen, rejected = self._logprobs(self.model, batch)
-        return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+            if self.adapters is None:
+                reference = self.reference_root.run("reference", self._logprobs, batch)
+            else:
+                reference = self.run(self._logprobs, batch)
+        return self.run(lambda model: ops.dpo_loss(*self._logprobs(model, batch), *reference, beta=self.beta))
+
+    @functools.cached_property
+    def reference_root(self) -> Root:
+        """A root of its own for a reference that is a network of its own."""
+        return Root(reference=self.reference)
+
+    def split(self) -> None:
+        super().split()
+        mesh = current().mesh
+        if mesh is not None and self.adapters is None:
+            shard(self.reference_root, mesh)
 
     @property
     def extra_work(self) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import RewardModelConfig
-from ppo_fast.rlhf.data.examples import Pair, chunks, preference_pair
+from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.loading import (
     GENERATION,
@@ -46,13 +46,17 @@ class RewardModel(Objective[Pair]):
 
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Return the scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
-        batch = self.batch(pairs)
-        network = ValueModel.from_classifier(self.model)
-        chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
-        return chosen, rejected
+        return self.run(self._scores, self.batch(pairs))
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
-        return ops.preference_loss(*self.scores(pairs), margin=self._margins(pairs))
+        batch, margins = self.batch(pairs), self._margins(pairs)
+        return self.run(lambda model: ops.preference_loss(*self._scores(model, batch), margin=margins))
+
+    @staticmethod
+    def _scores(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        network = ValueModel.from_classifier(model)
+        chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
+        return chosen, rejected
 
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         return self._metrics(pairs, *self._all_scores(pairs))
@@ -90,8 +94,7 @@ class RewardModel(Objective[Pair]):
 
     @torch.no_grad()
     def _all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        parts = [self.scores(part) for part in chunks(pairs, self.width)]
-        chosen, rejected = (torch.cat(column).double() for column in zip(*parts, strict=True))
+        chosen, rejected = self.gathered(lambda part: torch.stack(self.scores(part), dim=1), pairs).double().unbind(1)
         return chosen, rejected
 
     def _margins(self, pairs: Sequence[Pair]) -> Tensor:

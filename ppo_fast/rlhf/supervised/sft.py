@@ -35,8 +35,12 @@ class SFT(Objective[Example]):
     packed: bool = False  # batches without padding
 
     def loss(self, examples: Sequence[Example]) -> ops.LossOutput:
-        logprobs = completion_logprobs(self.model, self.batch(examples), linear=self.linear, packed=self.packed)
-        return ops.LossOutput(-logprobs.mean(), {})
+        batch = self.batch(examples)
+
+        def loss(model: PreTrainedModel) -> ops.LossOutput:
+            return ops.LossOutput(-completion_logprobs(model, batch, linear=self.linear, packed=self.packed).mean(), {})
+
+        return self.run(loss)
 
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         metrics = super().evaluate(examples)

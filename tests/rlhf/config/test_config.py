@@ -107,6 +107,20 @@ def flat(tree, prefix=""):
     return found
 
 
+def test_a_file_may_name_the_preset_that_it_extends(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_text("preset: tiny-cpu\noptim: {epochs: 2}\n")
+    config = load_config(path, flags={"rollout.max_new_tokens": "8"})
+    assert (config.threads, config.optim.lr, config.optim.epochs) == (1, 1e-3, 2)
+    assert (config.rollout.batch_size, config.rollout.max_new_tokens) == (64, 8)
+    message = f"preset: expected none with {str(path)!r}, which extends 'tiny-cpu', got '7b-24g'"
+    with raises_exactly(message, UserError):
+        load_config(path, preset="7b-24g")
+    path.write_text("preset: 3\n")
+    with pytest.raises(UserError, match=r"^preset: expected one of .*, tiny-cpu, got 3$"):
+        load_config(path)
+
+
 def test_a_file_over_a_preset(tmp_path: Path):
     path = tmp_path / "a.yaml"
     path.write_text("optim: {lr: 0.5}")
@@ -383,7 +397,7 @@ def test_the_loss_config_hands_its_options_to_the_op():
 def test_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(UserError, match=r"config: no such file"):
         load_config(tmp_path / "none.yaml")
-    presets = "7b-24g, 7b-80g-full, 7b-80g-lora, tiny-cpu"
+    presets = "0.5b-24g, 7b-24g, 7b-80g-full, 7b-80g-lora, tiny-cpu"
     with raises_exactly(f"preset: expected one of {presets}, got 'huge'", UserError):
         load_config(preset="huge")
     (tmp_path / "list.yaml").write_text("[1, 2]")
