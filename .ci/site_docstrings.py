@@ -23,5 +23,6 @@ class Docstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = re.sub(r"::\n\n", ":\n\n", obj.docstring.value)
+            text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
             text = re.sub(r":(?:func|class|mod|meth):`(?:[^`<]*<)?~?([\w.]+)>?`", r"`\1`", text)
             obj.docstring.value = text

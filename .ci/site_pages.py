@@ -1,13 +1,14 @@
 """Write the pages that are made from something else.
 
-    python .ci/site_pages.py            # docs/knobs.md and docs/llms.txt, which are committed
-    python .ci/site_pages.py --check    # exit 1 if one of them is not current
-    python .ci/site_pages.py --site     # and the notebooks as pages, for the site
+python .ci/site_pages.py            # docs/knobs.md and docs/llms.txt, which are committed
+python .ci/site_pages.py --check    # exit 1 if one of them is not current
+python .ci/site_pages.py --site     # and the notebooks as pages, for the site
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -97,8 +98,9 @@ def llms() -> str:
     return "\n".join(lines) + "\n"
 
 
-@dataclasses.dataclass(frozen=True)
-class Knob:
+class Knob(typing.NamedTuple):
+    """An option as a row of the page."""
+
     name: str
     values: str
     default: str
@@ -108,33 +110,27 @@ class Knob:
         return f"| `{self.name}` | {self.values} | `{self.default}` | {self.about} |".replace("||", "\\|\\|")
 
 
-def knobs(config: type, prefix: str = "") -> Iterator[tuple[type, list[Knob]]]:
+def knobs(config: Any, prefix: str = "") -> Iterator[tuple[type, list[Knob]]]:
     """The groups of a config, each with its fields: those of the config itself first."""
-    hints, groups, own = typing.get_type_hints(config), [], []
-    for field in dataclasses.fields(config):
-        kind, name = hints[field.name], f"{prefix}{field.name}"
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory()  # type: ignore[misc]
-        if dataclasses.is_dataclass(kind):
-            groups.append((type(default), f"{name}."))
-        else:
-            own.append(Knob(name, _values(kind), _shown(default), _comment(config, field.name)))
-    yield config, own
-    for group, path in groups:
-        yield from knobs(group, path)
+    hints, own = typing.get_type_hints(type(config)), []
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    groups = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    for name in (name for name in values if name not in groups):
+        shown = _shown(values[name])
+        own.append(Knob(f"{prefix}{name}", _values(hints[name]), shown, _comment(type(config), name)))
+    yield type(config), own
+    for name, group in groups.items():
+        yield from knobs(group, f"{prefix}{name}.")
 
 
 def _comment(config: type, name: str) -> str:
-    """The comment at the end of a field's line, in the class that it comes from."""
-    for base in config.__mro__:
-        if name in base.__dict__.get("__annotations__", {}):
-            lines = Path(sys.modules[base.__module__].__file__ or "").read_text()
-            body = lines[re.search(rf"^class {base.__name__}\b", lines, re.MULTILINE).end() :]  # type: ignore[union-attr]
-            found = re.search(rf"^    {name}: .*?  # (.+)$", body, re.MULTILINE)
-            assert found is not None, f"{config.__name__}.{name} has no comment"
-            return found[1].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    raise KeyError(name)
+    """The help of a field: the comment at the end of its line, else the lines above, in the class that has it."""
+    owner = next(base for base in config.__mro__ if name in inspect.get_annotations(base))
+    found = re.search(rf"((?:^    # .+\n)*)^    {name}: .*?(?:  # (.+))?$", inspect.getsource(owner), re.MULTILINE)
+    assert found is not None, f"{owner.__name__}.{name} has no line"
+    text = found[2] or " ".join(line.strip("# ") for line in found[1].splitlines())
+    assert text, f"{owner.__name__}.{name} has no comment"
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def _values(kind: Any) -> str:
@@ -152,48 +148,55 @@ def _values(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    """A value as YAML has it."""
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_shown, value))}]"
-    plain = {None: "null", True: "true", False: "false"}
-    return plain[value] if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_ABOUT_KNOBS = """\
+# Knobs
+
+Every option of every command, with its values, its default and what it does.
+
+`optim.lr` is the flag `--optim.lr`, the key `lr` under `optim:` in a YAML or TOML file, and the field of the config in
+Python. A flag may have `-` for `_`, and `--GROUP.no-FIELD` switches off. `null` is None in Python. `make pages` makes
+this page from the help.
+"""
 
 
 def knobs_page() -> str:
     """docs/knobs.md: every option of `ppo-fast train`, then those that the other stages have of their own."""
-    lines = ["# Knobs", "", "Every option of every command, with its values, its default and what it does.", ""]
-    lines += ["`optim.lr` is the flag `--optim.lr`, the key `lr` under `optim:` in a YAML or TOML file and the field of the config"]
-    lines += ["in Python; a flag has `-` for `_`, and `--NAME.no-FIELD` switches off. Null is `null` everywhere, `None` in Python."]
-    lines += ["This page is made from the help by `make pages`."]
-    seen: set[tuple[str, str, str, str]] = set()
+    lines, seen = [_ABOUT_KNOBS], set[Knob]()
     for command, stage in sorted(STAGES.items(), key=lambda item: item[0] != "train"):
-        lines += ["", f"## ppo-fast {command}", "", stage.about if stage.about.endswith(".") else f"{stage.about}."]
-        if command != "train":
-            lines += ["", "Options that are the same as one above are left out."]
-        for group, fields in knobs(stage.config):
-            new = [knob for knob in fields if dataclasses.astuple(knob) not in seen]
-            seen |= {dataclasses.astuple(knob) for knob in new}  # type: ignore[arg-type]
+        about = stage.about if command == "train" else f"{stage.about} Options as above are left out."
+        lines += [f"## ppo-fast {command}", "", about, ""]
+        for group, fields in knobs(stage.config()):
+            new = [knob for knob in fields if knob not in seen]
+            seen |= {*new}
             if new:
-                path = new[0].name.rpartition(".")[0]
-                about = " ".join((group.__doc__ or "").partition("\n\n")[0].split())
-                lines += ["", f"### {path} ({command})" if path and command != "train" else f"### {path or 'the run'}"]
-                lines[-1] = lines[-1] if path or command == "train" else f"### the run ({command})"
-                lines += ["", about, "", "| option | values | default | meaning |", "|---|---|---|---|"]
-                lines += [knob.row() for knob in new]
-    return "\n".join(lines) + "\n"
+                path = new[0].name.rpartition(".")[0] or "the run"
+                doc = " ".join((group.__doc__ or "").partition("\n\n")[0].split())
+                lines += [f"### {path}{'' if command == 'train' else f' of {command}'}", "", doc, ""]
+                lines += ["| option | values | default | meaning |", "|---|---|---|---|", *map(Knob.row, new), ""]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
-    made = {DOCS / "knobs.md": knobs_page()}
-    if "--check" not in arguments:
-        (DOCS / "knobs.md").write_text(made[DOCS / "knobs.md"])
-    made[DOCS / "llms.txt"] = llms()
-    if "--check" in arguments:
-        return int(any(not path.is_file() or path.read_text() != page for path, page in made.items()))
-    (DOCS / "llms.txt").write_text(made[DOCS / "llms.txt"])
+    """Write or check them."""
+    current = True
+    for name, make in (("knobs.md", knobs_page), ("llms.txt", llms)):
+        path, made = DOCS / name, make()
+        if "--check" in arguments:
+            current &= path.is_file() and path.read_text() == made
+        else:
+            path.write_text(made)
     if "--site" in arguments:
         for page in (page for _, pages in nav() for page in pages if source(page).suffix == ".ipynb"):
             (DOCS / page).write_text(text(page))
-    return 0
+    return 0 if current else 1
 
 
 if __name__ == "__main__":

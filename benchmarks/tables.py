@@ -28,28 +28,33 @@ _COLUMNS = (
 )
 
 
+def _number(x: float, digits: int = 3) -> str:
+    """``x`` rounded to so many digits, without an exponent."""
+    return f"{float(f'{x:.{digits}g}'):,.10g}"
+
+
 def _cells(bench: dict[str, Any], machine: dict[str, Any]) -> dict[str, str]:
     """The row of a result by column: _COLUMNS, of which it may lack some, then its outcome."""
     info, median, iqr = bench["extra_info"], bench["stats"]["median"], bench["stats"]["iqr"]
     cells = {
         "shape": bench["group"],
         "implementation": info["contender"],
-        "median": f"{median * 1e3:.3g} ms",
-        "IQR": f"{iqr * 1e3:.2g} ms",
-        "speed-up": ", ".join(f"{ratio:.3g}x {name}" for name, ratio in info["ratios"].items()),
-        "peak memory": f"{info['peak_bytes'] / 2**20:.3g} MiB",
+        "median": f"{_number(median * 1e3)} ms",
+        "IQR": f"{_number(iqr * 1e3, 2)} ms",
+        "speed-up": ", ".join(f"{_number(ratio)}x {name}" for name, ratio in info["ratios"].items()),
+        "peak memory": f"{_number(info['peak_bytes'] / 2**20)} MiB",
     }
     if "bytes" in info:
         rate = info["bytes"] / median
-        cells |= {"GB/s": f"{rate / 1e9:.3g}", "% of copy": f"{100 * rate / machine['copy_bandwidth']:.0f}"}
+        cells |= {"GB/s": _number(rate / 1e9), "% of copy": f"{100 * rate / machine['copy_bandwidth']:.0f}"}
     if "flops" in info and "product_rate" in machine:
         rate = info["flops"] / median
-        cells |= {"TFLOP/s": f"{rate / 1e12:.3g}", "% of GEMM": f"{100 * rate / machine['product_rate']:.0f}"}
+        cells |= {"TFLOP/s": _number(rate / 1e12), "% of GEMM": f"{100 * rate / machine['product_rate']:.0f}"}
     if "host" in info:
-        cells["host"] = f"{info['host'] * 1e3:.3g} ms"
+        cells["host"] = f"{_number(info['host'] * 1e3)} ms"
     if "error" in info:
         cells["error"] = f"{info['error']:.1e}"
-    return cells | {name: f"{value:.3g}" for name, value in info.get("outcome", {}).items()}
+    return cells | {name: _number(value) for name, value in info.get("outcome", {}).items()}
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -66,7 +71,7 @@ def table(path: Path) -> str:
     columns += dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
     device = "host" in columns
     program = "benchmarks.ops" if device else f"benchmarks.run {path.stem}"
-    product = f", GEMM rate {machine['product_rate'] / 1e12:.3g} TFLOP/s" if "product_rate" in machine else ""
+    product = f", GEMM rate {_number(machine['product_rate'] / 1e12)} TFLOP/s" if "product_rate" in machine else ""
     how = (
         "Times are the device's; host: until a call returns"
         if device
@@ -74,7 +79,7 @@ def table(path: Path) -> str:
     )
     note = (
         f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, measured copy bandwidth "
-        f"{machine['copy_bandwidth'] / 1e9:.3g} GB/s{product}, commit {data['commit_info']['id'][:10]}; "
+        f"{_number(machine['copy_bandwidth'] / 1e9)} GB/s{product}, commit {data['commit_info']['id'][:10]}; "
         f"`python -m {program}`. {how}{'; errors are relative to float64' if 'error' in columns else ''}."
     )
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -94,25 +99,24 @@ _SUMMARY = (
 
 
 def summary() -> str:
-    """A row of each op on a GPU and on a CPU: time and peak memory of ours, of eager torch and of the next best."""
-    lines = [["op, shape", "ppo_fast", "eager torch", "next best"], ["---"] * 4]
-    notes = {}
+    """One row an op, on a GPU and on a CPU: time and peak memory of ours, of eager torch and of the next best."""
+    lines = [["op, shape", "ppo_fast", "eager torch", "next best", "machine, commit"], ["---"] * 5]
     for result, group, peer in _SUMMARY:
         data = json.loads((RESULTS / f"{result}.json").read_text())
+        machine, commit = data["machine_info"], data["commit_info"]["id"][:10]
         found = {b["extra_info"]["contender"]: b for b in data["benchmarks"] if b["group"] == group}
         ours = next(b for b in found.values() if "eager" in b["extra_info"]["ratios"])
-        cells = [_cells(b, data["machine_info"]) for b in (ours, found["eager"], found[peer])]
-        took = [f"{cell['median']}, {cell['peak memory']}" for cell in cells]
-        machine, commit = data["machine_info"], data["commit_info"]["id"][:10]
+        took = [_time_and_memory(b) for b in (ours, found["eager"], found[peer])]
         name = group if result.endswith("ops") else f"{Path(result).name}, {group}"
-        lines.append([f"{name}, {machine['device']}", *took[:2], f"{took[2]}: {peer}"])
-        notes.setdefault((machine["device"], machine["threads"], machine["torch"]), []).append(commit)
-    made = [
-        f"{device}, {threads} thread, torch {torch}, commit {', '.join(dict.fromkeys(commits))}"
-        for (device, threads, torch), commits in notes.items()
-    ]
-    note = f"Median time and peak memory beyond the inputs. {'; '.join(made)}."
+        lines.append([name, *took[:2], f"{took[2]}: {peer}", f"{machine['device']}, {commit}"])
+    note = "Median time and peak memory beyond the inputs; one thread on the CPU."
     return "\n".join([*map(_line, lines), "", note, ""])
+
+
+def _time_and_memory(bench: dict[str, Any]) -> str:
+    milliseconds, size = bench["stats"]["median"] * 1e3, bench["extra_info"]["peak_bytes"] / 2**20
+    memory = f"{_number(size)} MiB" if size < 1000 else f"{_number(size / 1024)} GiB"
+    return f"{_number(milliseconds)} ms, {memory}"
 
 
 def render(document: str) -> str:

@@ -93,7 +93,10 @@ def policy_loss(
     r = log_r.exp()
     low = 0.0 if config.clip_low is None else 1 - config.clip_low
     high = None if config.clip_high is None else 1 + config.clip_high
-    objective = torch.minimum(r * advantages, r.clamp(low, high) * advantages)
+    if config.objective == "cispo":
+        objective = r.clamp(low, high).detach() * advantages * logprobs
+    else:
+        objective = torch.minimum(r * advantages, r.clamp(low, high) * advantages)
     if config.dual_clip is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, config.dual_clip * advantages), objective)
     loss = -objective if importance_weights is None else -importance_weights * objective

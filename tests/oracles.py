@@ -63,24 +63,28 @@ def pull_back(
 
 
 class Objective(NamedTuple):
-    """One token's surrogate, its slope in the log ratio, and what bounded it."""
+    """One token's surrogate, its slopes in the log ratio and in the log-probability, and what bounded it."""
 
     value: float
     slope: float
+    direct: float
     clipped: bool
     dual: bool
 
 
-def objective(log_ratio: float, advantage: float, config: Any) -> Objective:
-    """min(r*A, clip(r)*A), from below bounded by dual_clip*A where A < 0."""
+def objective(log_ratio: float, logprob: float, advantage: float, config: Any) -> Objective:
+    """min(r*A, clip(r)*A), from below bounded by dual_clip*A where A < 0; cispo: clip(r)*A*logprob of a fixed r."""
     r = math.exp(log_ratio)
     low = -math.inf if config.clip_low is None else 1 - config.clip_low
     high = math.inf if config.clip_high is None else 1 + config.clip_high
     free, held = r * advantage, min(max(r, low), high) * advantage
+    if config.objective == "cispo":
+        return Objective(held * logprob if held else 0.0, 0.0, held, not low <= r <= high, False)
     clipped = held < free
     value, slope = (held, 0.0) if clipped else (free, free)
     floor = config.dual_clip * advantage if config.dual_clip is not None and advantage < 0 else -math.inf
-    return Objective(floor, 0.0, clipped, True) if floor > value else Objective(value, slope, clipped, False)
+    dual = floor > value
+    return Objective(floor, 0.0, 0.0, clipped, dual) if dual else Objective(value, slope, 0.0, clipped, dual)
 
 
 def clamp(x: float) -> tuple[float, float]:
@@ -168,7 +172,8 @@ def policy_loss(
         d_shared = []
         for i, t, x, ok in zip(s, token, log_r, inside, strict=True):
             importance = 1.0 if importance_weights is None else importance_weights[i]
-            o = objective(x, advantages[i], config)
+            o = objective(x, logprobs[i], advantages[i], config)
+            slope[i] -= weights[i] * importance * o.direct
             surrogate -= weights[i] * importance * o.value
             loss += weights[i] * (penalty * (math.exp(x) - 1 - x) - ent_coef * entropies[i])
             loss += weights[i] * kl_coef * kls[i] if kl_coef else 0.0

@@ -34,7 +34,7 @@ def numerical_gradient(f, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
 def test_policy_gradient_is_the_derivative_of_the_policy_loss(ratio: str, estimator: str) -> None:
-    config = SimpleNamespace(**CONFIG, ratio=ratio, kl_estimator=estimator)
+    config = SimpleNamespace(**CONFIG, objective="clip", ratio=ratio, kl_estimator=estimator)
     logits, targets = RNG.normal(size=(8, 4)), RNG.integers(4, size=8)
     old, advantages, ref = (RNG.normal(size=8) - shift for shift in (1.4, 0.0, 1.4))
     counted = np.array([1, 1, 0, 1, 1, 1, 0, 1], bool)
@@ -45,6 +45,23 @@ def test_policy_gradient_is_the_derivative_of_the_policy_loss(ratio: str, estima
             x, targets, old, advantages, counted, oracles.packed_segments([0, 5, 5, 8]), config, **reference
         )
 
+    np.testing.assert_allclose(run(logits).grad, numerical_gradient(lambda x: run(x).loss, logits), atol=1e-8)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_cispo_gradient_is_the_derivative_of_its_loss_at_constant_ratios(ratio: str) -> None:
+    fields = {**CONFIG, "dual_clip": None, "penalty_coef": 0.0}
+    config = SimpleNamespace(**fields, objective="cispo", ratio=ratio, kl_estimator="k2")
+    logits, targets = RNG.normal(size=(8, 4)), RNG.integers(4, size=8)
+    gap, advantages, ref = RNG.normal(size=(3, 8))
+    counted, segments = np.array([1, 1, 0, 1, 1, 1, 0, 1], bool), oracles.packed_segments([0, 5, 5, 8])
+
+    def run(x: np.ndarray) -> oracles.PolicyTruth:
+        """The old log-probabilities move with the new ones."""
+        logprobs = np.array([oracles.log_softmax(row, 0.7)[t] for row, t in zip(x, targets, strict=True)])
+        return oracles.policy_loss(x, targets, logprobs - gap, advantages, counted, segments, config, ref - 1.4)
+
+    assert run(logits).metrics["clipfrac"] > 0
     np.testing.assert_allclose(run(logits).grad, numerical_gradient(lambda x: run(x).loss, logits), atol=1e-8)
 
 

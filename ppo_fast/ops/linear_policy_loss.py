@@ -283,7 +283,7 @@ def linear_policy_loss(
         advantages: [..., T] or [..., 1].
         mask: [..., T], bool, True = counts; None counts every position. Other rows are left out of every product.
             Their number is read from the GPU: the op's one host sync.
-        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        config: objective, clip, coefficients, ratio, KL estimator, temperature, aggregation.
         bias: [V], or None.
         softcap: in [1e-9, 1e9], the final-logit softcapping of Gemma 2; None: none.
         ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".

@@ -124,18 +124,17 @@ class _EagerPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        _: Tensor,
+        logits: Tensor,
         rows: RowInputs,
         policy: PolicyInputs,
         backend: str,
         shard: VocabShard | None,
         found: list[PolicyLossResult],
     ) -> Tensor:
-        logits, out = rows.logits.detach(), {}
-        ctx.dlogits = None
+        ctx.shape, ctx.dlogits, flat, out = logits.shape, None, rows.logits, {}
         if shard is None and registry.fuses_backward(_OP, backend):
-            ctx.dlogits = out["out"] = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        return _keep(ctx, rows, backend, _launch(rows._replace(logits=logits), policy, backend, shard, **out), found)
+            ctx.dlogits = out["out"] = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
+        return _keep(ctx, rows, backend, _launch(rows, policy, backend, shard, **out), found)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,7 +145,7 @@ class _EagerPolicyLoss(torch.autograd.Function):
         if dlogits is None or grad_loss.item() != 1:
             rows, stats = saved_rows(ctx)
             dlogits = token_stats_backward(ctx.grads, rows, RowStats(*stats), ctx.backend, grad_loss)
-        return to_first(ctx, dlogits)
+        return to_first(ctx, dlogits.view(ctx.shape))
 
 
 class _InPlace(torch.autograd.Function):
@@ -162,18 +161,15 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        _: Tensor,
+        logits: Tensor,
         rows: RowInputs,
         policy: PolicyInputs,
         backend: str,
         shard: VocabShard | None,
         found: list[PolicyLossResult],
     ) -> Tensor:
-        logits = rows.logits.detach()
-        # Saved without its history: autograd refuses to rebuild that of a view whose base was written.
-        rows = rows._replace(logits=logits)
-        ctx.written = shard is None and registry.fuses_backward(_OP, backend)
-        result = _launch(rows, policy, backend, shard, **({"out": logits} if ctx.written else {}))
+        ctx.shape, ctx.written = logits.shape, shard is None and registry.fuses_backward(_OP, backend)
+        result = _launch(rows, policy, backend, shard, **({"out": rows.logits} if ctx.written else {}))
         torch.autograd.graph.increment_version(logits)
         ctx.spent = False
         return _keep(ctx, rows, backend, result, found)
@@ -187,23 +183,20 @@ class _InPlace(torch.autograd.Function):
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
         rows, stats = saved_rows(ctx)
-        logits = rows.logits.detach()
+        logits = rows.logits
         if not ctx.written:
             run = registry.implementation("token_stats_backward", ctx.backend)
-            run(ctx.grads, rows._replace(logits=logits), RowStats(*stats), out=logits, scale=grad_loss)
+            run(ctx.grads, rows, RowStats(*stats), out=logits, scale=grad_loss)
         elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
-        return to_first(ctx, logits)
+        return to_first(ctx, logits.view(ctx.shape))
 
 
 def _run(
-    rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str, shard: VocabShard | None
+    logits: Tensor, rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str, shard: VocabShard | None
 ) -> PolicyLossResult:
-    """The registered op, or an eager form of it."""
-    logits = rows.logits
-    if not inplace and not registry.runs_directly(logits):
-        return PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
+    """The op past the dispatcher, of ``logits`` whose values are in ``rows`` without their history."""
     if not torch.is_grad_enabled() or not logits.requires_grad:
         return _launch(rows, policy, backend, shard)
     found: list[PolicyLossResult] = []
@@ -262,6 +255,7 @@ def policy_loss(
     With r = exp(clamp(logprob - old_logprob, -20, 20)) and A the advantage::
 
         objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)       (A < 0: at least dual_clip*A)
+        or, "cispo": stopgrad(clip(r, 1 - clip_low, 1 + clip_high))*A*logprob
         loss = aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H)
 
     Args:
@@ -270,7 +264,7 @@ def policy_loss(
         old_logprobs: [..., T] under the policy that sampled them; None means ``logprobs.detach()`` (r = 1).
         advantages: [..., T] or [..., 1].
         mask: [..., T], bool, True = counts; None counts every position. Other rows are not read.
-        config: clip, coefficients, ratio, KL estimator, temperature, aggregation.
+        config: objective, clip, coefficients, ratio, KL estimator, temperature, aggregation.
         ref_logprobs: [..., T] under the reference, for kl_estimator "k1", "k2", "k3".
         ref_logits: [..., T, V] of the reference, for kl_estimator "full"; divided by the same temperature.
         importance_weights: [..., T] or [..., 1]; multiply each token's objective after clip and dual clip.
@@ -287,7 +281,8 @@ def policy_loss(
 
     Returns:
         LossOutput. ``metrics``: policy_loss, entropy, kl, approx_kl, clipfrac, dual_clipfrac, ratio_mean, ratio_max,
-        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens.
+        tokens; all but policy_loss and ratio_max are plain means over this call's counted tokens. clipfrac: tokens
+        whose clip lowers the objective; with "cispo" those whose ratio is outside the clip.
         ``per_token``: TokenStats(logprobs, entropy, kl).
 
     Raises:
@@ -302,7 +297,8 @@ def policy_loss(
         (-1.0, 2.0)
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; dual clip: Ye et al. 2020, eq. 3;
-    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7.
+    KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7; CISPO:
+    MiniMax 2025, arXiv:2506.13585, eq. 4.
     """
     per_token = {
         "old_logprobs": old_logprobs,
@@ -318,8 +314,9 @@ def policy_loss(
     if inplace:
         _check_inplace(logits)
     inplace = inplace and type(logits) is Tensor  # a tensor without data has no place
-    shape = targets.shape
-    flat_logits = as_logits(logits)
+    shape, direct = targets.shape, inplace or registry.runs_directly(logits)
+    flat_logits = as_logits(logits.detach() if direct else logits)
+    by_address = direct and backend != "torch" and group is None
     if inplace and flat_logits.data_ptr() != logits.data_ptr():
         raise ValueError(
             f"{_OP}: expected logits that need no copy (unit stride over V) with inplace=True, "
@@ -327,14 +324,18 @@ def policy_loss(
         )
     rows = RowInputs(
         flat_logits,
-        as_rows(targets, shape),
+        as_rows(targets, shape, by_address),
         None if ref_logits is None else as_logits(ref_logits.detach()),
-        as_bools(mask, shape),
+        as_bools(mask, shape, by_address),
         float(config.temperature),
     )
-    policy = policy_inputs(config, logits, shape, per_token, cu_seqlens, denominator)
+    policy = policy_inputs(config, logits, shape, per_token, cu_seqlens, denominator, by_address)
     shard = None if group is None else VocabShard(_OP, group, logits.shape[-1], logits)
     if shard is not None and rows.targets is not None:
         rows = rows._replace(targets=shard.local(rows.targets, rows.mask))
-    loss, metrics, logprobs, entropy, kl, *_ = _run(rows, policy, inplace, backend, shard)
+    if direct:
+        result = _run(logits, rows, policy, inplace, backend, shard)
+    else:
+        result = PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
+    loss, metrics, logprobs, entropy, kl, *_ = result
     return named_output(loss, metrics, logprobs, entropy, kl, shape)

@@ -1,6 +1,5 @@
 """The (clipped) squared error of the value function."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from ppo_fast.ops._backends.native import value_loss as native_value_loss
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import AGGREGATIONS
 from ppo_fast.ops._core.inputs import ValueInputs
-from ppo_fast.ops._core.layout import as_bools, as_floats, as_scalar, as_tensor, grid
+from ppo_fast.ops._core.layout import as_bools, as_floats, as_scalar, as_tensor, kernel_shape
 from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput, ValueLossResult
 from ppo_fast.ops._core.schema import schema, to_first
 
@@ -60,12 +59,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(metrics, d_values)
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor, *_: Any, run: Callable[..., Tensor] = reference.value_loss_backward
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     checks.first_derivative(_OP)
     (d_values,) = ctx.saved_tensors
-    return to_first(ctx, run(d_values, grad_loss, ctx.dtype))
+    return to_first(ctx, reference.value_loss_backward(d_values, grad_loss, ctx.dtype))
 
 
 _value_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -75,24 +72,23 @@ class _EagerValueLoss(torch.autograd.Function):
     """The registered op past the dispatcher; ``found`` takes the whole result."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, inputs: ValueInputs, backend: str, found: list[ValueLossResult]) -> Tensor:
+    def forward(ctx: Any, values: Tensor, inputs: ValueInputs, backend: str, found: list[ValueLossResult]) -> Tensor:
         result = _launch(inputs, backend)
-        ctx.dtype, ctx.backend = inputs.values.dtype, backend
+        ctx.shape, ctx.dtype, ctx.backend = values.shape, values.dtype, backend
         ctx.save_for_backward(result.grad_values)
         found.append(result)
         return result.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_loss, run=registry.implementation(_BACKWARD, ctx.backend))
+        checks.first_derivative(_OP)
+        (d_values,) = ctx.saved_tensors
+        run = registry.implementation(_BACKWARD, ctx.backend)
+        return to_first(ctx, run(d_values, grad_loss, ctx.dtype).view(ctx.shape))
 
 
-def _run(inputs: ValueInputs, backend: str) -> ValueLossResult:
-    """The registered op, or an eager form of it."""
-    values = inputs.values
-    if not registry.runs_directly(values):
-        numbers = inputs._replace(denominator=as_tensor(inputs.denominator, values))
-        return ValueLossResult(*_value_loss(*numbers, backend))
+def _run(values: Tensor, inputs: ValueInputs, backend: str) -> ValueLossResult:
+    """The op past the dispatcher, of ``values`` that are in ``inputs`` without their history."""
     if not torch.is_grad_enabled() or not values.requires_grad:
         return _launch(inputs, backend)
     found: list[ValueLossResult] = []
@@ -160,16 +156,22 @@ def value_loss(
     if aggregation != "token-mean" and cu_seqlens is None and values.dim() < 2:
         raise ValueError(f"{_OP}: expected cu_seqlens for packed [N] values with aggregation={aggregation!r}, got None")
     backend = registry.resolve(_OP, backend, values.device, values.dtype)
-    dtype = checks.accumulation_dtype(values.dtype)
+    dtype, direct = checks.accumulation_dtype(values.dtype), registry.runs_directly(values)
+    by_address = direct and backend != "torch"
     inputs = ValueInputs(
-        values.reshape(grid(shape)),
-        as_floats(returns, shape, dtype),  # type: ignore[arg-type]  # returns is not None
-        as_bools(mask, shape),
-        None if clip is None else as_floats(old_values, shape, dtype),
+        (values.detach() if direct else values).reshape(kernel_shape(shape, by_address)),
+        as_floats(returns, shape, dtype, by_address),  # type: ignore[arg-type]  # returns is not None
+        as_bools(mask, shape, by_address),
+        None if clip is None else as_floats(old_values, shape, dtype, by_address),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         as_scalar(denominator, values),
         None if clip is None else float(clip),
         aggregation,
     )
-    loss, metrics, _ = _run(inputs, backend)
+    if direct:
+        result = _run(values, inputs, backend)
+    else:
+        numbers = inputs._replace(denominator=as_tensor(inputs.denominator, values))
+        result = ValueLossResult(*_value_loss(*numbers, backend))
+    loss, metrics, _ = result
     return LossOutput(loss, dict(zip(VALUE_METRICS, metrics.unbind(), strict=True)))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.split import local, rows_of
 
 BLOCK = 2**20  # bytes read at once
 
@@ -89,10 +90,14 @@ def check_tensors(own: Mapping[str, Tensor], saved: Mapping[str, object], source
 
 @torch.no_grad()
 def copy_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str, *, dtypes: bool = True) -> None:
-    """Copy `saved` into `own`, name by name; UserError of `check_tensors` before anything is changed."""
+    """Copy `saved` into `own`, name by name; UserError of `check_tensors` before anything is changed.
+
+    Of a tensor that is split over ranks each gets its rows of the saved one.
+    """
     check_tensors(own, saved, source, dtypes=dtypes)
     for name, value in own.items():
-        value.copy_(saved[name])
+        rows = rows_of(value)
+        local(value).copy_(saved[name] if rows is None else rows.of(saved[name]))
 
 
 def numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:

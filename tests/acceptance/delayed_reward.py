@@ -39,10 +39,17 @@ SETTINGS: dict[str, Any] = {
 PLAIN, READY = "gae, lam 0.95", "gae, lam 0.95, value_lam 1, warm-up"
 KINDS: dict[str, dict[str, Any]] = {
     READY: {"advantage": {"value_lam": 1.0}, "optim": {"critic_warmup_updates": WARMUP}},
+    "gae, lam 0.95, value_lam 1": {"advantage": {"value_lam": 1.0}},
     PLAIN: {},
-    "group, leave_one_out": {"advantage": {"kind": "group", "leave_one_out": True}},
-    "sequence": {"advantage": {"kind": "sequence"}},
+    "gae, lam adaptive": {"advantage": {"lam": "adaptive"}},
+    "gae, lam adaptive, value_lam 1": {"advantage": {"lam": "adaptive", "value_lam": 1.0}},
     "gae, lam 1": {"advantage": {"lam": 1.0}},
+    "gae, lam 1, cispo": {"advantage": {"lam": 1.0}, "loss": {"objective": "cispo"}},
+    "sequence": {"advantage": {"kind": "sequence"}},
+    "group": {"advantage": {"kind": "group"}},
+    "group, leave_one_out": {"advantage": {"kind": "group", "leave_one_out": True}},
+    "group, divide_by_std": {"advantage": {"kind": "group", "divide_by_std": True}},
+    "group, cispo": {"advantage": {"kind": "group"}, "loss": {"objective": "cispo"}},
 }
 
 

@@ -41,7 +41,7 @@ def test_policy_loss_of_segments_is_three_kernels() -> None:
     with compiling(SM90) as kernels:
         for i, (B, T, stride) in enumerate(LAYOUTS):
             x, targets = torch.zeros(B, T), torch.zeros(B, T, dtype=torch.int64)
-            options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean")
+            options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean", "clip")
             policy = PolicyInputs(x, x, x, None, None, None, 0.1 * i, 0.01, 0.5, *options)
             policy_loss.policy_loss(RowInputs(_logits(B, T, 8192, stride), targets, None, x > 0, 1.0), policy)
     assert len(kernels) == 3 * len(LAYOUTS)
@@ -53,7 +53,7 @@ def test_per_token_kernels() -> None:
     with compiling(SM90) as kernels:
         for i, (B, T) in enumerate(shapes):
             x, none, coef = torch.zeros(B, T), torch.empty(0), torch.tensor(float(i))
-            options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean")
+            options = (0.1 * i, 0.1 * i, 1.0 + i, "token", "k3", "token-mean", "clip")
             policy = PolicyInputs(x, x, x, None, None, None, coef, coef, coef, *options)
             policy_loss.policy_loss_from_stats(RowStats(x, x, none, none, none), None, policy)
             value_loss.value_loss(ValueInputs(x, x, None, x, None, None, 0.1 * i, "token-mean"))

@@ -18,6 +18,7 @@ LENGTHS = {"padded": [4, 4, 4, 4], "packed": [5, 0, 3, 1, 0, 7]}
 COUNTED = [1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
+    "objective": ("clip", "cispo"),
     "clip_low": (0.2, None),
     "clip_high": (0.2, None, 0.4),
     "dual_clip": (None, 1.5),
@@ -32,10 +33,16 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def option_grid(fraction: int = 1) -> Iterator[dict[str, Any]]:
-    """Every combination of OPTIONS; or one in ``fraction``: the indices weighted by powers of 3 sum to a multiple."""
+    """Every allowed combination; or one in ``fraction``: the indices weighted by powers of 3 sum to a multiple."""
     for indices in itertools.product(*(range(len(values)) for values in OPTIONS.values())):
-        if sum(index * 3**place for place, index in enumerate(indices)) % fraction == 0:
-            yield {name: OPTIONS[name][i] for name, i in zip(OPTIONS, indices, strict=True)}
+        options = {name: OPTIONS[name][i] for name, i in zip(OPTIONS, indices, strict=True)}
+        if allowed(options) and sum(index * 3**place for place, index in enumerate(indices)) % fraction == 0:
+            yield options
+
+
+def allowed(options: dict[str, Any]) -> bool:
+    """Whether the config takes these options together."""
+    return options.get("objective") != "cispo" or options.get("dual_clip") is None
 
 
 class Case(NamedTuple):

@@ -399,6 +399,14 @@ TABLE: list[tuple[Callable[[], Any], str]] = [
         config(penalty_coef=torch.tensor(1)),
         f"{PENALTY} a number or a 0-d floating tensor, got a tensor of shape [] and dtype torch.int64",
     ),
+    (
+        config(objective="ppo"),
+        "PolicyLossConfig: expected objective to be one of 'clip', 'cispo', got 'ppo'",
+    ),
+    (
+        config(objective="cispo", dual_clip=3.0),
+        "PolicyLossConfig: expected dual_clip to be None with objective='cispo', got 3.0",
+    ),
     (config(ratio="group"), "PolicyLossConfig: expected ratio to be one of 'token', 'sequence', got 'group'"),
     (
         config(kl_estimator="k4"),

@@ -30,7 +30,7 @@ ALL = pf.PolicyLossConfig(
     clip_low=0.1, clip_high=0.3, dual_clip=1.5, penalty_coef=0.3, ent_coef=0.1, kl_coef=0.2, temperature=0.7
 )
 # One combination of the options in so many: against the oracle, and against policy_loss.
-ORACLE_FRACTION, FRACTION = (997, 499) if INTERPRETED else (151, 97)
+ORACLE_FRACTION, FRACTION = (1499, 743) if INTERPRETED else (227, 149)
 ESTIMATORS = [("token", "full"), ("sequence", "k3"), ("token", "k3"), ("sequence", "full")][: 2 if INTERPRETED else 4]
 
 

@@ -12,6 +12,7 @@ from tests.ops.policy_cases import Case, make_case, references
 
 CONFIGS = {
     "k3": pf.PolicyLossConfig(ent_coef=0.1, kl_coef=0.1),
+    "cispo": pf.PolicyLossConfig(objective="cispo", penalty_coef=0.1),
     "full": pf.PolicyLossConfig(kl_coef=0.1, kl_estimator="full", ratio="sequence"),
 }
 

@@ -89,6 +89,15 @@ def test_under_the_sequence_ratio(backend: str) -> None:
 
 
 @each_backend("policy_loss")
+def test_under_cispo(backend: str) -> None:
+    """clipfrac counts every ratio outside the clip; the objective is clip(r) * A * logprob."""
+    got = metrics(backend, options={"objective": "cispo", "dual_clip": None})
+    weighted = sum(r * a for r, a in zip((0.8, 1.1, 1.2, 1.2, 1.2), ADVANTAGES[MASK].tolist(), strict=True))
+    changed = {"policy_loss": -weighted * LOGPROBS[0, 0].item() / 5, "clipfrac": 4 / 5, "dual_clipfrac": 0.0}
+    assert got == pytest.approx({**DEFINITIONS, **changed}, rel=1e-5)
+
+
+@each_backend("policy_loss")
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [("k1", (0.5 - 0.5 + 0.25 + 1.0) / 5), ("k2", (0.25 + 0.25 + 0.0625 + 1.0) / 10)],

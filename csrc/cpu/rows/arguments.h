@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace ppo_fast::cpu {
 
@@ -82,6 +83,7 @@ struct TokenStatsBackwardArguments {
   }
 };
 
+enum class PolicyObjective : int { kClip, kCispo };
 enum class KlEstimator : int { kK1, kK2, kK3, kFull };
 
 struct PolicyLossArguments {
@@ -91,14 +93,15 @@ struct PolicyLossArguments {
   const float* ref_logprobs;
   const float* importance_weights;
   const float* token_weights;  // null: `weight` for each counted token
-  float weight;                // 1 / denominator, else 1 / the number of counted tokens
-  const float* denominator;    // one number; null: that number
-  const float* penalty_coef;   // one number each; null leaves the term out
-  const float* ent_coef;
-  const float* kl_coef;
+  float weight;                // made of the denominator, else of the number of counted tokens
+  std::optional<float> denominator;
+  std::optional<float> penalty_coef;  // nothing leaves the term out
+  std::optional<float> ent_coef;
+  std::optional<float> kl_coef;
   float low;  // the ratio is clipped to [low, high]
   float high;
   float dual_clip;  // infinite: none
+  PolicyObjective objective;
   KlEstimator kl_estimator;
   float* grad_logprobs;  // of the loss in the statistics
   float* grad_entropy;
@@ -115,10 +118,6 @@ struct PolicyLossArguments {
     visit("ref_logprobs", &Self::ref_logprobs);
     visit("importance_weights", &Self::importance_weights);
     visit("token_weights", &Self::token_weights);
-    visit("denominator", &Self::denominator);
-    visit("penalty_coef", &Self::penalty_coef);
-    visit("ent_coef", &Self::ent_coef);
-    visit("kl_coef", &Self::kl_coef);
     visit("grad_logprobs", &Self::grad_logprobs);
     visit("grad_entropy", &Self::grad_entropy);
     visit("grad_kl", &Self::grad_kl);
@@ -149,7 +148,7 @@ struct ValueLossArguments {
   float clip;
   const float* token_weights;  // as in PolicyLossArguments
   float weight;
-  const float* denominator;
+  std::optional<float> denominator;
   int64_t rows;
   float* grad_values;  // results
   float* loss;
@@ -163,7 +162,6 @@ struct ValueLossArguments {
     visit("mask", &Self::mask);
     visit("old_values", &Self::old_values);
     visit("token_weights", &Self::token_weights);
-    visit("denominator", &Self::denominator);
     visit("grad_values", &Self::grad_values);
     visit("loss", &Self::loss);
     visit("metrics", &Self::metrics);

@@ -138,11 +138,11 @@ void policy_gradient(const PolicyLossArguments& args, const Group& group, const 
                      const Normalizers& norm, const TargetLogits& target) {
   const Rows& in = args.stats.in;
   if constexpr (!is_absent<Ref>) {
-    if (args.kl_coef != nullptr) {
+    if (args.kl_coef.has_value()) {
       return gradient_rows<T, Ref, true>(in, group, terms.grads, norm, target, args.gradient);
     }
   }
-  if (args.ent_coef != nullptr) {
+  if (args.ent_coef.has_value()) {
     gradient_rows<T, Absent, true>(in, group, terms.grads, norm, target, args.gradient);
   } else {
     gradient_rows<T, Absent, false>(in, group, terms.grads, norm, target, args.gradient);

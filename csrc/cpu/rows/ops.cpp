@@ -76,7 +76,7 @@ void policy_loss(PolicyLossArguments args, int threads) {
   const Kernels& kernel = kernels();
   const Rows& in = args.stats.in;
   const int64_t tokens = count_rows(in.mask, in.rows);
-  args.weight = 1.0f / (args.denominator != nullptr ? *args.denominator : static_cast<float>(tokens));
+  args.weight = 1.0f / args.denominator.value_or(static_cast<float>(tokens));
   const Chunks chunks(in.rows, in.vocab);
   std::vector<PolicySums> sums(static_cast<size_t>(chunks.count));
   parallel_for(chunks.count, threads, [&](int64_t i) {
@@ -100,7 +100,7 @@ void sample_tokens(const SampleArguments& args, int threads) {
 void value_loss(ValueLossArguments args, int threads) {
   const Kernels& kernel = kernels();
   const int64_t tokens = count_rows(args.mask, args.rows);
-  args.weight = 1.0f / (args.denominator != nullptr ? *args.denominator : static_cast<float>(tokens));
+  args.weight = 1.0f / args.denominator.value_or(static_cast<float>(tokens));
   const Chunks chunks(args.rows, 16);
   std::vector<ValueSums> sums(static_cast<size_t>(chunks.count));
   parallel_for(chunks.count, threads, [&](int64_t i) {

@@ -39,15 +39,16 @@ inline KlTerm kl_term(Vec delta, KlEstimator estimator) {
 }
 
 struct Objective {
-  Vec loss, d_log_ratio;  // -weight * objective, and its derivative
+  Vec loss, d_log_ratio;  // -importance * objective, and its derivative
+  Vec d_logprob;          // its derivative at a constant ratio
   Ints clipped, dual_clipped;
 };
 
 // min(r*A, clip(r)*A), and at least dual_clip*A where A < 0.
-inline Objective objective(const PolicyLossArguments& args, Vec ratio, Vec advantage, Vec importance) {
+inline Objective clip_objective(const PolicyLossArguments& args, Vec ratio, Vec advantage, Vec importance) {
   const Vec unclipped = ratio * advantage;
   const Vec clipped = min(set(args.high), max(set(args.low), ratio)) * advantage;
-  Objective out;
+  Objective out{};
   out.clipped = clipped < unclipped;
   Vec value = min(clipped, unclipped);
   const Vec bound = advantage < 0.0f ? args.dual_clip * advantage : set(-kInfinity);
@@ -55,6 +56,16 @@ inline Objective objective(const PolicyLossArguments& args, Vec ratio, Vec advan
   value = max(bound, value);
   out.loss = -importance * value;
   out.d_log_ratio = -importance * (out.clipped | out.dual_clipped ? Vec{} : unclipped);
+  return out;
+}
+
+// clip(r)*A*logprob, where clip(r) is a constant. Where a factor is 0, so is the product: logprob may be -inf.
+inline Objective cispo_objective(const PolicyLossArguments& args, Vec ratio, Vec advantage, Vec importance,
+                                 Vec logprob) {
+  Objective out{};
+  out.clipped = (ratio < args.low) | (ratio > args.high);
+  out.d_logprob = -importance * (min(set(args.high), max(set(args.low), ratio)) * advantage);
+  out.loss = out.d_logprob == 0.0f ? Vec{} : out.d_logprob * logprob;
   return out;
 }
 
@@ -68,28 +79,31 @@ inline TokenLoss token_loss(const PolicyLossArguments& args, const Group& group,
   TokenLoss out;
   out.ratio = exp(log_ratio);
   out.approx_kl = exp_excess(log_ratio, out.ratio);
-  const Objective objective_ = objective(args, out.ratio, group.load(args.advantages), importance);
-  out.clipped = objective_.clipped;
-  out.dual_clipped = objective_.dual_clipped;
-  out.policy_loss = weight * objective_.loss;
+  const Vec advantage = group.load(args.advantages);
+  const Objective objective = args.objective == PolicyObjective::kClip
+                                  ? clip_objective(args, out.ratio, advantage, importance)
+                                  : cispo_objective(args, out.ratio, advantage, importance, token.logprob);
+  out.clipped = objective.clipped;
+  out.dual_clipped = objective.dual_clipped;
+  out.policy_loss = weight * objective.loss;
 
-  Vec loss = objective_.loss, d_log_ratio = objective_.d_log_ratio;
-  if (args.penalty_coef != nullptr) {
+  Vec loss = objective.loss, d_log_ratio = objective.d_log_ratio;
+  if (args.penalty_coef.has_value()) {
     loss += *args.penalty_coef * out.approx_kl;
     d_log_ratio += *args.penalty_coef * (out.approx_kl + log_ratio);
   }
-  out.grads.grad_logprobs = weight * inside_clamp(raw, d_log_ratio);
+  out.grads.grad_logprobs = weight * (inside_clamp(raw, d_log_ratio) + objective.d_logprob);
   out.grads.entropy = token.entropy;
   out.grads.kl = out.kl = token.kl;
   if (args.ref_logprobs != nullptr) {
     const KlTerm term = kl_term(token.logprob - group.load(args.ref_logprobs), args.kl_estimator);
     out.kl = term.value;
-    if (args.kl_coef != nullptr) out.grads.grad_logprobs += weight * *args.kl_coef * term.slope;
-  } else if (args.kl_coef != nullptr) {
+    if (args.kl_coef.has_value()) out.grads.grad_logprobs += weight * *args.kl_coef * term.slope;
+  } else if (args.kl_coef.has_value()) {
     out.grads.grad_kl = weight * *args.kl_coef;
   }
-  if (args.kl_coef != nullptr) loss += *args.kl_coef * out.kl;
-  if (args.ent_coef != nullptr) {
+  if (args.kl_coef.has_value()) loss += *args.kl_coef * out.kl;
+  if (args.ent_coef.has_value()) {
     loss -= *args.ent_coef * token.entropy;
     out.grads.grad_entropy = -weight * *args.ent_coef;
   }

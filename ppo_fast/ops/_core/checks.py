@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
 # Float32 holds numbers between these, their reciprocals, and a hundred million times either.
 SMALLEST, LARGEST = 1e-30, 1e30
 # Temperature and softcap: float32 holds the square of the quotient of any two.
@@ -20,6 +21,21 @@ SMALLEST_SCALE, LARGEST_SCALE = 1e-9, 1e9
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of every reduction and output."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fits(value: object, dtypes: Sequence[torch.dtype], shape: torch.Size, like: Tensor) -> bool:
+    """Whether ``value`` is a dense tensor of one of these dtypes, of this shape, on the device of ``like``.
+
+    The checks below say what is wrong with another, at several times the cost of a small kernel's launch.
+    """
+    return (
+        type(value) is Tensor
+        and not value.is_nested
+        and value.layout == torch.strided
+        and value.dtype in dtypes
+        and value.shape == shape
+        and (value is like or value.device == like.device)
+    )
 
 
 def one_of(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -75,7 +91,7 @@ def per_token(
     broadcast: bool = False,
 ) -> None:
     """A floating per-token tensor: dtype, shape, device. None passes."""
-    if value is not None:
+    if value is not None and not fits(value, FLOATS, shape, like):
         floating(op, name, value)
         same_shape(op, name, value, like_name, shape, broadcast=broadcast)
         same_device(op, name, value, like_name, like)
@@ -83,7 +99,7 @@ def per_token(
 
 def boolean(op: str, name: str, value: Tensor | None, like_name: str, like: Tensor, shape: torch.Size) -> None:
     """A bool per-token tensor: dtype, shape, device. None passes."""
-    if value is not None:
+    if value is not None and not fits(value, (torch.bool,), shape, like):
         tensor(op, name, value)
         if value.dtype != torch.bool:
             raise ValueError(f"{op}: expected {name} to be bool, got {value.dtype}")
@@ -93,15 +109,18 @@ def boolean(op: str, name: str, value: Tensor | None, like_name: str, like: Tens
 
 def logits(op: str, name: str, value: Tensor) -> None:
     """Logits: floating, at least one dimension, at least one word."""
-    floating(op, name, value)
+    if not isinstance(value, Tensor) or not fits(value, FLOATS, value.shape, value):
+        floating(op, name, value)
     if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(f"{op}: expected {name} of shape [..., V] with V >= 1, got {list(value.shape)}")
 
 
 def targets(op: str, value: Tensor, logits: Tensor) -> None:
     """Targets: int32 or int64, the shape of the logits without V."""
+    if fits(value, INTEGERS, logits.shape[:-1], logits):
+        return
     tensor(op, "targets", value)
-    if value.dtype not in (torch.int32, torch.int64):
+    if value.dtype not in INTEGERS:
         raise ValueError(f"{op}: expected targets to be int32 or int64, got {value.dtype}")
     if value.shape != logits.shape[:-1]:
         raise ValueError(
@@ -246,7 +265,7 @@ def first_derivative(op: str) -> None:
 
 def target_values(op: str, value: Tensor | None, mask: Tensor | None, vocab: int) -> None:
     """Every counted target lies in [0, V). CPU tensors only. None passes."""
-    if value is None or value.device.type != "cpu" or value.numel() == 0:
+    if value is None or not value.is_cpu or value.numel() == 0:
         return
     lowest, highest = value.aminmax()
     if lowest.item() >= 0 and highest.item() < vocab:

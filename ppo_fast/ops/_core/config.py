@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppo_fast.ops._core import checks
 
+OBJECTIVES = ("clip", "cispo")
 RATIOS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -49,9 +50,12 @@ class PolicyLossConfig:
         kl_estimator: "k1" | "k2" | "k3" (Schulman 2020, from ``ref_logprobs``) or "full" (exact, over the vocabulary).
         temperature: in [1e-9, 1e9], divides the logits of policy and reference.
         aggregation: "token-mean" | "seq-mean-token-mean" | "seq-mean-token-sum".
+        objective: "clip" (PPO), or "cispo": ``clip(r) * A * logprob``, with no gradient through the clipped ratio, so
+            that a token outside the clip keeps a bounded gradient (MiniMax 2025, arXiv:2506.13585, eq. 4, where
+            ``clip_low`` is None).
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range; ``dual_clip`` with objective "cispo".
 
     Example:
         >>> PolicyLossConfig(clip_high=0.28, ent_coef=0.01).clip_high
@@ -68,6 +72,7 @@ class PolicyLossConfig:
     kl_estimator: str = "k3"
     temperature: float = 1.0
     aggregation: str = "token-mean"
+    objective: str = "clip"
 
     def __post_init__(self) -> None:
         if self.clip_low is not None:
@@ -76,6 +81,9 @@ class PolicyLossConfig:
             checks.number(_OP, "clip_high", self.clip_high, 0.0)
         if self.dual_clip is not None:
             checks.number(_OP, "dual_clip", self.dual_clip, 1.0, above=True)
+        checks.one_of(_OP, "objective", self.objective, OBJECTIVES)
+        if self.objective == "cispo" and self.dual_clip is not None:
+            raise ValueError(f"{_OP}: expected dual_clip to be None with objective='cispo', got {self.dual_clip}")
         checks.one_of(_OP, "ratio", self.ratio, RATIOS)
         checks.one_of(_OP, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         checks.one_of(_OP, "aggregation", self.aggregation, AGGREGATIONS)
@@ -107,3 +115,4 @@ class PolicyInputs(NamedTuple):
     ratio: str
     kl_estimator: str
     aggregation: str
+    objective: str

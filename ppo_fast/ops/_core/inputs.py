@@ -1,7 +1,7 @@
 """Inputs of the registered ops, one NamedTuple each: the schema of an op and its launchers follow from it.
 
 Tensors are checked, detached (except logits and values) and on one device. There are B sequences of T tokens; packed
-sequences are one row of N.
+sequences are one row of N, whose per-token tensors a launcher of kernels takes as [N] too.
 """
 
 from typing import NamedTuple

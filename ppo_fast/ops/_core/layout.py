@@ -19,10 +19,19 @@ def as_logits(logits: Tensor) -> Tensor:
     """[..., V] as [B, T, V] with unit stride over V: a view where the leading strides allow it, else one copy."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    return logits.reshape(*grid(logits.shape[:-1]), logits.shape[-1])
+    shape = logits.shape
+    return logits if len(shape) == 3 else logits.reshape(*grid(shape[:-1]), shape[-1])
 
 
-def as_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
+def kernel_shape(shape: torch.Size, by_address: bool) -> torch.Size | tuple[int, int]:
+    """The shape in which a launcher takes per-token tensors: [B, T].
+
+    One that takes contiguous tensors only by their addresses is spared the views of packed [N] ones.
+    """
+    return shape if len(shape) == 2 or (len(shape) == 1 and by_address) else grid(shape)
+
+
+def as_rows(x: Tensor | None, shape: torch.Size, by_address: bool = False) -> Tensor | None:
     """A per-token tensor, broadcast to ``shape``, as [B, T] with its own strides where possible. No gradient."""
     if x is None:
         return None
@@ -30,18 +39,21 @@ def as_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
         x = x.detach()
     if x.shape != shape:
         x = x.expand(shape)
-    return x if len(shape) == 2 else x.reshape(grid(shape))
+    wanted = kernel_shape(shape, by_address)
+    return x if wanted is shape else x.reshape(wanted)
 
 
-def as_floats(x: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+def as_floats(x: Tensor | None, shape: torch.Size, dtype: torch.dtype, by_address: bool = False) -> Tensor | None:
     """A per-token tensor as contiguous [B, T] in ``dtype``, without gradient."""
-    rows = as_rows(x, shape)
-    return None if rows is None else rows.to(dtype).contiguous()
+    rows = as_rows(x, shape, by_address)
+    if rows is None:
+        return None
+    return (rows if rows.dtype == dtype else rows.to(dtype)).contiguous()
 
 
-def as_bools(x: Tensor | None, shape: torch.Size) -> Tensor | None:
+def as_bools(x: Tensor | None, shape: torch.Size, by_address: bool = False) -> Tensor | None:
     """A bool per-token tensor as contiguous [B, T]."""
-    rows = as_rows(x, shape)
+    rows = as_rows(x, shape, by_address)
     return None if rows is None else rows.contiguous()
 
 

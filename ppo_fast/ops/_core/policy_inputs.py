@@ -71,11 +71,12 @@ def policy_inputs(
     per_token: dict[str, Tensor | None],
     cu_seqlens: Tensor | None,
     denominator: float | Tensor | None,
+    by_address: bool = False,
 ) -> PolicyInputs:
     """Flatten checked arguments for the launchers. ``like`` gives device and dtype, ``shape`` is the targets'."""
     dtype = checks.accumulation_dtype(like.dtype)
     coefficients: dict[str, Any] = {name: _coefficient(getattr(config, name), like) for name in COEFFICIENTS}
-    rows: dict[str, Any] = {name: as_floats(value, shape, dtype) for name, value in per_token.items()}
+    rows: dict[str, Any] = {name: as_floats(value, shape, dtype, by_address) for name, value in per_token.items()}
     return PolicyInputs(
         **rows,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
@@ -87,6 +88,7 @@ def policy_inputs(
         ratio=config.ratio,
         kl_estimator=config.kl_estimator,
         aggregation=config.aggregation,
+        objective=config.objective,
     )
 
 
@@ -112,5 +114,7 @@ def named_output(
     loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, kl: Tensor, shape: torch.Size
 ) -> LossOutput:
     """Results of a registered op as the public ops return them."""
-    stats = TokenStats(logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else None)
+    if logprobs.shape != shape:
+        logprobs, entropy, kl = logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else kl
+    stats = TokenStats(logprobs, entropy, kl if kl.numel() else None)
     return LossOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), stats)

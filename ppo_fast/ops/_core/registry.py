@@ -38,6 +38,10 @@ class Implementation(NamedTuple):
     unusable: str | None = None
     fuses_backward: bool = False
 
+    def takes(self, device: str, dtype: torch.dtype) -> bool:
+        """Whether it can run on such tensors."""
+        return self.unusable is None and (not self.devices or device in self.devices) and dtype in self.dtypes
+
 
 _TABLE: dict[str, dict[str, Implementation]] = {}
 # Public ops with a ``backend`` argument, and the op whose kernels each runs on.
@@ -89,8 +93,10 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         ValueError: an unknown backend, or a named one that cannot run; it never falls back.
     """
     if backend == "auto":
-        for name in _AUTO.get(device.type, ("torch",)):
-            if _obstacle(op, name, device, dtype) is None and dtype in _entries(op)[name].auto_dtypes:
+        entries, kind = _entries(op), device.type
+        for name in _AUTO.get(kind, ("torch",)):
+            entry = entries.get(name)
+            if entry is not None and entry.takes(kind, dtype) and dtype in entry.auto_dtypes:
                 return name
         return "torch"
     if backend not in BACKENDS:

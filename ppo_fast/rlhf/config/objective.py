@@ -55,9 +55,10 @@ class LossConfig(Settings):
 
     GROUP = "loss"
 
+    objective: Literal["clip", "cispo"] = "clip"  # cispo: clip(r) * A * logprob, no gradient through the ratio
     clip_low: float | None = 0.2  # ratio lower bound 1 - clip_low; null: open
     clip_high: float | None = 0.2  # ratio upper bound 1 + clip_high; null: open
-    dual_clip: float | None = None  # c > 1: bound c * A on the objective where A < 0
+    dual_clip: float | None = None  # c > 1: bound c * A on the objective where A < 0; null with cispo
     ratio: Literal["token", "sequence"] = "token"  # sequence: one length-normalized ratio per response
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"  # over a minibatch
     ent_coef: float = 0.0  # entropy bonus
@@ -81,8 +82,8 @@ class LossConfig(Settings):
 
     def policy_loss(self, **others: Any) -> PolicyLossConfig:
         """The config of the policy op; `others` are the fields that come from elsewhere or change in time."""
+        bounds = ("objective", "clip_low", "clip_high", "dual_clip", "ratio")
         fields: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("clip_low", "clip_high", "dual_clip", "ratio", "aggregation", "ent_coef", "penalty_coef")
+            name: getattr(self, name) for name in (*bounds, "aggregation", "ent_coef", "penalty_coef")
         }
         return PolicyLossConfig(**(fields | others))

@@ -68,6 +68,9 @@ class PPOConfig(RunConfig):
         buffer, longest = self.reward.overlong_buffer, self.rollout.max_new_tokens
         allowed = f"at most rollout.max_new_tokens = {longest}"
         check(buffer is None or buffer <= longest, "reward.overlong_buffer", allowed, buffer)
+        if self.rollout.engine == "vllm":
+            for name in ("load_in_4bit", "trust_remote_code"):
+                check(not getattr(self.model, name), f"model.{name}", "false with rollout.engine 'vllm'", True)
         self._check_groups()
 
     def _check_groups(self) -> None:

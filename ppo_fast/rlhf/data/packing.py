@@ -6,12 +6,14 @@ Shapes follow from masks, so the masks stay on the host: micro-batches are made 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from ppo_fast.rlhf.world import World
 
 Array = npt.NDArray[Any]
 
@@ -25,6 +27,14 @@ class ForwardInputs:
     logits_to_keep: int  # the last columns, that hold all of them
     cu_seqlens: Tensor | None = None  # [b + 1] int32: where the sequences of a packed row begin and end; None: padded
     max_seqlen: int = 0  # sequence of a packed row
+
+
+class Passes(NamedTuple):
+    """The forward passes of a rank, as many as on any other: a split weight is gathered by all ranks together."""
+
+    rows: list[Array]  # of each pass
+    counted: int  # passes; those after them repeat one, and count 0
+    everyone: Array  # [B] int64: the rows of all counted passes, rank by rank
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,20 @@ class TokenBatch:
             start = attention.argmax(axis=1)
             return [rows[part] for part in split_by_tokens(start, start + attention.sum(axis=1), tokens, packed=packed)]
         return self.split_by_length(rows, size or len(rows))
+
+    def deal(self, rows: Array, world: World, size: int | None, tokens: int | None, *, packed: bool) -> Passes:
+        """This rank's micro-batches of these rows, the longest rows dealt first; see `split`.
+
+        All ranks know all lengths, so they deal alike.
+        """
+        order = rows if world.size == 1 else rows[(-self.attention[rows].sum(axis=1)).argsort(kind="stable")]
+        turn = np.arange(len(order)) % (2 * world.size)  # back and forth
+        shares = [order[(turn == rank) | (turn == 2 * world.size - 1 - rank)] for rank in range(world.size)]
+        split = [self.split(share, size, tokens, packed=packed) if len(share) else [] for share in shares]
+        own, count = split[world.rank], max(map(len, split))
+        repeated = (own or [rows[:1]])[-1]
+        everyone = np.concatenate([part for share in split for part in share])
+        return Passes([*own, *[repeated] * (count - len(own))], len(own), everyone)
 
     def split_by_length(self, rows: Array, size: int) -> list[Array]:
         """Micro-batches of `size` of these rows, those of like length together; in order where one holds them all."""

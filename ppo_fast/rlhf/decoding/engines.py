@@ -11,9 +11,10 @@ from ppo_fast.rlhf.decoding.generate import run_generate
 from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Responses
 from ppo_fast.rlhf.decoding.slots import run_slots
 from ppo_fast.rlhf.decoding.support import check_supported, why_unsupported
+from ppo_fast.rlhf.decoding.vllm_engine import run_vllm
 
 Engine = Callable[[PreTrainedModel, Sequence[Request], DecodingSettings], Responses]
-ENGINES: dict[str, Engine] = {"slots": run_slots, "generate": run_generate}
+ENGINES: dict[str, Engine] = {"slots": run_slots, "generate": run_generate, "vllm": run_vllm}
 
 
 def find_engine(name: str | None, model: PreTrainedModel) -> Engine:

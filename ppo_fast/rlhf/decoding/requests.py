@@ -38,6 +38,12 @@ class Responses(NamedTuple):
     ended: Tensor  # [B] bool, True: the response has an EOS or a stop string
 
     @classmethod
+    def none(cls, device: torch.device) -> Responses:
+        """Return the responses to no requests."""
+        empty = torch.empty((0, 0), dtype=torch.int64, device=device)
+        return cls(empty, empty.float(), empty.flatten(), empty.flatten().bool())
+
+    @classmethod
     def cut(cls, tokens: Tensor, logprobs: Tensor, found: Tensor, limits: Tensor) -> Responses:
         """Drop what was sampled past the ends.
 

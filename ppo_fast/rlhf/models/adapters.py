@@ -26,6 +26,8 @@ from ppo_fast.rlhf.config.model import LoraConfig
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.adapter_files import HEAD, SavedAdapter, first_line
 from ppo_fast.rlhf.models.adapter_layers import RoundedCopy, refresh, use_fast_forward
+from ppo_fast.rlhf.split import whole
+from ppo_fast.rlhf.world import current
 
 TRAINED, VALUE, REFERENCE = "default", "value", "reference"  # names of adapters
 
@@ -159,14 +161,8 @@ class Adapters:
 
     def merged_state(self, network: PreTrainedModel) -> dict[str, Tensor]:
         """The state dict of `network` with W + alpha / rank * B A, rounded once, for every W that has an adapter."""
-        state = network.state_dict()
-        for name, layer in self._adapted(TRAINED, network).items():
-            weight = layer.get_base_layer().weight.detach()
-            with torch.no_grad():
-                sums = weight + layer.get_delta_weight(TRAINED)  # of float32
-            # In host memory: the device may not hold two copies of a base.
-            state[f"{name}.base_layer.weight"] = sums.to(weight.dtype).cpu()
-        return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+        # Sums in host memory: the device may not hold two copies of a base. Only rank 0 saves them.
+        return dict(merged_weights(network, TRAINED, device=torch.device("cpu"), keep=current().is_main))
 
     def check_mergeable(self, source: str) -> None:
         """Raise UserError naming `source` where a sum of weights would change more than the adapter does."""
@@ -178,10 +174,8 @@ class Adapters:
             apart = owners[id(layer.get_base_layer().weight)] == 1
             check(apart, source, "an adapter of layers that share no weight, to merge it", name)
 
-    def _adapted(self, name: str, network: PreTrainedModel | None = None) -> dict[str, LoraLayer]:
-        """The layers of the network that have this adapter, by their names."""
-        layers = (self.network if network is None else network).named_modules()
-        return {key: layer for key, layer in layers if name in getattr(layer, "r", ())}
+    def _adapted(self, name: str) -> dict[str, LoraLayer]:
+        return adapted_layers(self.network, name)
 
     def _settle(self, name: str, *, trained: bool) -> None:
         """Restore what peft changes in all adapters when it adds one."""
@@ -202,6 +196,42 @@ class Adapters:
                 layer._active_adapter = [name]
         refresh(self.copies.get(name, ()) if name is not None else ())
         self._now = name
+
+
+def _gathered(layer: LoraLayer, adapter: str) -> LoraLayer:
+    """The layer with the whole weights of that adapter, if they are split over ranks."""
+    found = copy.copy(layer)
+    found._modules = dict(layer._modules)
+    for name in ("lora_A", "lora_B"):
+        factor = copy.copy(getattr(layer, name)[adapter])
+        factor._parameters = {key: None if x is None else whole(x) for key, x in factor._parameters.items()}
+        found._modules[name] = nn.ModuleDict({adapter: factor})
+    return found
+
+
+def adapted_layers(network: PreTrainedModel, name: str) -> dict[str, LoraLayer]:
+    """The layers of the network that have this adapter, by their names."""
+    return {key: layer for key, layer in network.named_modules() if name in getattr(layer, "r", ())}
+
+
+@torch.no_grad()
+def merged_weights(
+    network: PreTrainedModel, name: str, device: torch.device | None = None, *, keep: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors of the base's state dict, with that adapter's sums, on `device`, where there is one.
+
+    A sum W + alpha / rank * B A is rounded once to the dtype of W, and made when it is asked for. All ranks that
+    split the weights take part; those with keep=False get empty tensors for the sums.
+    """
+    layers = adapted_layers(network, name)
+    for key, value in network.state_dict().items():
+        layer, part, end = key.rpartition(".base_layer.")
+        if part and end == "weight" and layer in layers:
+            weight = whole(value)
+            sums = weight + _gathered(layers[layer], name).get_delta_weight(name)  # of float32
+            value = sums.to(device=device, dtype=weight.dtype) if keep else weight.new_empty(0, device=device)
+        if ".lora_" not in key:
+            yield key.replace(".base_layer.", "."), value
 
 
 def adapt(

@@ -81,6 +81,8 @@ def response_values(value: Any, sequences: ForwardInputs) -> Tensor:
 def head_values(head: nn.Linear, hidden: Tensor) -> Tensor:
     """`response_values` from hidden states [N, D] at hand, in float32 whatever the dtype of the head's weights."""
     wide = torch.promote_types(head.weight.dtype, torch.float32)
+    if head.weight.dtype == wide:  # called, so that its hooks can gather its weights
+        return head(hidden.to(wide)).squeeze(-1)
     bias = None if head.bias is None else head.bias.to(wide)
     return nn.functional.linear(hidden.to(wide), head.weight.to(wide), bias).squeeze(-1)
 
@@ -131,14 +133,20 @@ def head_loss(x: HeadInputs, **terms: Any) -> ops.LossOutput:
 
 
 @torch.no_grad()
-def reference_terms(reference: PreTrainedModel, sequences: ForwardInputs, *, linear: bool) -> dict[str, Tensor | None]:
-    """Terms of `response_loss` for the exact KL to the reference, kl_estimator "full"."""
+def reference_terms(
+    reference: PreTrainedModel, sequences: ForwardInputs, *, linear: bool, copied: bool = False
+) -> dict[str, Tensor | None]:
+    """Terms of `response_loss` for the exact KL to the reference, kl_estimator "full".
+
+    `copied`: the head's weights are gone by the time of the loss, as those of a network that is split over ranks.
+    """
     if not linear:
         return {"ref_logits": response_logits(reference, sequences)}
     x = response_hidden(reference, sequences)
     # Detached: an offloaded reference's parameters are in host memory again by the time of the loss.
     bias = None if x.bias is None else x.bias.detach()
-    return {"ref_hidden": x.hidden, "ref_weight": x.weight.detach(), "ref_bias": bias}
+    terms = {"ref_hidden": x.hidden, "ref_weight": x.weight.detach(), "ref_bias": bias}
+    return {name: x if x is None or not copied else x.clone() for name, x in terms.items()}
 
 
 @torch.no_grad()

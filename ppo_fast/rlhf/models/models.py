@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, ReferenceConfig, RewardConfig
@@ -34,7 +36,9 @@ from ppo_fast.rlhf.models.loading import (
 from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded, offload_activations
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
+from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.models.value import ValueModel, head_like, new_head
+from ppo_fast.rlhf.world import current
 
 Role = Literal["policy", "reference", "value"]
 
@@ -79,6 +83,51 @@ class Models:
             if role == "reference" and self.offloaded is not None:
                 stack.enter_context(self.offloaded.present())
             yield getattr(self, role)
+
+    @contextlib.contextmanager
+    def running(self, role: Role) -> Iterator[Callable[..., Any]]:
+        """`using`, by functions: run(function, ...) is function(network, ...), with the weights that it needs gathered.
+
+        All ranks call it with the same functions in the same order; see :meth:`Root.run`.
+        """
+        with self.using(role):
+            yield functools.partial(self.root(role).run, role)
+
+    @contextlib.contextmanager
+    def whole(self, role: Role) -> Iterator[Any]:
+        """`using`, with all weights of the network whole: within the block it runs without the other ranks."""
+        with self.using(role), self.root(role).whole(role) as network:
+            yield network
+
+    def root(self, role: Role) -> Root:
+        """The networks that are gathered together, that of the role among them."""
+        return self._roots[role]
+
+    @functools.cached_property
+    def _roots(self) -> dict[Role, Root]:
+        """By role: one root for the networks that share weights."""
+        value = {} if self.value is None else {"value": self.value}
+        if self.adapters is not None:
+            root = Root(policy=self.policy, reference=self.reference, **value)
+            return {"policy": root, "reference": root, "value": root}
+        policy = Root(policy=self.policy, **(value if self.shared else {}))
+        return {
+            "policy": policy,
+            "reference": Root(reference=self.reference),
+            "value": policy if self.shared else Root(**value),
+        }
+
+    def split(self, *, offload: bool = False) -> None:
+        """Split the weights over the ranks, if they are a process group; `offload` keeps the reference's on the host.
+
+        Adapters are added before it, optimizers are made after it.
+        """
+        mesh = current().mesh
+        if mesh is None:
+            return
+        for role, root in self._roots.items():
+            if len(root.networks) and not isinstance(root, FSDPModule):
+                shard(root, mesh, offload=offload and role == "reference")
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -140,7 +189,8 @@ def load_models(
                 "model.offload_activations: expected false on a CPU, where host memory is its own, got True"
             )
         models.offload_activations(networks.to_host)
-    offloaded = Offloaded(models.reference, generator.device) if config.offload and models.adapters is None else None
+    offload = config.offload and models.adapters is None and current().mesh is None  # `split` offloads shares
+    offloaded = Offloaded(models.reference, generator.device) if offload else None
     return dataclasses.replace(models, offloaded=offloaded, rewards=saved.rewards)
 
 

@@ -23,13 +23,15 @@ from ppo_fast.ops._core.linear_inputs import LinearCall
 from ppo_fast.ops._core.schema import grouped
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.data.packing import TokenBatch
+from ppo_fast.rlhf.decoding import vllm_engine
 from ppo_fast.rlhf.decoding.attention import attending_to_slots
 from ppo_fast.rlhf.decoding.cache import KeyValues
 from ppo_fast.rlhf.decoding.engines import find_engine
 from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Sampling, keys_of
 from ppo_fast.rlhf.decoding.slots import PREFILL_TOKENS, Loop, run_slots
 from ppo_fast.rlhf.decoding.step import Network
-from ppo_fast.rlhf.models.forward import filter_kwargs, unwrapped
+from ppo_fast.rlhf.decoding.vllm_engine import cache_bytes, longest_sequence, run_vllm
+from ppo_fast.rlhf.models.forward import backbone_of, filter_kwargs, unwrapped
 from ppo_fast.rlhf.models.models import Role
 from ppo_fast.rlhf.models.saved import SavedModels
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
@@ -91,7 +93,10 @@ class DryRun:
         """Sample with the engine that the run will have."""
         rows = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
         with self.timeline.phase("rollout"), self.models.using("policy") as policy:
-            if find_engine(self.config.rollout.engine, policy) is run_slots:
+            engine = find_engine(self.config.rollout.engine, policy)
+            if engine is run_vllm:
+                self._sample_in_vllm(policy, rows)
+            elif engine is run_slots:
                 self._sample_in_slots(policy, rows)
             else:
                 self._sample_by_generate(policy, rows)
@@ -112,6 +117,27 @@ class DryRun:
             self._name_buffers(loop.buffers)
             loop.decode(slots, loop.buffers.length)
             self._name_buffers(loop.buffers)
+
+    def _sample_in_vllm(self, policy: PreTrainedModel, width: int) -> None:
+        """The copy of the weights, keys and values of all responses, a block of prefill and the logits of a draw.
+
+        The copy waits in host memory after it; on a CPU it stays, with the keys and values.
+        """
+        network = unwrapped(policy)
+        weights = [x for name, x in network.named_parameters() if ".lora_" not in name]
+        longest, text = longest_sequence(self.config, network.config), network.config.get_text_config()
+        copies = [torch.empty_like(x) for x in weights]
+        cache = _zeros(cache_bytes(text, width, longest, network.dtype.itemsize), dtype=torch.uint8)
+        self.timeline.name("weights", copies)
+        self.timeline.name("KV cache", [cache])
+        rows = min(self.config.rollout.batch_size, max(1, vllm_engine.PREFILL_TOKENS // self.prompt))
+        backbone_of(network)(_zeros(rows, self.prompt, dtype=torch.long), use_cache=False)
+        logits = _zeros(width, text.vocab_size)
+        logits.log_softmax(dim=-1)
+        self.asleep = [*copies, cache]
+        if self.device != "cpu":
+            self.asleep = [torch.empty_like(x) for x in weights]
+            self.timeline.name(None, self.asleep)
 
     def _sample_by_generate(self, policy: PreTrainedModel, rows: int) -> None:
         """One batch of prompts and its last token, as transformers' `generate` does them."""

@@ -24,6 +24,7 @@ from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.rollout import Generation, counted_ids, generate
 from ppo_fast.rlhf.user_code import as_list, call, to_python
+from ppo_fast.rlhf.world import current
 
 RolloutFunction = Callable[..., Sequence[tuple[Sequence[int], Sequence[bool], Sequence[float]]]]
 ROLE = "rollout function"
@@ -74,7 +75,7 @@ class TurnSampler:
             _check_ids(f"{ROLE}: sample", self.models, row, new)
         settings = self._settings(len(prompts), self.config.stop if stop is None else tuple(stop))
         requests = [Request(row, number, new) for number, row in enumerate(prompts)]
-        with self.models.using("policy") as policy:
+        with self.models.whole("policy") as policy:
             found = find_engine(self.config.engine, policy)(policy, requests, settings)
         lengths = found.lengths.tolist()
         rows = zip(found.tokens.tolist(), found.logprobs.tolist(), lengths, strict=True)
@@ -112,21 +113,40 @@ def respond(
     """
     if function is None:
         return generate(models, prompts, config, seed, first_row, progress)
-    prompt_ids = counted_ids(prompts.input_ids, prompts.attention_mask)
-    arguments: dict[str, Any] = {
-        "prompts": prompts.prompts,
-        "prompt_ids": prompt_ids,
-        "sample": TurnSampler(models, config, seed, first_row),
-        "tokenizer": models.tokenizer,
-    }
-    for name in prompts.columns.keys() & arguments.keys():
-        raise UserError(f"{ROLE}: the column name {name!r} is taken by an argument of its own")
-    answer = as_list(ROLE, "responses", call(ROLE, function, **arguments, **prompts.columns), len(prompt_ids))
-    pairs = zip(answer, prompt_ids, strict=True)
-    turns = [_checked(models, item, prompt, sample) for sample, (item, prompt) in enumerate(pairs)]
+    world, count = current(), len(prompts.prompts)
+    whole = hasattr(function, "load_state_dict")  # rank 0 keeps its state, and answers all prompts
+    own = range(count if world.is_main else 0) if whole else world.share(count)
+    with models.whole("policy"):  # however often each rank samples
+        parts = world.together(lambda: _turns(models, prompts, config, seed, first_row, function, own) if own else [])
+    turns = [turn for part in parts for turn in part]
     stop = stop_criteria(config.stop, models.tokenizer)
     ended = [_ended(models, turn, stop) for turn in turns]
     return _generation(models, prompts, turns, ended)
+
+
+def _turns(
+    models: Models,
+    prompts: PromptBatch,
+    config: RolloutConfig,
+    seed: int,
+    first_row: int,
+    function: RolloutFunction,
+    own: range,
+) -> list[Turns]:
+    """Return the responses of the function to the prompts number `own`."""
+    prompt_ids = counted_ids(prompts.input_ids, prompts.attention_mask)[own.start : own.stop]
+    arguments: dict[str, Any] = {
+        "prompts": prompts.prompts[own.start : own.stop],
+        "prompt_ids": prompt_ids,
+        "sample": TurnSampler(models, config, seed, first_row + own.start),
+        "tokenizer": models.tokenizer,
+    }
+    columns = {name: values[own.start : own.stop] for name, values in prompts.columns.items()}
+    for name in columns.keys() & arguments.keys():
+        raise UserError(f"{ROLE}: the column name {name!r} is taken by an argument of its own")
+    answer = as_list(ROLE, "responses", call(ROLE, function, **arguments, **columns), len(prompt_ids))
+    pairs = enumerate(zip(answer, prompt_ids, strict=True), start=own.start)
+    return [_checked(models, item, prompt, sample) for sample, (item, prompt) in pairs]
 
 
 def _ended(models: Models, turn: Turns, stop: StopStringCriteria | None) -> bool:

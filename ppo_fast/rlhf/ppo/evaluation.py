@@ -25,6 +25,7 @@ from ppo_fast.rlhf.training.finite import check_metrics
 from ppo_fast.rlhf.training.log import BEST, Record
 from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import call, load_callable
+from ppo_fast.rlhf.world import current
 
 Evaluator = Callable[..., dict[str, float]]  # f(generate, model, tokenizer), called by keyword
 
@@ -141,17 +142,23 @@ class Evaluation(Callback):
         """Return the metrics of the evaluators; their `generate` maps prompts to completions of the current policy."""
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
-            inputs = {"generate": self._complete, "model": self.models.policy, "tokenizer": self.models.tokenizer}
-            answer = call("evaluator", evaluator, **inputs)
-            if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
-                raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+            with self.models.whole("policy") as policy:
+                inputs = {"generate": self._complete, "model": policy, "tokenizer": self.models.tokenizer}
+                answer = current().together(lambda: self._numbers(evaluator, inputs))[0]  # noqa: B023  # called here
             metrics |= {f"eval/{name}": float(value) for name, value in answer.items()}
         return metrics
+
+    def _numbers(self, evaluator: Evaluator, inputs: dict[str, object]) -> dict[str, float]:
+        answer = call("evaluator", evaluator, **inputs)
+        if not isinstance(answer, dict) or not all(isinstance(x, int | float) for x in answer.values()):
+            raise UserError(f"evaluator: expected a dict of numbers, got {answer!r}")
+        return answer
 
     def _complete(self, prompts: PromptRows) -> list[str]:
         if isinstance(prompts, str):
             raise UserError(f"evaluator: generate: expected a list of prompts, got {prompts!r}")
-        data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
+        as_given = dataclasses.replace(self.config.data, deduplicate=False, columns=())
+        data = load_prompts(prompts, self.models.tokenizer, as_given)
         if data.dropped:
             limit = self.config.data.max_prompt_tokens
             raise UserError(f"evaluator: expected prompts of at most {limit} tokens, got {data.dropped} longer ones")

@@ -46,7 +46,10 @@ class Judge:
         principles: what a good response keeps to; or
         rubric: a text that says what earns which score. One of the two is required.
         scale: lowest and highest score.
-        max_new_tokens, batch_size, device, dtype: of the answers of a model that is loaded.
+        max_new_tokens: length of an answer; this and the next three are of a model that is loaded.
+        batch_size: answers sampled at a time.
+        device: of the model.
+        dtype: of its weights.
 
     An answer without a score within the scale counts as the middle of it, and `unread` counts such answers.
     Source: Bai et al. 2022, arXiv:2212.08073, section 4; Zheng et al. 2023, arXiv:2306.05685.

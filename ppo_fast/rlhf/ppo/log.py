@@ -31,9 +31,10 @@ class RunLog(StageLog):
 
     def on_step(self, record: StepRecord) -> None:
         """Record an update, its samples and its answers to the held-out prompts."""
-        self.write_answers(record.step + 1, record.answers)
+        if self.is_main:
+            self.write_answers(record.step + 1, record.answers)
         super().on_step(record)
-        if record.metrics:
+        if record.metrics and self.is_main:
             self.write_samples(record.step + 1, record.batch.rollout, record.batch.rewards)
 
     def write_answers(self, update: int, answers: Iterable[Mapping[str, object]]) -> None:

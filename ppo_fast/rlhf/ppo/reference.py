@@ -7,6 +7,7 @@ import torch
 from ppo_fast.rlhf.config.ppo import ReferenceConfig
 from ppo_fast.rlhf.integrity import copy_tensors, numbered
 from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.split import local
 from ppo_fast.rlhf.training.state import State
 
 
@@ -27,7 +28,8 @@ class Reference:
         share = 1.0 if self.config.update == "replace" else 1 - self.config.decay
         pairs = zip(self.models.weights("reference"), self.models.weights("policy"), strict=True)
         for reference, policy in pairs:
-            reference.lerp_(policy.to(reference), share)  # the reference may be offloaded to host memory
+            own = local(reference)
+            own.lerp_(local(policy).to(own), share)  # the reference may be offloaded to host memory
 
     def state_dict(self) -> State:
         """Return the reference's weights, unless it is the model at the start."""

@@ -25,9 +25,11 @@ from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
 from ppo_fast.rlhf.models.saved import SavedModel
+from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation, counted_ids
 from ppo_fast.rlhf.user_code import as_list, call_async, load_callable, to_python
+from ppo_fast.rlhf.world import current
 
 REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
 PromptRows = Iterable[str | Row]  # texts, or rows {"prompt": Prompt, column: ...}
@@ -48,6 +50,7 @@ class Responses:
     whole_ids: list[list[int]] | None = (
         None  # with the tokens that a rollout function put between; None: there are none
     )
+    first: int = 0  # number of the first one among those of all ranks
 
     @property
     def response_ids(self) -> list[list[int]]:
@@ -69,6 +72,13 @@ class Responses:
             whole_ids=whole,
         )
 
+    def part(self, rows: range) -> Responses:
+        """Return these consecutive responses."""
+        cut = slice(rows.start, rows.stop)
+        lists = {name: value[cut] for name, value in vars(self).items() if isinstance(value, list)}
+        columns = {name: values[cut] for name, values in self.columns.items()}
+        return dataclasses.replace(self, **lists, columns=columns, first=self.first + rows.start)
+
     def arguments(self) -> dict[str, object]:
         """Return the arguments of a user's function of responses."""
         return {
@@ -77,6 +87,21 @@ class Responses:
             "completion_ids": self.completion_ids,
             **self.columns,
         }
+
+
+def shared_out(function: Callable[[Responses], list[Any]], responses: Responses, *, whole: bool) -> list[Any]:
+    """Return the answers of a function to B responses, [B]; each rank asks for its share, and all get all answers.
+
+    `whole`: the function has a state, which rank 0 keeps; it asks for all. An error is raised on all ranks.
+    """
+    world, count = current(), len(responses.completions)
+    if world.size == 1:
+        return function(responses)
+    own = range(count if world.is_main else 0) if whole else world.share(count)
+    # A reward model that is split needs every rank, also one without responses.
+    asks = len(own) or isinstance(function, ModelSource)
+    parts = world.together(lambda: function(responses.part(own)) if asks else [])
+    return [answer for part in parts for answer in part]
 
 
 class FunctionSource:
@@ -93,7 +118,7 @@ class FunctionSource:
         answer = call_async("reward function", self.function, "reward.timeout", self.timeout, **responses.arguments())
         scores = as_list("reward function", "scores", answer, len(responses.completions))
         pairs = zip(scores, responses.completion_ids, strict=True)
-        return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs)]
+        return [_checked(score, ids, sample) for sample, (score, ids) in enumerate(pairs, start=responses.first)]
 
 
 class ModelSource:
@@ -116,7 +141,8 @@ class ModelSource:
         adapters: Adapters | None = None,
     ) -> None:
         saved = SavedModel("reward.models", path, model.trust_remote_code) if isinstance(path, str) else path
-        self.model, self.present, _ = _load_network(saved, model, device, adapters)
+        self.model, self.present, self.shared = _load_network(saved, model, device, adapters)
+        self.root, self.network = Root(reward=self.model), "reward"
         self.tokenizer, self.own = tokenizer, load_tokenizer(saved)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
         own_eos_ids = saved_eos_ids(str(saved.path), self.own, self.model.backbone.config)
@@ -126,25 +152,42 @@ class ModelSource:
         parts = [part for part in Path(self.path).parts if part not in ("final", "best")]
         self.name = parts[-1] if parts else "model"  # of its metrics: RUN/final is called by the run
 
+    def split(self, models: Models, *, offload: bool = False) -> None:
+        """Split the weights over the ranks, if they are a process group; those of an adapter are with the policy's."""
+        mesh = current().mesh
+        if self.shared:
+            self.root, self.network = models.root("policy"), "policy"
+        elif mesh is not None:
+            shard(self.root, mesh, offload=offload)
+
     @torch.no_grad()
     def __call__(self, responses: Responses) -> list[Score]:
-        rows = self.encode(responses)
+        rows = current().together(lambda: self.encode(responses))[current().rank]  # no rank goes on if one cannot
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # batches of like length
         scores: list[Score] = [0.0] * len(rows)
         with self.present():
             batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
             found = [self._scores([rows[row] for row in chosen]) for chosen in batches]
+            for _ in range(max(current().objects(len(batches))) - len(batches)):
+                self._scores([[0]])  # the other ranks' batches need the weights of this one
         for chosen, answers in zip(batches, found, strict=True):
             for row, score in zip(chosen, answers, strict=True):
                 if not math.isfinite(score):
-                    raise NotFiniteError(f"{self.path}: expected a finite score for sample {row}, got {score}", [row])
+                    sample = responses.first + row
+                    where = f"{self.path}: expected a finite score for sample {sample}, got {score}"
+                    raise NotFiniteError(where, [sample])
                 scores[row] = score
         return scores
 
     def encode(self, responses: Responses) -> list[list[int]]:
         """Return the token ids of each prompt with its response, as this model reads them."""
         encode_row = self._joined if self.same else self._encoded
-        return [encode_row(responses, row) for row in range(len(responses.prompts))]
+        rows = [encode_row(responses, row) for row in range(len(responses.prompts))]
+        width = max(map(len, rows), default=0)
+        limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
+        if width > limit:
+            raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
+        return rows
 
     def _joined(self, responses: Responses, row: int) -> list[int]:
         """Return the policy's token ids of one prompt and its response."""
@@ -181,13 +224,10 @@ class ModelSource:
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         width, device = max(map(len, rows)), self.device
-        limit = getattr(self.model.backbone.config, "max_position_embeddings", width)
-        if width > limit:
-            raise UserError(f"{self.path}: expected at most {limit} tokens of prompt and response, got {width}")
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64, device=device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
         attention_mask = torch.arange(width, dtype=torch.int64, device=device) >= width - lengths[:, None]
-        return sequence_scores(self.model, ids, attention_mask).float().tolist()
+        return self.root.run(self.network, lambda _: sequence_scores(self.model, ids, attention_mask)).float().tolist()
 
 
 Source = FunctionSource | ModelSource
@@ -200,7 +240,7 @@ def _load_network(
     made = make_reward_network(saved, Networks(config, device), adapters)
     if made.shared:
         return made
-    if config.offload:
+    if config.offload and current().mesh is None:  # a network that is split offloads its shares
         made = made._replace(present=Offloaded(made.network, device).present)
     else:
         made = made._replace(network=made.network.to(device))

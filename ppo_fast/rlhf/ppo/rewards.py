@@ -17,7 +17,8 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
 from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.errors import UserError, check
-from ppo_fast.rlhf.ppo.reward_sources import Responses, Score
+from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.ppo.reward_sources import ModelSource, Responses, Score, shared_out
 from ppo_fast.rlhf.ppo.rollout import Rollout, response_sums, select, token_indices
 from ppo_fast.rlhf.training.state import State
 from ppo_fast.rlhf.user_code import as_list, call
@@ -146,7 +147,7 @@ class Scorer:
     def __call__(self, responses: Responses, *, learn: bool = True) -> ScoredBatch:
         """Score responses; `learn`: take them into the running statistics."""
         lengths = torch.tensor([len(ids) for ids in responses.completion_ids], dtype=torch.int64, device="cpu")
-        given = torch.stack([_per_token(source(responses), lengths) for source in self.sources])
+        given = torch.stack([_given(source, responses, lengths) for source in self.sources])
         normalized = [self._normalized(n, scores, lengths, learn) for n, scores in enumerate(given)]
         scores, std = self._combined(torch.stack(normalized), lengths)
         *own, combined = (response_sums(each, lengths) for each in (*given, self._combined(given, lengths)[0]))
@@ -159,13 +160,19 @@ class Scorer:
         ended = torch.tensor(responses.ended, dtype=torch.bool, device="cpu")
         penalty = torch.where(ended, penalty, penalty + config.missing_eos_penalty)
         scores = scores.index_add(0, last, -penalty)
-        verdicts = self._verdicts(responses)
+        verdicts = shared_out(self._verdicts, responses, whole=hasattr(self.filter, "load_state_dict"))
         no = torch.tensor([verdict is False for verdict in verdicts], dtype=torch.bool, device="cpu")
         rejected = torch.zeros_like(scores).index_fill(0, last, config.rejected_score)
         scores, plain = (torch.where(no.repeat_interleave(lengths), rejected, each) for each in (scores, plain))
         totals, unpenalized = (response_sums(each, lengths) for each in (scores, plain))
         before = OwnScores(self.names, torch.stack(own, dim=1), combined, unpenalized)
         return ScoredBatch(scores, totals, verdicts, std, before)
+
+    def split(self, models: Models, *, offload: bool = False) -> None:
+        """Split the weights of reward models over the ranks, if they are a process group."""
+        for source in self.sources:
+            if isinstance(source, ModelSource):
+                source.split(models, offload=offload)
 
     def _combined(self, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""
@@ -187,7 +194,7 @@ class Scorer:
             return [True] * len(responses.completions)
         answer = call("filter", self.filter, **responses.arguments())
         verdicts = as_list("filter", "verdicts", answer, len(responses.completions))
-        for sample, verdict in enumerate(verdicts):
+        for sample, verdict in enumerate(verdicts, start=responses.first):
             known = isinstance(verdict, bool) or verdict == "mask"
             check(known, "filter", f"True, False or 'mask' for sample {sample}", verdict)
         return verdicts
@@ -299,6 +306,12 @@ def without_truncated(rollout: Rollout, rewards: Rewards) -> tuple[Rollout, Rewa
     if len(rows) == len(rewards.verdicts):
         return rollout, rewards
     return rollout.select(rows), rewards.select(rows, rollout.grid.lengths)
+
+
+def _given(source: Callable[[Responses], list[Score]], responses: Responses, lengths: Tensor) -> Tensor:
+    """Return the scores [N] of a source, each rank's of its share of the responses."""
+    whole = hasattr(getattr(source, "function", None), "load_state_dict")
+    return _per_token(shared_out(source, responses, whole=whole), lengths)
 
 
 def _per_token(scores: list[Score], lengths: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from ppo_fast.rlhf.config.ppo import RolloutConfig
 from ppo_fast.rlhf.data.packing import Array, TokenBatch, offsets, ranges, to_device
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.decoding.engines import find_engine
-from ppo_fast.rlhf.decoding.requests import DecodingSettings, Progress, Request, Sampling, stop_criteria
+from ppo_fast.rlhf.decoding.requests import DecodingSettings, Progress, Request, Responses, Sampling, stop_criteria
 from ppo_fast.rlhf.models.models import Models
+from ppo_fast.rlhf.world import World, current
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,12 @@ def generate(
         Request(ids, first_row + row, config.max_new_tokens)
         for row, ids in enumerate(counted_ids(prompts.input_ids, prompts.attention_mask))
     ]
-    with models.using("policy") as policy:
-        responses = find_engine(config.engine, policy)(policy, requests, settings)
+    own = current().share(len(requests))
+    responses = Responses.none(models.device)
+    with models.whole("policy") as policy:
+        if own:
+            responses = find_engine(config.engine, policy)(policy, requests[own.start : own.stop], settings)
+    responses = gathered(responses, current())
     length = responses.tokens.shape[1]
     mask = torch.arange(length, dtype=torch.int64, device=models.device) < responses.lengths[:, None]
     return Generation(
@@ -110,6 +115,16 @@ def generate(
         ended=responses.ended,
         logprobs=responses.logprobs,
     )
+
+
+def gathered(responses: Responses, world: World) -> Responses:
+    """Return the responses of all ranks, by rank."""
+    if world.size == 1:
+        return responses
+    width = max(world.objects(responses.tokens.shape[1]))
+    pad = width - responses.tokens.shape[1]
+    padded = (torch.nn.functional.pad(x, (0, pad)) for x in responses[:2])
+    return Responses(*map(world.concatenate, (*padded, *responses[2:])))
 
 
 def counted_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:

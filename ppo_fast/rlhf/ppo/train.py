@@ -20,7 +20,8 @@ from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.engines import check_engine
 from ppo_fast.rlhf.decoding.requests import noise_seed
-from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.decoding.vllm_engine import import_vllm, longest_sequence, running
+from ppo_fast.rlhf.errors import NotFiniteError, UserError, check
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
@@ -47,6 +48,7 @@ from ppo_fast.rlhf.ppo.rewards import (
 from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.preflight import check_ppo
 from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
@@ -67,6 +69,7 @@ from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful, check_state
 from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate
 from ppo_fast.rlhf.user_code import UserState, clear_module_cache, load_callable
+from ppo_fast.rlhf.world import current, join
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class PPORun(TrainingLoop):
             metrics, note = collect(rollout, rewards, experience, stats, config, watch) | replaced, stats.note
             tokens = int(rollout.grid.attention.sum())
             passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
-            metrics |= self.utilization.metrics(tokens, passes, watch.seconds)
+            metrics |= self.utilization.metrics(tokens / current().size, passes, watch.seconds)
         except NotFiniteError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return self._recorded(update, batch, metrics, note)
@@ -256,7 +259,8 @@ def train_ppo(
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
             token, for each completion; called by keyword. It may be `async def`, or return coroutines.
-        prompts: texts, or rows {"prompt": text or messages, column: ...}.
+        prompts: texts, or rows {"prompt": text or messages, column: ...}; or a path or a name on the Hub, as
+            `data.prompts`.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
         eval_prompts: held-out prompts, in the forms of `prompts`.
@@ -298,13 +302,23 @@ def open_run(
     rollout_fn: RolloutFunction | None = None,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
     """Set up a run of `train_ppo`; within the block its directory is locked, its log open, and signals wait."""
-    with hold_directory(config.output_dir), threads(config.threads):
+    config = dataclasses.replace(config, rollout=config.rollout.resolved())
+    with (
+        join(config.model.device, config.ddp_timeout),
+        hold_directory(config.output_dir),
+        threads(config.threads),
+    ):
+        _check_ranks(config)
+        if config.rollout.engine == "vllm":
+            import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
-        check_hub(config)
+        current().on_main(lambda: check_hub(config))
         warn_about_filters(config.rollout)
         warn_about_whitening(config.kl, config.advantage.whitened)
         clear_module_cache()
+        given = policy is not None and tokenizer is not None
+        check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(
@@ -329,17 +343,41 @@ def open_run(
         )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
+        given = rollout_fn is not None and config.rollout.engine == "vllm"
+        check(not given, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
+        models.split(offload=config.model.offload)
+        scorer.split(models, offload=config.model.offload)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)
-        with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
-            save_config(config, log.directory / "config.yaml")
+        with (
+            running(models, config.rollout, longest_sequence(config, models.policy.config)),
+            report_write_errors(log.directory),
+            log,
+            StopSignals(log.unit, config.max_hours) as stop,
+        ):
+            if current().is_main:
+                save_config(config, log.directory / "config.yaml")
             yield run, log, stop
+
+
+def _check_ranks(config: PPOConfig) -> None:
+    """Refuse by name what several processes, or weights split over them, cannot have."""
+    if current().mesh is None:
+        return
+    one = "false under torchrun"
+    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
+    activations = config.model.offload_activations
+    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots' or 'generate' under torchrun", engine)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.ppo import PPOConfig
@@ -28,6 +29,7 @@ from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, InBackwardOptimizer, PenaltyCoefficient, schedule
 from ppo_fast.rlhf.training.state import State
+from ppo_fast.rlhf.world import World, current
 
 Metrics = dict[str, Tensor]
 Terms = dict[str, Any]  # keyword arguments of the loss
@@ -112,6 +114,7 @@ class Learner:
         self.steps, self.warmup = config.updates * per_update, config.optim.critic_warmup_updates * per_update
         self.warming_up = False  # only the value model learns
         self.progress: Callable[[int, int], None] = lambda done, total: None  # is called as optimizer steps begin
+        self.repeats = False  # the pass at hand counts 0
 
     def update(
         self, experience: Experience, kl_coef: float | Tensor, index: int, generator: torch.Generator
@@ -185,28 +188,35 @@ class Learner:
         self.kl_coef.fill_(kl_coef)
         self.penalty_coef.fill_(self.penalty.coef)
         found: list[tuple[Metrics, Metrics]] = []
-        optim, packed = self.config.optim, self.models.packed
-        for part in experience.grid.split(rows, optim.micro_batch_size, optim.tokens_per_pass, packed=packed):
+        optim, packed, world = self.config.optim, self.models.packed, current()
+        dealt = experience.grid.deal(rows, world, optim.micro_batch_size, optim.tokens_per_pass, packed=packed)
+        for number, part in enumerate(dealt.rows):
             micro = MicroBatch.from_experience(experience, part, packed=packed)
-            found.append(run(micro, self._policy_terms(micro, count), tokens))
-        policy, value = zip(*found, strict=True)
-        return combine(policy, losses=torch.sum), combine(value, losses=torch.sum)
+            self.repeats = number >= dealt.counted
+            metrics = run(micro, self._policy_terms(micro, count), tokens)
+            found.append(tuple(map(zeros_like, metrics)) if self.repeats else metrics)
+        policy, value = (combine(each, losses=torch.sum) for each in zip(*found, strict=True))
+        return combined_over_ranks(policy, world), combined_over_ranks(value, world)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss; 0 of a pass that repeats another for the other ranks' sake."""
+        self.loss_scale.scale(loss * 0 if self.repeats else loss).backward()
 
     def _separate_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
         value = {} if self.value is None else self._value_backward(micro, tokens)
         return self._policy_backward(micro, terms), value
 
     def _policy_backward(self, micro: MicroBatch, terms: Terms) -> Metrics:
-        with self.models.using("policy") as policy, torch.set_grad_enabled(not self.warming_up):
-            loss = response_loss(policy, micro.sequences, linear=self.models.linear, **terms)
+        with self.models.running("policy") as run, torch.set_grad_enabled(not self.warming_up):
+            loss = run(response_loss, micro.sequences, linear=self.models.linear, **terms)
             if not self.warming_up:
-                self.loss_scale.scale(loss.loss).backward()
+                self._backward(loss.loss)
         return loss.metrics | {"loss": loss.loss.detach()}
 
     def _value_backward(self, micro: MicroBatch, tokens: int) -> Metrics:
-        with self.models.using("value") as value:
-            error = self._value_loss(response_values(value, micro.sequences), micro, tokens)
-            self.loss_scale.scale(self.config.loss.vf_coef * error.loss).backward()
+        with self.models.running("value") as run:
+            error = run(lambda value: self._value_loss(response_values(value, micro.sequences), micro, tokens))
+            self._backward(self.config.loss.vf_coef * error.loss)
         return error.metrics
 
     def _joint_backward(self, micro: MicroBatch, terms: Terms, tokens: int) -> tuple[Metrics, Metrics]:
@@ -215,12 +225,17 @@ class Learner:
         While the critic warms up the trunk has no gradient: the loss of the value reaches only the head.
         """
         assert self.models.value is not None  # on this trunk
-        with self.models.using("policy") as policy:
+        head = self.models.value.head
+
+        def losses(policy: PreTrainedModel) -> tuple[ops.LossOutput, ops.LossOutput]:
             with torch.set_grad_enabled(not self.warming_up):
                 x = response_hidden(policy, micro.sequences)
                 loss = head_loss(x, **terms)
-            error = self._value_loss(head_values(self.models.value.head, x.hidden), micro, tokens)
-            self.loss_scale.scale(loss.loss + self.config.loss.vf_coef * error.loss).backward()
+            return loss, self._value_loss(head_values(head, x.hidden), micro, tokens)
+
+        with self.models.running("policy") as run:
+            loss, error = run(losses)
+            self._backward(loss.loss + self.config.loss.vf_coef * error.loss)
         return loss.metrics | {"loss": loss.loss.detach()}, error.metrics
 
     def _loss_config(self) -> ops.PolicyLossConfig:
@@ -238,8 +253,9 @@ class Learner:
         """Return the arguments of the policy's loss except its logits."""
         terms: Terms = {"ref_logprobs": micro.ref_logprobs} if self.config.kl.in_loss else {}
         if self.config.kl.in_loss and self.config.kl.loss_estimator == "full":
-            with self.models.using("reference") as reference:
-                terms = reference_terms(reference, micro.sequences, linear=self.models.linear)
+            with self.models.running("reference") as run, torch.no_grad():
+                copied = current().mesh is not None
+                terms = run(reference_terms, micro.sequences, linear=self.models.linear, copied=copied)
         return terms | {
             "targets": micro.tokens,
             "old_logprobs": micro.logprobs,
@@ -311,6 +327,22 @@ def finite_steps(steps: list[Step], *, stop: bool, loss_scale: float | None) -> 
     if first is not None and (stop or not good):
         raise first
     return good, messages
+
+
+def combined_over_ranks(metrics: Metrics, world: World) -> Metrics:
+    """Return the metrics of a minibatch, whose losses are sums over the whole of it, from those of each rank's share.
+
+    All ranks get the same bits: what they decide by them, they decide alike.
+    """
+    if world.size == 1 or not metrics:
+        return metrics
+    found = world.concatenate(torch.stack([*metrics.values()])[None])
+    return combine([dict(zip(metrics, row, strict=True)) for row in found], losses=torch.sum)
+
+
+def zeros_like(metrics: Metrics) -> Metrics:
+    """Return metrics of no tokens."""
+    return {name: torch.zeros_like(value) for name, value in metrics.items()}
 
 
 def combine(parts: Sequence[Metrics], losses: Callable[[Tensor], Tensor] = torch.mean) -> Metrics:

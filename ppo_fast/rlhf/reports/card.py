@@ -76,8 +76,10 @@ Everything else has its default.
 def publish(final: Path, log: StageLog, model: Any) -> None:
     """Write the card of the model that a run saved in `final`, and upload it where `push_to_hub` names a place.
 
-    The run is over: what fails is a warning that says how to do it by hand.
+    The run is over: what fails is a warning that says how to do it by hand. Of several processes rank 0 does it.
     """
+    if not log.is_main:
+        return
     try:
         write_card(final, log, model)
     except OSError as error:

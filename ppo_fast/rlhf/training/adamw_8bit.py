@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.ops._backends.reference import adamw_8bit as reference
-from ppo_fast.ops._backends.reference.adamw_8bit import BLOCK, AdamWStep, Moments
+from ppo_fast.ops._backends.reference.adamw_8bit import BLOCK, MEANS, ROOTS, AdamWStep, Moments
 from ppo_fast.rlhf.integrity import copy_tensors
+from ppo_fast.rlhf.split import Rows
 from ppo_fast.rlhf.training.state import State
 
 SMALLEST = 4096  # weights of fewer numbers, such as norms and biases, keep moments of 32 bits
@@ -41,12 +42,18 @@ class AdamW8bit(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        rows: Sequence[Rows | None] | None = None,
     ) -> None:
+        """Make the moments; `rows`: those of a weight that is split over ranks, by weight."""
         weights = list(weights)
+        self.rows = list(rows or [None] * len(weights))
         super().__init__(weights, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.taken = torch.zeros((), dtype=torch.float32, device=weights[0].device)  # steps that changed the weights
         self.draws = 0  # steps
-        self.state.update({weight: new_moments(weight) for weight in weights})
+        self.state.update(
+            {weight: new_moments(*pair) for weight, *pair in zip(weights, weights, self.rows, strict=True)}
+        )
+        self.first = max((part.start for part in self.rows if part is not None), default=0)  # differs between ranks
         self.index = {weight: index for index, weight in enumerate(weights)}
         self.kernel = find_kernel(weights[0].device)
 
@@ -62,7 +69,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if self.found_inf is not None:
             step.scalars[4].copy_(self.found_inf)
         for weight in weights:
-            if weight.grad is None:
+            if weight.grad is None or not weight.numel():
                 continue
             moments = Moments(**self.state[weight])
             if moments.mean_scale is None:
@@ -101,7 +108,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _seed(self, name: object) -> int:
         """Return the seed of the noise of a weight, or of the small ones of a dtype, in this step."""
-        digest = hashlib.blake2b(f"{self.draws} {name}".encode(), digest_size=4).digest()
+        rank = f" {self.first}" if self.first else ""
+        digest = hashlib.blake2b(f"{self.draws} {name}{rank}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little") >> 1
 
     def state_dict(self) -> State:
@@ -113,7 +121,8 @@ class AdamW8bit(torch.optim.Optimizer):
         self.taken.copy_(state_dict["taken"])
         self.draws = state_dict["draws"]
         for weight, saved in zip(self.param_groups[0]["params"], state_dict["moments"], strict=True):
-            copy_tensors(self.state[weight], saved, "resume: optimizer state")
+            own = self.state[weight]
+            copy_tensors(own, as_kept(saved, coded="mean_scale" in own), "resume: optimizer state")
 
 
 def find_kernel(device: torch.device) -> Callable[..., None]:
@@ -134,10 +143,27 @@ def in_chunks(weight: Tensor, gradient: Tensor, moments: Moments, step: AdamWSte
         reference.adamw_8bit(weight[numbers], gradient[numbers], part, step, seed, first)
 
 
-def new_moments(weight: Tensor) -> dict[str, Tensor]:
-    """Return mean and root mean square of the gradients, all 0: codes [n] with scales [n / 256], or float32 [n]."""
+def as_kept(moments: dict[str, Tensor], *, coded: bool) -> dict[str, Tensor]:
+    """Return saved moments in 8 bits or in float32: another number of ranks may keep them otherwise."""
+    if coded == ("mean_scale" in moments):
+        return moments
+    highest = {"mean": MEANS, "root": ROOTS}
+    if not coded:
+        return {name: reference.decode(moments[name], moments[f"{name}_scale"], high) for name, high in highest.items()}
+    (mean, mean_scale), (root, root_scale) = (reference.encode(moments[name], high) for name, high in highest.items())
+    scales = {"mean_scale": mean_scale, "root_scale": root_scale}
+    return {"mean": mean.to(torch.int8), "root": root.to(torch.uint8)} | scales
+
+
+def new_moments(weight: Tensor, rows: Rows | None = None) -> dict[str, Tensor]:
+    """Return mean and root mean square of the gradients, all 0: codes [n] with scales [n / 256], or float32 [n].
+
+    `rows` are those of the whole weight. All ranks decide alike, and no block crosses from one rank to another.
+    """
     size, device = weight.numel(), weight.device
-    if size < SMALLEST or size % BLOCK:
+    row = weight[:1].numel() if rows is None or not size else size // len(weight)
+    whole, each = (size, 0) if rows is None else (rows.count * row, rows.each * row)
+    if whole < SMALLEST or whole % BLOCK or each % BLOCK:
         return {name: torch.zeros(size, dtype=torch.float32, device=device) for name in ("mean", "root")}
     codes = {"mean": torch.int8, "root": torch.uint8}
     scales = {f"{name}_scale": torch.zeros(size // BLOCK, dtype=torch.float32, device=device) for name in codes}

@@ -13,9 +13,11 @@ A checkpoint is a model directory, as `from_pretrained` reads it, plus the state
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +41,16 @@ from ppo_fast.rlhf.models.adapters import TRAINED, VALUE, Adapters
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.pretrained import load_network, no_progress_bars
 from ppo_fast.rlhf.models.saved import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
+from ppo_fast.rlhf.split import Share
 from ppo_fast.rlhf.training.state import State, _pack, _unpack
+from ppo_fast.rlhf.training.streaming import stream_tensors
+from ppo_fast.rlhf.world import current
 
 HEAD_FILE = "value_head.safetensors"  # of a value model that shares the policy's trunk
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 NUMBERED = re.compile(r"\w+-(\d+)")  # names that are resumed from and pruned; others, such as "best", are not
+GATHERED = ".gathered.safetensors"  # while the weights of a model that is split over ranks are written
+_LARGEST_CLONE = 2**20  # bytes
 SUPERSEDED = ".superseded"  # suffix of checkpoints that a run resumed from an older one will replace
 
 
@@ -55,8 +62,19 @@ class Checkpoint:
     state: State  # as it was saved; tensors on the CPU
 
 
+@contextlib.contextmanager
+def directory_of_run(target: Path) -> Iterator[Path]:
+    """`atomic_directory` of rank 0, which writes; the others take part in gathering, and wait for the end."""
+    world = current()
+    with atomic_directory(target) if world.is_main else contextlib.nullcontext(target) as scratch:
+        yield scratch
+    world.wait()
+
+
 def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *, keep_last: int = 0) -> Path:
     """Save weights and state as `target`, whose name ends in a number; then remove all but the `keep_last` highest.
+
+    All ranks call it; what is split over them is gathered, a tensor at a time, and written by rank 0.
 
     Args:
         write: writes the weights and their files into the directory it is given.
@@ -66,13 +84,15 @@ def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *
     Raises:
         OSError, SafetensorError: the disk is full or the like. Earlier checkpoints stay as they are.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Share] = {}
     record = _pack(state, "state", tensors)
-    with atomic_directory(target) as scratch:
+    with directory_of_run(target) as scratch:
         write(scratch)
         save_tensors(tensors, scratch / STATE_TENSORS)
-        write_sealed(record, scratch / STATE)
-    _prune(target.parent, keep_last)
+        if current().is_main:
+            write_sealed(record, scratch / STATE)
+    if current().is_main:
+        _prune(target.parent, keep_last)
     return target
 
 
@@ -90,8 +110,12 @@ def is_complete(directory: Path) -> bool:
     return True
 
 
-def load_checkpoint(checkpoints: Path, name: str | None = None, *, tensors: bool = True) -> Checkpoint:
+def load_checkpoint(
+    checkpoints: Path, name: str | None = None, *, tensors: bool = True, check: bool = True
+) -> Checkpoint:
     """Load the checkpoint of that name, by default the newest, and check every file; `tensors` False: only state.json.
+
+    `check` False reads the files as they are: another rank has checked them.
 
     Raises UserError when there is none or it is damaged; the message names the newest undamaged one before it.
     """
@@ -103,20 +127,26 @@ def load_checkpoint(checkpoints: Path, name: str | None = None, *, tensors: bool
         raise UserError(f"resume: expected one of {', '.join(names)} in {str(checkpoints)!r}, got {name!r}")
     index = -1 if name is None else names.index(name)
     try:
-        return _load(numbered[index], tensors)
+        return _load(numbered[index], tensors, check=check)
     except (OSError, ValueError, LookupError, TypeError) as error:
         good = next((path.name for path in reversed(numbered[:index]) if _is_good(path)), None)
         advice = f"--resume {good} continues from the one before" if good else "there is no good one before it"
         raise UserError(f"resume: {str(numbered[index])!r} is damaged: {error}; {advice}") from error
 
 
-def _load(directory: Path, tensors: bool = True) -> Checkpoint:
+def _load(directory: Path, tensors: bool = True, *, check: bool = True) -> Checkpoint:
     record, digests = read_sealed(directory / STATE)
     if not tensors:
         return Checkpoint(directory, _unpack(record, None))
-    check_files(directory, digests)
-    # Cloned: safetensors returns views of the file, which pruning removes and whose alignment varies.
-    loaded = {name: value.clone() for name, value in read_tensors(directory / STATE_TENSORS).items()}
+    if check:
+        check_files(directory, digests)
+    # Cloned: safetensors returns views of the file, which pruning removes and whose alignment varies. Of a large tensor
+    # that is split each rank copies its rows, so a node does not hold it once for each.
+    largest = sys.maxsize if current().mesh is None else _LARGEST_CLONE
+    loaded = {
+        name: value.clone() if value.nbytes <= largest else value
+        for name, value in read_tensors(directory / STATE_TENSORS).items()
+    }
     return Checkpoint(directory, _unpack(record, loaded))
 
 
@@ -140,7 +170,7 @@ def supersede_newer(start: Path) -> None:
 
 def save_models(models: Models, directory: Path) -> Path:
     """Write policy and tokenizer for `from_pretrained`, and the value model for `model.value_path`."""
-    with atomic_directory(directory) as scratch:
+    with directory_of_run(directory) as scratch:
         write_models(models, scratch, merge=models.merge)
     return directory
 
@@ -155,7 +185,7 @@ def write_models(models: Models, directory: Path, *, merge: bool = False) -> Non
         _write_adapter(models.adapters, VALUE, directory / VALUE_DIRECTORY, value.head)
         return
     save_tensors((value.head if models.shared else value).state_dict(), directory / _value_file(models))
-    if not models.shared:
+    if not models.shared and current().is_main:
         value.backbone.config.to_json_file(directory / VALUE_CONFIG)
 
 
@@ -175,8 +205,14 @@ def _value_file(models: Models) -> str:
     return HEAD_FILE if models.shared else VALUE_FILE
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors; a tensor that shares storage, such as a tied weight, is copied."""
+def save_tensors(tensors: Mapping[str, Tensor | Share], path: Path) -> None:
+    """Write tensors as safetensors; a tensor that shares storage, such as a tied weight, is copied.
+
+    In a process group all ranks call it, and rank 0 writes the same file, gathering a tensor at a time.
+    """
+    if current().mesh is not None:
+        stream_tensors(tensors, path)
+        return
     separate, seen = {}, set()
     for name, value in tensors.items():
         storage = value.untyped_storage().data_ptr()
@@ -195,9 +231,9 @@ def save_model(
     merge: bool = False,
 ) -> Path:
     """Write the files of `write_model` and `extra`, file name -> JSON, all or none."""
-    with atomic_directory(directory) as scratch:
+    with directory_of_run(directory) as scratch:
         write_model(model, tokenizer, scratch, adapters, merge=merge)
-        for name, content in (extra or {}).items():
+        for name, content in (extra or {}).items() if current().is_main else ():
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return directory
 
@@ -216,13 +252,35 @@ def write_model(
     adapter added to its weights.
     """
     with no_progress_bars():
-        if adapters is None:
-            model.save_pretrained(directory)
-        elif merge:
-            model.save_pretrained(directory, state_dict=adapters.merged_state(model))
-        else:
+        if adapters is not None and not merge:
             _write_adapter(adapters, TRAINED, directory, getattr(model, "score", None))
-        tokenizer.save_pretrained(directory)
+        else:
+            state = None if adapters is None else adapters.merged_state(model)
+            with _gathered_state(model, state, directory) as whole_state:
+                if current().is_main:
+                    model.save_pretrained(directory, state_dict=whole_state)
+        if current().is_main:
+            tokenizer.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _gathered_state(
+    model: PreTrainedModel, state: dict[str, Tensor] | None, directory: Path
+) -> Iterator[dict[str, Tensor] | None]:
+    """The state of a model with its split weights gathered, on rank 0; None: the model's own will do.
+
+    They are gathered into a file in `directory`, which is gone after the block: no memory holds them all.
+    """
+    if current().mesh is None:
+        yield state
+        return
+    state = model.state_dict() if state is None else state
+    first = {id(value): name for name, value in reversed(state.items())}  # a tied weight has two names
+    path = directory / GATHERED
+    save_tensors({name: state[name] for name in first.values()}, path)
+    found = read_tensors(path) if current().is_main else {}
+    yield {name: found[first[id(value)]] for name, value in state.items()} if current().is_main else None
+    path.unlink(missing_ok=True)
 
 
 def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | None = None) -> None:
@@ -234,6 +292,8 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
         _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
         return
     own = model.state_dict()
+    if current().mesh is not None and _load_rows(own, directory):
+        return
     for path in sorted(directory.glob("model*.safetensors")):
         tensors = read_tensors(path)  # views of the file: no data is read
         for name in own.keys() & tensors.keys():  # the others are checked below: transformers may rename
@@ -242,10 +302,24 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
     copy_tensors(own, saved.state_dict(), str(directory))
 
 
+def _load_rows(own: Mapping[str, Tensor], directory: Path) -> bool:
+    """Copy each rank's rows from the files, if they have the model's own names; else return False."""
+    saved: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        saved |= read_tensors(path)  # views of the file
+    weights = {id(own[name]): name for name in own.keys() & saved.keys()}
+    if saved.keys() - own.keys() or any(id(value) not in weights for value in own.values()):
+        return False
+    names = weights.values()
+    copy_tensors({name: own[name] for name in names}, {name: saved[name] for name in names}, str(directory))
+    return True
+
+
 def _write_adapter(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
     config, tensors = adapters.saved_as(name, head)
-    directory.mkdir(exist_ok=True)
-    config.save_pretrained(directory)
+    if current().is_main:
+        directory.mkdir(exist_ok=True)
+        config.save_pretrained(directory)
     save_tensors(tensors, directory / ADAPTER_FILE)
 
 

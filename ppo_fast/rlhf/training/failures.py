@@ -8,16 +8,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ppo_fast.rlhf.files import atomic_directory
-from ppo_fast.rlhf.training.checkpoint import save_tensors
+from ppo_fast.rlhf.training.checkpoint import directory_of_run, save_tensors
+from ppo_fast.rlhf.world import current
 
 
 def save_batch(
     target: Path, write: Callable[[Path], None], tensors: Mapping[str, Tensor], record: Mapping[str, object]
 ) -> Path:
     """Write the weights by `write`, and the batch: batch.safetensors and batch.json."""
-    with atomic_directory(target) as scratch:
+    with directory_of_run(target) as scratch:
         write(scratch)
         save_tensors(tensors, scratch / "batch.safetensors")
+        if not current().is_main:
+            return target
         (scratch / "batch.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     return target

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.world import current
 
 LOCK = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that have no flock
@@ -20,7 +21,7 @@ _held: set[int] = set()  # descriptors
 
 @contextlib.contextmanager
 def hold_directory(path: str | Path) -> Iterator[None]:
-    """Lock a run directory, made if needed, against other runs within the block.
+    """Lock a run directory, made if needed, against other runs within the block; of several processes rank 0 does.
 
     The kernel releases the lock with the process, so a killed run leaves none. A directory that is still empty after
     the block is removed. A file system without locks is a warning.
@@ -28,6 +29,13 @@ def hold_directory(path: str | Path) -> Iterator[None]:
     Raises:
         UserError: another run, of this process or another one, holds the directory; or it cannot be written to.
     """
+    with contextlib.ExitStack() as held:
+        current().on_main(lambda: held.enter_context(_hold(path)))
+        yield
+
+
+@contextlib.contextmanager
+def _hold(path: str | Path) -> Iterator[None]:
     directory = Path(path)
     made = not directory.exists()
     try:
@@ -62,7 +70,7 @@ def _locked(lock: Path) -> int:
             directory = str(lock.parent)
             if error.errno in WITHOUT_LOCKS:
                 warnings.warn(
-                    f"the file system of {directory!r} has no locks: let no other run write there", stacklevel=4
+                    f"the file system of {directory!r} has no locks: let no other run write there", stacklevel=8
                 )
                 return descriptor
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"

@@ -22,6 +22,7 @@ from ppo_fast.rlhf.data.templates import is_messages
 from ppo_fast.rlhf.errors import UserError, check, printable, require
 from ppo_fast.rlhf.files import remove
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
+from ppo_fast.rlhf.world import current
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,8 +61,9 @@ def _holds(path: Path) -> bool:
 class StageLog(Callback):
     """Writes the metrics of a step at once, so that a crashed run leaves a readable file.
 
-    Use as a context manager; `history` keeps the metrics of the steps so far. Raises a UserError before anything is
-    written when the directory holds what another run completed and `overwrite` is off. `resume` is the
+    Use as a context manager; `history` keeps the metrics of the steps so far. Of several processes rank 0 writes; the
+    others keep the history. Raises a UserError before anything is written when the directory holds what another run
+    completed and `overwrite` is off. `resume` is the
     `position` of a checkpoint: the files are truncated to it and appended to.
     """
 
@@ -77,15 +79,17 @@ class StageLog(Callback):
         *,
         resume: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, log = config, config.log
+        self.config, log, self.is_main = config, config.log, current().is_main
         if resume is None:
-            require_free(config)
+            current().on_main(lambda: require_free(config))
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
         self.directory = Path(config.output_dir)
         self.history: list[dict[str, float]] = []
-        self.console = console or Console(quiet=not log.console)
+        self.console = console or Console(quiet=not (log.console and self.is_main))
 
     def __enter__(self) -> Self:
+        if not self.is_main:
+            return self
         if self.resume is None:
             self._empty_directory()
         else:
@@ -114,18 +118,20 @@ class StageLog(Callback):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.update(self._task, phase="")
-        self._resources.close()
+        if self.is_main:
+            self._progress.update(self._task, phase="")
+            self._resources.close()
 
     def introduce(self, lines: Iterable[str]) -> None:
         """Show the lines of `TrainingLoop.describe`."""
-        for line in lines:
+        for line in lines if self.is_main else ():
             self._print(line)
 
     def show(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Name the phase of the step in the progress bar, and how much of it is done."""
         name = PHASES.get(phase, phase)
-        self._progress.update(self._task, phase=f"{name} {done}/{total}" if total else name)
+        if self.is_main:
+            self._progress.update(self._task, phase=f"{name} {done}/{total}" if total else name)
 
     def on_step(self, record: StepRecord) -> None:
         """Record a step that has metrics; show the notes of any."""
@@ -139,6 +145,8 @@ class StageLog(Callback):
     def write(self, number: int, metrics: dict[str, float], note: str | None = None) -> None:
         """Record the metrics and the note of step `number`, from 1 in files and on the console."""
         self.history.append(metrics)
+        if not self.is_main:
+            return
         record: Record = {self.unit: number} | metrics
         _line(self._open[METRICS], record | ({"note": note} if note else {}))
         if self._board is not None:
@@ -156,11 +164,13 @@ class StageLog(Callback):
 
     def note(self, number: int, note: str | None) -> None:
         """Show a note, if there is one."""
-        if note:
+        if note and self.is_main:
             self._print(f"{self.unit} {number}: {note}", style="yellow")
 
     def position(self, done: int) -> dict[str, int]:
         """Flush the files and return the steps done and the bytes in each file; a resumed run continues there."""
+        if not self.is_main:
+            return {"done": done}
         for file in self._open.values():
             os.fsync(file.fileno())
         return {"done": done} | {name: (self.directory / name).stat().st_size for name in self.files}

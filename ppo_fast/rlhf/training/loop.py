@@ -23,6 +23,7 @@ from ppo_fast.rlhf.training.resume import restoring, warn_about_changes
 from ppo_fast.rlhf.training.runtime import Stopwatch
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
 from ppo_fast.rlhf.training.state import State, Stateful, restore_rng, rng_state
+from ppo_fast.rlhf.world import current
 
 
 class TrainingLoop(ABC):
@@ -70,10 +71,11 @@ class TrainingLoop(ABC):
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
         """Take the remaining steps; after each one the run can be saved and stopped."""
-        for name in (FINAL, BEST):
-            settle(log.directory / name)
-        for name in (CHECKPOINTS, FAILED):
-            settle_all(log.directory / name)
+        if current().is_main:
+            for name in (FINAL, BEST):
+                settle(log.directory / name)
+            for name in (CHECKPOINTS, FAILED):
+                settle_all(log.directory / name)
         every = self.config.checkpoint.every
         callbacks: list[Callback] = [*self._own_callbacks(), *self.callbacks, log]
         self.record = StepRecord(self.done, self.total, self.config, directory=log.directory, **self._objects())
@@ -92,7 +94,8 @@ class TrainingLoop(ABC):
             finished = self._finished()
             if every and (self.done % every == 0 or finished):
                 self.save(log)
-            if request := stop.request(finished=finished):
+            asked = current().objects(stop.request(finished=finished))  # all ranks stop after the same step
+            if request := next(filter(None, asked), None):
                 raise Interrupted(*request, f"{log.unit} {self.done}", self.save(log))
             self.record = dataclasses.replace(self.record, batch=None)  # freed before the next one is made
         log.show("saving")
@@ -109,9 +112,10 @@ class TrainingLoop(ABC):
     def save(self, log: StageLog) -> Path:
         """Write a checkpoint, unless this step has one, and call `on_checkpoint` of the user's callbacks."""
         target = log.directory / CHECKPOINTS / f"{log.unit}-{self.done:06d}"
-        if is_complete(target):
+        if current().on_main(lambda: is_complete(target)):
             return target
         log.show("saving")
+        rng = rng_state(self.generator)
         state = {
             "config": dataclasses.asdict(self.config),
             "log": log.position(self.done),
@@ -119,8 +123,10 @@ class TrainingLoop(ABC):
             "inputs": self.inputs,
             "code": dict(self.code),
             "parts": {name: part.state_dict() for name, part in self._all_parts().items()},
-            "rng": rng_state(self.generator),
+            "rng": rng,
         }
+        if current().size > 1:  # of the generators that a user's functions may use
+            state["rng_of_ranks"] = current().objects(rng)
         saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
         with error_prefix(f"{log.unit} {self.done}"):
             for callback in self.callbacks:
@@ -134,7 +140,7 @@ class TrainingLoop(ABC):
         """
         with restoring(start.directory):
             self._restore(start)
-            supersede_newer(start.directory)
+            current().on_main(lambda: supersede_newer(start.directory))
 
     def _restore(self, start: Checkpoint) -> None:
         state, parts = start.state, self._all_parts()
@@ -150,7 +156,9 @@ class TrainingLoop(ABC):
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._load(start.directory)
-        restore_rng(state["rng"], self.generator)
+        ranks = state.get("rng_of_ranks", [])[1:]
+        rank = current().rank
+        restore_rng(ranks[rank - 1] if 0 < rank <= len(ranks) else state["rng"], self.generator)
         self.done, self.skipped = done, state["skipped"]
 
     def _all_parts(self) -> dict[str, Stateful]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ppo_fast.rlhf.config.objective import LossConfig
 from ppo_fast.rlhf.config.optim import AdamWConfig
 from ppo_fast.rlhf.integrity import check_tensors
+from ppo_fast.rlhf.split import Rows, Share, local, rows_of, sum_over_ranks
 from ppo_fast.rlhf.training.adamw import AdamW, MasterAdamW
 from ppo_fast.rlhf.training.adamw_8bit import SMALLEST, AdamW8bit
 from ppo_fast.rlhf.training.state import State
@@ -22,8 +23,12 @@ class ClippedOptimizer:
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, lr, config)
+        self.weights = [parameter for parameter in parameters if parameter.requires_grad]
+        # Each rank steps the rows that it holds, as plain tensors in the memory of the split weights.
+        self.parameters = [own_rows(weight) for weight in self.weights]
+        rows = [rows_of(weight) for weight in self.weights]
+        self.rows = [each for each in rows if each is not None] or None  # None: no weight is split
+        self.optimizer = make_optimizer(self.parameters, lr, config, rows)
         self.norm: Tensor | None = None  # 0-d float32, of the gradients, if `clip` was called
         self.loss_scale: Tensor | None = None  # 0-d float32, what the gradients were multiplied by; None: 1
 
@@ -36,11 +41,13 @@ class ClippedOptimizer:
         The step's own kernel divides the gradients, also by `loss_scale`, 0-d float32, if the loss was multiplied by
         it: a pass over those of 7 billion weights would move 30 GB.
         """
+        for weight, parameter in zip(self.weights, self.parameters, strict=True):
+            parameter.grad = None if weight.grad is None else local(weight.grad)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # By dtype: foreach kernels take one at a time. In float32: norms of bfloat16 gradients would be bfloat16.
         kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
         norms = [norm for same in kinds for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
-        self.norm, self.loss_scale = self._total(norms), loss_scale
+        self.norm, self.loss_scale = norm_over_ranks(self._total(norms), self.weights), loss_scale
         if loss_scale is not None:
             self.norm = self.norm / loss_scale
         return self.norm
@@ -57,6 +64,8 @@ class ClippedOptimizer:
     def zero_grad(self) -> None:
         """Clear the gradients."""
         self.norm = self.loss_scale = None
+        for weight in self.weights:
+            weight.grad = None
         self.optimizer.zero_grad()
 
     def _total(self, norms: list[Tensor]) -> Tensor:
@@ -73,10 +82,14 @@ class ClippedOptimizer:
         self.optimizer.begin()
 
     def state_dict(self) -> State:
-        return self.optimizer.state_dict()
+        """Return the optimizer's state; of weights that are split, this rank's rows of it."""
+        state = self.optimizer.state_dict()
+        return state if self.rows is None else shares_of(state)
 
     def load_state_dict(self, state: State) -> None:
         """Restore; UserError for moments of another shape or dtype: the fused kernel would write out of bounds."""
+        if self.rows is not None:
+            state = self._own(state, self.rows)
         if isinstance(self.optimizer, torch.optim.AdamW):
             weights = dict(enumerate(self.optimizer.param_groups[0]["params"]))
             for index, moments in state["state"].items():
@@ -87,6 +100,24 @@ class ClippedOptimizer:
                 }
                 check_tensors(own, moments, f"resume: optimizer state {index}")
         self.optimizer.load_state_dict(state)
+
+    def _own(self, state: State, rows: list[Rows]) -> State:
+        """Return this rank's rows of the state of whole weights."""
+
+        def part(own: Rows, tensors: State) -> State:
+            return {name: own.of(x) if x.ndim else x for name, x in tensors.items()}
+
+        found = dict(state)
+        if "state" in state:
+            found["state"] = {index: part(rows[index], tensors) for index, tensors in state["state"].items()}
+        if "moments" in state:
+            found["moments"] = [part(own, tensors) for own, tensors in zip(rows, state["moments"], strict=True)]
+        if "masters" in state:
+            known = {id(parameter): own for parameter, own in zip(self.parameters, rows, strict=True)}
+            masters = self.optimizer.weights  # type: ignore[union-attr]  # of MasterAdamW
+            pairs = zip(masters, state["masters"], strict=True)
+            found["masters"] = [known[id(weight)].of(master) for weight, master in pairs]
+        return found
 
 
 class InBackwardOptimizer(ClippedOptimizer):
@@ -144,8 +175,32 @@ class InBackwardOptimizer(ClippedOptimizer):
         super().load_state_dict(rest)
 
 
-def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfig) -> AdamW | AdamW8bit:
-    """Return AdamW with the states that `config` asks for."""
+def shares_of(state: Any) -> Any:
+    """Return a state whose tensors, except 0-d ones, are the `Share` of this rank."""
+    if isinstance(state, dict):
+        return {name: shares_of(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [shares_of(value) for value in state]
+    return Share(state) if isinstance(state, Tensor) and state.ndim else state
+
+
+def own_rows(weight: nn.Parameter) -> nn.Parameter:
+    """Return the rows of a weight that are on this rank, in the same memory; the weight itself if it is not split."""
+    rows = local(weight)
+    return weight if rows is weight else nn.Parameter(rows)
+
+
+def norm_over_ranks(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients from that of this rank's rows."""
+    squares = norm**2
+    total = sum_over_ranks(squares, weights)
+    return norm if total is squares else total.sqrt()
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], lr: float, config: AdamWConfig, rows: Sequence[Rows | None] | None = None
+) -> AdamW | AdamW8bit:
+    """Return AdamW with the states that `config` asks for; `rows` are those of split weights that it steps."""
     options: dict[str, Any] = {
         "lr": lr,
         "betas": config.betas,
@@ -153,7 +208,7 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float, config: AdamWConfi
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamw_8bit":
-        return AdamW8bit(parameters, **options)
+        return AdamW8bit(parameters, rows=rows, **options)
     if config.master_weights:
         return MasterAdamW(parameters, **options)
     return AdamW(parameters, **options)

@@ -25,6 +25,7 @@ from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoin
 from ppo_fast.rlhf.training.log import CHECKPOINTS
 from ppo_fast.rlhf.training.state import State, fingerprint
 from ppo_fast.rlhf.user_code import source_of, to_python
+from ppo_fast.rlhf.world import current
 
 Weights = TypeVar("Weights", bound=WeightsConfig)
 KERNELS = "kernels of the model"  # in `inputs`
@@ -32,6 +33,7 @@ FREE = (
     "output_dir",
     "overwrite",
     "max_hours",
+    "ddp_timeout",
     "push_to_hub",
     "checkpoint",
     "log",
@@ -46,7 +48,8 @@ def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: 
     """
     if resume in (False, None):  # an empty name is a mistake, not a new run
         return None
-    start = load_checkpoint(Path(config.output_dir) / CHECKPOINTS, resume if isinstance(resume, str) else None)
+    checkpoints, name = Path(config.output_dir) / CHECKPOINTS, resume if isinstance(resume, str) else None
+    start = _loaded(checkpoints, name)
     with restoring(start.directory):
         saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
         _check_sizes(Path(config.output_dir), start.state["log"])
@@ -55,6 +58,19 @@ def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: 
         name, before, now = difference
         raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")
     return start
+
+
+def _loaded(checkpoints: Path, name: str | None) -> Checkpoint:
+    """Return the checkpoint; rank 0 checks its files before the others read them, each what it needs."""
+    found = list[Checkpoint]()
+
+    def load() -> None:
+        found.append(load_checkpoint(checkpoints, name, check=current().is_main))
+
+    current().on_main(load)
+    if not found:
+        load()
+    return found[0]
 
 
 def with_kernels(config: Weights, start: Checkpoint | None) -> Weights:

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.split import Share, local, sum_over_ranks
 
 State = dict[str, Any]  # of a part of a run: `PACKED` within each other
 
@@ -68,18 +70,21 @@ def restore_rng(state: State, generator: torch.Generator) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])  # fewer than when it was saved
     generator.set_state(state["run"])
 
 
 def fingerprint(module: nn.Module) -> list[int]:
     """Return the sum of the bits of each parameter, read as integers: equal for equal weights."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = (p.detach().reshape(-1).view(integers[p.element_size()]) for p in module.parameters())
-    return torch.stack([part.sum(dtype=torch.int64) for part in bits]).tolist()
+    weights = [*module.parameters()]
+    bits = (local(p.detach()).reshape(-1).view(integers[p.element_size()]) for p in weights)
+    sums = torch.stack([part.sum(dtype=torch.int64) for part in bits])
+    split = torch.tensor([isinstance(p, DTensor) for p in weights], dtype=torch.bool, device=sums.device)
+    return torch.where(split, sum_over_ranks(sums, weights), sums).tolist()
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> object:
+def _pack(value: Any, name: str, tensors: dict[str, Tensor | Share]) -> object:
     """Return `value` as JSON that `_unpack` reads back exactly; its tensors move into `tensors`, by name.
 
     Raises UserError for a type that would be read back as another.
@@ -93,10 +98,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> object:
         packed = [(_pack(key, name, tensors), _pack(item, f"{name}.{key}", tensors)) for key, item in value.items()]
         is_json = all(type(key) is str and key not in TAGS for key in value)
         return dict(packed) if is_json else {ITEMS: packed}
-    if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_complex() or value.is_quantized):
+    if isinstance(value, Share) or _is_plain(value):
         while name in tensors:  # "a.b" within "c" and "b" within "c.a"
             name += "'"
-        tensors[name] = value.detach()
+        tensors[name] = value if isinstance(value, Share) else value.detach()
         return {TENSOR: name}
     if kind in SEQUENCES:
         return {SEQUENCES[kind]: _pack(list(value), name, tensors)}
@@ -106,6 +111,13 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> object:
         data = base64.b64encode(value.tobytes()).decode()
         return {ARRAY: [value.dtype.str, list(value.shape), kind is np.ndarray, data]}
     raise UserError(f"{name}: expected {PACKED}, got {kind.__name__}")
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether it is a tensor that safetensors can hold."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return not (value.is_complex() or value.is_quantized)
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor] | None) -> Any:

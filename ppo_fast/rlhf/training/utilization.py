@@ -21,11 +21,11 @@ class Utilization:
     rate: float | None  # floating-point operations per second; None: not measured
     work: dict[str, float]  # operations by phase, of one token in one pass
 
-    def metrics(self, tokens: int, passes: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, tokens: float, passes: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
         """Return perf/mfu of all phases together, and of each that multiplies matrices; none without a rate.
 
         Args:
-            tokens: of the batch, prompts included.
+            tokens: of the batch, prompts included; the share of one of several ranks.
             passes: of a phase over the batch; 1 where it is not named.
             seconds: by phase.
         """

@@ -1,4 +1,4 @@
-"""Launchers of the C++ kernels of token_stats and its backward.
+"""Shared by the launchers of the C++ row kernels.
 
 Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everything per token is [B, T] float32,
 contiguous except the targets.
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.native.extension import extension, load_error
-from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._core.inputs import RowInputs
 from ppo_fast.ops._core.registry import Implementation
-from ppo_fast.ops._core.results import RowStats, ValueLossResult
+from ppo_fast.ops._core.results import RowStats
 
 # A larger gradient has left the cache before anyone reads it, so it is written past the cache. But only in whole
 # lines, of which short rows of an odd size have few.
@@ -33,18 +33,6 @@ def implementation(run: Callable[..., Any], fuses_backward: bool = False) -> Imp
     )
 
 
-def set_addresses(arguments: Any, **tensors: Tensor | None) -> None:
-    """Hand tensors to the extension by address, 0 for None and for empty ones; they must outlive the launch."""
-    for name, tensor in tensors.items():
-        setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
-
-
-def set_fields(arguments: Any, group: RowGrads | RowStats | ValueLossResult) -> None:
-    """:func:`set_addresses` of the fields of a NamedTuple."""
-    for name, tensor in zip(group._fields, group, strict=True):
-        setattr(arguments, name, tensor.data_ptr() if tensor is not None and tensor.numel() else 0)
-
-
 def readable(rows: RowInputs) -> RowInputs:
     """Copy float16 and float64 reference logits to float32, which the kernels read."""
     if rows.ref_logits is None or rows.ref_logits.dtype in (torch.float32, torch.bfloat16):
@@ -59,19 +47,18 @@ def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 def per_row(logits: Tensor, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for one number per row, or for none."""
-    return room(logits.shape[:2] if wanted else (0,), dtype)
+    return torch.empty(logits.shape[:2] if wanted else (0,), dtype=dtype, device="cpu")
 
 
-def _logits_view(x: Tensor | None, streamed: bool = False) -> Any:
-    if x is None:
-        return extension.LogitsView(0, 0, 0, False, False)
-    return extension.LogitsView(x.data_ptr(), x.stride(0), x.stride(1), x.dtype == torch.bfloat16, streamed)
+def _logits_view(x: Tensor, streamed: bool = False) -> Any:
+    stride_b, stride_t, _ = x.stride()
+    return extension.LogitsView(x.data_ptr(), stride_b, stride_t, x.dtype == torch.bfloat16, streamed)
 
 
 def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
     """Describe where the gradient goes: nowhere, over the logits, or into a buffer of its own."""
     if gradient is None:
-        return _logits_view(None)
+        return None
     large = gradient.data_ptr() != logits.data_ptr() and gradient.nbytes >= _LARGE
     if large:
         extension.advise_huge_pages(gradient.data_ptr(), gradient.nbytes)
@@ -79,31 +66,49 @@ def gradient_view(gradient: Tensor | None, logits: Tensor) -> Any:
     return _logits_view(gradient, streamed=large and (row_bytes >= _PAGE or row_bytes % _LINE == 0))
 
 
-def stats_room(rows: RowInputs, want_entropy: bool = True, want_kl: bool = False) -> RowStats:
+def stats_room(
+    rows: RowInputs, want_entropy: bool = True, want_kl: bool = False, shape: Sequence[int] | None = None
+) -> RowStats:
     """Room for the statistics that are asked for; ``want_kl``: a KL without reference logits too."""
-    logits, full = rows.logits, rows.ref_logits is not None
-    logprobs, entropy = per_row(logits, rows.targets is not None), per_row(logits, want_entropy)
-    lse, ref_lse = per_row(logits, dtype=torch.float64), per_row(logits, full, torch.float64)
-    return RowStats(logprobs, entropy, per_row(logits, full or want_kl), lse, ref_lse)
+    full = rows.ref_logits is not None
+    lse = room(rows.logits.shape[:2] if shape is None else shape, torch.float64)
+
+    def like_lse(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:  # takes half as long as ``room``
+        return torch.empty_like(lse, dtype=dtype) if wanted else lse.new_empty(0, dtype=dtype)
+
+    return RowStats(
+        like_lse(rows.targets is not None),
+        like_lse(want_entropy),
+        like_lse(full or want_kl),
+        lse,
+        like_lse(full, torch.float64),
+    )
 
 
 def rows_view(rows: RowInputs) -> Any:
     """Describe the inputs of every row kernel by address; the rows must outlive the launch."""
     logits, targets, ref_logits, mask, temperature = rows
-    if targets is None:
-        targets_view = extension.TargetsView(0, 0, 0, False)
-    else:
-        targets_view = extension.TargetsView(targets.data_ptr(), *targets.stride(), targets.dtype == torch.int64)
+    B, T, V = logits.shape
+    view = None
+    if targets is not None:
+        stride_t = targets.stride(-1)
+        stride_b = targets.stride(0) if targets.dim() == 2 else T * stride_t
+        view = extension.TargetsView(targets.data_ptr(), stride_b, stride_t, targets.dtype == torch.int64)
     return extension.Rows(
         logits=_logits_view(logits),
-        ref_logits=_logits_view(ref_logits),
-        targets=targets_view,
-        mask=0 if mask is None else mask.data_ptr(),
-        rows=logits.shape[0] * logits.shape[1],
-        steps=logits.shape[1],
-        vocab=logits.shape[2],
+        ref_logits=None if ref_logits is None else _logits_view(ref_logits),
+        targets=view,
+        mask=mask,
+        rows=B * T,
+        steps=T,
+        vocab=V,
         temperature=temperature,
     )
+
+
+def as_number(x: Tensor | float | None) -> float | None:
+    """A number that may have come in a 0-d tensor."""
+    return x.item() if isinstance(x, Tensor) else x
 
 
 def token_weights(

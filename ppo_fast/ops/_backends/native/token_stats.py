@@ -4,15 +4,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.rows import (
-    gradient_view,
-    readable,
-    room,
-    rows_view,
-    set_addresses,
-    set_fields,
-    stats_room,
-)
+from ppo_fast.ops._backends.native.rows import gradient_view, readable, room, rows_view, stats_room
 from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import RowStats
 
@@ -21,10 +13,7 @@ def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     """The statistics of every row."""
     rows = readable(rows)
     stats = stats_room(rows, want_entropy)
-    arguments = extension.TokenStatsArguments()
-    arguments.rows = rows_view(rows)
-    set_fields(arguments, stats)
-    extension.token_stats(arguments, threads=torch.get_num_threads())
+    extension.token_stats(rows_view(rows), threads=torch.get_num_threads(), **stats._asdict())
     return stats
 
 
@@ -36,10 +25,14 @@ def token_stats_backward(
     rows = rows._replace(ref_logits=None) if grads.grad_kl is None else readable(rows)
     logits = rows.logits
     gradient = room(logits.shape, logits.dtype) if out is None else out
-    arguments = extension.TokenStatsBackwardArguments()
-    arguments.rows = rows_view(rows)
-    arguments.out = gradient_view(gradient, logits)
-    set_fields(arguments, grads)
-    set_addresses(arguments, lse=stats.lse, ref_lse=stats.ref_lse, entropy=stats.entropy, kl=stats.kl)
-    extension.token_stats_backward(arguments, threads=torch.get_num_threads())
+    extension.token_stats_backward(
+        rows_view(rows),
+        gradient_view(gradient, logits),
+        threads=torch.get_num_threads(),
+        lse=stats.lse,
+        ref_lse=stats.ref_lse,
+        entropy=stats.entropy,
+        kl=stats.kl,
+        **grads._asdict(),
+    )
     return gradient

@@ -1,5 +1,7 @@
 """The policy loss from per-token statistics, with its gradient."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,12 +39,43 @@ def _log_ratio(
     return token, clamped, ~(mean.abs() > MAX_LOG_RATIO)
 
 
+class _Objective(NamedTuple):
+    """importance*objective of each token [B, T], its derivatives, and what bounded it."""
+
+    value: Tensor
+    d_log_r: Tensor
+    d_logprobs: Tensor | None  # at a constant ratio; None: 0
+    is_clipped: Tensor
+    is_dual: Tensor
+
+
+def _clip(r: Tensor, adv: Tensor, importance: Tensor, policy: PolicyInputs) -> _Objective:
+    """min(r*A, clip(r)*A), and max(objective, dual_clip*A) where A < 0."""
+    unclipped = r * adv
+    clipped = r.clamp(1.0 - policy.clip_low, 1.0 + policy.clip_high) * adv
+    is_clipped = clipped < unclipped
+    value = torch.minimum(unclipped, clipped)
+    bound = torch.where(adv < 0, policy.dual_clip * adv, -torch.inf)
+    is_dual = bound > value
+    value, slope = torch.maximum(value, bound), torch.where(is_clipped | is_dual, 0.0, unclipped)
+    return _Objective(importance * value, importance * slope, None, is_clipped, is_dual)
+
+
+def _cispo(r: Tensor, adv: Tensor, importance: Tensor, logprobs: Tensor, policy: PolicyInputs) -> _Objective:
+    """clip(r)*A*logprob, where clip(r) is a constant. Where a factor is 0, so is the product: logprob may be -inf."""
+    low, high = 1.0 - policy.clip_low, 1.0 + policy.clip_high
+    factor = importance * (r.clamp(low, high) * adv)
+    value = torch.where(factor == 0, 0.0, factor * logprobs)
+    none = torch.zeros_like(r)
+    return _Objective(value, none, factor, (r < low) | (r > high), none.bool())
+
+
 def policy_loss_from_stats(
     stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None = None
 ) -> PolicyLossResult:
     """aggregate(-weight*objective + penalty_coef*(r - 1 - log r) + kl_coef*kl - ent_coef*H), with its gradient.
 
-    objective = min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A), and max(objective, dual_clip*A) where A < 0.
+    objective: :func:`_clip` or :func:`_cispo`, with clip(r) = clip(r, 1 - clip_low, 1 + clip_high).
     ``weights`` of the tokens come from the aggregation unless they are given, as for some rows of a larger batch.
     """
     logprobs, entropy, full_kl, lse, ref_lse = stats
@@ -53,23 +86,17 @@ def policy_loss_from_stats(
     token_log_ratio, log_r, inside = _log_ratio(logprobs, old, counted, cu_seqlens, ratio)
     r = log_r.exp()
 
-    unclipped = r * adv
-    clipped = r.clamp(1.0 - policy.clip_low, 1.0 + policy.clip_high) * adv
-    is_clipped = clipped < unclipped
-    objective = torch.minimum(unclipped, clipped)
-    bound = torch.where(adv < 0, policy.dual_clip * adv, -torch.inf)
-    is_dual = bound > objective
-    objective = torch.maximum(objective, bound)
-
-    if weights is None:
-        weights = token_weights(counted, cu_seqlens, policy.denominator, policy.aggregation, logprobs.dtype)
     importance = (
         torch.ones_like(adv)
         if policy.importance_weights is None
         else torch.where(counted, policy.importance_weights, 0.0)
     )
-    per_token = -importance * objective
-    d_log_r = -importance * torch.where(is_clipped | is_dual, 0.0, unclipped)
+    clips = policy.objective == "clip"
+    objective = _clip(r, adv, importance, policy) if clips else _cispo(r, adv, importance, logprobs, policy)
+
+    if weights is None:
+        weights = token_weights(counted, cu_seqlens, policy.denominator, policy.aggregation, logprobs.dtype)
+    per_token, d_log_r = -objective.value, -objective.d_log_r
     policy_loss = (weights * per_token).sum()
     if policy.penalty_coef is not None:
         per_token = per_token + policy.penalty_coef * (r - 1 - log_r)
@@ -79,6 +106,8 @@ def policy_loss_from_stats(
         lengths = sequence_sum(counted.to(r.dtype), cu_seqlens).clamp(min=1)
         d_mean = sequence_sum(d_logprobs, cu_seqlens) / lengths
         d_logprobs = torch.where(counted, to_tokens(d_mean, cu_seqlens, r.shape), 0.0)
+    if objective.d_logprobs is not None:
+        d_logprobs = d_logprobs - weights * objective.d_logprobs
 
     kl, d_entropy, d_kl = full_kl, r.new_empty(0), r.new_empty(0)
     if policy.ref_logprobs is not None:
@@ -100,8 +129,8 @@ def policy_loss_from_stats(
             counted_mean(entropy, counted),
             counted_mean(kl, counted) if kl.numel() else torch.zeros_like(loss),
             counted_mean(token_log_ratio.expm1() - token_log_ratio, counted),
-            counted_mean(is_clipped.to(r.dtype), counted),
-            counted_mean(is_dual.to(r.dtype), counted),
+            counted_mean(objective.is_clipped.to(r.dtype), counted),
+            counted_mean(objective.is_dual.to(r.dtype), counted),
             counted_mean(r, counted),
             torch.cat([torch.where(counted, r, 0.0).flatten(), r.new_zeros(1)]).max(),
             counted.sum().to(r.dtype),

@@ -1,0 +1,188 @@
+"""The processes of a run: one, or those that torchrun has started, one for each GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast.rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Value = TypeVar("Value")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun for each process
+# In the messages of gloo, NCCL and the store when another process is gone or does not answer.
+LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "timed out", "Broken pipe", "NCCL error")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and what they exchange. In a world of one every method is the identity.
+
+    All ranks call the same methods in the same order. Objects are exchanged by pickle between the processes of the run.
+    """
+
+    rank: int = 0  # of this process, from 0
+    size: int = 1  # processes
+    mesh: DeviceMesh | None = None  # of all processes; None: there is no process group, and no weight is split
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and the console of the run."""
+        return self.rank == 0
+
+    def shares(self, count: int) -> list[range]:
+        """Return consecutive shares of `count` rows, by rank; they differ by at most one row."""
+        size = self.size
+        return [range(count * rank // size, count * (rank + 1) // size) for rank in range(size)]
+
+    def share(self, count: int) -> range:
+        """Return this rank's of the `shares`."""
+        return self.shares(count)[self.rank]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the ranks; x has the same shape on each."""
+        if self.size == 1:
+            return x
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    def concatenate(self, x: Tensor) -> Tensor:
+        """Return the x [n, ...] of all ranks, by rank, along the first dimension; n may differ."""
+        if self.size == 1:
+            return x
+        counts = self.objects(len(x))
+        wide = x.new_zeros((max(counts), *x.shape[1:]))
+        wide[: len(x)] = x
+        # As bytes: gloo does not know every dtype.
+        sent = wide.reshape(-1).view(torch.uint8)
+        found = [torch.empty_like(sent) for _ in counts]
+        if len(sent):
+            dist.all_gather(found, sent)
+        parts = [part.view(x.dtype).view(wide.shape)[:count] for part, count in zip(found, counts, strict=True)]
+        return torch.cat(parts)
+
+    def objects(self, value: Value) -> list[Value]:
+        """Return the value of every rank, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Value] = [value] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def together(self, function: Callable[[], Value]) -> list[Value]:
+        """Return the results of the function of every rank, by rank; a UserError of one is raised on all."""
+        if self.size == 1:
+            return [function()]
+        error = None
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
+        if error is None:
+            found = self.objects((result, error))
+        else:
+            found = self.objects((None, error))  # type: ignore[arg-type]  # no result
+        for rank, (_, failure) in enumerate(found):
+            if failure is not None:
+                failure.shared = rank != self.rank
+                raise error if rank == self.rank and error is not None else failure
+        return [result for result, _ in found]
+
+    def wait(self) -> None:
+        """Return when all ranks are here."""
+        self.objects(None)
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """Return the result of the function, which rank 0 calls, on every rank; its UserError is raised on all."""
+        return self.together(function if self.is_main else lambda: None)[0]  # type: ignore[return-value]
+
+
+_worlds = [World()]
+
+
+def current() -> World:
+    """Return the processes that this one has joined; outside of `join`, itself."""
+    return _worlds[-1]
+
+
+@contextlib.contextmanager
+def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
+    """Join the processes that torchrun has started; within the block they are a process group.
+
+    Without torchrun the world is this process. A process group that exists already is used and stays.
+
+    Args:
+        device: `model.device` of the run. Under torchrun "auto" and "cuda" are the GPU number LOCAL_RANK.
+        timeout: seconds that a process waits for another.
+
+    Raises:
+        UserError: variables of torchrun are missing, the node has too few GPUs, or another process is gone.
+    """
+    own = not dist.is_initialized()
+    if own and not under_torchrun():
+        yield World()
+        return
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    from torch.distributed.device_mesh import init_device_mesh
+
+    try:
+        if own:
+            _init(kind, device, timeout)
+        size = dist.get_world_size()
+        _worlds.append(World(dist.get_rank(), size, init_device_mesh(kind, (size,))))
+        try:
+            yield current()
+        finally:
+            _worlds.pop()
+    except (RuntimeError, OSError) as error:
+        if not is_lost(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"lost another process of the run: {reason}; the latest checkpoint is whole, and --resume continues there"
+        ) from error
+    finally:
+        if own and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether torchrun has started this process; UserError where some of its variables are missing."""
+    missing = [name for name in VARIABLES if name not in environment]
+    if "WORLD_SIZE" in environment and missing:
+        raise UserError(
+            f"WORLD_SIZE: expected the variables of torchrun with it, got no {missing[0]}; start the run by "
+            "'torchrun --nproc-per-node N -m ppo_fast ...', or unset WORLD_SIZE for one process"
+        )
+    return not missing
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether the error says that another process is gone or does not answer."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
+
+
+def _init(kind: str, device: str, timeout: float) -> None:
+    """Make the process group of torchrun's processes."""
+    local, options = int(os.environ["LOCAL_RANK"]), {}
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"model.device: expected 'auto', 'cuda' or 'cpu' under torchrun, got {device!r}")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"torchrun: expected at most {count} processes on this node, one for each GPU, got more")
+        torch.cuda.set_device(local)
+        options = {"device_id": torch.device("cuda", local)}
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
