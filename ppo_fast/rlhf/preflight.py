@@ -23,7 +23,14 @@ from ppo_fast.rlhf.files import check_local
 from ppo_fast.rlhf.user_code import load_callable
 
 Source = str | Path | Iterable[object]
-METRICS = ("eval/scores", "eval/kl", "eval/length", "eval/truncated_frac", "eval/win_rate")  # of every evaluation
+METRICS = (
+    "eval/scores",
+    "eval/reward",
+    "eval/kl",
+    "eval/length",
+    "eval/truncated_frac",
+    "eval/win_rate",
+)  # of every evaluation
 
 
 def check_supervised(
