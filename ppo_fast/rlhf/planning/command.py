@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from rich.console import Console
@@ -86,8 +87,8 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def print_plan(plan: Plan, changes: Sequence[Change], console: Console, gpus: int = 1) -> None:
-    """The table, and a line on each thing that a person would ask next."""
+def print_plan(plan: Plan, changes: Iterable[Change], console: Console, gpus: int = 1) -> None:
+    """Print the table and the verdict, then each change as soon as `changes` has it."""
     unit = "GiB" if plan.peak >= 2**30 else "MiB"
     each = f" on each of {gpus} GPUs" if gpus > 1 else ""
     table = Table(title=f"memory by phase{each}, {unit}", title_justify="left")
@@ -100,19 +101,22 @@ def print_plan(plan: Plan, changes: Sequence[Change], console: Console, gpus: in
     table.add_section()
     table.add_row("all", *(_number(sum(breakdown.values()), unit) for breakdown in plan.phases.values()))
     console.print(table)
-    for line in describe(plan, changes):
-        console.print(line, highlight=False, soft_wrap=True)
+    latest = plan
+    with console.status("looking for settings that fit") if not plan.fits else contextlib.nullcontext():
+        for line in describe(plan):
+            console.print(line, highlight=False, soft_wrap=True)
+        for change in changes:
+            latest = change.plan
+            line = f"  set {_setting(change)}: peak {readable(latest.peak)}"
+            console.print(line, highlight=False, soft_wrap=True)
+    if latest is not plan and not latest.fits:
+        console.print("that is not enough: take shorter responses or a smaller model", highlight=False, soft_wrap=True)
 
 
-def describe(plan: Plan, changes: Sequence[Change]) -> list[str]:
-    """Peak, host memory, verdict and changes, a line each."""
+def describe(plan: Plan) -> list[str]:
+    """Peak with the verdict, and host memory, a line each."""
     lines = [f"peak {readable(plan.peak)} in {plan.fullest}" + _verdict(plan)]
-    if plan.host:
-        lines.append(f"{readable(plan.host)} of models wait in host memory")
-    lines += [f"  set {_setting(each)}: peak {readable(each.plan.peak)}" for each in changes]
-    if changes and not changes[-1].plan.fits:
-        lines.append("that is not enough: take shorter responses or a smaller model")
-    return lines
+    return lines + [f"{readable(plan.host)} of models wait in host memory"] * bool(plan.host)
 
 
 def readable(count: int) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ppo_fast.rlhf.config.ppo import PPOConfig, check_ranks
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.saved import SavedModels
+from ppo_fast.rlhf.planning.depth import measure
 from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.shapes import read_shapes
 from ppo_fast.rlhf.planning.tracing import Breakdown
@@ -95,10 +96,10 @@ def make_plan(
         check_ranks(config)
     shapes = shapes or read_shapes(config)
     longest = prompt_tokens or longest_prompt(config, shapes)
-    timeline = DryRun(config, shapes, device, longest, gpus).run()
+    peaks, host = measure(config, shapes, lambda models: DryRun(config, models, device, longest, gpus).run())
     overhead = _overhead if device == "cuda" else lambda breakdown: breakdown
-    phases = {name: overhead(breakdown) for name, breakdown in timeline.peaks().items()}
-    return Plan({name: _ordered(breakdown) for name, breakdown in phases.items()}, timeline.host, limit)
+    phases = {name: overhead(breakdown) for name, breakdown in peaks.items()}
+    return Plan({name: _ordered(breakdown) for name, breakdown in phases.items()}, host, limit)
 
 
 def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
@@ -113,16 +114,15 @@ def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
     return min(config.data.max_prompt_tokens, left)
 
 
-def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
-    """Choose settings to change until the run fits; the last may not suffice. `given` are arguments of `make_plan`.
+def advise(config: PPOConfig, plan: Plan, **given: Any) -> Iterator[Change]:
+    """Yield settings to change, each as it is found, until the run fits; the last may not suffice.
+
+    `given` are arguments of `make_plan`.
 
     The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
     more time, then what rounds them, then what trains less.
     """
-    changes, replan = (
-        list[Change](),
-        functools.partial(make_plan, limit=plan.limit, **given),
-    )
+    replan = functools.partial(make_plan, limit=plan.limit, **given)
     for setting in (*_SETTINGS, *_SETTINGS):  # again, as the peak may have moved to another phase
         if plan.fits:
             break
@@ -133,8 +133,7 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
         index, found = _first_that_fits(tried, replan, setting.phases)
         if found.peak < plan.peak:
             config, plan = tried[index], found
-            changes.append(Change(setting.name, values[index], plan))
-    return changes
+            yield Change(setting.name, values[index], plan)
 
 
 def _first_that_fits(

@@ -47,6 +47,7 @@ class Timeline(TorchDispatchMode):
         super().__init__()
         self.op_workspace, self.share = op_workspace, share
         self.now, self.blocks, self.phases = 0, list[Block](), list[tuple[str, int, int]]()
+        self.trace: list[tuple[object, int]] = [("start", 0)]  # the operation of each tick, and the bytes it returned
         self._block_of = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: OpOverload, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -57,9 +58,11 @@ class Timeline(TorchDispatchMode):
             return False
         output = func(*args, **(kwargs or {}))
         self.now += 1
+        returned = 0
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                returned += self._see(leaf).bytes
+        self.trace.append((func, returned))
         for item, count in self.op_workspace(func, args).items():
             self.blocks.append(Block(count, item, self.now, self.now))
         return output
@@ -91,6 +94,7 @@ class Timeline(TorchDispatchMode):
     def phase(self, name: str, **held: int) -> Iterator[None]:
         """The operations of the block are a phase; `held` are bytes by item that are alive throughout."""
         self.now += 1
+        self.trace.append((name, 0))
         start = self.now
         try:
             yield
@@ -105,14 +109,14 @@ class Timeline(TorchDispatchMode):
 
     def peaks(self) -> dict[str, Breakdown]:
         """The items at the moment of each phase when their sum is largest; of phases of one name, the largest."""
-        alive, found = self._alive(), dict[str, Breakdown]()
+        alive, found = self.usage(), dict[str, Breakdown]()
         for name, start, stop in self.phases:
             at = start + int(sum(alive.values(), np.zeros(self.now + 2, dtype=np.int64))[start : stop + 1].argmax())
             breakdown = {item: int(count[at]) for item, count in alive.items() if count[at]}
             found[name] = max(breakdown, found.get(name, {}), key=lambda items: sum(items.values()))
         return found
 
-    def _alive(self) -> dict[str, npt.NDArray[np.int64]]:
+    def usage(self) -> dict[str, npt.NDArray[np.int64]]:
         """Bytes [ticks] by item."""
         changes = {block.item: np.zeros(self.now + 2, dtype=np.int64) for block in self.blocks if block.item}
         for block in self.blocks:

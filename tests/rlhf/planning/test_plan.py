@@ -16,7 +16,9 @@ from ppo_fast.rlhf.config.files import config_from_dict, load_config
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
-from ppo_fast.rlhf.planning.command import announce, describe, parse_size
+from ppo_fast.rlhf.planning.command import announce, describe, parse_size, print_plan
+from ppo_fast.rlhf.planning.depth import Peaks, align, common_depth, measure
+from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
@@ -284,11 +286,11 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     config, shapes = make_config(tmp_path), SavedModels(SavedModel(given=tiny_policy(layers=1).config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     plan = make_plan(config, **given)
-    assert advise(config, plan, **given) == []
+    assert [*advise(config, plan, **given)] == []
     half = make_plan(make_config(tmp_path, optim={"micro_batch_size": 8}), **given)
-    changes = advise(config, dataclasses.replace(plan, limit=half.peak), **given)
+    changes = [*advise(config, dataclasses.replace(plan, limit=half.peak), **given)]
     assert [(each.name, each.value, each.plan.peak) for each in changes] == [("optim.micro_batch_size", 8, half.peak)]
-    changes = advise(config, dataclasses.replace(plan, limit=1), **given)
+    changes = [*advise(config, dataclasses.replace(plan, limit=1), **given)]
     names = [each.name for each in changes]
     assert names[0] == "optim.micro_batch_size"
     assert {"model.offload", "model.dtype", "model.layout", "model.load_in_4bit"} <= {*names}
@@ -302,7 +304,7 @@ def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
     config, shapes = make_config(tmp_path, **lora), SavedModels(SavedModel(given=tiny_policy().config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
-    changes = advise(config, make_plan(config, limit=1, **given), **given)
+    changes = [*advise(config, make_plan(config, limit=1, **given), **given)]
     assert changes
     assert "model.load_in_4bit" not in [each.name for each in changes]
 
@@ -318,7 +320,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run")
-    changes = advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")
+    changes = [*advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")]
     assert [(each.name, each.value) for each in changes] == [
         ("optim.micro_batch_size", 1),
         ("rollout.micro_batch_size", 8),
@@ -333,7 +335,7 @@ def test_passes_by_tokens_are_advised_by_halves(monkeypatch):
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run", optim={"tokens_per_pass": 1000})
-    changes = advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")
+    changes = [*advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")]
     assert [(each.name, each.value) for each in changes] == [("optim.tokens_per_pass", 250)]
 
 
@@ -390,17 +392,84 @@ def test_the_command_says_what_to_change(command, capsys):
     assert "to spare" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_it_is_told_when_nothing_helps_enough():
+def test_the_table_comes_at_once_and_each_change_as_it_is_found():
     plan = Plan({"rollout": {"weights": 3 * GIB}, "update": {"weights": 4 * GIB}}, host=GIB, limit=2 * GIB)
     changed = dataclasses.replace(plan, phases={"update": {"weights": 5 * GIB // 2}})
-    assert describe(plan, [Change("model.layout", "adapters", changed)]) == [
+    seen, printed = recording_console(), []
+
+    def changes():
+        printed.append(seen.file.getvalue())
+        yield Change("model.layout", "adapters", changed)
+        printed.append(seen.file.getvalue())
+
+    print_plan(plan, changes(), seen)
+    lines = seen.file.getvalue().splitlines()
+    assert lines[-4:] == [
         "peak 4.0 GiB in update, of 2.0 GiB: does not fit by 2.0 GiB",
         "1.0 GiB of models wait in host memory",
         "  set model.layout to adapters and model.lora.rank to 64: peak 2.5 GiB",
         "that is not enough: take shorter responses or a smaller model",
     ]
+    assert [text.splitlines()[-1] for text in printed] == lines[-3:-1]
     fits = dataclasses.replace(plan, limit=5 * GIB, host=0)
-    assert describe(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+    assert describe(fits) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+
+
+DEEP = MEASURED | {
+    "bfloat16, packed, recomputing": (
+        {},
+        {"model": {"packing": True, "gradient_checkpointing": True, "dtype": "bfloat16"}},
+    ),
+    "4 bits on a GPU": ({}, {"model": LORA | {"load_in_4bit": True}}),
+    "8 bits": ({}, {"model": {"layout": "shared", "offload": True}, "optim": {"name": "adamw_8bit"}}),
+    "master weights": ({}, {"model": {"dtype": "bfloat16"}, "optim": {"master_weights": True}}),
+    "packed on a GPU": ({}, {"model": LORA | {"packing": True, "dtype": "bfloat16"}}),
+}
+QUICK = ("separate", "bfloat16, packed, recomputing")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in DEEP]
+)
+def test_a_deep_model_is_planned_from_shallow_ones_to_the_byte(case, tmp_path):
+    overrides, values = DEEP[case]
+    config = make_config(tmp_path, **values)
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=7, **overrides).config))
+    device, whole = "cuda" if case.endswith("GPU") else "cpu", []
+
+    def step(models):
+        whole.append(DryRun(config, models, device, PROMPT).run())
+        return whole[-1]
+
+    found, shallow = measure(config, shapes, step), len(whole)
+    full = step(shapes)
+    assert found == Peaks(full.peaks(), full.host)
+    assert shallow == 2
+    assert whole[0].now < whole[1].now < full.now
+
+
+def test_layers_that_differ_are_planned_whole(tmp_path):
+    config = make_config(tmp_path)
+
+    def depth(**changes):
+        shape = tiny_policy(arch="qwen2", layers=7).config
+        vars(shape).update(changes)
+        return common_depth(config, SavedModels(SavedModel(given=shape)))
+
+    assert depth() == 7
+    assert depth(layer_types=["full_attention"] * 6 + ["sliding_attention"]) is None
+    uneven = make_config(tmp_path, model=LORA | {"lora": {"rank": 8, "targets": ["3.self_attn.q_proj"]}})
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=7).config))
+    assert common_depth(uneven, shapes) is None
+    other = SavedModel(given=tiny_policy(layers=6).config)
+    assert common_depth(config, dataclasses.replace(shapes, rewards=(other,))) is None
+
+
+def test_operations_of_another_layer_are_passed_over():
+    layer, head = [("mul", 8), ("add", 8)], [("norm", 8), ("head", 64)]
+    short, long = [*layer * 3, *head, ("stack", 3)], [*layer * 4, *head, ("stack", 4)]
+    assert align(short, long) == [(0, 0), (1, 1), (2, 2), (3, 3), (6, 8), (7, 9), (8, 10)]
+    assert align(short, layer * 4) is None
 
 
 @pytest.mark.parametrize(
