@@ -23,16 +23,16 @@ CONFIG = RolloutConfig(engine="vllm", batch_size=16, max_new_tokens=20, temperat
 
 
 def sampled(models, seed=0, **changes):
-    """Responses, and the largest difference of a sampled log-probability from scoring's."""
+    """Responses, and the mean difference of sampled log-probabilities from those of scoring."""
     data = load_prompts(["x#", "b"], models.tokenizer, DataConfig())
     batch = make_batch(data, [0, 1] * 8, models.pad_id, models.device)
     config = dataclasses.replace(CONFIG, **changes)
     found = generate(models, batch, config, seed)
     rollout = score(models, found, config)
-    return found, (rollout.logprobs - rollout.sampled_logprobs).abs().max().item()
+    return found, (rollout.logprobs - rollout.sampled_logprobs).abs().mean().item()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_adapters_are_sampled_from_as_they_are_at_each_call(make_config, dtype, tolerance):
     """The weights that the engine starts with, those of the first call, and those of the third differ by far more."""
     tokenizer = byte_tokenizer()
