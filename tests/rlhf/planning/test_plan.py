@@ -13,6 +13,7 @@ from rich.console import Console
 from benchmarks import bench_7b
 from ppo_fast import cli
 from ppo_fast.rlhf.config.files import config_from_dict, load_config
+from ppo_fast.rlhf.decoding.vllm_engine import cache_bytes
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
@@ -118,6 +119,24 @@ def test_a_bfloat16_plan_is_within_a_tenth(tmp_path, tokenizer):
         if "logits chunk" in account:
             planned += product_scratch(512, 128, 4096, torch.bfloat16)
         assert planned == pytest.approx(measured[phase], rel=0.1), (phase, account)
+
+
+def test_a_plan_counts_the_copy_in_vllm_where_it_lies(tmp_path):
+    """On a GPU it waits in host memory after the rollout; on a CPU it stays, with its keys and values."""
+    config = make_config(tmp_path, rollout={"engine": "vllm", "micro_batch_size": 8}, model=LORA)
+    policy = tiny_policy()
+    shapes = SavedModels(SavedModel(given=policy.config))
+    weights = sum(x.nbytes for x in policy.parameters())
+    longest = min(config.data.max_prompt_tokens + 32, policy.config.max_position_embeddings)
+    cache = cache_bytes(policy.config, 8, longest, 4)
+    for device in ("cpu", "cuda"):
+        plan = make_plan(config, device, shapes=shapes, prompt_tokens=PROMPT)
+        rollout, update = plan.phases["rollout"], plan.phases["update"]
+        assert rollout["weights"] - plan.phases["scoring"]["weights"] == (0 if device == "cpu" else weights)
+        assert update["weights"] // weights == (2 if device == "cpu" else 1)
+        assert rollout["KV cache"] == cache
+        assert update.get("KV cache", 0) == (cache if device == "cpu" else 0)
+        assert plan.host == (weights if device == "cuda" else 0)
 
 
 def test_adapters_without_masters_are_planned_in_the_dtype_of_the_base(tmp_path):
