@@ -71,6 +71,8 @@ SLOTS = "tests/rlhf/decoding/test_slots.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
+RUNS = "tests/rlhf/distributed/test_runs.py"
+SHARDING = "tests/rlhf/distributed/test_sharding.py"
 SUPERVISED = "tests/rlhf/supervised/test_train.py"
 CHECKPOINT = "tests/rlhf/training/test_checkpoint.py"
 DAMAGE = "tests/rlhf/training/test_damage.py"
@@ -292,7 +294,7 @@ MUTANTS = [
         "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/ppo/scoring.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/scoring.py", "models.value is not None and models.shared else", "False else", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",
@@ -433,8 +435,8 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/reward.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", REWARD),
     Mutant(
         f"{RLHF}/supervised/reward_model.py",
-        "(*self.scores(pairs), margin=self._margins(pairs))",
-        "(*self.scores(pairs))",
+        "(*self._scores(model, batch), margin=margins)",
+        "(*self._scores(model, batch))",
         REWARD,
     ),
     Mutant(
@@ -444,11 +446,22 @@ MUTANTS = [
         REWARD,
     ),
     Mutant(f"{RLHF}/supervised/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
-    Mutant(f"{RLHF}/supervised/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
-    Mutant(
-        f"{RLHF}/supervised/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED
-    ),
+    Mutant(f"{RLHF}/supervised/dpo.py", "Root(reference=self.reference)", "Root(reference=self.model)", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/dpo.py", "*reference, beta=self.beta", "*reference", SUPERVISED),
     Mutant(f"{RLHF}/supervised/dpo.py", "copy.deepcopy(loaded.model)", "loaded.model", SUPERVISED),
+    # several ranks
+    Mutant(f"{RLHF}/models/sharding.py", "            module.set_gradient_divide_factor(1.0)\n", "", SHARDING),
+    Mutant(
+        f"{RLHF}/models/sharding.py",
+        "            self.reshard()  # fully_shard",
+        "            pass  # fully_shard",
+        RUNS,
+    ),
+    Mutant(f"{RLHF}/ppo/update.py", "loss * 0 if self.repeats else loss", "loss", SHARDING),
+    Mutant(f"{RLHF}/ppo/update.py", "zeros_like(policy), zeros_like(value)", "policy, value", SHARDING),
+    Mutant(f"{RLHF}/training/optim.py", "norm if total is squares else total.sqrt()", "norm", SHARDING),
+    Mutant(f"{RLHF}/supervised/train.py", "        yield 0.0, (own or", "        yield 1.0, (own or", RUNS),
+    Mutant(f"{RLHF}/ppo/rollout.py", "requests[own.start : own.stop]", "requests[: len(own)]", RUNS),
     # tokens, templates and heads
     Mutant(f"{RLHF}/models/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
     Mutant(f"{RLHF}/data/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),
