@@ -158,3 +158,15 @@ def test_the_shares_of_the_profile_are_those_of_the_committed_result() -> None:
     text = " ".join(PAGES["benchmarks.md"].read_text().split())
     for group, milliseconds in times.items():
         assert f"{group} {round(100 * milliseconds / sum(times.values()))} %" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quickstart", "pip install '.[train]' && ppo-fast quickstart\n"),
+        ("test", "pip install -e '.[dev]' && make check\n"),
+    ],
+)
+def test_the_set_up_commands_of_the_front_can_be_extracted(name: str, expected: str) -> None:
+    command = [sys.executable, ROOT / ".ci" / "readme_command.py", name]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == expected
