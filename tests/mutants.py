@@ -179,7 +179,9 @@ MUTANTS = [
     Mutant(f"{TRITON}/policy_terms.py", "slope += penalty * rise", "slope += 0.0", POLICY),
     Mutant(f"{TRITON}/policy_loss.py", "0.0, slope) - at_constant_r", "0.0, slope - at_constant_r)", POLICY),
     Mutant(f"{TRITON}/policy_terms.py", "(clamped(r, low, high) * adv)", "(clamped(r, low, high) * -adv)", POLICY),
-    Mutant(f"{TRITON}/policy_sequences.py", "slopes += tl.where(counted, weight * slope, 0.0)", "slopes += slope", LOSSES),
+    Mutant(
+        f"{TRITON}/policy_sequences.py", "slopes += tl.where(counted, weight * slope, 0.0)", "slopes += slope", LOSSES
+    ),
     Mutant(f"{TRITON}/sequences.py", "number(denominator) * divisor", "number(denominator)", LOSSES),
     Mutant(f"{TRITON}/totals.py", "tl.where(index < 2, loss_count, count)", "count", LOSSES),
     Mutant(f"{TRITON}/gae.py", "tl.where(passes2, value1, value2)", "value2", GAE),

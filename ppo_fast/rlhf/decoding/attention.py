@@ -54,7 +54,7 @@ def slot_attention(*arguments: Any, softcap: float | None = None, **options: Any
 def rotary_table(backbone: PreTrainedModel, length: int) -> Iterator[None]:
     """Let a backbone look up the rotary embeddings of positions below `length` within the block.
 
-    They are computed once, by its own module, for each dtype and kind of layer; it computes those of each step anew.
+    Its own module computes them, once for each dtype and kind of layer in place of at every step.
     """
     module: Any = getattr(backbone, "rotary_emb", None)
     if module is None:  # learned positions
