@@ -7,6 +7,7 @@ DIST ?= build/release
 # Under `-n` pytest-benchmark below 5.3 warns at the start, and warnings are errors.
 TESTS = $(PYTHON) -m pytest -p no:benchmark
 PYTEST = $(TESTS) -q -m "not gpu and not peers and not slow"
+TWO = -n 2 --dist worksteal
 CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 # The wheel takes the objects of an editable install: nothing is compiled twice.
@@ -15,7 +16,10 @@ BUILD = rm -rf build/dist build/lib.* build/bdist.* && $(PYTHON) -m build --no-i
 stage = @start=$$(date +%s); echo "== $(1)"; { $(2); } || { echo "== $(1): FAILED"; exit 1; }; \
 	echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-check: lint types test interpreter aot docs bench-smoke package
+# First the stages of one process, two at a time; then those that run a process on each of two cores.
+check:
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types bench-smoke docs package
+	@$(MAKE) --no-print-directory test interpreter aot
 
 format:
 	ruff format .
@@ -29,13 +33,13 @@ types:
 	$(call stage,types,mypy)
 
 test:
-	$(call stage,tests,$(PYTEST) -n 2 --dist worksteal --ignore tests/aot --ignore tests/packaging tests)
+	$(call stage,tests,$(PYTEST) $(TWO) --ignore tests/aot --ignore tests/packaging tests)
 
 interpreter:
-	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/rlhf/models/triton)
+	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(TWO) tests/ops tests/rlhf/models/triton)
 
 aot:
-	$(call stage,ahead-of-time compilation,$(PYTEST) -n 2 tests/aot)
+	$(call stage,ahead-of-time compilation,$(PYTEST) $(TWO) tests/aot)
 
 docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
@@ -46,6 +50,7 @@ SITE = $(PYTHON) .ci/site_pages.py --site && PYTHONPATH=.ci $(PYTHON) -m zensica
 
 site:
 	$(SITE) build --strict --clean
+	cd docs && find . -name "*.md" -exec cp --parents {} ../build/site \;  # llms.txt names them
 
 serve:
 	$(SITE) serve

@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 NATIVE = "tests/ops/native/test_rows.py"
 ADAMW = "tests/ops/triton/test_adamw_8bit.py"
+LOSSES = "tests/ops/triton/test_losses.py"
 FLOAT16 = "tests/rlhf/training/test_float16.py"
 GAE = "tests/ops/test_gae.py"
 IN_BACKWARD = "tests/rlhf/training/test_in_backward.py"
@@ -60,12 +61,14 @@ HEADS = "tests/rlhf/models/test_heads.py"
 LAYOUTS = "tests/rlhf/models/test_layouts.py"
 SHARED = "tests/rlhf/models/test_shared.py"
 ADVANTAGES = "tests/rlhf/ppo/test_advantages.py"
+PLACEMENT = "tests/rlhf/ppo/test_kl_placement.py"
 GROUPS = "tests/rlhf/ppo/test_groups.py"
 CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
 EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 SLOTS = "tests/rlhf/decoding/test_slots.py"
+VLLM = "tests/rlhf/decoding/test_vllm_engine.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -123,6 +126,10 @@ MUTANTS = [
     Mutant(f"{REFERENCE}/policy_loss.py", "d_entropy = -weights * policy", "d_entropy = weights * policy", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "torch.where(inside, d_log_r, 0.0)", "d_log_r", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "(r.clamp(low, high) * adv)", "(r * adv)", POLICY),
+    Mutant("ppo_fast/rlhf/ppo/rewards.py", "if kl.config.in_reward and (", "if (", PLACEMENT),
+    Mutant(
+        "ppo_fast/rlhf/ppo/update.py", 'settings |= {"kl_coef": self.kl_coef} if kl', "settings |= {} if kl", PLACEMENT
+    ),
     Mutant(f"{REFERENCE}/policy_loss.py", "d_logprobs - weights * objective.d_logprobs", "d_logprobs", POLICY),
     Mutant(f"{REFERENCE}/policy_loss.py", "(r < low) | (r > high)", "r > high", POLICY),
     Mutant(
@@ -169,10 +176,15 @@ MUTANTS = [
     Mutant(f"{TRITON}/device.py", "factor * (w + shift * s)", "factor * w", STATS),
     Mutant(f"{TRITON}/device.py", "tl.constexpr(-3.4028234663852886e38)", "tl.constexpr(0.0)", TRAPS),
     Mutant(f"{TRITON}/token_stats_backward.py", "(g_kl - g_entropy)", "-g_entropy", STATS),
-    Mutant(f"{TRITON}/policy_loss.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
-    Mutant(f"{TRITON}/policy_loss.py", "slope += penalty * rise", "slope += 0.0", POLICY),
+    Mutant(f"{TRITON}/policy_terms.py", "is_clipped = clipped < unclipped", "is_clipped = clipped > unclipped", POLICY),
+    Mutant(f"{TRITON}/policy_terms.py", "slope += penalty * rise", "slope += 0.0", POLICY),
     Mutant(f"{TRITON}/policy_loss.py", "0.0, slope) - at_constant_r", "0.0, slope - at_constant_r)", POLICY),
-    Mutant(f"{TRITON}/policy_loss.py", "(clamped(r, low, high) * adv)", "(clamped(r, low, high) * -adv)", POLICY),
+    Mutant(f"{TRITON}/policy_terms.py", "(clamped(r, low, high) * adv)", "(clamped(r, low, high) * -adv)", POLICY),
+    Mutant(
+        f"{TRITON}/policy_sequences.py", "slopes += tl.where(counted, weight * slope, 0.0)", "slopes += slope", LOSSES
+    ),
+    Mutant(f"{TRITON}/sequences.py", "number(denominator) * divisor", "number(denominator)", LOSSES),
+    Mutant(f"{TRITON}/totals.py", "tl.where(index < 2, loss_count, count)", "count", LOSSES),
     Mutant(f"{TRITON}/gae.py", "tl.where(passes2, value1, value2)", "value2", GAE),
     # the C++ kernels
     Mutant(f"{CPU}/rows/policy.h", "(ratio < args.low) | (ratio > args.high)", "ratio > args.high", POLICY),
@@ -230,7 +242,12 @@ MUTANTS = [
     Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
-    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "latest = self.positions[:, None]", "latest = self.length", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "at > latest - window", "at >= latest - window", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "module.forward = own", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/slots.py", "x.clone() for x in responses", "x for x in responses", SLOTS),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self._check_load(requests, settings)\n", "pass\n", VLLM),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self.llm.reset_prefix_cache()", "pass", VLLM),
     Mutant(
         f"{RLHF}/decoding/cache.py",
         "(back < window) if window is not None else back >= 0\n        return",

@@ -134,11 +134,11 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
         yield World()
         return
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    if own:
-        _init(kind, device, timeout)
     from torch.distributed.device_mesh import init_device_mesh
 
     try:
+        if own:
+            _init(kind, device, timeout)
         size = dist.get_world_size()
         _worlds.append(World(dist.get_rank(), size, init_device_mesh(kind, (size,))))
         try:
@@ -153,7 +153,7 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
             f"lost another process of the run: {reason}; the latest checkpoint is whole, and --resume continues there"
         ) from error
     finally:
-        if own:
+        if own and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -166,11 +166,6 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
             "'torchrun --nproc-per-node N -m ppo_fast ...', or unset WORLD_SIZE for one process"
         )
     return not missing
-
-
-def is_main_process() -> bool:
-    """Return whether this process is rank 0, also before it has joined the others."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def is_lost(error: BaseException) -> bool:

@@ -8,10 +8,13 @@ import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from ppo_fast.rlhf.config.names import check_names
 from ppo_fast.rlhf.errors import UserError, check, positive, require
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Settings that name what can be passed as an object too, and the argument of the training functions that takes it.
 OBJECTS = {
@@ -37,8 +40,8 @@ class Settings:
 
     GROUP: ClassVar[str] = ""  # in front of the names of the fields
 
-    def __new__(cls, *_: Any, **given: Any) -> Any:
-        check_names(given, cls)
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        check_names(given, cls)  # before a dataclass raises a TypeError
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -57,6 +60,12 @@ def check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int 
     if tokens is not None:
         positive(f"{group}.tokens_per_pass", tokens)
         check(micro_batch_size is None, f"{group}.tokens_per_pass", f"null with {group}.micro_batch_size", tokens)
+
+
+def check_columns(columns: tuple[str, ...]) -> None:
+    halves = [each.partition("=") for each in columns]
+    named = all(ours and theirs for ours, _, theirs in halves) and len({ours for ours, _, _ in halves}) == len(halves)
+    check(named, "data.columns", "NAME=COLUMN, each name once", columns)
 
 
 @functools.cache

@@ -85,7 +85,7 @@ class StageLog(Callback):
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
         self.directory = Path(config.output_dir)
         self.history: list[dict[str, float]] = []
-        self.console = console or Console(quiet=not log.console)
+        self.console = console or Console(quiet=not (log.console and self.is_main))
 
     def __enter__(self) -> Self:
         if not self.is_main:
