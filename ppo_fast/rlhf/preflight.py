@@ -18,12 +18,19 @@ from ppo_fast.rlhf.config.rollout import DataConfig
 from ppo_fast.rlhf.config.run import RunLogConfig
 from ppo_fast.rlhf.config.supervised import ExamplesConfig, SupervisedConfig
 from ppo_fast.rlhf.data.rows import RESERVED, read_rows, source_name
-from ppo_fast.rlhf.errors import UserError, check, missing_package
+from ppo_fast.rlhf.errors import UserError, check, error_prefix, missing_package
 from ppo_fast.rlhf.files import check_local
 from ppo_fast.rlhf.user_code import load_callable
 
 Source = str | Path | Iterable[object]
-METRICS = ("eval/scores", "eval/kl", "eval/length", "eval/truncated_frac", "eval/win_rate")  # of every evaluation
+METRICS = (
+    "eval/scores",
+    "eval/reward",
+    "eval/kl",
+    "eval/length",
+    "eval/truncated_frac",
+    "eval/win_rate",
+)  # of every evaluation
 
 
 def check_supervised(
@@ -53,15 +60,25 @@ def check_supervised(
 
 def check_columns(
     source: Source | None, setting: str, data: DataConfig | ExamplesConfig, *wanted: tuple[str, ...]
-) -> None:
-    """UserError for no source, no rows, or a first row that has the columns of none of the forms `wanted`."""
+) -> list[str]:
+    """The columns of the first row of a source; none for a text, or for an iterator, which is read only once.
+
+    Raises UserError for no source, no rows, or a row that has the columns of none of the forms `wanted`.
+    """
     if source is None:
         raise UserError(f"{setting}: expected a file of prompts, got null")
-    row = first_row(source, setting, data)
-    if isinstance(row, Mapping) and not any({*form} <= row.keys() for form in wanted):
+    if isinstance(source, Iterator):
+        return []
+    called = source_name(source, setting)
+    for _, row in read_rows(source, setting, data.columns, data.subset):
+        if not isinstance(row, Mapping):
+            return []
+        if any({*form} <= row.keys() for form in wanted):
+            return [str(name) for name in row]
         forms = ", or ".join(" and ".join(form) for form in wanted)
         got = f"{', '.join(map(str, row)) or 'none'}; data.columns renames them"
-        raise UserError(f"{source_name(source, setting)}: expected the columns {forms}, got {got}")
+        raise UserError(f"{called}: expected the columns {forms}, got {got}")
+    raise UserError(f"{called}: expected at least one row, got none")
 
 
 def check_ppo(
@@ -78,15 +95,14 @@ def check_ppo(
     models |= {"model.value_path": config.model.value_path}
     check_models(models, *config.reward.models)
     source = config.data.prompts if prompts is None else prompts
-    check_columns(source, "data.prompts", config.data, ("prompt",))
-    columns = Columns(source, config.data)
-    for name in (config.data.balance, config.data.order):
-        if name is not None and ":" not in name and not columns.has(name):
-            setting = "data.balance" if name == config.data.balance else "data.order"
-            check(False, setting, f"a column of the prompts ({', '.join(columns.names) or 'none'})", name)
+    columns = PromptColumns(source, "data.prompts", config.data)
+    order, by_function = config.data.order, ":" in (config.data.order or "")
+    for setting, name in (("data.balance", config.data.balance), ("data.order", None if by_function else order)):
+        known = f"a column of the prompts ({', '.join(columns.names) or 'none'})"
+        check(name is None or columns.has(name), setting, known, name)
     check_reward(config, reward_fn, columns)
-    own = {
-        "data.order": (config.data.order if ":" in (config.data.order or "") else None, ("prompts",)),
+    own: dict[str, tuple[Any, Collection[str]]] = {
+        "data.order": (order if by_function else None, ("prompts",)),
         "reward.filter": (config.reward.filter, RESERVED),
         "rollout.function": (rollout_fn or config.rollout.function, ("prompts", "prompt_ids", "sample", "tokenizer")),
     }
@@ -94,7 +110,7 @@ def check_ppo(
         if function is not None:
             check_arguments(setting, function, names, columns)
     if config.evaluation.every:
-        check_evaluation(config, eval_prompts)
+        check_evaluation(config, eval_prompts, reward_fn)
 
 
 def check_packages(model: WeightsConfig, log: RunLogConfig) -> None:
@@ -106,7 +122,7 @@ def check_packages(model: WeightsConfig, log: RunLogConfig) -> None:
         "liger_kernel": (model.kernels == "liger", "liger-kernel"),
     }
     for module, (wanted, package) in needed.items():
-        if wanted and not (module in sys.modules or importlib.util.find_spec(module)):
+        if wanted and not (sys.modules.get(module) or importlib.util.find_spec(module)):
             raise missing_package(module, package)
 
 
@@ -117,33 +133,22 @@ def check_models(paths: Mapping[str, str | None], *rewards: str) -> None:
             check_local(setting, path)
 
 
-def first_row(source: Source, setting: str, data: DataConfig | ExamplesConfig) -> object:
-    """The first row of a source, None for an iterator; UserError if there is none, or the source cannot be read."""
-    if isinstance(source, Iterator):
-        return None
-    for _, row in read_rows(source, setting, data.columns, data.subset):
-        return row
-    raise UserError(f"{source_name(source, setting)}: expected at least one row, got none")
+class PromptColumns:
+    """The columns of prompts that go to the user's functions."""
 
-
-class Columns:
-    """Names of the columns of the prompts that go to the user's functions."""
-
-    def __init__(self, source: Any, data: DataConfig) -> None:
-        self.source, self.data = source, data
-        row = first_row(source, "data.prompts", data)
-        self.names = [name for name in row if name != "prompt"] if isinstance(row, Mapping) else []
-        self.known = not isinstance(source, Iterator)
+    def __init__(self, source: Any, setting: str, data: DataConfig) -> None:
+        self.source, self.setting, self.data = source, setting, data
+        self.names = [name for name in check_columns(source, setting, data, ("prompt",)) if name != "prompt"]
 
     def has(self, name: str) -> bool:
-        """Whether any row has that column. An iterator, which is read only once, is taken to have it."""
-        if name in self.names or not self.known:
+        """Whether any row has that column. An iterator is taken to have it."""
+        if name in self.names or isinstance(self.source, Iterator):
             return True
-        rows = read_rows(self.source, "data.prompts", self.data.columns, self.data.subset)
+        rows = read_rows(self.source, self.setting, self.data.columns, self.data.subset)
         return any(name in row for _, row in rows if isinstance(row, Mapping))
 
 
-def check_reward(config: PPOConfig, reward_fn: Callable[..., object] | None, columns: Columns) -> None:
+def check_reward(config: PPOConfig, reward_fn: Callable[..., object] | None, columns: PromptColumns) -> None:
     """Check the reward function, if there is one, and the number of weights."""
     reward = config.reward
     function = reward_fn or reward.function
@@ -154,11 +159,13 @@ def check_reward(config: PPOConfig, reward_fn: Callable[..., object] | None, col
     check(fits, "reward.weights", f"one for each of the {count} sources", reward.weights)
 
 
-def check_evaluation(config: PPOConfig, prompts: Source | None) -> None:
-    """Check held-out prompts, evaluators, and the name of the metric that is watched."""
+def check_evaluation(config: PPOConfig, prompts: Source | None, reward_fn: Callable[..., object] | None = None) -> None:
+    """Check held-out prompts, which are scored too, evaluators, and the name of the metric that is watched."""
     settings = config.evaluation
     source = settings.prompts if prompts is None else prompts
-    check_columns(source, "evaluation.prompts", config.data, ("prompt",))
+    columns = PromptColumns(source, "evaluation.prompts", config.data)
+    with error_prefix("evaluation.prompts"):
+        check_reward(config, reward_fn, columns)
     for spec in settings.evaluators:
         check_arguments("evaluation.evaluators", spec, ("generate", "model", "tokenizer"))
     known = settings.best is None or settings.best in METRICS
@@ -170,7 +177,7 @@ def check_arguments(
     setting: str,
     function: Callable[..., object] | str | None,
     names: Collection[str],
-    columns: Columns | None = None,
+    columns: PromptColumns | None = None,
 ) -> None:
     """UserError for a function that does not take the keywords it is called with, or wants one that is no column."""
     if function is None or isinstance(function, str):

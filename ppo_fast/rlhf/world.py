@@ -175,7 +175,7 @@ def is_lost(error: BaseException) -> bool:
 
 def _init(kind: str, device: str, timeout: float) -> None:
     """Make the process group of torchrun's processes."""
-    local, options = int(os.environ["LOCAL_RANK"]), {}
+    local, own = int(os.environ["LOCAL_RANK"]), None
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"model.device: expected 'auto', 'cuda' or 'cpu' under torchrun, got {device!r}")
     if kind == "cuda":
@@ -183,6 +183,6 @@ def _init(kind: str, device: str, timeout: float) -> None:
         if local >= count:
             raise UserError(f"torchrun: expected at most {count} processes on this node, one for each GPU, got more")
         torch.cuda.set_device(local)
-        options = {"device_id": torch.device("cuda", local)}
+        own = torch.device("cuda", local)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=own)

@@ -27,6 +27,7 @@ USERS = """
 def good(prompts, completions, completion_ids, level, topic=None): return [0.0 for _ in prompts]
 def bare(prompts, completions): return [0.0 for _ in prompts]
 def needy(completions, answer, **columns): return [0.0 for _ in completions]
+def level(completions, level, **columns): return [0.0 for _ in completions]
 def evaluate(generate, **_): return {}
 def answer(prompts, sample): return []
 class Callable:
@@ -42,6 +43,7 @@ def files(tmp_path, monkeypatch):
     rows = [{"prompt": "w1", "level": 1}, {"prompt": "w2", "level": 2, "late": 3}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "u.py").write_text(USERS)
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "w1"}')
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "runs").mkdir()
     return tmp_path
@@ -97,8 +99,13 @@ MISTAKES = [
     ),
     ({"evaluation": {"every": 1}}, "evaluation.prompts: expected a file of prompts, got null"),
     (
+        {"reward": {"function": "u.py:level"}, "evaluation": {"every": 1, "prompts": "held_out.jsonl"}},
+        "evaluation.prompts: reward.function: expected a function of prompts, completions, completion_ids, "
+        "got one that also needs 'level'",
+    ),
+    (
         {"evaluation": {"every": 1, "prompts": "p.jsonl", "best": "eval/score"}},
-        "evaluation.best: expected one of eval/scores, eval/kl, eval/length, eval/truncated_frac, eval/win_rate, "
+        "evaluation.best: expected one of eval/scores, eval/reward, eval/kl, eval/length, eval/truncated_frac, eval/win_rate, "
         "got 'eval/score'",
     ),
     (

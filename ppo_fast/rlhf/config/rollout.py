@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ppo_fast.rlhf.config.base import Settings, check_tokens_per_pass
+from ppo_fast.rlhf.config.base import Settings, check_renames, check_tokens_per_pass
 from ppo_fast.rlhf.errors import check, divides, not_negative, positive
 
 
@@ -25,6 +25,7 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_renames(self.columns)
         positive("data.max_prompt_tokens", self.max_prompt_tokens)
 
 

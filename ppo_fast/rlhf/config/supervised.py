@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from ppo_fast.rlhf.config.base import Settings, check_columns
+from ppo_fast.rlhf.config.base import Settings, check_renames
 from ppo_fast.rlhf.config.model import CausalConfig, WeightsConfig
 from ppo_fast.rlhf.config.optim import AdamWConfig, check_float16
 from ppo_fast.rlhf.config.run import RunConfig, RunLogConfig
@@ -29,7 +29,7 @@ class ExamplesConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_columns(self.columns)
+        check_renames(self.columns)
         positive("data.max_tokens", self.max_tokens)
         check(0 <= self.held_out_frac < 1, "data.held_out_frac", "0 <= held_out_frac < 1", self.held_out_frac)
 

@@ -11,16 +11,8 @@ from typing import Any, TypeVar
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.files import check_local
 
-FILES = (
-    ".jsonl",
-    ".json",
-    ".parquet",
-    ".csv",
-    ".txt",
-    ".yaml",
-    ".yml",
-    ".toml",
-)  # end the name of a file, not of a dataset
+# Suffixes of files: no name of a dataset ends in one.
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".yaml", ".yml", ".toml")
 NESTED = "expected lists and objects less deeply nested"
 RESERVED = ("prompts", "completions", "completion_ids")
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.files import save_config
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, check_ranks
 from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.engines import check_engine
@@ -308,7 +308,8 @@ def open_run(
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
-        _check_ranks(config)
+        if current().mesh is not None:
+            check_ranks(config)
         if config.rollout.engine == "vllm":
             import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
@@ -364,20 +365,6 @@ def open_run(
             if current().is_main:
                 save_config(config, log.directory / "config.yaml")
             yield run, log, stop
-
-
-def _check_ranks(config: PPOConfig) -> None:
-    """Refuse by name what several processes, or weights split over them, cannot have."""
-    if current().mesh is None:
-        return
-    one = "false under torchrun"
-    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
-    engine = config.rollout.engine
-    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
-    activations = config.model.offload_activations
-    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
-    engine = config.rollout.engine
-    check(engine != "vllm", "rollout.engine", "'slots' or 'generate' under torchrun", engine)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:

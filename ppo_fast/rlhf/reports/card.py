@@ -102,7 +102,7 @@ def write_card(final: Path, log: StageLog, model: Any) -> None:
     environment = Environment(trim_blocks=True, keep_trailing_newline=True)
     page = environment.from_string(TEMPLATE).render(
         data=_data(final, log, base).to_yaml(),
-        architecture=type(model).__name__,
+        architecture=type(model).__name__.removeprefix("FSDP"),  # of weights that are split
         stage=log.stage,
         summary=f"{base} after {len(history):,} {log.unit}s of {log.stage} with ppo_fast {__version__}.",
         facts=_facts(config, base),

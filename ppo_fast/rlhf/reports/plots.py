@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.files import write_result
@@ -181,7 +182,7 @@ def _make_axes(count: int, counter: str) -> tuple[Figure, list[Axes]]:
     rows = math.ceil(count / columns)
     height = 1.2 + 2.6 * rows
     figure, grid = plt.subplots(rows, columns, figsize=(9.6, height), sharex=True, squeeze=False)
-    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.30)
+    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.40)
     axes = list(grid.flat)
     for axis in axes[count:]:
         axis.set_axis_off()
@@ -230,7 +231,9 @@ def _draw_run(axis: Axes, panel: Panel, history: History, color: str) -> Last | 
 
 def _label(axis: Axes, ends: Sequence[Last]) -> None:
     """Write the last values to the right of their curves, one above the other where they would overlap."""
-    heights = axis.transData.transform([(last.update, last.value) for last in ends])[:, 1] if ends else []
+    if not ends:
+        return
+    heights = axis.transData.transform([(last.update, last.value) for last in ends])[:, 1]
     points, lowest = 72 / axis.figure.dpi, -math.inf
     for height, last in sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0]):
         placed = max(height * points, lowest + LINE)
@@ -251,5 +254,7 @@ def _finish(axis: Axes, panel: Panel) -> None:
     axis.set_title(printable(panel.title), loc="left", fontsize=11, fontweight="bold", pad=8)
     axis.set_ylabel(panel.unit)
     axis.margins(x=0.01)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.floor is not None:
-        axis.set_ylim(bottom=panel.floor)
+        top = axis.get_ylim()[1]
+        axis.set_ylim(panel.floor, top + 0.05 * (top - panel.floor))  # a curve that is flat stays below the edge

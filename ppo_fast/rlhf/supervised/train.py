@@ -351,7 +351,8 @@ def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequ
     Every rank yields as many: one with fewer repeats its last with share 0.
     """
     world, total = current(), sum(example.weight for example in examples)
-    split = [[*chunks(examples[part.start : part.stop], width)] for part in world.shares(len(examples))]
+    shares = [examples[part.start : part.stop] for part in world.shares(len(examples))]
+    split = [list(chunks(share, width)) for share in shares]
     own, count = split[world.rank], max(map(len, split))
     for micro in own:
         yield sum(example.weight for example in micro) / total, micro
@@ -366,8 +367,8 @@ def metrics_of(output: ops.LossOutput) -> dict[str, Tensor]:
 
 def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
     """Combine the metrics of the micro-batches of all ranks, each with its share; each rank passes its own."""
-    sums = [torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]]
-    return dict(zip(parts[0][1], current().sum(torch.stack(sums)), strict=True))
+    sums = {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
+    return {name: current().sum(value) for name, value in sums.items()}
 
 
 def completion_logprobs(model: PreTrainedModel, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:

@@ -183,7 +183,8 @@ def describe_model(model: Any, trained: Iterable[nn.Parameter], *others: str) ->
     count, updated = model.num_parameters(), sum({id(p): p.numel() for p in trained if p.requires_grad}.values())
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     where = [str(model.device), "/".join(kinds), *filter(None, others)]
-    return f"{type(model).__name__}: {_short(count)} parameters, {_short(updated)} trained; {', '.join(where)}"
+    name = type(model).__name__.removeprefix("FSDP")  # of weights that are split
+    return f"{name}: {_short(count)} parameters, {_short(updated)} trained; {', '.join(where)}"
 
 
 def _short(count: int) -> str:

@@ -31,7 +31,11 @@ BASE = {
 }
 RUNS = {
     "separate": {"model": LAYOUTS["separate"]},
-    "shared": {"model": LAYOUTS["shared"], "kl": {"adaptive": True, "placement": "both", "loss_estimator": "full"}},
+    "shared": {
+        "model": LAYOUTS["shared"],
+        "kl": {"adaptive": True, "placement": "both", "loss_estimator": "full"},
+        "advantage": {"whiten": False},
+    },
     "adapters": {"model": LAYOUTS["adapters"], "reference": {"update": "ema", "every": 1}},
     "group": {
         "model": {"packing": False, "offload": True},
@@ -41,26 +45,21 @@ RUNS = {
     },
     "evaluated": {"evaluation": {"every": 1}, "reward": {"normalize": "running"}, "updates": 2},
 }
-STAGE_RUNS = {"sft": {}, "reward": {}, "dpo": {}, "dpo-adapters": {"model": LAYOUTS["adapters"]}}
-STAGE_RUNS["dpo-adapters"] = {"model": {"lora": {"rank": 4, "alpha": 8}}}
+STAGE_RUNS = {"sft": {}, "reward": {}, "dpo": {}, "dpo-adapters": {"model": {"lora": {"rank": 4, "alpha": 8}}}}
 
 
 def reward(completion_ids, **_):
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def keep(completion_ids, **_):
-    return ["mask" if ids[0] % 7 == 0 else True for ids in completion_ids]
-
-
-def run(output, name, *, resume=False, callbacks=(), **values):
+def run(output, name, *, resume=False, callbacks=(), reward_fn=reward, **values):
     """A run of RUNS on a fresh tiny model."""
     values = RUNS[name] | values
     merged = BASE | {k: {**BASE.get(k, {}), **v} if isinstance(v, dict) else v for k, v in values.items()}
     config = config_from_dict(merged | {"output_dir": str(output)})
     held_out = {"eval_prompts": ["w1", "w3 w4", "w9"]} if name == "evaluated" else {}
     given = {"policy": make_model(), "tokenizer": make_tokenizer(), "prompts": PROMPTS, **held_out}
-    return train_ppo(config, reward_fn=reward, **given, resume=resume, callbacks=callbacks)
+    return train_ppo(config, reward_fn=reward_fn, **given, resume=resume, callbacks=callbacks)
 
 
 def stage(output, name, *, resume=False, **values):
@@ -116,7 +115,9 @@ def refused(directory):
 
     note("in_backward", optim={"in_backward": True})
     note("offload_activations", model={"offload_activations": True})
-    note("reward", reward={"function": f"{__file__}:fails_on_rank_1"})
+    note("reward", reward_fn=fails_on_rank_1)
+    note("nan", reward_fn=nan_on_rank_1)
+    found["skipped"] = [len(run(directory / "skip", "separate", reward_fn=nan_on_rank_1, on_nan="skip").history)]
     return found
 
 
@@ -124,6 +125,12 @@ def fails_on_rank_1(completions, **_):
     if current().rank == 1:
         raise ValueError("no score")
     return [0.0 for _ in completions]
+
+
+def nan_on_rank_1(prompts, **_):
+    """No number for the second half of the second update's responses."""
+    nan_on_rank_1.calls = getattr(nan_on_rank_1, "calls", 0) + 1
+    return [float("nan") if current().rank == 1 and nan_on_rank_1.calls % 3 == 2 else 0.5 for _ in prompts]
 
 
 def supervised(directory):
@@ -238,7 +245,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(ranks):
     assert (saved / "state.json").is_file()
 
 
-def test_what_several_ranks_cannot_have_is_refused_by_name(ranks):
+def test_what_several_ranks_cannot_have_is_refused_by_name_and_an_error_of_one_is_that_of_all(ranks):
     for rank in ranks[1]:
         one = "expected false under torchrun"
         assert rank["refused"] == {
@@ -246,6 +253,9 @@ def test_what_several_ranks_cannot_have_is_refused_by_name(ranks):
             "offload_activations": f"model.offload_activations: {one}, which gathers weights in the backward pass, got "
             "True",
             "reward": "update 1: reward function: fails_on_rank_1 raised ValueError: no score",
+            "nan": "update 2: reward function: expected a finite score for sample 4, got nan; the batch and the "
+            f"weights before it are in {str(ranks[0] / 'refused' / 'nan' / 'failed' / 'update-000002')!r}",
+            "skipped": [2],
         }
 
 

@@ -1,6 +1,7 @@
 """Weights split over two ranks: gradients, statistics, optimizer steps and files are those of one process."""
 
 import copy
+import importlib.util
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from ppo_fast.rlhf.training.streaming import stream_tensors
 from ppo_fast.rlhf.world import World, current
 from tests.rlhf.conftest import PROMPTS
 from tests.rlhf.distributed.ranks import alone, run_on_ranks
-from tests.rlhf.layout_factories import LAYOUTS
+from tests.rlhf.layout_factories import LAYOUTS, save_base
 from tests.rlhf.supervised_factories import make_tokenizer
 
 CASES = [  # layout, tied head, options of the update
@@ -38,14 +39,13 @@ CASES = [  # layout, tied head, options of the update
 ]
 
 
-def made(layout, tied, optim=None, *, dtype="float32", packing=True):
+def made(layout, tied, optim=None, *, dtype="float32", model=None):
     """A config and models that are not split."""
-    values = {"model": {**LAYOUTS[layout], "packing": packing}, "rollout": {"batch_size": 8, "max_new_tokens": 6}}
+    values = {"model": {**LAYOUTS[layout], **(model or {})}, "rollout": {"batch_size": 8, "max_new_tokens": 6}}
     config = config_from_dict(values | {"optim": {"minibatch_size": 8, "lr": 1e-2, "value_lr": 1e-2, **(optim or {})}})
     policy = tiny.make_model(64, hidden=32, layers=2, heads=2, tie_word_embeddings=tied).to(getattr(torch, dtype))
-    return config, load_models(
-        config.model, torch.Generator().manual_seed(0), policy=policy, tokenizer=make_tokenizer()
-    )
+    given = {} if model else {"policy": policy, "tokenizer": make_tokenizer()}
+    return config, load_models(config.model, torch.Generator().manual_seed(0), **given)
 
 
 def experience_of(config, models):
@@ -74,9 +74,9 @@ def error(found, expected):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def one_update(layout, tied, optim, rows=8):
+def one_update(layout, tied, optim, rows=8, model=None):
     """Statistics, gradients, metrics and norms of one minibatch."""
-    config, models = made(layout, tied, optim)
+    config, models = made(layout, tied, optim, model=model)
     models.split()
     experience = experience_of(config, models)
     learner = Learner(models, config)
@@ -129,6 +129,19 @@ def loss_of(model, ids, weight=None):
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
     weight = model.lm_head.weight if weight is None else weight
     return -ops.linear_token_stats(hidden, weight, ids[:, 1:].flatten()).logprobs.sum()
+
+
+def four_bits(directory):
+    """The errors of a base in 4 bits, which each rank holds whole; None without bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    if current().is_main:
+        save_base(directory / "base", hidden=64)
+    current().wait()
+    quantized = {"path": str(directory / "base"), "load_in_4bit": True}
+    with alone():
+        expected = one_update("adapters", False, {}, model=quantized)
+    return [error(*pair) for pair in zip(one_update("adapters", False, {}, model=quantized), expected, strict=True)]
 
 
 def traps(_):
@@ -247,7 +260,7 @@ def exchange(_):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    functions = layouts, empty_rank, bits, traps, optimizers, files, two_dtypes, exchange
+    functions = layouts, empty_rank, bits, four_bits, traps, optimizers, files, two_dtypes, exchange
     return run_on_ranks(tmp_path_factory.mktemp("ranks"), *functions)
 
 
@@ -264,6 +277,13 @@ def test_two_ranks_have_the_statistics_gradients_and_metrics_of_one_process(rank
 
 def test_a_rank_without_rows_takes_part(ranks):
     assert all(max(rank["empty_rank"]) < 1e-6 for rank in ranks)
+
+
+def test_a_base_in_four_bits_is_whole_on_each_rank_under_split_adapters(ranks):
+    for rank in ranks:
+        if rank["four_bits"] is None:
+            pytest.skip("needs bitsandbytes")
+        assert max(rank["four_bits"]) < 1e-6
 
 
 def test_gradients_have_the_bits_of_the_same_micro_batches_accumulated_in_one_process(ranks):

@@ -17,7 +17,9 @@ from ppo_fast.rlhf.decoding.vllm_engine import cache_bytes
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
-from ppo_fast.rlhf.planning.command import announce, describe, parse_size
+from ppo_fast.rlhf.planning.command import announce, describe, parse_size, print_plan
+from ppo_fast.rlhf.planning.depth import Peaks, align, common_depth, measure
+from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
@@ -303,11 +305,11 @@ def test_what_to_change_is_told_until_it_fits(tmp_path):
     config, shapes = make_config(tmp_path), SavedModels(SavedModel(given=tiny_policy(layers=1).config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     plan = make_plan(config, **given)
-    assert advise(config, plan, **given) == []
+    assert [*advise(config, plan, **given)] == []
     half = make_plan(make_config(tmp_path, optim={"micro_batch_size": 8}), **given)
-    changes = advise(config, dataclasses.replace(plan, limit=half.peak), **given)
+    changes = [*advise(config, dataclasses.replace(plan, limit=half.peak), **given)]
     assert [(each.name, each.value, each.plan.peak) for each in changes] == [("optim.micro_batch_size", 8, half.peak)]
-    changes = advise(config, dataclasses.replace(plan, limit=1), **given)
+    changes = [*advise(config, dataclasses.replace(plan, limit=1), **given)]
     names = [each.name for each in changes]
     assert names[0] == "optim.micro_batch_size"
     assert {"model.offload", "model.dtype", "model.layout", "model.load_in_4bit"} <= {*names}
@@ -321,7 +323,7 @@ def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
     config, shapes = make_config(tmp_path, **lora), SavedModels(SavedModel(given=tiny_policy().config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
-    changes = advise(config, make_plan(config, limit=1, **given), **given)
+    changes = [*advise(config, make_plan(config, limit=1, **given), **given)]
     assert changes
     assert "model.load_in_4bit" not in [each.name for each in changes]
 
@@ -337,7 +339,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run")
-    changes = advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")
+    changes = [*advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")]
     assert [(each.name, each.value) for each in changes] == [
         ("optim.micro_batch_size", 1),
         ("rollout.micro_batch_size", 8),
@@ -352,7 +354,7 @@ def test_passes_by_tokens_are_advised_by_halves(monkeypatch):
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run", optim={"tokens_per_pass": 1000})
-    changes = advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")
+    changes = [*advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")]
     assert [(each.name, each.value) for each in changes] == [("optim.tokens_per_pass", 250)]
 
 
@@ -409,17 +411,84 @@ def test_the_command_says_what_to_change(command, capsys):
     assert "to spare" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_it_is_told_when_nothing_helps_enough():
+def test_the_table_comes_at_once_and_each_change_as_it_is_found():
     plan = Plan({"rollout": {"weights": 3 * GIB}, "update": {"weights": 4 * GIB}}, host=GIB, limit=2 * GIB)
     changed = dataclasses.replace(plan, phases={"update": {"weights": 5 * GIB // 2}})
-    assert describe(plan, [Change("model.layout", "adapters", changed)]) == [
+    seen, printed = recording_console(), []
+
+    def changes():
+        printed.append(seen.file.getvalue())
+        yield Change("model.layout", "adapters", changed)
+        printed.append(seen.file.getvalue())
+
+    print_plan(plan, changes(), seen)
+    lines = seen.file.getvalue().splitlines()
+    assert lines[-4:] == [
         "peak 4.0 GiB in update, of 2.0 GiB: does not fit by 2.0 GiB",
         "1.0 GiB of models wait in host memory",
         "  set model.layout to adapters and model.lora.rank to 64: peak 2.5 GiB",
         "that is not enough: take shorter responses or a smaller model",
     ]
+    assert [text.splitlines()[-1] for text in printed] == lines[-3:-1]
     fits = dataclasses.replace(plan, limit=5 * GIB, host=0)
-    assert describe(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+    assert describe(fits) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+
+
+DEEP = MEASURED | {
+    "bfloat16, packed, recomputing": (
+        {},
+        {"model": {"packing": True, "gradient_checkpointing": True, "dtype": "bfloat16"}},
+    ),
+    "4 bits on a GPU": ({}, {"model": LORA | {"load_in_4bit": True}}),
+    "8 bits": ({}, {"model": {"layout": "shared", "offload": True}, "optim": {"name": "adamw_8bit"}}),
+    "master weights": ({}, {"model": {"dtype": "bfloat16"}, "optim": {"master_weights": True}}),
+    "packed on a GPU": ({}, {"model": LORA | {"packing": True, "dtype": "bfloat16"}}),
+}
+QUICK = ("separate", "bfloat16, packed, recomputing")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in DEEP]
+)
+def test_a_deep_model_is_planned_from_shallow_ones_to_the_byte(case, tmp_path):
+    overrides, values = DEEP[case]
+    config = make_config(tmp_path, **values)
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=7, **overrides).config))
+    device, whole = "cuda" if case.endswith("GPU") else "cpu", []
+
+    def step(models):
+        whole.append(DryRun(config, models, device, PROMPT).run())
+        return whole[-1]
+
+    found, shallow = measure(config, shapes, step), len(whole)
+    full = step(shapes)
+    assert found == Peaks(full.peaks(), full.host)
+    assert shallow == 2
+    assert whole[0].now < whole[1].now < full.now
+
+
+def test_layers_that_differ_are_planned_whole(tmp_path):
+    config = make_config(tmp_path)
+
+    def depth(**changes):
+        shape = tiny_policy(arch="qwen2", layers=7).config
+        vars(shape).update(changes)
+        return common_depth(config, SavedModels(SavedModel(given=shape)))
+
+    assert depth() == 7
+    assert depth(layer_types=["full_attention"] * 6 + ["sliding_attention"]) is None
+    uneven = make_config(tmp_path, model=LORA | {"lora": {"rank": 8, "targets": ["3.self_attn.q_proj"]}})
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=7).config))
+    assert common_depth(uneven, shapes) is None
+    other = SavedModel(given=tiny_policy(layers=6).config)
+    assert common_depth(config, dataclasses.replace(shapes, rewards=(other,))) is None
+
+
+def test_operations_of_another_layer_are_passed_over():
+    layer, head = [("mul", 8), ("add", 8)], [("norm", 8), ("head", 64)]
+    short, long = [*layer * 3, *head, ("stack", 3)], [*layer * 4, *head, ("stack", 4)]
+    assert align(short, long) == [(0, 0), (1, 1), (2, 2), (3, 3), (6, 8), (7, 9), (8, 10)]
+    assert align(short, layer * 4) is None
 
 
 @pytest.mark.parametrize(
@@ -522,3 +591,47 @@ def test_a_timeline_knows_what_lives_when():
     assert peaks["first"] == {"kept": 1024, "activations": 1024, "inside": 4096}
     assert peaks["second"] == {"kept": 1024, "activations": 1024}  # of b, whose sum is in host memory
     assert timeline.host == 1024
+
+
+def split_plan(directory, gpus, **values):
+    config = make_config(directory, **values)
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=4).config))
+    return make_plan(config, "cpu", shapes=shapes, prompt_tokens=PROMPT, gpus=gpus)
+
+
+@pytest.mark.parametrize("values", [{}, {"model": LORA}], ids=["all weights", "adapters"])
+def test_each_of_several_gpus_has_its_share_and_holds_a_few_layers_whole(tmp_path, values):
+    one, two = (split_plan(tmp_path, gpus, **values).phases for gpus in (1, 2))
+    assert "gathered weights" not in one["update"]
+    network = tiny_policy(layers=4)
+    layer, embedding = (
+        sum(weight.nbytes for weight in part.parameters())
+        for part in (network.model.layers[0], network.model.embed_tokens)
+    )
+    everything = sum(weight.nbytes for weight in network.parameters())
+    for item in ("weights", "adapters", "gradients", "optimizer states"):
+        if item in one["update"]:
+            assert two["update"][item] == pytest.approx(one["update"][item] / 2, rel=0.01)
+    # The two largest groups are the embedding and a layer; the head is in the group of the rest.
+    adapters = 0 if not values else one["update"]["adapters"]
+    assert two["rollout"]["gathered weights"] == pytest.approx(everything, rel=0.01, abs=2 * adapters)
+    assert two["scoring"]["gathered weights"] == pytest.approx(layer + 2 * embedding, rel=0.01, abs=2 * adapters)
+    assert two["update"]["gathered weights"] > two["scoring"]["gathered weights"]
+    # The networks of a run are whole before they are split.
+    assert sum(two["start"].values()) == pytest.approx(sum(one["scoring"].get(x, 0) for x in ("weights", "adapters")))
+    # Half of the responses: half of the keys and values.
+    assert two["rollout"]["KV cache"] == pytest.approx(one["rollout"]["KV cache"] / 2, rel=0.1)
+
+
+def test_several_gpus_keep_shares_of_idle_models_on_the_host(tmp_path):
+    one, two = (split_plan(tmp_path, gpus, model={"offload": True}) for gpus in (1, 2))
+    assert two.host == pytest.approx(one.host / 2, rel=0.01)
+
+
+def test_the_command_plans_one_of_several_gpus(command, capsys):
+    assert cli.main([*command, "--gpus", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory by phase on each of 4 GPUs" in shown
+    assert "gathered weights" in shown
+    assert cli.main([*command, "--gpus=4", "--optim.in-backward"]) == 2
+    assert "optim.in_backward: expected false under torchrun" in capsys.readouterr().err

@@ -483,28 +483,43 @@ os.fsync = flush
 """
 
 
-def start(*arguments, **environment):
-    command = [sys.executable, "-m", "ppo_fast.cli", "train", *arguments]
-    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+# One process imports the trainer; its children train, and are killed.
+KILLED_TWICE = """import os, random, signal, sys, time
+from pathlib import Path
+import ppo_fast.rlhf.ppo.train
+from ppo_fast import cli
+
+def start(*arguments):
+    child = os.fork()
+    if child == 0:
+        os._exit(cli.main(["train", *arguments]))
+    return child
+
+def ended(child, options=0):
+    pid, status = os.waitpid(child, options)
+    return pid and os.waitstatus_to_exitcode(status)
+
+os.environ["KILL_AT"] = "6"  # the third save: two logs, then the files of the checkpoint
+print(ended(start("--config", "run.yaml")), *sorted(os.listdir("run/checkpoints")))
+del os.environ["KILL_AT"]
+again = start("--resume", "--out", "run")
+while not Path("run/checkpoints/update-000003").exists():
+    if code := ended(again, os.WNOHANG):
+        sys.exit(code)
+    time.sleep(0.001)
+time.sleep(random.Random(0).random() * 0.3)
+os.kill(again, signal.SIGKILL)
+print(ended(again))
+"""
 
 
 def test_rule_16_a_run_killed_again_and_again_ends_with_the_same_bits(files):
     assert cli.main(["train", "--config", "run.yaml", "--out", "whole"]) == 0
-    killed = start("--config", "run.yaml", KILL_AT="6")  # the third save: two logs, then the files of the checkpoint
-    assert killed.wait() == -signal.SIGKILL
-    killed.stderr.close()
-    held = sorted(os.listdir("run/checkpoints"))
-    assert held[0] == ".update-000003.new"  # the kill came in the middle of it
-    assert held[1:] == ["update-000001", "update-000002"]
-
-    again = start("--resume", "--out", "run")
-    delay = random.Random(0).random() * 0.3
-    while not Path("run/checkpoints/update-000003").exists():
-        time.sleep(0.001)
-    time.sleep(delay)
-    again.kill()
-    again.communicate()
-
+    killed = subprocess.run([sys.executable, "-c", KILLED_TWICE], capture_output=True, text=True, check=True)
+    first, second = killed.stdout.splitlines()
+    # The first kill came in the middle of a save.
+    assert first.split() == ["-9", ".update-000003.new", "update-000001", "update-000002"]
+    assert second == "-9"
     assert cli.main(["train", "--resume", "--out", "run"]) == 0
     assert left_by("run") == left_by("whole")
     assert sorted(os.listdir("run/checkpoints")) == ["update-000007", "update-000008"]

@@ -73,9 +73,9 @@ def token_terms(
 ):
     """Per token -importance*objective + penalty*(r - 1 - log r) + kl_coef*kl - ent_coef*H; None leaves a term out.
 
-    With rise = r - 1. Returns this loss, that of the objective, the derivatives in log r, in the log-probability at a constant r (negated)
-    and, weighted, of the KL term, then the KL of the estimator, whether the clip and the dual clip bind, and r. Writes
-    the KL, and the weighted gradients in entropy and exact KL.
+    With rise = r - 1. Returns this loss, that of the objective, its derivatives in log r and (negated) in the
+    log-probability at a constant r, the weighted one of the KL term, then the KL of the estimator, whether the clip and
+    the dual clip bind, and r. Writes the KL, and the weighted gradients in entropy and exact KL.
     """
     adv = tl.load(advantages_ptr + row, counted, other=0.0)
     r, none = tl.exp(log_r), tl.zeros(row.shape, tl.float32)

@@ -106,7 +106,7 @@ def totals_kernel(
 
 def new_partials(like: Tensor, totals: int, rows: int = tuning.ROWS) -> Tensor:
     """Room for the partial sums of a kernel over ``like`` whose programs take ``rows`` tokens: [totals, programs]."""
-    return like.new_empty(totals, triton.cdiv(like.numel(), rows), dtype=torch.float32)
+    return like.new_empty(totals, tuning.cdiv(like.numel(), rows), dtype=torch.float32)
 
 
 def totals(
@@ -121,7 +121,7 @@ def totals(
     loss, metrics = partials.new_empty(()), partials.new_empty(rows - 1)
     given = [x if x.numel() else None for x in grads or ()]
     N = 0 if grads is None else grads[0].numel()
-    totals_kernel[(max(rows, triton.cdiv(N, tuning.ROWS)),)](
+    totals_kernel[(max(rows, tuning.cdiv(N, tuning.ROWS)),)](
         partials,
         loss,
         metrics,
