@@ -12,11 +12,13 @@ from ppo_fast.rlhf.errors import check, divides, not_negative, positive
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet or a dataset saved on disk."""
+    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet, a saved dataset, or the Hub."""
 
     GROUP = "data"
 
-    prompts: str | None = None  # path; the other columns go to the reward function
+    prompts: str | None = None  # path or NAME[:SPLIT] of a Hub dataset; the other columns go to the reward function
+    columns: tuple[str, ...] = ()  # columns to rename, prompt=question (YAML: {prompt: question})
+    subset: str | None = None  # configuration of a Hub dataset
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
