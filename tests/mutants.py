@@ -68,6 +68,7 @@ WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
 EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 SLOTS = "tests/rlhf/decoding/test_slots.py"
+VLLM = "tests/rlhf/decoding/test_vllm_engine.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -243,7 +244,12 @@ MUTANTS = [
     Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
-    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "latest = self.positions[:, None]", "latest = self.length", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "at > latest - window", "at >= latest - window", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "module.forward = own", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/slots.py", "x.clone() for x in responses", "x for x in responses", SLOTS),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self._check_load(requests, settings)\n", "pass\n", VLLM),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self.llm.reset_prefix_cache()", "pass", VLLM),
     Mutant(
         f"{RLHF}/decoding/cache.py",
         "(back < window) if window is not None else back >= 0\n        return",

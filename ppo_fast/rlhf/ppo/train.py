@@ -344,8 +344,8 @@ def open_run(
         )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
-        given = rollout_fn is not None and config.rollout.engine == "vllm"
-        check(not given, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
+        own = rollout_fn is not None and config.rollout.engine == "vllm"
+        check(not own, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
