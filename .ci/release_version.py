@@ -1,4 +1,4 @@
-"""Exit with one sentence unless version, CHANGELOG and the tag, where one is given, agree: ``release_version.py v0.2.0``."""
+"""Exit with one sentence unless version, CHANGELOG and tag agree: ``release_version.py [v0.2.0]``."""
 
 import re
 import sys

@@ -2,12 +2,13 @@ r"""Markdown of the pages as the repository shows it, turned into that of the si
 
 * Math, `$`...`$` and blocks of ```math, becomes MathML: browsers draw it without a script.
 * A link to a notebook leads to its page.
-* A link to a file outside docs/ leads to `repository`, a setting of the extension; without one its text stays.
+* A link to a file outside docs/ leads to the repository that pyproject.toml names; without one its text stays.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -17,6 +18,8 @@ from markdown.inlinepatterns import InlineProcessor
 from markdown.preprocessors import Preprocessor
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./((?!\S*\.md[)#])[^)\s]+)\)")
+PROJECT = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+REPOSITORY = re.search(r'^Repository = "(.+)"$', PROJECT, re.MULTILINE)
 NOTEBOOK = re.compile(r"\]\(([\w/.-]+)\.ipynb\)")
 
 
@@ -31,23 +34,15 @@ class InlineMath(InlineProcessor):
 
 
 class Links(Preprocessor):
-    def __init__(self, md: Markdown, repository: str) -> None:
-        super().__init__(md)
-        self.repository = repository
-
     def run(self, lines: list[str]) -> list[str]:
-        target = rf"[\1]({self.repository}/blob/main/\2)" if self.repository else r"\1"
+        target = rf"[\1]({REPOSITORY[1]}/blob/main/\2)" if REPOSITORY else r"\1"
         return [NOTEBOOK.sub(r"](\1.md)", OUTSIDE.sub(target, line)) for line in lines]
 
 
 class Site(Extension):
-    def __init__(self, **settings: Any) -> None:
-        self.config = {"repository": ["", "URL of the repository"]}
-        super().__init__(**settings)
-
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
         md.inlinePatterns.register(InlineMath(r"\$`(.+?)`\$", md), "math", 195)
-        md.preprocessors.register(Links(md, self.getConfig("repository")), "links", 1)
+        md.preprocessors.register(Links(md), "links", 1)
 
 
 def makeExtension(**settings: Any) -> Site:  # noqa: N802

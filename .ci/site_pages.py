@@ -124,15 +124,13 @@ def knobs(config: Any, prefix: str = "") -> Iterator[tuple[type, list[Knob]]]:
 
 
 def _comment(config: type, name: str) -> str:
-    """The comment at the end of a field's line, in the class that it comes from."""
-    for base in config.__mro__:
-        if name in inspect.get_annotations(base):
-            lines = Path(sys.modules[base.__module__].__file__ or "").read_text()
-            body = lines[re.search(rf"^class {base.__name__}\b", lines, re.MULTILINE).end() :]  # type: ignore[union-attr]
-            found = re.search(rf"^    {name}: .*?  # (.+)$", body, re.MULTILINE)
-            assert found is not None, f"{config.__name__}.{name} has no comment"
-            return found[1].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    raise KeyError(name)
+    """The help of a field: the comment at the end of its line, else the lines above, in the class that has it."""
+    owner = next(base for base in config.__mro__ if name in inspect.get_annotations(base))
+    found = re.search(rf"((?:^    # .+\n)*)^    {name}: .*?(?:  # (.+))?$", inspect.getsource(owner), re.MULTILINE)
+    assert found is not None, f"{owner.__name__}.{name} has no line"
+    text = found[2] or " ".join(line.strip("# ") for line in found[1].splitlines())
+    assert text, f"{owner.__name__}.{name} has no comment"
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def _values(kind: Any) -> str:

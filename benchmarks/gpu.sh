@@ -10,18 +10,19 @@
 #   7b       2 min    PPO updates of a 7B, in the memory that its preset is for
 #   profile  2 min    the kernels of an update
 #   trl      1 min    an iteration of TRL and ours, 0.5 billion weights
+#   sharded  1 min    a world of one by the path of several GPUs: the bits of the plain one, and the ratio of their time
 #
 # First it builds for this card's architecture. Results go to benchmarks/results/DEVICE/, logs and copies of the results
 # to $OUT (default: build/gpu). A phase that runs past its minutes is stopped. The last lines are a short table.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-phases="test ops tiles rollout 7b profile trl"
+phases="test ops tiles rollout 7b profile trl sharded"
 out=${OUT:-build/gpu}
 export PYTHONUNBUFFERED=1
 
 minutes() {
   case $1 in
-    test | trl) echo 1 ;;
+    test | trl | sharded) echo 1 ;;
     ops) echo 3 ;;
     *) echo 2 ;;
   esac
@@ -37,6 +38,7 @@ start() {
       --model "${PPO_FAST_7B:-qwen2.5-7b}" --out "$out" ;;
     profile) python3 -m benchmarks.profile_update --size mid ;;
     trl) python3 -m benchmarks.trl_at_size --out "$out" ;;
+    sharded) python3 -m benchmarks.sharded --json "$out/sharded.json" ;;
   esac
 }
 

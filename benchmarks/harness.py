@@ -1,9 +1,11 @@
 """How a contender is measured: answer checked first, rounds interleaved with the baseline, memory and time."""
 
+import itertools
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,25 +54,48 @@ def paired_ratio(contender: Run, baseline: Run, rounds: int = 7) -> float:
     return statistics.median(seconds(baseline) / seconds(contender) for _ in range(rounds))
 
 
-def device_seconds(run: Run, rounds: int = 9, most: float = 2.0) -> list[float]:
-    """Seconds of the GPU for each of some calls, the host's time hidden, with nothing in the L2 cache.
+def beyond_cache(nbytes: int) -> int:
+    """Copies of inputs of so many bytes that, taken in turns, are never found in the cache: together four times it."""
+    if DEVICE == "cuda":
+        return max(1, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / nbytes))
+    return 2 if SMOKE else 1
 
-    Before each call the cache is overwritten and the GPU sleeps while the host launches the call's kernels.
+
+def _device_second(run: Run, host: float) -> float:
+    """Seconds of the GPU for one call: it sleeps while the host, in ``host`` seconds, launches the call's kernels."""
+    if DEVICE != "cuda":
+        return seconds(run)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(2e9 * 1.5 * host))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def alternating_seconds(
+    contenders: dict[str, Sequence[Run]], host: dict[str, float], rounds: int = 9, most: float = 2.0
+) -> dict[str, list[float]]:
+    """Seconds of the GPU for calls of each contender, the host's time hidden.
+
+    Each round calls every contender once: what the clocks and the temperature do falls on all alike. The runs of a
+    contender, on copies of its inputs, take turns. At least three rounds, then none after ``most`` seconds for each.
     """
-    host = max(host_seconds(run), 2e-5)
-    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    times: list[float] = []
-    stop = time.perf_counter() + most
-    while len(times) < 3 or (len(times) < rounds and time.perf_counter() < stop):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        torch.cuda._sleep(int(2e9 * 1.5 * host))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e-3 * start.elapsed_time(end))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    turns = {name: itertools.cycle(runs) for name, runs in contenders.items()}
+    stop = time.perf_counter() + most * len(contenders)
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() > stop:
+            break
+        for name, seconds_of in times.items():
+            seconds_of.append(_device_second(next(turns[name]), max(host[name], 2e-5)))
     return times
+
+
+def device_seconds(run: Run, rounds: int = 9) -> list[float]:
+    """:func:`alternating_seconds` of one contender, whose inputs exceed the cache."""
+    return alternating_seconds({"": [run]}, {"": host_seconds(run)}, rounds)[""]
 
 
 def host_seconds(run: Run, calls: int = 5) -> float:

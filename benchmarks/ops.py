@@ -2,8 +2,9 @@
 
     python -m benchmarks.ops [--smoke]
 
-Writes ``benchmarks/results/DEVICE/ops.json``. Times are the device's, by events, with nothing in its cache; the host's
-time of a call, which overlaps with them, is reported too. One that fails is printed with the reason and left out.
+Writes ``benchmarks/results/DEVICE/ops.json``. Times are the device's, by events, in rounds in which the contenders of a
+group alternate, on copies of the inputs that exceed its cache together; the host's time of a call, which overlaps with
+them, is reported too. One that fails is printed with the reason and left out.
 ``--smoke`` runs tiny shapes on a CPU, to see that this works.
 """
 
@@ -13,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ class Row(NamedTuple):
 
     group: str
     contender: str
-    run: harness.Run
+    runs: Sequence[harness.Run]  # the same call on each copy of the inputs
     bytes: int = 0
     flops: int = 0
     error: Callable[[], float] | None = None
@@ -48,6 +50,12 @@ def _shape(logits: Tensor) -> str:
 def _shapes(*given: str) -> Iterator[list[str]]:
     """Vocabulary, dtype and variant; those of a large vocabulary are left out of a run that takes no figures."""
     return (words.split(", ") for words in given if not harness.SMOKE or words.startswith("V="))
+
+
+def _copies(make: Callable[[], Any]) -> list[Any]:
+    """As many equal cases as exceed the cache together, by the logits of the first."""
+    first = make()
+    return [first, *(make() for _ in range(harness.beyond_cache(first.logits.nbytes) - 1))]
 
 
 def _here(backends: list[str]) -> list[str]:
@@ -66,11 +74,12 @@ def token_stats() -> Iterator[Row]:
         "llama3, bfloat16, exact KL",
         "V=256, bfloat16, exact KL",
     ):
-        case = bench_token_stats.Case(shape, dtype, what)
+        cases = _copies(partial(bench_token_stats.Case, shape, dtype, what))
+        case = cases[0]
         group = f"token_stats, {what}, {_shape(case.logits)}"
         compiles = what == "forward" and shape in ("llama3", "V=256")
         for name in (*_here(bench_token_stats.BACKENDS), "eager", *(["torch.compile"] if compiles else [])):
-            yield Row(group, name, partial(case.run, name), case.moved, error=partial(case.error, name))
+            yield Row(group, name, [partial(x.run, name) for x in cases], case.moved, error=partial(case.error, name))
 
 
 def policy_loss() -> Iterator[Row]:
@@ -84,11 +93,12 @@ def policy_loss() -> Iterator[Row]:
         "llama3, bfloat16, exact KL",
         "V=256, bfloat16, exact KL",
     ):
-        case = bench_policy_loss.Case(shape, dtype, variant)
+        cases = _copies(partial(bench_policy_loss.Case, shape, dtype, variant))
+        case = cases[0]
         group = f"policy_loss, {variant}, {_shape(case.logits)}"
         compiles = variant == "k3 KL" and shape.startswith("V=")
         for name in (*_here(bench_policy_loss.BACKENDS), "eager", *(["torch.compile"] if compiles else [])):
-            yield Row(group, name, partial(case.run, name), case.moved, error=partial(case.error, name))
+            yield Row(group, name, [partial(x.run, name) for x in cases], case.moved, error=partial(case.error, name))
         if variant == "k3 KL" and not shape.startswith("V="):
             yield from _liger_policy_loss(group, case)
 
@@ -108,36 +118,41 @@ def _liger_policy_loss(group: str, case: Any) -> Iterator[Row]:
         )
         out[0].mean().backward()
 
-    yield Row(group, "liger-kernel (no entropy)", run, case.moved)
+    yield Row(group, "liger-kernel (no entropy)", [run], case.moved)
 
 
 def value_loss() -> Iterator[Row]:
     """Four million values, clipped."""
     shape = (8, 16) if harness.SMOKE else (4096, 1024)
-    values, returns, old = (torch.randn(shape, device=harness.DEVICE) for _ in range(3))
     counted = torch.rand(shape, device=harness.DEVICE) > 0.2
+    copies = harness.beyond_cache(12 * counted.numel())
+    inputs = [torch.randn(3, *shape, device=harness.DEVICE).unbind() for _ in range(copies)]
 
-    def run(function: Callable[..., Any]) -> None:
+    def run(function: Callable[..., Any], values: Tensor, returns: Tensor, old: Tensor) -> None:
         out = function(values.detach().requires_grad_(), returns, counted, old_values=old, clip=0.2)
         (out if isinstance(out, Tensor) else out.loss).backward()
 
     for name, function in (("auto", ppo_fast.value_loss), ("eager", eager.value_loss)):
-        yield Row(f"value_loss, {shape[0]}x{shape[1]}", name, partial(run, function), 17 * values.numel())
+        runs = [partial(run, function, *x) for x in inputs]
+        yield Row(f"value_loss, {shape[0]}x{shape[1]}", name, runs, 17 * counted.numel())
 
 
 def gae() -> Iterator[Row]:
     """Padded batches without and with a mask."""
     backends = _here([b for b in ("cuda", "triton", "native") if ppo_fast.backends()["gae"].get(b) == "ok"])
     for B, T in ((4, 16),) if harness.SMOKE else ((4096, 128), (512, 1024), (8192, 4096), (8, 32768)):
-        rewards, values = (torch.randn(B, T, device=harness.DEVICE) for _ in range(2))
         mask = torch.rand(B, T, device=harness.DEVICE) > 0.2
-        moved = 4 * rewards.nbytes
+        copies = harness.beyond_cache(8 * mask.numel())
+        inputs = [torch.randn(2, B, T, device=harness.DEVICE).unbind() for _ in range(copies)]
+        moved = 16 * mask.numel()
         for name in backends:
-            yield Row(f"gae, {B}x{T}", name, partial(ppo_fast.gae, rewards, values, backend=name), moved)
-            masked = partial(ppo_fast.gae, rewards, values, mask, backend=name)
-            yield Row(f"gae with a mask, {B}x{T}", name, masked, moved + mask.nbytes)
+            runs = [partial(ppo_fast.gae, *x, backend=name) for x in inputs]
+            yield Row(f"gae, {B}x{T}", name, runs, moved)
         if T == 128 or harness.SMOKE:
-            yield Row(f"gae, {B}x{T}", "Python loop", partial(eager.gae, rewards, values), moved)
+            yield Row(f"gae, {B}x{T}", "Python loop", [partial(eager.gae, *x) for x in inputs], moved)
+        for name in backends:
+            runs = [partial(ppo_fast.gae, *x, mask, backend=name) for x in inputs]
+            yield Row(f"gae with a mask, {B}x{T}", name, runs, moved + mask.nbytes)
 
 
 def linear() -> Iterator[Row]:
@@ -153,24 +168,39 @@ def linear() -> Iterator[Row]:
         for name in names:
             compared = name in bench_linear.BACKENDS
             error = partial(case.error, name) if compared else None
-            yield Row(f"linear, {form}, {shape}", name, partial(case.run, name), flops=case.flops, error=error)
+            yield Row(f"linear, {form}, {shape}", name, [partial(case.run, name)], flops=case.flops, error=error)
 
 
 SUITES = (gae, value_loss, token_stats, policy_loss, linear)
 
 
-def measured(row: Row) -> dict[str, Any]:
-    """A result as pytest-benchmark writes one."""
-    error = row.error() if row.error else None
-    info: dict[str, Any] = {"contender": row.contender, "ratios": {}, "peak_bytes": harness.peak_bytes(row.run)}
-    if harness.DEVICE == "cuda":
-        times, info["host"] = harness.device_seconds(row.run), harness.host_seconds(row.run)
-    else:
-        times = [harness.seconds(row.run)]
-    info |= {name: value for name in ("bytes", "flops") if (value := getattr(row, name))}
-    if error is not None:
-        info["error"] = error
-    quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [0.0, 0.0, 0.0]
+def measured(rows: Sequence[Row], failed: list[str]) -> list[dict[str, Any]]:
+    """Results of the rows of a group as pytest-benchmark writes them; those that fail are left out."""
+    infos: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        try:
+            infos[row.contender] = _prepared(row)
+        except Exception as error:  # a peer's or a compiler's: the others are still measured
+            failed.append(f"{row.group} {row.contender}: {type(error).__name__}: {str(error)[:200]}")
+    rows = [row for row in rows if row.contender in infos]
+    host = {name: info["host"] for name, info in infos.items()}
+    times = harness.alternating_seconds({row.contender: row.runs for row in rows}, host)
+    return [_result(row, times[row.contender], infos[row.contender]) for row in rows]
+
+
+def _prepared(row: Row) -> dict[str, Any]:
+    """What is found out about a row before it is timed; every copy of its inputs is used once."""
+    info: dict[str, Any] = {"contender": row.contender, "ratios": {}}
+    if row.error:
+        info["error"] = row.error()
+    for run in row.runs[1:]:
+        run()
+    info |= {"peak_bytes": harness.peak_bytes(row.runs[0]), "host": harness.host_seconds(row.runs[0])}
+    return info | {name: value for name in ("bytes", "flops") if (value := getattr(row, name))}
+
+
+def _result(row: Row, times: list[float], info: dict[str, Any]) -> dict[str, Any]:
+    quarter = statistics.quantiles(times, n=4)
     stats = {"median": statistics.median(times), "iqr": quarter[2] - quarter[0], "rounds": len(times)}
     return {"group": row.group, "stats": stats, "extra_info": info}
 
@@ -222,19 +252,15 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     for suite in SUITES:
-        for row in _rows(suite, failed):
+        for group, rows in groupby(_rows(suite, failed), key=lambda row: row.group):
             if time.perf_counter() - start > arguments.limit:
-                failed.append(f"{row.group} {row.contender}: no time left")
+                failed.append(f"{group}: no time left")
                 continue
-            try:
-                results.append(measured(row))
-            except Exception as error:  # a peer's or a compiler's: the others are still measured
-                failed.append(f"{row.group} {row.contender}: {type(error).__name__}: {str(error)[:200]}")
-                continue
-            finally:
-                if harness.DEVICE == "cuda":
-                    torch.cuda.empty_cache()
-            print(_line(results[-1], rates), flush=True)
+            found = measured([*rows], failed)
+            if harness.DEVICE == "cuda":
+                torch.cuda.empty_cache()
+            print("\n".join(_line(result, rates) for result in found), flush=True)
+            results += found
     add_ratios(results)
     print("\n".join(failed))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

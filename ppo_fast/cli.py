@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ TOOLS = {
     "report": "ppo_fast.rlhf.reports.report",
     "doctor": "ppo_fast.doctor",
 }
+FAILED = 2  # the exit status
 OPTIONAL = {
     "datasets",
     "matplotlib",
@@ -81,19 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from ppo_fast.rlhf.errors import UserError
+    from ppo_fast.rlhf.errors import UserError, install_command
     from ppo_fast.rlhf.training.signals import Interrupted
 
     try:
         COMMANDS[command](arguments)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(_by_rank(str(error))) if not error.shared else FAILED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
-        return _fail(f"{command} needs {error.name}, which is not installed: pip install 'ppo-fast[train]'")
+        return _fail(f"{command} needs {error.name}, which is not installed: {install_command()}")
     except Interrupted as stopped:
-        print(f"ppo-fast: {stopped}", file=sys.stderr)
+        if _is_main():
+            print(f"ppo-fast: {stopped}", file=sys.stderr)
         return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
@@ -106,12 +109,13 @@ def train(command: str, argv: list[str]) -> None:
     from ppo_fast.rlhf.arguments import parse_run
 
     config, resume = parse_run(command, argv)
-    if command == "train":
+    if command == "train" and _is_main():
         from ppo_fast.rlhf.planning.command import announce  # not above: the help needs no transformers
 
         announce(config)
     result = getattr(rlhf, STAGES[command])(config, resume=resume)
-    print(f"model: {result.model}")
+    if _is_main():
+        print(f"model: {result.model}")
 
 
 def tool(module: str, argv: list[str]) -> None:
@@ -128,12 +132,22 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     from ppo_fast.rlhf.errors import printable
 
-    print(f"warning: {printable(str(message))}", file=sys.stderr)
+    if _is_main():
+        print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:
     print(f"ppo-fast: {message}", file=sys.stderr)
-    return 2
+    return FAILED
+
+
+def _is_main() -> bool:
+    """Whether this is the process of a torchrun that writes the console; without torchrun it is."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def _by_rank(message: str) -> str:
+    return message if _is_main() else f"rank {os.environ['RANK']}: {message}"
 
 
 if __name__ == "__main__":

@@ -18,17 +18,18 @@ ORDER = [
     "world",
     "config",
     "data",
+    "preflight",
     "models",
     "decoding",
     "training",
+    "reports",
     "ppo",
     "supervised",
-    "reports",
     "critic",
     "arguments",
     "planning",
 ]
-PEERS = {"ppo", "supervised", "reports", "arguments"}  # none of them imports another
+PEERS = {"ppo", "supervised", "arguments"}  # none of them imports another
 
 
 def name_of(path: Path) -> str:

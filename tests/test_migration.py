@@ -87,10 +87,7 @@ def test_every_field_of_trl_has_a_row() -> None:
 
 
 def test_the_settings_at_the_end_are_a_config() -> None:
-    settings = yaml.safe_load(re.search(r"## The same settings\n\n(.*)", PAGE, re.DOTALL)[1])  # type: ignore[index]
-    config = PPOConfig()
-    for section, values in settings.items():
-        old = getattr(config, section)
-        new = values if not isinstance(values, dict) else dataclasses.replace(old, **values)
-        config = dataclasses.replace(config, **{section: new})
-    assert config.optim.betas == [0.9, 0.999]
+    settings = re.search(r"## The same settings\n\n<!--.*-->\n```yaml\n(.*)```", PAGE, re.DOTALL)[1]  # type: ignore[index]
+    config = PPOConfig(**yaml.safe_load(settings))
+    assert config.optim.betas == (0.9, 0.999)
+    assert config.reward.models == ("my-reward-model",)

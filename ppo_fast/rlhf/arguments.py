@@ -56,7 +56,7 @@ TRAIN_HELP = """\
 {about}
 
 Values come from {preset}--config FILE (YAML or TOML, the same names, nested), then the flags below.
-Short flags: {short}.
+Short flags: {short}. Paths, those in FILE too, are relative to the working directory.
 
 --resume [CHECKPOINT] continues the newest checkpoint in --out, or the one of that name, such as update-000020; config
 and flags may then change only the length of the run, `max_hours`, `checkpoint.*` and `log.*`."""

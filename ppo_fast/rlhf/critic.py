@@ -18,7 +18,7 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.files import load_config
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import ValueConfig
-from ppo_fast.rlhf.data.examples import Scored, chunks, scored_example
+from ppo_fast.rlhf.data.examples import Batch, Scored, scored_example
 from ppo_fast.rlhf.data.prompts import PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.errors import UserError, check
@@ -30,6 +30,7 @@ from ppo_fast.rlhf.ppo.metrics import explained_variance
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import generate
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.reward_model import load_scalar_model
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.log import SAMPLES, sample_records
@@ -55,9 +56,12 @@ class ValueRegression(Objective[Scored]):
 
     def values(self, examples: Sequence[Scored]) -> Tensor:
         """Return [N] float32, example by example."""
-        grid = self.batch(examples).grid
-        rows = np.arange(len(examples))
-        return response_values(ValueModel.from_classifier(self.model), grid.sequences(rows, packed=False))
+        return self.run(self._values, self.batch(examples))
+
+    @staticmethod
+    def _values(model: PreTrainedModel, batch: Batch) -> Tensor:
+        rows = np.arange(len(batch.grid.ids))
+        return response_values(ValueModel.from_classifier(model), batch.grid.sequences(rows, packed=False))
 
     def returns(self, examples: Sequence[Scored]) -> Tensor:
         """Return [N] float32, example by example."""
@@ -67,11 +71,16 @@ class ValueRegression(Objective[Scored]):
         return torch.tensor(np.concatenate(found), dtype=torch.float32, device=self.model.device)
 
     def loss(self, examples: Sequence[Scored]) -> ops.LossOutput:
-        return ops.LossOutput(ops.value_loss(self.values(examples), self.returns(examples), None).loss, {})
+        batch, returns = self.batch(examples), self.returns(examples)
+
+        def loss(model: PreTrainedModel) -> ops.LossOutput:
+            return ops.LossOutput(ops.value_loss(self._values(model, batch), returns, None).loss, {})
+
+        return self.run(loss)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Scored]) -> dict[str, float]:
-        values = torch.cat([self.values(part) for part in chunks(examples, self.width)])
+        values = self.gathered(self.values, examples)
         returns = self.returns(examples)
         loss = ops.value_loss(values, returns, None).loss
         return {"loss": loss.item(), "explained_variance": explained_variance(values, returns).item()}
@@ -116,6 +125,7 @@ def train_value_model(
     Source: Yuan et al. 2025, arXiv:2503.01491, section 3.1.
     """
     with setup_run(config, resume, callbacks) as start:
+        _check_inputs(config, train, held_out, given=model is not None and tokenizer is not None)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
         loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(scored_example, eos_ids=loaded.eos_ids)
@@ -177,6 +187,25 @@ def sample_scored(
         if not found:
             raise UserError("filter: expected one response or more to be kept, got 'mask' for all of the first batch")
     return found[:count]
+
+
+def _check_inputs(config: ValueConfig, train: Source | None, held_out: Source | None, given: bool) -> None:
+    """`check_supervised` of what are rows or a file of them."""
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, train=None, held_out=None))
+    train, held_out = (
+        None if isinstance(source, str | Path) and _is_run(Path(source)) else source
+        for source in (
+            config.data.train if train is None else train,
+            config.data.held_out if held_out is None else held_out,
+        )
+    )
+    forms = ("prompt", "completion", "score"), ("prompt_ids", "completion_ids", "score")
+    check_supervised(own, train, held_out, *forms, given=given)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a source of examples is a run with its samples, or the config of one."""
+    return (path / SAMPLES).is_file() or path.suffix in CONFIGS
 
 
 def _rows(source: Source | None, config: ValueConfig, tokenizer: PreTrainedTokenizerBase) -> Source | None:

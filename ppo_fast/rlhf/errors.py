@@ -7,6 +7,7 @@ import importlib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 # Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
@@ -39,12 +40,29 @@ class NotFiniteError(BatchError):
     """A NaN or an infinity in a named tensor."""
 
 
-def require(module: str, package: str = "'ppo-fast[train]'") -> ModuleType:
-    """Import an optional dependency on use; UserError with the command that installs `package` when it is missing."""
+def require(module: str, package: str | None = None) -> ModuleType:
+    """Import an optional dependency on use; UserError with the command that installs `package` when it is missing.
+
+    None: it comes with the extra "train".
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"this command needs {error.name}, which is not installed: pip install {package}") from error
+        raise missing_package(error.name or module, package) from error
+
+
+def missing_package(module: str, package: str | None = None) -> UserError:
+    """The error of :func:`require`."""
+    command = f"pip install {package}" if package else install_command()
+    return UserError(f"this command needs {module}, which is not installed: {command}")
+
+
+def install_command(extra: str = "train") -> str:
+    """The command that installs an extra: in a checkout from there, since no index has the package."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "pyproject.toml").is_file():
+        return f"pip install 'ppo-fast[{extra}]'"  # of a package that is installed pip adds the extra
+    return f"pip install '{'.' if checkout == Path.cwd() else checkout}[{extra}]'"
 
 
 def check(ok: bool, name: str, expected: str, got: object) -> None:

@@ -40,6 +40,18 @@ def write_result(command: str, path: Path, content: str | bytes) -> None:
         raise UserError(f"{command}: cannot write {str(path)!r}: {error.strerror}") from error
 
 
+def check_local(name: str, path: str, noun: str = "directory", suffixes: tuple[str, ...] = ()) -> None:
+    """UserError, naming the working directory, for a path that is not there and cannot be a name on the Hub.
+
+    Such a name has at most one slash and no leading dot, slash or tilde. If its first part is a directory here, it is
+    taken for a path: without a network it takes minutes to ask the Hub for a name.
+    """
+    first, slash, _ = path.partition("/")
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(suffixes)
+    if (is_path or (slash and Path(first).is_dir())) and not Path(path).exists():
+        raise UserError(f"{name}: no such {noun} {path!r} in {Path.cwd()}")
+
+
 def remove(path: Path, *, ignore_errors: bool = False) -> None:
     """Remove a file, a directory or a link, if it is there; what a link names stays."""
     if path.is_dir() and not path.is_symlink():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,25 +18,25 @@ class Share(NamedTuple):
 
 def local(x: Tensor) -> Tensor:
     """Return this rank's rows of a weight that is split, in the same memory; else x itself."""
-    return x.detach().to_local() if isinstance(x, DTensor) else x
+    return cast(DTensor, x.detach()).to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """Return all rows of a weight that is split; else x itself. All ranks call it."""
-    return x.detach().full_tensor() if isinstance(x, DTensor) else x
+    return cast(DTensor, x.detach()).full_tensor() if isinstance(x, DTensor) else x
 
 
 class Rows(NamedTuple):
-    """The rows of a split weight that are on this rank: [start, stop) of `count`, at most `each` on any rank."""
+    """The rows of a split weight that are on this rank: [start, stop) of `total`, at most `each` on any rank."""
 
     start: int
     stop: int
-    count: int
+    total: int
     each: int
 
     def of(self, x: Tensor) -> Tensor:
         """Return this rank's part of a tensor whose first dimension follows the rows of the weight."""
-        return x[len(x) * self.start // self.count : len(x) * self.stop // self.count]
+        return x[len(x) * self.start // self.total : len(x) * self.stop // self.total]
 
 
 def rows_of(x: Tensor) -> Rows | None:

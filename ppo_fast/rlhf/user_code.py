@@ -51,13 +51,13 @@ def _imported(name: str, setting: str) -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise UserError(f"{setting}: no such module {name!r}, and no file of that name") from error
+            raise UserError(f"{setting}: no such module {name!r}, and no file of that name in {Path.cwd()}") from error
         raise UserError(f"{setting}: {name!r} does not import: {_told(error)}") from error
 
 
 def _from_file(path: str, setting: str) -> ModuleType:
     if not Path(path).is_file():
-        raise UserError(f"{setting}: no such file {path!r}")
+        raise UserError(f"{setting}: no such file {path!r} in {Path.cwd()}")
     if Path(path).suffix != ".py":
         raise UserError(f"{setting}: expected a Python file, got {path!r}")
     try:

@@ -134,11 +134,11 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
         yield World()
         return
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    if own:
-        _init(kind, device, timeout)
     from torch.distributed.device_mesh import init_device_mesh
 
     try:
+        if own:
+            _init(kind, device, timeout)
         size = dist.get_world_size()
         _worlds.append(World(dist.get_rank(), size, init_device_mesh(kind, (size,))))
         try:
@@ -153,7 +153,7 @@ def join(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
             f"lost another process of the run: {reason}; the latest checkpoint is whole, and --resume continues there"
         ) from error
     finally:
-        if own:
+        if own and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -168,11 +168,6 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return not missing
 
 
-def is_main_process() -> bool:
-    """Return whether this process is rank 0, also before it has joined the others."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-
-
 def is_lost(error: BaseException) -> bool:
     """Return whether the error says that another process is gone or does not answer."""
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
@@ -180,7 +175,7 @@ def is_lost(error: BaseException) -> bool:
 
 def _init(kind: str, device: str, timeout: float) -> None:
     """Make the process group of torchrun's processes."""
-    local, options = int(os.environ["LOCAL_RANK"]), {}
+    local, own = int(os.environ["LOCAL_RANK"]), None
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"model.device: expected 'auto', 'cuda' or 'cpu' under torchrun, got {device!r}")
     if kind == "cuda":
@@ -188,6 +183,6 @@ def _init(kind: str, device: str, timeout: float) -> None:
         if local >= count:
             raise UserError(f"torchrun: expected at most {count} processes on this node, one for each GPU, got more")
         torch.cuda.set_device(local)
-        options = {"device_id": torch.device("cuda", local)}
+        own = torch.device("cuda", local)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), device_id=own)

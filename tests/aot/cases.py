@@ -80,10 +80,20 @@ def policy(estimator: str, objective: str = "clip") -> None:
         policy_loss.policy_loss(RowInputs(logits, targets, logits, mask, 1.0), inputs)
 
 
+def policy_of_sequences(objective: str) -> None:
+    """The terms of the policy loss by sequences, padded and packed."""
+    x, mask, none, coef = rows(), rows(torch.bool), torch.empty(0), torch.ones(())
+    for ratio, packed in (("token", None), ("sequence", torch.tensor([0, T], dtype=torch.int32))):
+        options = (0.2, 0.2, 3.0, ratio, "k3", "seq-mean-token-mean", objective)
+        inputs = PolicyInputs(x, x, x, x, packed, None, coef, coef, coef, *options)
+        policy_loss.policy_loss_from_stats(RowStats(x, x, none, none, none), mask, inputs)
+
+
 def value(dtype: torch.dtype) -> None:
-    """The value loss, plain and clipped."""
+    """The value loss, plain, clipped and by sequences."""
     value_loss.value_loss(ValueInputs(rows(dtype), rows(), None, None, None, None, None, "token-mean"))
-    value_loss.value_loss(ValueInputs(rows(dtype), rows(), rows(torch.bool), rows(), None, None, 0.2, "token-mean"))
+    for aggregation in ("token-mean", "seq-mean-token-mean"):
+        value_loss.value_loss(ValueInputs(rows(dtype), rows(), rows(torch.bool), rows(), None, None, 0.2, aggregation))
 
 
 def scans(dtype: torch.dtype, steps: int) -> None:
@@ -128,6 +138,10 @@ CASES: dict[str, Callable[[], None]] = {
     "sample-gpt2": functools.partial(sample, VOCABULARIES["gpt2"], None, None),
     "sample-llama3-filtered": functools.partial(sample, VOCABULARIES["llama3"], 50, 0.95),
     **{f"policy-{estimator}": functools.partial(policy, estimator) for estimator in ("k1", "k2", "k3", "full")},
+    **{
+        f"policy-sequences-{objective}": functools.partial(policy_of_sequences, objective)
+        for objective in ("clip", "cispo")
+    },
     "policy-cispo": functools.partial(policy, "k3", "cispo"),
     **{f"value-{dtype}": functools.partial(value, dtype) for dtype in FLOATS},
     **{f"adamw-{dtype}": functools.partial(adamw, dtype) for dtype in FLOATS[:2]},

@@ -60,10 +60,11 @@ def make_case() -> Case:
     targets = torch.randint(V, (B, T), generator=made)
     logits[1, 0, SIZES[0] :] = logits[1, 2, SIZES[0] :] = ref_logits[1, 2, SIZES[0] :] = -torch.inf
     targets[1, 0] = targets[1, 2] = 3
+    ref_logits[2, 0, SIZES[0] :] = -torch.inf  # an infinite KL
     tokens = {"advantages": normal(B, T), "importance_weights": normal(B, T).abs()}
     tokens["old_logprobs"] = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0] + 0.3 * normal(B, T)
     mask = torch.rand((B, T), generator=made) < 0.8
-    mask[1, :3] = True
+    mask[1, :3] = mask[2, 0] = True
     heads = (normal(B, T, D), normal(V, D), normal(V), normal(B, T, D + 1), normal(V, D + 1))
     return Case(logits, ref_logits, *heads, targets, mask, tokens)
 
@@ -96,13 +97,11 @@ def stats(case: Case, dtype: torch.dtype, backend: str, rank: int | None) -> tup
     ref_logits = sliced(case.ref_logits, rank, -1).to(dtype)
     options = {"mask": case.mask, "temperature": 0.8, "backend": backend, **group_of(rank)}
     found = pf.token_stats(logits, case.targets, ref_logits=ref_logits, **options)
-    assert found.kl is not None
-    finite = torch.where(found.kl.isinf(), 0.0, found.kl)
-    weights = case.tokens["advantages"]
-    loss = (weights * (found.logprobs - 0.7 * found.entropy + 0.3 * finite)).sum()
+    loss = (case.tokens["advantages"] * (found.logprobs - 0.7 * found.entropy)).sum()
     (grad,) = torch.autograd.grad(loss, logits)
     others = [pf.token_logprobs(logits, case.targets, **options), pf.entropy(logits, **options)]
-    return [*(x.detach() for x in (*found, *others))], [grad]
+    assert found.kl is not None
+    return [x.detach() for x in (*found[:2], found.kl, *others)], [grad]
 
 
 def policy(config: pf.PolicyLossConfig, packed: bool = False, inplace: bool = False) -> Run:

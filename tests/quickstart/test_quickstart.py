@@ -103,6 +103,7 @@ def test_same_seed_same_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(files, "TEST_PROMPTS", 16)
     metrics, out = [], tmp_path / "run"
     for again in ([], ["--overwrite"]):
         short = ["--answers", "200", "--pairs", "60", "--updates", "1", *again]

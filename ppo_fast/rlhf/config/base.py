@@ -8,10 +8,13 @@ import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from ppo_fast.rlhf.config.names import check_names
 from ppo_fast.rlhf.errors import UserError, check, positive, require
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Settings that name what can be passed as an object too, and the argument of the training functions that takes it.
 OBJECTS = {
@@ -37,8 +40,8 @@ class Settings:
 
     GROUP: ClassVar[str] = ""  # in front of the names of the fields
 
-    def __new__(cls, *_: Any, **given: Any) -> Any:
-        check_names(given, cls)
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        check_names(given, cls)  # before a dataclass raises a TypeError
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -46,17 +49,22 @@ class Settings:
         hints = _hints(kind)
         for field in dataclasses.fields(self):
             name, value = f"{self.GROUP}.{field.name}".lstrip("."), getattr(self, field.name)
-            if field.default_factory is dataclasses.MISSING:
-                value = _leaf(name, hints[field.name], value)
-            else:
-                value = _group(name, field.default_factory(), value)
-            object.__setattr__(self, field.name, value)  # the dataclass is frozen
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            group = isinstance(default, Settings)
+            made = _group(name, default, value) if group else _leaf(name, hints[field.name], value)
+            object.__setattr__(self, field.name, made)  # the dataclass is frozen
 
 
 def check_tokens_per_pass(group: str, tokens: int | None, micro_batch_size: int | None) -> None:
     if tokens is not None:
         positive(f"{group}.tokens_per_pass", tokens)
         check(micro_batch_size is None, f"{group}.tokens_per_pass", f"null with {group}.micro_batch_size", tokens)
+
+
+def check_renames(columns: tuple[str, ...]) -> None:
+    halves = [each.partition("=") for each in columns]
+    named = all(ours and theirs for ours, _, theirs in halves) and len({ours for ours, _, _ in halves}) == len(halves)
+    check(named, "data.columns", "NAME=COLUMN, each name once", columns)
 
 
 @functools.cache
@@ -69,7 +77,7 @@ def _adapter(hint: Any) -> Any:
     return require("pydantic").TypeAdapter(hint)
 
 
-def _group(name: str, default: Settings, value: object) -> Settings:
+def _group(name: str, default: Any, value: object) -> Any:
     if isinstance(value, type(default)):
         return value
     if isinstance(value, Mapping):
@@ -111,7 +119,7 @@ def _options(hint: Any) -> list[str]:
         return [option for each in arguments for option in _options(each)]
     if get_origin(hint) is tuple:
         return [f"a list of {len(arguments)} numbers" if Ellipsis not in arguments else "a list"]
-    return [_WORDS[hint]]
+    return [_WORDS.get(hint, str(hint))]
 
 
 def _shown(value: object) -> str:

@@ -28,6 +28,8 @@ def load_config(
 ) -> Config:
     """A config of `kind`: flags {"optim.lr": "1e-5"} over a YAML or TOML file over a preset over the defaults.
 
+    The preset is `preset`, or that of the file's own key ``preset``.
+
     Raises UserError for a missing file, an unknown key (naming the nearest one) or a value of the wrong type.
     """
     values = read_values(path, preset=preset, flags=flags)
@@ -40,21 +42,30 @@ def preset_names() -> list[str]:
 
 
 def read_values(path: str | Path | None, *, preset: str | None = None, flags: Values | None = None) -> Values:
-    """What flags, file and preset say, nested; neither checked nor complete."""
-    values: Values = {}
-    if preset is not None:
-        known = preset_names()
-        if preset not in known:
-            raise UserError(f"preset: expected one of {', '.join(known)}, got {preset!r}")
-        values = _read(PRESETS / f"{preset}.yaml")
-    if path is not None:
-        values = merge(values, _read(Path(path)))
+    """What flags, file and preset say, nested; neither checked nor complete.
+
+    A file may name the preset that it extends: ``preset: 7b-80g-lora``.
+    """
+    file = {} if path is None else dict(_read(Path(path)))
+    extended = file.pop("preset", None)
+    if preset is not None and extended is not None:
+        raise UserError(f"preset: expected none with {str(path)!r}, which extends {extended!r}, got {preset!r}")
+    values = merge(_read_preset(preset or extended), file)
     for name, value in (flags or {}).items():
         nested = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = merge(values, nested)
     return values
+
+
+def _read_preset(name: str | None) -> Values:
+    if name is None:
+        return {}
+    known = preset_names()
+    if name not in known:
+        raise UserError(f"preset: expected one of {', '.join(known)}, got {name!r}")
+    return _read(PRESETS / f"{name}.yaml")
 
 
 def config_from_dict(
@@ -76,7 +87,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _read(path: Path) -> Values:
     if not path.is_file():
-        raise UserError(f"config: no such file {str(path)!r}")
+        raise UserError(f"config: no such file {str(path)!r} in {Path.cwd()}")
     if path.suffix == ".toml":
         toml = _toml()
         parse, failure = toml.loads, toml.TOMLDecodeError

@@ -104,3 +104,13 @@ class PPOConfig(RunConfig):
         if optim.tokens_per_pass:
             return replace(rollout, tokens_per_pass=optim.tokens_per_pass)
         return replace(rollout, micro_batch_size=optim.micro_batch_size or optim.minibatch_size)
+
+
+def check_ranks(config: PPOConfig) -> None:
+    """Refuse by name what several processes, or weights split over them, cannot have."""
+    one = "false under torchrun"
+    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
+    activations = config.model.offload_activations
+    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
+    engine = config.rollout.engine
+    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)

@@ -24,7 +24,7 @@ class RewardConfig(Settings):
     std_coef: float = 1.0  # price of disagreement
     normalize: Literal["dataset", "running", "none"] = "dataset"  # by a model's reward_stats.json; by all scores so far
     clip: float | None = 10.0  # scores are clipped to +-clip; null: not clipped
-    missing_eos_penalty: float = 1.0  # subtracted, after the clip, when the response has no EOS
+    missing_eos_penalty: float = 1.0  # subtracted, after the clip, if the response has no EOS: was cut short; 0: none
     length_penalty: float = 0.0  # subtracted, after the clip, per token of the response
     overlong_penalty: float = 0.0  # subtracted, after the clip, at max_new_tokens; less, linearly, within the buffer
     overlong_buffer: int | None = None  # tokens before max_new_tokens; null: a fifth of it

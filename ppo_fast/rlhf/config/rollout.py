@@ -6,17 +6,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ppo_fast.rlhf.config.base import Settings, check_tokens_per_pass
+from ppo_fast.rlhf.config.base import Settings, check_renames, check_tokens_per_pass
 from ppo_fast.rlhf.errors import check, divides, not_negative, positive
 
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet or a dataset saved on disk."""
+    """Prompts: rows {"prompt": text or role/content messages, ...} of JSONL, Parquet, a saved dataset, or the Hub."""
 
     GROUP = "data"
 
-    prompts: str | None = None  # path; the other columns go to the reward function
+    prompts: str | None = None  # path or NAME[:SPLIT] of a Hub dataset; the other columns go to the reward function
+    columns: tuple[str, ...] = ()  # columns to rename, prompt=question (YAML: {prompt: question})
+    subset: str | None = None  # configuration of a Hub dataset
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
     deduplicate: bool = False  # drop prompts that repeat an earlier one, token by token
     shuffle: bool = True  # a new order every epoch
@@ -25,7 +27,12 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_renames(self.columns)
         positive("data.max_prompt_tokens", self.max_prompt_tokens)
+
+
+Engine = Literal["slots", "generate", "vllm"]
+CorrectionKind = Literal["none", "truncate", "mask"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,11 @@ class RolloutConfig(Settings):
     mask_truncated: bool = False  # leave such responses out of losses, whitening and groups; their metrics count
     stop: tuple[str, ...] = ()  # strings that end a response as EOS does; they belong to it
     dynamic_sampling: int = 0  # group: tries to replace prompts whose samples all have one score; 0: they stay
-    engine: Literal["slots", "generate", "vllm"] | None = None  # null: slots or generate; vllm: noise lost on resume
+    engine: Engine | None = None  # null: slots, else generate; vllm: a second copy, a resumed run may differ in bits
     temperature: float = 1.0  # divides the logits in sampling, scoring and the update alike
     top_k: int | None = None  # keep the k likeliest tokens; biases the ratio
     top_p: float | None = None  # keep the likeliest tokens of total probability p; biases the ratio
-    correction: Literal["none", "truncate", "mask"] | None = None  # of other samplers; null: truncate for vllm
+    correction: CorrectionKind | None = None  # of sampled for trained probabilities; null: truncate for vllm, else none
     correction_cap: float = 2.0  # truncate: weights of the policy loss are min(pi_train / pi_sampled, cap)
     correction_band: tuple[float, float] = (0.5, 2.0)  # mask: tokens with a weight outside are left out of the update
     correction_level: Literal["token", "sequence"] = "token"  # sequence: the product of a response's weights

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_fast.rlhf.config.base import Settings
+from ppo_fast.rlhf.config.base import Settings, check_renames
 from ppo_fast.rlhf.config.model import CausalConfig, WeightsConfig
 from ppo_fast.rlhf.config.optim import AdamWConfig, check_float16
 from ppo_fast.rlhf.config.run import RunConfig, RunLogConfig
@@ -15,12 +15,14 @@ from ppo_fast.rlhf.errors import check, divides, not_negative, positive
 
 @dataclass(frozen=True)
 class ExamplesConfig(Settings):
-    """Training and held-out examples: JSONL, Parquet, or a directory that the datasets library saved."""
+    """Training and held-out examples: JSONL, Parquet, a directory that the datasets library saved, or the Hub."""
 
     GROUP = "data"
 
-    train: str | None = None  # path of the examples
-    held_out: str | None = None  # path of examples never trained on; null: a share of train
+    train: str | None = None  # path of the examples, or NAME[:SPLIT] of a Hub dataset
+    held_out: str | None = None  # examples never trained on, in the same form; null: a share of train
+    columns: tuple[str, ...] = ()  # columns to rename, prompt=question (YAML: {prompt: question})
+    subset: str | None = None  # configuration of a Hub dataset
     held_out_frac: float = 0.1  # that share, drawn by the seed; 0: no evaluation
     max_tokens: int = 1024  # prompt and completion; longer examples are dropped and counted
     deduplicate: bool = False  # drop examples that repeat an earlier one, token by token
@@ -28,6 +30,7 @@ class ExamplesConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_renames(self.columns)
         positive("data.max_tokens", self.max_tokens)
         check(0 <= self.held_out_frac < 1, "data.held_out_frac", "0 <= held_out_frac < 1", self.held_out_frac)
 
@@ -95,7 +98,7 @@ class SupervisedConfig(RunConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(SupervisedConfig):
-    """One run of supervised fine-tuning on {"prompt", "completion"} or {"messages"}."""
+    """One run of supervised fine-tuning on {"prompt", "completion"}, {"messages"} or {"text"}."""
 
     output_dir: str = "runs/sft"  # config.yaml, metrics.jsonl, tensorboard/, checkpoints/, final/
     model: CausalConfig = field(default_factory=CausalConfig)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 OTHERS = {
     "output_dir": "save_path ckpt_path logging_dir run_name out_dir",
     "overwrite": "overwrite_output_dir",
-    "updates": "total_episodes num_episodes num_total_batches max_steps total_steps total_epochs",
+    "updates": "total_episodes num_train_epochs num_episodes num_total_batches max_steps total_steps total_epochs",
     "model.path": "model_name_or_path sft_model_path pretrain model_name model_id model_path base_model",
     "model.value_path": "critic_pretrain value_model value_model_path critic_model",
     "model.dtype": "torch_dtype bf16 fp16 precision",
@@ -24,6 +24,8 @@ OTHERS = {
     "data.train": "prompts dataset dataset_name train_dataset train_files data_path",
     "data.held_out": "eval_dataset test_dataset val_files",
     "data.held_out_frac": "test_size val_size",
+    "data.columns": "input_key output_key label_key prompt_key dataset_text_field column_mapping field_messages",
+    "data.subset": "dataset_config dataset_config_name",
     "data.max_prompt_tokens": "max_prompt_length prompt_max_len max_length max_len max_seq_length",
     "data.max_tokens": "max_length max_len max_seq_length sequence_len cutoff_len",
     "data.shuffle": "shuffle_dataset",

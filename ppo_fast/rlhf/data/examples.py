@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ppo_fast.rlhf.config.supervised import ExamplesConfig
 from ppo_fast.rlhf.data.packing import TokenBatch, to_device
-from ppo_fast.rlhf.data.rows import Item, Messages, Prompt, Row, deduplicate, drop_too_long, read_rows
+from ppo_fast.rlhf.data.rows import Item, Messages, Prompt, Row, deduplicate, drop_too_long, read_rows, source_name
 from ppo_fast.rlhf.data.templates import encode, encode_bare, is_messages, render, render_prompt
 from ppo_fast.rlhf.errors import UserError
 
@@ -101,6 +101,7 @@ class Batch:
     grid: TokenBatch  # the same with masks on the host
 
 
+TASK = frozenset({"prompt", "completion", "messages"})  # keys of an example that "text" is no part of
 Kind = TypeVar("Kind", Example, Pair, Scored)
 Make = Callable[[Row, "PreTrainedTokenizerBase", str], Kind]  # (row, tokenizer, where it came from)
 
@@ -118,8 +119,11 @@ def load_examples(
     """
     if source is None:
         raise UserError(f"data.{name}: expected a file of examples, got null")
-    examples = [make(row, tokenizer, where) for where, row in read_rows(source, f"data.{name}")]
-    kept = drop_too_long(examples, "example", "data.max_tokens", config.max_tokens, lambda example: example.length)
+    setting, limit = f"data.{name}", config.max_tokens
+    rows = read_rows(source, setting, config.columns, config.subset)
+    examples = [make(row, tokenizer, where) for where, row in rows]
+    called = source_name(source, setting)
+    kept = drop_too_long(examples, "example", "data.max_tokens", limit, lambda example: example.length, called)
     if config.deduplicate:
         kept = deduplicate(kept, "example", lambda example: example)
     apart = sum(not example.joined for example in kept)
@@ -135,15 +139,26 @@ def load_examples(
 def completion_example(
     row: Row, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int] = ()
 ) -> Example:
-    """{"prompt", "completion"}, or {"messages"} whose last one, the assistant's, is the completion.
+    """{"prompt", "completion"}; {"messages"} whose last one, the assistant's, is the completion; or {"text"}.
 
-    `eos_ids` end a completion as the tokenizer's EOS does, which is appended where there is none.
+    All tokens of a text except the first, which nothing predicts, are the completion. `eos_ids` end a completion as the
+    tokenizer's EOS does, which is appended where there is none.
     """
+    text: object = row.get("text") if isinstance(row, Mapping) and not row.keys() & TASK else None
+    if isinstance(text, str):
+        return _whole_text(text, tokenizer, where, eos_ids)
     messages: object = row.get("messages") if isinstance(row, Mapping) else None
     if is_messages(messages) and len(messages) > 1 and messages[-1]["role"] == "assistant":
         row = {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     prompt, completion = _fields(row, where, "prompt", "completion")
     return _tokenize(prompt, completion, tokenizer, where, row, eos_ids)
+
+
+def _whole_text(text: str, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int]) -> Example:
+    ids = ended(encode(text, tokenizer), tokenizer, eos_ids)
+    if len(ids) < 2:
+        raise UserError(f"{where}: the text has no tokens")
+    return Example(tuple(ids), 1)
 
 
 def scored_example(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, eos_ids: Collection[int] = ()) -> Scored:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import DataConfig
 from ppo_fast.rlhf.data.packing import Array
-from ppo_fast.rlhf.data.rows import RESERVED, Columns, Prompt, Row, deduplicate, drop_too_long, read_rows
+from ppo_fast.rlhf.data.rows import RESERVED, Columns, Prompt, Row, deduplicate, drop_too_long, read_rows, source_name
 from ppo_fast.rlhf.data.templates import is_messages, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError
 
@@ -51,12 +51,13 @@ def load_prompts(
 
     Raises UserError naming file and line for a row that is no prompt; warns about prompts that are left out.
     """
-    rows = [(where, _prompt_row(row, where)) for where, row in read_rows(source, setting)]
+    rows = [
+        (where, _prompt_row(row, where)) for where, row in read_rows(source, setting, config.columns, config.subset)
+    ]
     names = sorted({name for _, row in rows for name in row} - {"prompt"})
     tokenized = [(row, tokenize_prompt(row["prompt"], tokenizer, where, row)) for where, row in rows]
-    kept = drop_too_long(
-        tokenized, "prompt", "data.max_prompt_tokens", config.max_prompt_tokens, lambda item: len(item[1])
-    )
+    limit, name = config.max_prompt_tokens, source_name(source, setting)
+    kept = drop_too_long(tokenized, "prompt", "data.max_prompt_tokens", limit, lambda item: len(item[1]), name)
     if config.deduplicate:
         kept = deduplicate(kept, "prompt", lambda item: tuple(item[1]))
     return Prompts(

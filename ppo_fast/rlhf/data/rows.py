@@ -1,15 +1,18 @@
-"""Rows of JSONL files, Parquet files, saved datasets and memory, and their text as token ids."""
+"""Rows of JSONL files, Parquet files, saved datasets, datasets of the Hub, and memory."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.files import check_local
 
+# Suffixes of files: no name of a dataset ends in one.
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".yaml", ".yml", ".toml")
 NESTED = "expected lists and objects less deeply nested"
 RESERVED = ("prompts", "completions", "completion_ids")
 
@@ -21,38 +24,67 @@ Rows = Iterator[tuple[str, Any]]  # where a row is, and the row
 Item = TypeVar("Item")
 
 
-def read_rows(source: str | Path | Iterable[object], setting: str) -> Rows:
-    """Iterate over (where, row) of a JSONL file, a Parquet file, a directory saved by `datasets`, or rows in memory.
+def read_rows(
+    source: str | Path | Iterable[object], setting: str, columns: Sequence[str] = (), subset: str | None = None
+) -> Rows:
+    """Iterate over (where, row) of a file, a directory saved by `datasets`, a dataset of the Hub, or rows in memory.
 
-    `where` is file:line, file[row], or for rows in memory the last part of `setting` with the number of the row. Of a
-    saved dataset with splits the one named "train" is read.
+    `where` is file:line, file[row], or for rows in memory the last part of `setting` with the number of the row.
+
+    Args:
+        source: rows; a JSONL or Parquet file; a saved dataset; or the name of one on the Hub. A name or a saved
+            dataset may end in ":SPLIT", as the datasets library writes it; without it the split is "train".
+        setting: the setting that names the source, for errors.
+        columns: "NAME=COLUMN", the columns of the source to rename.
+        subset: configuration of a dataset on the Hub.
 
     Raises:
-        UserError: there is no such file, which names `setting`, or it cannot be read.
+        UserError: there is no such source, which names `setting`, or it cannot be read.
     """
     if not isinstance(source, str | Path):
         name = setting.rpartition(".")[2]
-        return _checked_rows((f"{name}[{number}]", row) for number, row in enumerate(source))
-    path = Path(source)
-    if path.is_dir() or (path.suffix == ".parquet" and path.is_file()):
-        return _checked_rows(_dataset_rows(path))
-    if not path.is_file():
-        raise UserError(f"{setting}: no such file {str(path)!r}")
-    return _checked_rows(_json_lines(path))
+        rows: Rows = ((f"{name}[{number}]", row) for number, row in enumerate(source))
+    elif Path(source).is_file() and Path(source).suffix != ".parquet":
+        rows = _json_lines(Path(source))
+    else:
+        rows = _dataset_rows(source, setting, subset)
+    return _checked_rows(_renamed(rows, columns) if columns else rows)
 
 
-def drop_too_long(items: list[Item], noun: str, field: str, limit: int, length: Callable[[Item], int]) -> list[Item]:
-    """Those of at most `limit` tokens; warns about the others, UserError when none is left."""
+def _renamed(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows with those columns under their new names; texts stay as they are."""
+    pairs = [(ours, theirs) for ours, _, theirs in (each.partition("=") for each in columns)]
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            yield where, row
+            continue
+        for _, theirs in pairs:
+            if theirs not in row:
+                names = ", ".join(map(repr, row))
+                raise UserError(f"{where}: data.columns: expected a column {theirs!r}, got the columns {names}")
+        moved = {theirs for _, theirs in pairs}
+        yield where, {k: v for k, v in row.items() if k not in moved} | {ours: row[theirs] for ours, theirs in pairs}
+
+
+def drop_too_long(
+    items: list[Item], noun: str, field: str, limit: int, length: Callable[[Item], int], source: str
+) -> list[Item]:
+    """Those of at most `limit` tokens; warns about the others, UserError, naming the source, when none is left."""
     kept = [item for item in items if length(item) <= limit]
     dropped = len(items) - len(kept)
+    if not items:
+        raise UserError(f"{source}: expected at least one {noun}, got none")
     if not kept:
-        raise UserError(
-            f"data: expected at least one {noun} of at most {limit} tokens, got {len(items)} rows, "
-            f"{dropped} of them longer"
-        )
+        few = f"at least one {noun} of at most {limit} tokens ({field})"
+        raise UserError(f"{source}: expected {few}, got {dropped} longer")
     if dropped:
         warnings.warn(f"dropped {dropped} of {len(items)} {noun}s longer than {field} = {limit}", stacklevel=2)
     return kept
+
+
+def source_name(source: object, setting: str) -> str:
+    """What to call a source of rows in errors about all of it: its path, or the setting for rows in memory."""
+    return str(source) if isinstance(source, str | Path) else setting
 
 
 def deduplicate(items: list[Item], noun: str, key: Callable[[Item], Hashable]) -> list[Item]:
@@ -102,20 +134,33 @@ def _checked_rows(rows: Rows) -> Rows:
         yield where, row
 
 
-def _dataset_rows(path: Path) -> Rows:
-    import datasets  # 1 s, which only Parquet files and saved datasets need
+def _dataset_rows(source: str | Path, setting: str, subset: str | None) -> Rows:
+    """Rows by the datasets library: of a Parquet file, a saved dataset, or one on the Hub."""
+    path, split = Path(source), "train"
+    if not path.exists():
+        name, _, split = str(source).partition(":")
+        path, split = Path(name), split or "train"
+        check_local(setting, name, "file", suffixes=FILES)
+    import datasets  # 1 s, which JSONL files and rows in memory do not need
 
+    where = str(source)
     try:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
-        else:  # streaming copies nothing into the cache of the library
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        elif path.exists():  # streaming copies nothing into the cache of the library
+            rows = datasets.load_dataset("parquet", data_files=where, split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(str(path), subset, split=split)
         if isinstance(rows, dict):
-            if "train" not in rows:
-                raise UserError(f"{path}: expected a split 'train', got {', '.join(rows)}")
-            rows = rows["train"]
-        yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
+            if split not in rows:
+                raise UserError(f"{where}: expected a split {split!r}, got {', '.join(rows)}")
+            rows = rows[split]
+        yield from ((f"{where}[{number}]", row) for number, row in enumerate(rows))
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if path.exists():
+            raise UserError(f"{where}: cannot be read: {reason}") from error
+        here = f"no such file {where!r} in {Path.cwd()}"
+        raise UserError(f"{setting}: {here}, and no dataset of the Hub can be read by that name: {reason}") from error

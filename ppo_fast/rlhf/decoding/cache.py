@@ -8,7 +8,7 @@ attends to them. Masks follow from positions, so transformers makes none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ class KeyValues:
                 buffer[target, :, :length] = buffer[source, :, :length]
 
 
+class AttentionInputs(NamedTuple):
+    """What an attention layer attends with; K divides H."""
+
+    query: Tensor  # [b, H, n, E]
+    key: Tensor  # [b, K, L, E], as `update` returned it
+    value: Tensor  # [b, K, L, E]
+    scaling: float | None  # of the scores; None: 1 / sqrt(E)
+    window: int | None  # tokens that are seen at most; None: all
+    softcap: float | None  # c of c tanh(score / c); None: the scores as they are
+
+
 class View(Cache):
     """The part of the buffers that one forward pass reads and writes."""
 
@@ -50,18 +61,6 @@ class View(Cache):
 
     def get_seq_length(self, *_: object, **__: object) -> int:
         return 0
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Return [b, n, H, E] of query [b, H, n, E] to what `update` returned, [b, K, L, E]."""
-        raise NotImplementedError
 
 
 class Prefill(View):
@@ -81,15 +80,9 @@ class Prefill(View):
         values[self.slots, :, self.start : end] = value
         return (keys[self.slots, :, :end], values[self.slots, :, :end]) if self.start else (key, value)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, x: AttentionInputs) -> Tensor:
+        """Return attention [b, n, H, E]."""
+        query, key, value, scaling, window, softcap = x
         length, windowed = key.shape[2], window is not None and window < key.shape[2]
         if not self.start and not windowed and softcap is None:
             return _attend(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
@@ -128,15 +121,9 @@ class Decode(View):
             self.index = (first * length + self.positions[:, None]).flatten()
         return self.index
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, x: AttentionInputs) -> Tensor:
+        """Return attention [b, n, H, E]."""
+        query, key, value, scaling, window, softcap = x
         if (kernel := kernels.cached_attention(query)) is not None:
             return kernel(query, key, value, self.positions, scaling, window, softcap)
         count, heads, _, width = query.shape
@@ -150,14 +137,15 @@ class Decode(View):
         """Return [n, 1, 1, L], 0 where a slot attends and else -inf; made once a step."""
         if window not in self.masks:
             at = torch.arange(self.length, dtype=torch.int64, device=self.positions.device)
-            back = self.positions[:, None] - at
-            seen = (back >= 0) & (back < window) if window is not None else back >= 0
+            latest = self.positions[:, None]
+            seen = at <= latest if window is None else (at <= latest) & (at > latest - window)
             self.masks[window] = _additive(seen, dtype)[:, None, None]
         return self.masks[window]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    """Return 0 where True, else -inf."""
+    return torch.full(seen.shape, -torch.inf, dtype=dtype, device=seen.device).masked_fill_(seen, 0.0)
 
 
 def attention(

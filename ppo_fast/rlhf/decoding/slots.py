@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ppo_fast.rlhf.data.packing import Array, to_device
-from ppo_fast.rlhf.decoding.attention import attending_to_slots
+from ppo_fast.rlhf.decoding.attention import attending_to_slots, rotary_table
 from ppo_fast.rlhf.decoding.cache import KeyValues, Prefill
 from ppo_fast.rlhf.decoding.flags import Flags
 from ppo_fast.rlhf.decoding.requests import DecodingSettings, Request, Responses
@@ -47,8 +47,13 @@ def run_slots(model: PreTrainedModel, requests: Sequence[Request], settings: Dec
     """
     check_supported(model)
     network = Network(model)
-    with torch.no_grad(), attending_to_slots(network.backbone):
-        return Loop(network, requests, settings, model.device).run()
+    # Operations on a CPU are so small that their records for autograd count. Hooks may keep what they see.
+    quick = model.device.type == "cpu" and not network.hooked
+    with torch.inference_mode() if quick else torch.no_grad():
+        loop = Loop(network, requests, settings, model.device)
+        with attending_to_slots(network.backbone), rotary_table(network.backbone, loop.buffers.length):
+            responses = loop.run()
+    return Responses(*(x.clone() for x in responses)) if quick else responses
 
 
 class Loop:

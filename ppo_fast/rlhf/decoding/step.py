@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ class Network:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.backbone, self.head = backbone_of(model), model.get_output_embeddings()
+        self.hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        # The forward pass below transformers' decorators, which fill in and collect what is not asked for here.
+        bare = functools.partial(inspect.unwrap(type(self.backbone).forward), self.backbone)
+        self.forward: Callable[..., Any] = self.backbone if self.hooked else bare
         config = unwrapped(model).config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # transformers makes no mask where it is given one of four dimensions; the views need none.
@@ -34,7 +39,7 @@ class Network:
     def states(self, ids: Tensor, positions: Tensor, view: View) -> Tensor:
         """Return the last hidden states [b, n, D] of ids [b, n] at positions [b, n]."""
         given: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": self.no_mask}
-        states: Tensor = self.backbone(**given, past_key_values=view, use_cache=True, slots=view).last_hidden_state
+        states: Tensor = self.forward(**given, past_key_values=view, use_cache=True, slots=view).last_hidden_state
         return states
 
     def logits(self, states: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import os
 import re
 import tempfile
@@ -67,7 +68,7 @@ def running(models: Models, config: RolloutConfig, longest: int) -> Iterator[Non
         return
     module = import_vllm()
     model = unwrapped(models.policy)
-    _check_model(models, module)
+    _check_model(models)
     engine = VLLM(module, models, config, longest)
     _ENGINES[model] = engine
     try:
@@ -112,7 +113,7 @@ class VLLM:
 
     def __init__(self, module: ModuleType, models: Models, config: RolloutConfig, longest: int) -> None:
         self.module, self.models, self.checked = module, models, False
-        self.sleeps: bool = module.platforms.current_platform.is_sleep_mode_available()
+        self.sleeps: bool = _platform().is_sleep_mode_available()
         width = config.micro_batch_size or config.batch_size
         set_num_threads = torch.set_num_threads
         try:
@@ -136,16 +137,19 @@ class VLLM:
             self.llm.reset_prefix_cache()
             if not self.checked:
                 self._check_load(requests, settings)
-            return self._sample(requests, settings)
+            responses = self._sample(requests, settings)
         finally:
             self._sleep()
+        if settings.progress is not None:
+            settings.progress(len(requests), len(requests))
+        return responses
 
     def close(self) -> None:
         """Free its memory, so that another can start in this process."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
-        self.module.distributed.cleanup_dist_env_and_memory()
+        importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
 
     def _start(self, directory: str, width: int, longest: int, *, stop: bool) -> Any:
         """Start vLLM from the policy's config; its weights are arbitrary until the first load."""
@@ -236,9 +240,13 @@ class VLLM:
 _ENGINES: weakref.WeakKeyDictionary[PreTrainedModel, VLLM] = weakref.WeakKeyDictionary()
 
 
-def _check_model(models: Models, module: ModuleType) -> None:
+def _platform() -> Any:
+    return importlib.import_module("vllm.platforms").current_platform
+
+
+def _check_model(models: Models) -> None:
     """Refuse what cannot be handed over."""
-    model, kind = unwrapped(models.policy), module.platforms.current_platform.device_type
+    model, kind = unwrapped(models.policy), _platform().device_type
     check(model is models.policy, OPTION, "adapters by model.lora with 'vllm'", type(models.policy).__name__)
     check(model.device.type == kind, OPTION, f"a vllm built for {model.device.type!r}", kind)
     check(model.dtype in TOLERANCES, OPTION, "float32, bfloat16 or float16 with 'vllm'", model.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import find_adapter_config_file
 
 from ppo_fast.rlhf.errors import UserError, check
+from ppo_fast.rlhf.files import check_local
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # LoRA initializations that leave the weights of the base unchanged; the others of peft change them as well.
@@ -79,8 +80,10 @@ def find_adapter(field: str, path: str | None) -> SavedAdapter | None:
 
     Raises UserError naming `field` for an adapter of another kind than plain LoRA.
     """
-    file = None if path is None else _config_file(path)
-    if path is None or file is None:
+    if path is None:
+        return None
+    check_local(field, path)
+    if (file := _config_file(path)) is None:
         return None
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))

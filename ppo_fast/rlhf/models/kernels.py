@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.errors import UserError, install_command
 
 # Architectures for which liger-kernel changes nothing but names of their module of transformers and forward passes of
 # the network's own modules.
@@ -67,7 +67,7 @@ def _unavailable(model: PreTrainedModel) -> str | None:
     try:
         known = _appliers().keys() & KNOWN
     except ImportError as error:
-        return f"where liger-kernel cannot be imported (pip install 'ppo-fast[gpu]'): {error}"
+        return f"where liger-kernel cannot be imported ({install_command('gpu')}): {error}"
     kind = model.base_model.config.model_type
     return None if kind in known else f"for {type(model).__name__}, which liger-kernel does not know"
 

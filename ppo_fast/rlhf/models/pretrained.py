@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.files import check_local
 
 Loader = Any  # a class of transformers that has `from_pretrained`, such as AutoModel
 
@@ -30,6 +31,8 @@ def no_progress_bars() -> Iterator[None]:
 
 def load_pretrained(loader: Loader, path: str | None, trust: bool = False, **options: object) -> Any:
     """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
+    if path is not None:
+        check_local(loader.__name__, path)
     failures = (OSError, ValueError, ImportError, SafetensorError)
     try:
         with no_progress_bars():
@@ -37,8 +40,6 @@ def load_pretrained(loader: Loader, path: str | None, trust: bool = False, **opt
     except failures as error:
         where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]
-        if where == "model" and path is not None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-            reason = "no such directory"  # nor can it be the name of a hub model
         if "trust_remote_code" in str(error):
             reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
         raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error

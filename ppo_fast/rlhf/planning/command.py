@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,15 +17,17 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.planning.plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
+from ppo_fast.rlhf.world import under_torchrun
 
-GPU = "--gpu"
+GPU, GPUS = "--gpu", "--gpus"
 HELP = """\
-usage: ppo-fast plan [--gpu SIZE] [options of ppo-fast train]
+usage: ppo-fast plan [--gpu SIZE] [--gpus N] [options of ppo-fast train]
 
   Bytes by item and phase of the run that `ppo-fast train` would begin with the same options, the peak, whether it fits,
   and what to change if not. It needs only the config.json of every model: no weights, and no GPU.
 
   --gpu SIZE  memory of the GPU, such as 24GB or 22.5GiB; without it, the GPU of this machine if model.device means one
+  --gpus N    the plan of each of N GPUs, over which torchrun splits the run
 
   ppo-fast train --help lists the other options."""
 TINY = 2**26  # bytes of weights: that fits anywhere, and its plan takes half a second
@@ -34,12 +39,13 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & {*argv}:
         print(HELP)
         return
-    size, others = _take_size([*argv])
+    size, others = _take(GPU, [*argv], parse_size)
+    gpus, others = _take(GPUS, others, parse_count)
     config = parse("train", others)
     device, limit = ("cuda", size) if size else find_limit(config)
-    shapes = read_shapes(config)
-    plan = make_plan(config, device, limit=limit, shapes=shapes)
-    print_plan(plan, advise(config, plan, device=device, shapes=shapes), Console())
+    given: dict[str, Any] = {"device": device, "shapes": read_shapes(config), "gpus": gpus or 1}
+    plan = make_plan(config, limit=limit, **given)
+    print_plan(plan, advise(config, plan, **given), Console(), gpus or 1)
 
 
 def announce(config: PPOConfig, console: Console | None = None) -> None:
@@ -52,7 +58,8 @@ def announce(config: PPOConfig, console: Console | None = None) -> None:
         if count_weights(shapes.policy, config.model) < TINY:
             return
         device, limit = find_limit(config)
-        print_plan(make_plan(config, device, limit=limit, shapes=shapes), (), console)
+        gpus = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+        print_plan(make_plan(config, device, limit=limit, shapes=shapes, gpus=gpus), (), console, gpus)
     except UserError:
         return  # the run itself stops at it
     except Exception as error:  # of a kind of model that cannot be made without data
@@ -77,10 +84,18 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def print_plan(plan: Plan, changes: Sequence[Change], console: Console) -> None:
-    """The table, and a line on each thing that a person would ask next."""
+def parse_count(text: str) -> int:
+    """The number of GPUs, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{GPUS}: expected a number of GPUs, got {text!r}")
+    return int(text)
+
+
+def print_plan(plan: Plan, changes: Iterable[Change], console: Console, gpus: int = 1) -> None:
+    """Print the table and the verdict, then each change as soon as `changes` has it."""
     unit = "GiB" if plan.peak >= 2**30 else "MiB"
-    table = Table(title=f"memory by phase, {unit}", title_justify="left")
+    each = f" on each of {gpus} GPUs" if gpus > 1 else ""
+    table = Table(title=f"memory by phase{each}, {unit}", title_justify="left")
     table.add_column("")
     for phase in plan.phases:
         table.add_column(phase, justify="right")
@@ -90,19 +105,22 @@ def print_plan(plan: Plan, changes: Sequence[Change], console: Console) -> None:
     table.add_section()
     table.add_row("all", *(_number(sum(breakdown.values()), unit) for breakdown in plan.phases.values()))
     console.print(table)
-    for line in describe(plan, changes):
-        console.print(line, highlight=False, soft_wrap=True)
+    latest = plan
+    with console.status("looking for settings that fit") if not plan.fits else contextlib.nullcontext():
+        for line in describe(plan):
+            console.print(line, highlight=False, soft_wrap=True)
+        for change in changes:
+            latest = change.plan
+            line = f"  set {_setting(change)}: peak {readable(latest.peak)}"
+            console.print(line, highlight=False, soft_wrap=True)
+    if latest is not plan and not latest.fits:
+        console.print("that is not enough: take shorter responses or a smaller model", highlight=False, soft_wrap=True)
 
 
-def describe(plan: Plan, changes: Sequence[Change]) -> list[str]:
-    """Peak, host memory, verdict and changes, a line each."""
+def describe(plan: Plan) -> list[str]:
+    """Peak with the verdict, and host memory, a line each."""
     lines = [f"peak {readable(plan.peak)} in {plan.fullest}" + _verdict(plan)]
-    if plan.host:
-        lines.append(f"{readable(plan.host)} of models wait in host memory")
-    lines += [f"  set {_setting(each)}: peak {readable(each.plan.peak)}" for each in changes]
-    if changes and not changes[-1].plan.fits:
-        lines.append("that is not enough: take shorter responses or a smaller model")
-    return lines
+    return lines + [f"{readable(plan.host)} of models wait in host memory"] * bool(plan.host)
 
 
 def readable(count: int) -> str:
@@ -127,13 +145,13 @@ def _setting(change: Change) -> str:
     return f"{change.name} to {value}" + f" and model.lora.rank to {ADAPTER_RANK}" * (value == "adapters")
 
 
-def _take_size(argv: list[str]) -> tuple[int | None, list[str]]:
-    """The size after --gpu, and the other arguments."""
+def _take(flag: str, argv: list[str], parse: Callable[[str], int]) -> tuple[int | None, list[str]]:
+    """The number after a flag, and the other arguments."""
     for index, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        if flag == GPU:
+        name, equals, value = argument.partition("=")
+        if name == flag:
             rest = argv[index + 1 :]
             if not equals:
                 value, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("", rest)
-            return parse_size(value), argv[:index] + rest
+            return parse(value), argv[:index] + rest
     return None, argv

@@ -6,7 +6,7 @@ Sampling is the engine at the two moments that count, after a block of prompts a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from ppo_fast.rlhf.decoding.vllm_engine import cache_bytes, longest_sequence, ru
 from ppo_fast.rlhf.models.forward import backbone_of, filter_kwargs, unwrapped
 from ppo_fast.rlhf.models.models import Role
 from ppo_fast.rlhf.models.saved import SavedModels
+from ppo_fast.rlhf.models.sharding import Root
+from ppo_fast.rlhf.planning import gathered
 from ppo_fast.rlhf.planning.shapes import load_models_without_data
 from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
 from ppo_fast.rlhf.ppo.advantages import Experience
@@ -42,6 +44,9 @@ from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
 from ppo_fast.rlhf.training.adamw_8bit import AdamW8bit
 
+ROLES: tuple[Role, ...] = ("policy", "reference", "value")
+# Each rank has a share of these, and of the parameters of frozen networks.
+SPLIT = ("adapters", "gradients", "optimizer states")
 _OPS = torch.ops.ppo_fast
 # The argument that is written to: the logits of `policy_loss`, zeros in the derivatives of index_select and gather.
 _IN_PLACE = {
@@ -60,18 +65,24 @@ class Shape(NamedTuple):
 
 
 class DryRun:
-    """The phases of one step, as a run on a device of that type would take them; all responses as long as allowed."""
+    """The phases of one step, as a run on a device of that type would take them; all responses as long as allowed.
 
-    def __init__(self, config: PPOConfig, shapes: SavedModels, device: str, prompt_tokens: int) -> None:
-        self.config, self.shapes, self.device = config, shapes, device
+    With several `gpus` it is the step of one of them, on its share of the responses and of the weights.
+    """
+
+    def __init__(self, config: PPOConfig, shapes: SavedModels, device: str, prompt_tokens: int, gpus: int = 1) -> None:
+        self.config, self.shapes, self.device, self.gpus = config, shapes, device, gpus
         self.prompt, self.response = prompt_tokens, config.rollout.max_new_tokens
-        self.timeline = Timeline(lambda func, args: op_workspace(func, args, device))
+        self.timeline = Timeline(lambda func, args: op_workspace(func, args, device), self._share)
 
     def run(self) -> Timeline:
         """The timeline of a step whose optimizers have taken one before."""
         with FakeTensorMode(allow_non_fake_inputs=True), self.timeline:
-            self.resident = load_models_without_data(self.config, self.shapes, self.device, self.timeline.name)
+            self.resident = load_models_without_data(
+                self.config, self.shapes, self.device, self.timeline.name, self.gpus
+            )
             self.models = self.resident.models
+            self.start()
             roles: tuple[Role, ...] = ("policy",) if self.models.value is None else ("policy", "value")
             for role in roles:  # before the hooks of the optimizers, which free gradients
                 for parameter in self.models.trained(role):
@@ -88,11 +99,25 @@ class DryRun:
             self.update()
         return self.timeline
 
+    def start(self) -> None:
+        """Several processes each load all networks, and then split them."""
+        if self.gpus == 1:
+            return
+        roots = {id(root): root for role in ROLES if len((root := self.models.root(role)).networks)}
+        networks = [*roots.values(), *(model.network for model in self.resident.rewards if not model.shared)]
+        weights = {id(weight): weight for network in networks for weight in network.parameters()}
+        sizes = [(weight.nbytes, self.timeline.on_device(weight)) for weight in weights.values()]
+        with self.timeline.phase("start", **{"gathered weights": sum(whole - share for whole, share in sizes)}):
+            pass
+
     @torch.no_grad()
     def rollout(self) -> None:
         """Sample with the engine that the run will have."""
-        rows = self.config.rollout.micro_batch_size or self.config.rollout.batch_size
-        with self.timeline.phase("rollout"), self.models.using("policy") as policy:
+        rows = self.config.rollout.micro_batch_size or self._rows(self.config.rollout.batch_size)
+        with (
+            self.timeline.phase("rollout", **self._gathered(gathered.whole, "policy")),
+            self.models.using("policy") as policy,
+        ):
             engine = find_engine(self.config.rollout.engine, policy)
             if engine is run_vllm:
                 self._sample_in_vllm(policy, rows)
@@ -107,7 +132,9 @@ class DryRun:
         sampling = Sampling(rows.temperature, rows.top_k, rows.top_p)
         settings = DecodingSettings(self.models.eos_ids, self.models.pad_id, sampling, seed=0, width=slots)
         samples = rows.samples_per_prompt  # which share a prefill
-        requests = [Request([row // samples] * self.prompt, row, self.response) for row in range(rows.batch_size)]
+        requests = [
+            Request([row // samples] * self.prompt, row, self.response) for row in range(self._rows(rows.batch_size))
+        ]
         network = Network(policy)
         with attending_to_slots(network.backbone):
             loop = Loop(network, requests, settings, torch.device("cpu"))
@@ -130,7 +157,7 @@ class DryRun:
         cache = _zeros(cache_bytes(text, width, longest, network.dtype.itemsize), dtype=torch.uint8)
         self.timeline.name("weights", copies)
         self.timeline.name("KV cache", [cache])
-        rows = min(self.config.rollout.batch_size, max(1, vllm_engine.PREFILL_TOKENS // self.prompt))
+        rows = min(self._rows(self.config.rollout.batch_size), max(1, vllm_engine.PREFILL_TOKENS // self.prompt))
         backbone_of(network)(_zeros(rows, self.prompt, dtype=torch.long), use_cache=False)
         logits = _zeros(width, text.vocab_size)
         logits.log_softmax(dim=-1)
@@ -150,7 +177,7 @@ class DryRun:
         """One batch by each model."""
         settings = self.config.scoring
         shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.batch_size)
-        with self.timeline.phase("scoring"):
+        with self.timeline.phase("scoring", **self._gathered(gathered.layer_by_layer, *ROLES)):
             grid = self._make_grid(shape)
             mask = torch.ones(shape.rows, shape.response, dtype=torch.float32, device="cpu")
             responses = grid.ids[:, shape.prompt :]
@@ -162,8 +189,9 @@ class DryRun:
     @torch.no_grad()
     def reward(self) -> None:
         """One batch by each reward model, an EOS after the longest response."""
-        rows = min(self.config.rollout.micro_batch_size or REWARD_ROWS, self.config.rollout.batch_size)
-        with self.timeline.phase("reward"):
+        rows = min(self.config.rollout.micro_batch_size or REWARD_ROWS, self._rows(self.config.rollout.batch_size))
+        roots = [Root(reward=model.network) for model in self.resident.rewards]
+        with self.timeline.phase("reward", **self._largest(gathered.layer_by_layer, roots)):
             ids = _zeros(rows, self.prompt + self.response + 1, dtype=torch.long)
             for model in self.resident.rewards:
                 with model.present():
@@ -173,9 +201,9 @@ class DryRun:
         """Run two micro-batches of a minibatch, which accumulate gradients, and the optimizer step."""
         settings, networks = self.config.optim, self.learner.optimizers
         shape = self._shape(settings.micro_batch_size, settings.tokens_per_pass, settings.minibatch_size)
-        rows = min(2 * shape.rows, settings.minibatch_size)
+        rows = min(2 * shape.rows, self._rows(settings.minibatch_size))
         failed = _zeros(dtype=torch.bool)
-        with self.timeline.phase("update"):
+        with self.timeline.phase("update", **self._gathered(gathered.trained, "policy", "value")):
             for network in networks:
                 network.begin(1.0, failed)
             with self.models.recomputing():
@@ -183,6 +211,24 @@ class DryRun:
             for network in networks:
                 network.clip()
                 network.step(1.0, failed)
+
+    def _rows(self, count: int) -> int:
+        """Of a batch, the rows of the rank that has most."""
+        return -(-count // self.gpus)
+
+    def _share(self, item: str | None, tensor: Tensor) -> int:
+        size = tensor.untyped_storage().nbytes()
+        split = item in SPLIT or (item in ("weights", None) and gathered.is_split(tensor))
+        return -(-size // self.gpus) if split else size
+
+    def _gathered(self, size: Callable[[Root], int], *roles: Role) -> Breakdown:
+        """The bytes that the roots of these roles hold whole, one after another."""
+        return self._largest(size, [self.models.root(role) for role in roles])
+
+    def _largest(self, size: Callable[[Root], int], roots: Sequence[Root]) -> Breakdown:
+        if self.gpus == 1:
+            return {}
+        return {"gathered weights": max(size(root) for root in roots if len(root.networks))}
 
     def _make_states(self) -> None:
         """Make the states that optimizers keep from one step to the next."""
@@ -199,6 +245,8 @@ class DryRun:
 
     def _shape(self, size: int | None, tokens: int | None, whole: int) -> Shape:
         """The fullest forward pass: responses at their longest, or shorter ones that fill the tokens of a pass."""
+        whole = self._rows(whole)
+        size = None if size is None else min(size, whole)
         if tokens is None:
             return Shape(size or whole, self.prompt, self.response)
         rows = min(whole, max(1, -(-tokens // (self.prompt + self.response - 1))))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, check_ranks
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.saved import SavedModels
+from ppo_fast.rlhf.planning.depth import measure
 from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.shapes import read_shapes
 from ppo_fast.rlhf.planning.tracing import Breakdown
 
 ITEMS = (
     "weights",
+    "gathered weights",
     "adapters",
     "gradients",
     "optimizer states",
@@ -27,7 +29,7 @@ ITEMS = (
     "CUDA context",
 )
 # What comes and goes, and the share of it that CUDA's caching allocator is taken to lose between its blocks.
-_VARYING, _LOST = ("gradients", "KV cache", "activations", "logits chunk"), 0.05
+_VARYING, _LOST = ("gathered weights", "gradients", "KV cache", "activations", "logits chunk"), 0.05
 # CUDA's own and the workspace of cuBLAS; an estimate, which differs between GPUs by a few hundred MiB.
 _CONTEXT = 600 * 2**20
 FEWEST_TOKENS = 64  # of a pass that is advised
@@ -79,6 +81,7 @@ def make_plan(
     limit: int | None = None,
     shapes: SavedModels | None = None,
     prompt_tokens: int | None = None,
+    gpus: int = 1,
 ) -> Plan:
     """Plan the run from the configs of its models, by a step on tensors without data.
 
@@ -87,13 +90,16 @@ def make_plan(
         limit: bytes of the device.
         shapes: configs of the models; None: read from where `config` says.
         prompt_tokens: of the longest prompt; None: as many as are allowed.
+        gpus: over which torchrun splits the run; the plan is that of one of them.
     """
+    if gpus > 1:
+        check_ranks(config)
     shapes = shapes or read_shapes(config)
     longest = prompt_tokens or longest_prompt(config, shapes)
-    timeline = DryRun(config, shapes, device, longest).run()
+    peaks, host = measure(config, shapes, lambda models: DryRun(config, models, device, longest, gpus).run())
     overhead = _overhead if device == "cuda" else lambda breakdown: breakdown
-    phases = {name: overhead(breakdown) for name, breakdown in timeline.peaks().items()}
-    return Plan({name: _ordered(breakdown) for name, breakdown in phases.items()}, timeline.host, limit)
+    phases = {name: overhead(breakdown) for name, breakdown in peaks.items()}
+    return Plan({name: _ordered(breakdown) for name, breakdown in phases.items()}, host, limit)
 
 
 def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
@@ -108,16 +114,15 @@ def longest_prompt(config: PPOConfig, shapes: SavedModels) -> int:
     return min(config.data.max_prompt_tokens, left)
 
 
-def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
-    """Choose settings to change until the run fits; the last may not suffice. `given` are arguments of `make_plan`.
+def advise(config: PPOConfig, plan: Plan, **given: Any) -> Iterator[Change]:
+    """Yield settings to change, each as it is found, until the run fits; the last may not suffice.
+
+    `given` are arguments of `make_plan`.
 
     The order is that of the price: first what leaves the numbers as they are, by more and smaller passes and then by
     more time, then what rounds them, then what trains less.
     """
-    changes, replan = (
-        list[Change](),
-        functools.partial(make_plan, limit=plan.limit, **given),
-    )
+    replan = functools.partial(make_plan, limit=plan.limit, **given)
     for setting in (*_SETTINGS, *_SETTINGS):  # again, as the peak may have moved to another phase
         if plan.fits:
             break
@@ -128,8 +133,7 @@ def advise(config: PPOConfig, plan: Plan, **given: Any) -> list[Change]:
         index, found = _first_that_fits(tried, replan, setting.phases)
         if found.peak < plan.peak:
             config, plan = tried[index], found
-            changes.append(Change(setting.name, values[index], plan))
-    return changes
+            yield Change(setting.name, values[index], plan)
 
 
 def _first_that_fits(

@@ -104,9 +104,15 @@ def count_weights(policy: SavedModel, config: ModelConfig) -> int:
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str, name: Name) -> LoadedModels:
-    """The networks in their layout, of tensors without data; to be called under a FakeTensorMode."""
-    networks, offload = NetworksWithoutData(config.model, device, name), config.model.offload
+def load_models_without_data(
+    config: PPOConfig, saved: SavedModels, device: str, name: Name, gpus: int = 1
+) -> LoadedModels:
+    """The networks in their layout, of tensors without data; to be called under a FakeTensorMode.
+
+    Split over several `gpus`, an offloaded network is never whole on the device.
+    """
+    networks, offload = NetworksWithoutData(config.model, device, name), config.model.offload and gpus == 1
+    idle = None if config.model.offload and gpus > 1 else "weights"
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
         models = _make_models(config, networks, saved)
         if models.adapters is not None and config.optim.master_weights is False:
@@ -123,11 +129,13 @@ def load_models_without_data(config: PPOConfig, saved: SavedModels, device: str,
         dtype, copies = models.policy.dtype, (copy for each in adapters.copies.values() for copy in each)
         name("adapters", [copy.get(dtype) for copy in copies if copy.parameter.dtype != dtype])
     offloaded = _offload(models.reference, name) if offload and adapters is None else None
+    if adapters is None:
+        _materialize(_tensors(models.reference), idle, name)
     for network in filter(None, (models.policy, models.reference, models.value)):
         _materialize(_tensors(network), "weights", name)
     apart = [_offload(reward.network, name) if offload and not reward.shared else None for reward in rewards]
     for reward in rewards:
-        _materialize(_tensors(reward.network), "weights", name)
+        _materialize(_tensors(reward.network), "weights" if reward.shared else idle, name)
     placed = [
         reward if waiting is None else reward._replace(present=waiting.present)
         for reward, waiting in zip(rewards, apart, strict=True)

@@ -143,7 +143,8 @@ class Evaluation(Callback):
     def _complete(self, prompts: PromptRows) -> list[str]:
         if isinstance(prompts, str):
             raise UserError(f"evaluator: generate: expected a list of prompts, got {prompts!r}")
-        data = load_prompts(prompts, self.models.tokenizer, dataclasses.replace(self.config.data, deduplicate=False))
+        as_given = dataclasses.replace(self.config.data, deduplicate=False, columns=())
+        data = load_prompts(prompts, self.models.tokenizer, as_given)
         if data.dropped:
             limit = self.config.data.max_prompt_tokens
             raise UserError(f"evaluator: expected prompts of at most {limit} tokens, got {data.dropped} longer ones")

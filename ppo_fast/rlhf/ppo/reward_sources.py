@@ -142,7 +142,7 @@ class ModelSource:
     ) -> None:
         saved = SavedModel("reward.models", path, model.trust_remote_code) if isinstance(path, str) else path
         self.model, self.present, self.shared = _load_network(saved, model, device, adapters)
-        self.root, self.name = Root(reward=self.model), "reward"
+        self.root, self.network = Root(reward=self.model), "reward"
         self.tokenizer, self.own = tokenizer, load_tokenizer(saved)
         self.same = self.own.get_vocab() == tokenizer.get_vocab()
         own_eos_ids = saved_eos_ids(str(saved.path), self.own, self.model.backbone.config)
@@ -156,7 +156,7 @@ class ModelSource:
         """Split the weights over the ranks, if they are a process group; those of an adapter are with the policy's."""
         mesh = current().mesh
         if self.shared:
-            self.root, self.name = models.root("policy"), "policy"
+            self.root, self.network = models.root("policy"), "policy"
         elif mesh is not None:
             shard(self.root, mesh, offload=offload)
 
@@ -227,7 +227,7 @@ class ModelSource:
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64, device=device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
         attention_mask = torch.arange(width, dtype=torch.int64, device=device) >= width - lengths[:, None]
-        return self.root.run(self.name, lambda _: sequence_scores(self.model, ids, attention_mask)).float().tolist()
+        return self.root.run(self.network, lambda _: sequence_scores(self.model, ids, attention_mask)).float().tolist()
 
 
 Source = FunctionSource | ModelSource

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.rlhf.config.files import save_config
-from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.config.ppo import PPOConfig, check_ranks
 from ppo_fast.rlhf.data.curriculum import make_arrangement
 from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load_prompts, make_batch
 from ppo_fast.rlhf.decoding.engines import check_engine
@@ -48,6 +48,8 @@ from ppo_fast.rlhf.ppo.rewards import (
 from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.preflight import check_ppo
+from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
 from ppo_fast.rlhf.training.finite import require_finite
@@ -257,16 +259,17 @@ def train_ppo(
         config: the run; equal configs and inputs give equal results on one machine.
         reward_fn: f(prompts, completions, completion_ids, **columns) -> a number, or a list of one number per
             token, for each completion; called by keyword. It may be `async def`, or return coroutines.
-        prompts: texts, or rows {"prompt": text or messages, column: ...}.
+        prompts: texts, or rows {"prompt": text or messages, column: ...}; or a path or a name on the Hub, as
+            `data.prompts`.
         policy: a causal LM, trained in place.
         tokenizer: the policy's.
         eval_prompts: held-out prompts, in the forms of `prompts`.
         callbacks: objects with any of the methods of :class:`ppo_fast.rlhf.Callback`.
         resume: continue the newest checkpoint in `config.output_dir`, bitwise as if it had never stopped. The
             inputs must be those of the start; in the config, `updates`, `output_dir`, `overwrite`, `max_hours`,
-            `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate schedule. A name
-            such as "update-000003" continues that checkpoint; newer ones are renamed, and removed when the next is
-            complete.
+            `push_to_hub`, `checkpoint` and `log` may differ. Another number of updates stretches the learning-rate
+            schedule. A name such as "update-000003" continues that checkpoint; newer ones are renamed, and removed
+            when the next is complete.
         rollout_fn: f(prompts, prompt_ids, sample, tokenizer, **columns) -> (token ids, mask, log-probabilities) of
             each response, called by keyword; see :func:`ppo_fast.rlhf.ppo.environment.respond`.
 
@@ -281,6 +284,7 @@ def train_ppo(
     with open_run(config, *given, user_callbacks(callbacks), resume, rollout_fn) as (run, log, stop):
         run.loop(log, stop)
         final = save_models(run.models, log.directory / FINAL)
+        publish(final, log, run.models.policy)
         run.end()
     return PPOResult(log.directory, final, log.history, run.models)
 
@@ -304,14 +308,18 @@ def open_run(
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
-        _check_ranks(config)
+        if current().mesh is not None:
+            check_ranks(config)
         if config.rollout.engine == "vllm":
             import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
         log = RunLog(config, resume=start.state["log"] if start else None)
+        current().on_main(lambda: check_hub(config))
         warn_about_filters(config.rollout)
         warn_about_whitening(config.kl, config.advantage.whitened)
         clear_module_cache()
+        given = policy is not None and tokenizer is not None
+        check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
         models = load_models(
@@ -336,8 +344,8 @@ def open_run(
         )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
-        given = rollout_fn is not None and config.rollout.engine == "vllm"
-        check(not given, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
+        own = rollout_fn is not None and config.rollout.engine == "vllm"
+        check(not own, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)
@@ -357,18 +365,6 @@ def open_run(
             if current().is_main:
                 save_config(config, log.directory / "config.yaml")
             yield run, log, stop
-
-
-def _check_ranks(config: PPOConfig) -> None:
-    """Refuse by name what several processes, or weights split over them, cannot have."""
-    if current().mesh is None:
-        return
-    one = "false under torchrun"
-    check(not config.optim.in_backward, "optim.in_backward", f"{one}, where no rank has a whole gradient", True)
-    engine = config.rollout.engine
-    check(engine != "vllm", "rollout.engine", "'slots', 'generate' or null under torchrun", engine)
-    activations = config.model.offload_activations
-    check(not activations, "model.offload_activations", f"{one}, which gathers weights in the backward pass", True)
 
 
 def _prompt_source(config: PPOConfig, prompts: str | PromptRows | None) -> str | PromptRows:

@@ -200,8 +200,8 @@ class Learner:
         for number, part in enumerate(dealt.rows):
             micro = MicroBatch.from_experience(experience, part, packed=packed)
             self.repeats = number >= dealt.counted
-            metrics = run(micro, self._policy_terms(micro, count), tokens)
-            found.append(tuple(map(zeros_like, metrics)) if self.repeats else metrics)
+            policy, value = run(micro, self._policy_terms(micro, count), tokens)
+            found.append((zeros_like(policy), zeros_like(value)) if self.repeats else (policy, value))
         policy, value = (combine(each, losses=torch.sum) for each in zip(*found, strict=True))
         return combined_over_ranks(policy, world), combined_over_ranks(value, world)
 

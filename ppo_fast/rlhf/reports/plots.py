@@ -6,14 +6,17 @@ import argparse
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.files import write_result
@@ -23,6 +26,7 @@ COUNTERS = ("update", "step")  # a line of a metrics file has one of them
 History = Sequence[Mapping[str, float]]  # one mapping of metric names to numbers per update
 
 INK, GRID = "#33393f", "#e6e8ea"
+LINE = 11.0  # points from one label to the next
 PICTURES = (".png", ".svg", ".pdf")
 COLORS = ("#1f6f8b", "#d98324", "#7b5ea7", "#5b8c5a", "#a3514b", "#6b7580")
 
@@ -38,8 +42,16 @@ class Panel:
     floor: float | None = None  # lowest value the quantity can take, if the axis begins there
 
 
+class Last(NamedTuple):
+    """The end of a curve."""
+
+    update: float
+    value: float  # not smoothed
+    color: str
+
+
 PANELS = (
-    Panel("objective/scores", "Reward", "mean score of a response"),
+    Panel("objective/scores", "Score", "mean, after clip and penalties"),
     Panel("objective/kl", "KL to the reference", "nats per response", floor=0.0),
     Panel("objective/entropy", "Entropy of the policy", "nats per token", floor=0.0),
     Panel("policy/clipfrac", "Clip fraction", "% of tokens", scale=100.0, floor=0.0),
@@ -73,20 +85,18 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def choose_panels(histories: Sequence[History], metrics: Sequence[str] | None = None) -> list[Panel]:
-    """Panels of the metrics named; by default those of ``PANELS`` that every run has, else its first four metrics.
+    """Panels of the metrics named; by default those of ``PANELS`` that a run has, else its first four metrics.
 
     Raises:
-        UserError: a metric that a run does not have.
+        UserError: a metric that no run has.
     """
-    first, *others = ({name for row in history for name in row} for history in histories)
-    order = [*histories[0][-1], *sorted(first)]
-    shared = sorted(first.intersection(*others), key=order.index)
+    logged = dict.fromkeys(name for history in histories for row in (history[-1], *history) for name in row)
+    curves = [name for name in logged if name not in (*COUNTERS, "note")]
     known = {panel.metric: panel for panel in PANELS}
     for name in metrics or ():
-        if name not in shared:
-            raise UserError(f"plot: expected metrics that every run has ({', '.join(sorted(shared))}), got {name!r}")
-    curves = [name for name in shared if name not in COUNTERS]
-    chosen = metrics or [name for name in known if name in shared] or curves[: len(PANELS)]
+        if name not in curves:
+            raise UserError(f"plot: expected metrics that a run has ({', '.join(sorted(curves))}), got {name!r}")
+    chosen = metrics or [name for name in known if name in curves] or curves[: len(PANELS)]
     return [known.get(name, Panel(name, name)) for name in chosen]
 
 
@@ -123,8 +133,8 @@ def draw_curves(
 ) -> None:
     """Draw metrics of one or more runs into one picture, PNG, SVG or PDF by its name.
 
-    The thin line is each update, the thick one a running mean; the last value is written at the end of it. What not
-    every update has is drawn as points.
+    The thin line is each update, the thick one a running mean; the last value itself is written at the end. What not
+    every update has is drawn as points. A panel has the curves of the runs that logged its metric.
 
     Args:
         runs: name -> history, as :func:`read_metrics` returns it. Names make the legend when there are several.
@@ -139,34 +149,45 @@ def draw_curves(
         raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
     matplotlib.use("Agg")
     with plt.rc_context(_style()):
-        figure, axes = _make_axes(len(panels))
+        figure, axes = _make_axes(len(panels), counter_of(runs.values()))
+        colors = [color for _, color in zip(runs, itertools.cycle(COLORS), strict=False)]
         height = figure.get_figheight()
         figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
         figure.text(0.08, 1 - 0.64 / height, printable(subtitle), fontsize=10, color="#6b7580")
         for axis, panel in zip(axes, panels, strict=False):
-            for (name, history), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
-                _draw_run(axis, panel, history, color, name)
+            drawn = [
+                _draw_run(axis, panel, history, color) for history, color in zip(runs.values(), colors, strict=True)
+            ]
             _finish(axis, panel)
+            _label(axis, [last for last in drawn if last is not None])
         if len(runs) > 1:
-            axes[0].legend(frameon=False, fontsize=9)
+            lines = [
+                Line2D([], [], color=color, label=printable(name)) for name, color in zip(runs, colors, strict=True)
+            ]
+            axes[0].legend(handles=lines, frameon=False, fontsize=9)
         suffix, picture = Path(path).suffix, io.BytesIO()
         figure.savefig(picture, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
         plt.close(figure)
     write_result("plot", Path(path), picture.getvalue())
 
 
-def _make_axes(count: int) -> tuple[Figure, list[Axes]]:
+def counter_of(histories: Iterable[History]) -> str:
+    """What the rows are counted by: "update" of PPO, "step" of the other stages."""
+    return next((name for history in histories for name in COUNTERS if name in history[0]), COUNTERS[0])
+
+
+def _make_axes(count: int, counter: str) -> tuple[Figure, list[Axes]]:
     """Make `count` axes in up to two columns, below room for two lines of text."""
     columns = min(2, count)
     rows = math.ceil(count / columns)
     height = 1.2 + 2.6 * rows
     figure, grid = plt.subplots(rows, columns, figsize=(9.6, height), sharex=True, squeeze=False)
-    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.30)
+    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.40)
     axes = list(grid.flat)
     for axis in axes[count:]:
         axis.set_axis_off()
     for axis in grid[-1]:
-        axis.set_xlabel("update")
+        axis.set_xlabel(counter)
     return figure, axes
 
 
@@ -188,32 +209,52 @@ def _style() -> dict[str, object]:
     }
 
 
-def _draw_run(axis: Axes, panel: Panel, history: History, color: str, name: str) -> None:
-    """Draw every value thin and a running mean thick; metrics not logged at every update as points on a line."""
+def _draw_run(axis: Axes, panel: Panel, history: History, color: str) -> Last | None:
+    """Draw every value thin and a running mean thick; metrics not logged at every update as points on a line.
+
+    Return the last value; None, with nothing drawn, for a run without the metric.
+    """
     rows = [(next((row[c] for c in COUNTERS if c in row), i), row) for i, row in enumerate(history, start=1)]
     drawn = [(update, panel.scale * row[panel.metric]) for update, row in rows if panel.metric in row]
+    if not drawn:
+        return None
     updates, values = zip(*drawn, strict=True)
+    last = Last(updates[-1], values[-1], color)
     if len(values) == len(history):
         axis.plot(updates, values, color=color, linewidth=0.8, alpha=0.35)
         values, marker = tuple(smooth(values, 5)), None
     else:
         marker = "o"
-    axis.plot(updates, values, color=color, linewidth=2.0, label=printable(name), marker=marker, markersize=4)
-    axis.annotate(
-        f"{values[-1]:.2g}",
-        (updates[-1], values[-1]),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        color=color,
-        fontweight="bold",
-        annotation_clip=False,
-    )
+    axis.plot(updates, values, color=color, linewidth=2.0, marker=marker, markersize=4)
+    return last
+
+
+def _label(axis: Axes, ends: Sequence[Last]) -> None:
+    """Write the last values to the right of their curves, one above the other where they would overlap."""
+    if not ends:
+        return
+    heights = axis.transData.transform([(last.update, last.value) for last in ends])[:, 1]
+    points, lowest = 72 / axis.figure.dpi, -math.inf
+    for height, last in sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0]):
+        placed = max(height * points, lowest + LINE)
+        lowest = placed
+        axis.annotate(
+            f"{last.value:.3g}",
+            (last.update, last.value),
+            xytext=(5, placed - height * points),
+            textcoords="offset points",
+            va="center",
+            color=last.color,
+            fontweight="bold",
+            annotation_clip=False,
+        )
 
 
 def _finish(axis: Axes, panel: Panel) -> None:
     axis.set_title(printable(panel.title), loc="left", fontsize=11, fontweight="bold", pad=8)
     axis.set_ylabel(panel.unit)
     axis.margins(x=0.01)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.floor is not None:
-        axis.set_ylim(bottom=panel.floor)
+        top = axis.get_ylim()[1]
+        axis.set_ylim(panel.floor, top + 0.05 * (top - panel.floor))  # a curve that is flat stays below the edge

@@ -50,7 +50,9 @@ def write_report(run: Path, out: Path, *, seed: int = 0) -> Path:
         summary=_summary(history),
         history=history,
         warnings=_warnings(history),
-        curves=_curves(history),
+        unit=plots.counter_of([history]),
+        curves=_curves(history, plots.choose_panels([history])),
+        evaluations=_curves(history, _evaluation_panels(history)),
         metrics=_first_and_last(history),
         samples=_samples(samples),
         pairs=_blind_pairs(answers, random.Random(seed)),
@@ -70,11 +72,18 @@ def _warnings(history: plots.History) -> list[str]:
     return [f"update {row.get('update', i + 1)}: {row['note']}" for i, row in enumerate(history) if row.get("note")]
 
 
-def _curves(history: plots.History) -> str:
-    """The default curves as SVG, in base64."""
+def _evaluation_panels(history: plots.History) -> list[plots.Panel]:
+    names = dict.fromkeys(name for row in history for name in row if name.startswith("eval/"))
+    return [plots.Panel(name, name.removeprefix("eval/")) for name in names]
+
+
+def _curves(history: plots.History, panels: Sequence[plots.Panel]) -> str:
+    """The panels as SVG, in base64; empty without one."""
+    if not panels:
+        return ""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "curves.svg"
-        plots.draw_curves({"": history}, path, title="", panels=plots.choose_panels([history]))
+        plots.draw_curves({"": history}, path, title="", panels=panels)
         return base64.b64encode(path.read_bytes()).decode()
 
 

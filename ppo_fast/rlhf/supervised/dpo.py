@@ -18,6 +18,8 @@ from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
 from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
+from ppo_fast.rlhf.models.sharding import Root, shard
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -29,6 +31,7 @@ from ppo_fast.rlhf.supervised.train import (
 )
 from ppo_fast.rlhf.training.resume import with_kernels
 from ppo_fast.rlhf.training.utilization import matrix_weights
+from ppo_fast.rlhf.world import current
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,22 @@ class DPO(Objective[Pair]):
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
         batch = self.batch(pairs)
         with torch.no_grad(), self._at_start():
-            ref_chosen, ref_rejected = self._logprobs(self.reference, batch)
-        chosen, rejected = self._logprobs(self.model, batch)
-        return ops.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
+            if self.adapters is None:
+                reference = self.reference_root.run("reference", self._logprobs, batch)
+            else:
+                reference = self.run(self._logprobs, batch)
+        return self.run(lambda model: ops.dpo_loss(*self._logprobs(model, batch), *reference, beta=self.beta))
+
+    @functools.cached_property
+    def reference_root(self) -> Root:
+        """A root of its own for a reference that is a network of its own."""
+        return Root(reference=self.reference)
+
+    def split(self) -> None:
+        super().split()
+        mesh = current().mesh
+        if mesh is not None and self.adapters is None:
+            shard(self.reference_root, mesh)
 
     @property
     def extra_work(self) -> int:
@@ -78,7 +94,7 @@ def train_dpo(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "chosen", "rejected"}.
+        train: a path or a name on the Hub, as `data.train`, or rows {"prompt", "chosen", "rejected"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the model's.
@@ -94,6 +110,8 @@ def train_dpo(
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
     with setup_run(config, resume, callbacks) as start:
+        given = model is not None and tokenizer is not None
+        check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import RewardModelConfig
-from ppo_fast.rlhf.data.examples import Pair, chunks, preference_pair
+from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.loading import (
     GENERATION,
@@ -30,6 +30,7 @@ from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.resume import with_kernels
 
@@ -45,13 +46,17 @@ class RewardModel(Objective[Pair]):
 
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Return the scores [B] of the chosen and of the rejected, each at its last counted token, the EOS."""
-        batch = self.batch(pairs)
-        network = ValueModel.from_classifier(self.model)
-        chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
-        return chosen, rejected
+        return self.run(self._scores, self.batch(pairs))
 
     def loss(self, pairs: Sequence[Pair]) -> ops.LossOutput:
-        return ops.preference_loss(*self.scores(pairs), margin=self._margins(pairs))
+        batch, margins = self.batch(pairs), self._margins(pairs)
+        return self.run(lambda model: ops.preference_loss(*self._scores(model, batch), margin=margins))
+
+    @staticmethod
+    def _scores(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        network = ValueModel.from_classifier(model)
+        chosen, rejected = sequence_scores(network, batch.input_ids, batch.attention_mask).chunk(2)
+        return chosen, rejected
 
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         return self._metrics(pairs, *self._all_scores(pairs))
@@ -89,8 +94,7 @@ class RewardModel(Objective[Pair]):
 
     @torch.no_grad()
     def _all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        parts = [self.scores(part) for part in chunks(pairs, self.width)]
-        chosen, rejected = (torch.cat(column).double() for column in zip(*parts, strict=True))
+        chosen, rejected = self.gathered(lambda part: torch.stack(self.scores(part), dim=1), pairs).double().unbind(1)
         return chosen, rejected
 
     def _margins(self, pairs: Sequence[Pair]) -> Tensor:
@@ -113,7 +117,7 @@ def train_reward_model(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
+        train: a path or a name on the Hub, as `data.train`, or rows {"prompt", "chosen", "rejected"[, "margin"]}.
         held_out: the same, for the evaluation and the statistics.
         model: a causal LM, whose backbone gets a new head; trained in place.
         tokenizer: the model's.
@@ -129,6 +133,8 @@ def train_reward_model(
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with setup_run(config, resume, callbacks) as start:
+        given = model is not None and tokenizer is not None
+        check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
         loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)

@@ -13,6 +13,7 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import SFTConfig
 from ppo_fast.rlhf.data.examples import Example, completion_example
 from ppo_fast.rlhf.models.loading import load_policy, padding_id
+from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -34,8 +35,12 @@ class SFT(Objective[Example]):
     packed: bool = False  # batches without padding
 
     def loss(self, examples: Sequence[Example]) -> ops.LossOutput:
-        logprobs = completion_logprobs(self.model, self.batch(examples), linear=self.linear, packed=self.packed)
-        return ops.LossOutput(-logprobs.mean(), {})
+        batch = self.batch(examples)
+
+        def loss(model: PreTrainedModel) -> ops.LossOutput:
+            return ops.LossOutput(-completion_logprobs(model, batch, linear=self.linear, packed=self.packed).mean(), {})
+
+        return self.run(loss)
 
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         metrics = super().evaluate(examples)
@@ -56,7 +61,8 @@ def train_sft(
 
     Args:
         config: the run; equal configs and inputs give equal results on one machine.
-        train: a path, or rows {"prompt", "completion"} or {"messages"}.
+        train: a path or a name on the Hub, as `data.train`, or rows of one of the forms {"prompt", "completion"},
+            {"messages"} and {"text"}.
         held_out: the same, for the evaluation.
         model: a causal LM, trained in place.
         tokenizer: the model's.
@@ -72,6 +78,8 @@ def train_sft(
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
     with setup_run(config, resume, callbacks) as start:
+        given = model is not None and tokenizer is not None
+        check_supervised(config, train, held_out, ("prompt", "completion"), ("messages",), ("text",), given=given)
         loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)

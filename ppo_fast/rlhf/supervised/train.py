@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Generic
+from typing import Any, ClassVar, Generic
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from ppo_fast.rlhf.errors import BatchError, NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.forward import response_stats
 from ppo_fast.rlhf.models.loading import recomputing
+from ppo_fast.rlhf.models.sharding import Root, shard
+from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.best import BestModel
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, load_saved, save_model, write_model
@@ -39,6 +41,7 @@ from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful
 from ppo_fast.rlhf.training.utilization import Utilization, matmul_rate, training_work
+from ppo_fast.rlhf.world import current, join
 
 Source = str | Path | Iterable[Mapping[str, object]]
 
@@ -55,7 +58,22 @@ class Objective(ABC, Generic[Kind]):
 
     @abstractmethod
     def loss(self, examples: Sequence[Kind]) -> ops.LossOutput:
-        """Mean loss and metrics of the examples, each counted by its `weight`."""
+        """Mean loss and metrics of the examples, each counted by its `weight`, by `run`."""
+
+    @functools.cached_property
+    def root(self) -> Root:
+        """The network that is trained, as a root of weights that are gathered together."""
+        return Root(model=self.model)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(model, ...) with the weights that it needs gathered; see :meth:`Root.run`."""
+        return self.root.run("model", function, *args)
+
+    def split(self) -> None:
+        """Split the weights over the ranks, if they are a process group."""
+        mesh = current().mesh
+        if mesh is not None:
+            shard(self.root, mesh)
 
     @property
     def extra_work(self) -> int:
@@ -71,6 +89,13 @@ class Objective(ABC, Generic[Kind]):
         """Return loss and metrics of any number of held-out examples."""
         parts = [(share, metrics_of(self.loss(part))) for share, part in weighted(examples, self.width)]
         return {name: value.item() for name, value in mean_metrics(parts).items()}
+
+    @torch.no_grad()
+    def gathered(self, function: Callable[[Sequence[Kind]], Tensor], examples: Sequence[Kind]) -> Tensor:
+        """Return function(part) [n, ...] of all parts of the examples, in order; each rank computes its share."""
+        parts = [(share, function(part)) for share, part in weighted(examples, self.width)]
+        own = [found for share, found in parts if share]
+        return current().concatenate(torch.cat(own or [parts[0][1][:0]]))
 
     def extra_files(self, examples: Sequence[Kind]) -> dict[str, object]:
         """Return file name -> JSON, to save with the model; `examples` are the held-out ones."""
@@ -187,7 +212,7 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
             metrics["time/step"] = watch.seconds["step"]
             tokens = sum(part.length for example in batch.examples for part in example.parts)
             metrics["tokens_per_second"] = tokens / max(watch.seconds["step"], 1e-9)
-            metrics |= self.utilization.metrics(tokens, {}, watch.seconds)
+            metrics |= self.utilization.metrics(tokens / current().size, {}, watch.seconds)
         except NotFiniteError as error:
             notes.append(self.give_up(index, log, error, functools.partial(self._save_failure, batch)))
         return dataclasses.replace(
@@ -284,9 +309,14 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[object]) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before loading; then set threads and make the generator."""
     users = user_callbacks(callbacks)
-    with hold_directory(config.output_dir), threads(config.threads):
+    with (
+        join(config.model.device, config.ddp_timeout),
+        hold_directory(config.output_dir),
+        threads(config.threads),
+    ):
         if resume in (False, None):
-            require_free(config)
+            current().on_main(lambda: require_free(config))
+        current().on_main(lambda: check_hub(config))
         checkpoint = load_start(config, resume, "optim.epochs")
         yield Start(torch.Generator(find_device(config.model.device)).manual_seed(config.seed), checkpoint, users)
 
@@ -326,15 +356,18 @@ def fit(
     if objective.adapters is not None and config.optim.master_weights is False:
         objective.adapters.drop_masters()
     warn_about_precision(objective.model, config.optim)
+    objective.split()
     run = SupervisedRun(config, objective, data, tokenizer, start.generator, start.callbacks)
     checkpoint = start.checkpoint
     if checkpoint is not None:
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
     with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
-        save_config(config, log.directory / "config.yaml")
+        if current().is_main:
+            save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
         final = run.save_model(log.directory / FINAL)
+        publish(final, log, objective.model)
         run.end()
     return SupervisedResult(log.directory, final, log.history, objective.model)
 
@@ -346,10 +379,18 @@ def best_model(config: BestModelConfig) -> BestModel:
 
 
 def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequence[Kind]]]:
-    """Yield micro-batches of `width` examples with their shares of the whole weight: means of parts add up."""
-    total = sum(example.weight for example in examples)
-    for micro in chunks(examples, width):
+    """Yield this rank's micro-batches of `width` examples with their shares of the whole weight: means of parts add up.
+
+    Every rank yields as many: one with fewer repeats its last with share 0.
+    """
+    world, total = current(), sum(example.weight for example in examples)
+    shares = [examples[part.start : part.stop] for part in world.shares(len(examples))]
+    split = [list(chunks(share, width)) for share in shares]
+    own, count = split[world.rank], max(map(len, split))
+    for micro in own:
         yield sum(example.weight for example in micro) / total, micro
+    for _ in range(count - len(own)):
+        yield 0.0, (own or [examples[:1]])[-1]
 
 
 def metrics_of(output: ops.LossOutput) -> dict[str, Tensor]:
@@ -358,8 +399,9 @@ def metrics_of(output: ops.LossOutput) -> dict[str, Tensor]:
 
 
 def mean_metrics(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Combine the metrics of several micro-batches, each with its share."""
-    return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
+    """Combine the metrics of the micro-batches of all ranks, each with its share; each rank passes its own."""
+    sums = {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
+    return {name: current().sum(value) for name, value in sums.items()}
 
 
 def completion_logprobs(model: PreTrainedModel, batch: Batch, *, linear: bool = True, packed: bool = False) -> Tensor:

@@ -50,9 +50,7 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.taken = torch.zeros((), dtype=torch.float32, device=weights[0].device)  # steps that changed the weights
         self.draws = 0  # steps
-        self.state.update(
-            {weight: new_moments(*pair) for weight, *pair in zip(weights, weights, self.rows, strict=True)}
-        )
+        self.state.update({w: new_moments(w, part) for w, part in zip(weights, self.rows, strict=True)})
         self.first = max((part.start for part in self.rows if part is not None), default=0)  # differs between ranks
         self.index = {weight: index for index, weight in enumerate(weights)}
         self.kernel = find_kernel(weights[0].device)
@@ -162,7 +160,7 @@ def new_moments(weight: Tensor, rows: Rows | None = None) -> dict[str, Tensor]:
     """
     size, device = weight.numel(), weight.device
     row = weight[:1].numel() if rows is None or not size else size // len(weight)
-    whole, each = (size, 0) if rows is None else (rows.count * row, rows.each * row)
+    whole, each = (size, 0) if rows is None else (rows.total * row, rows.each * row)
     if whole < SMALLEST or whole % BLOCK or each % BLOCK:
         return {name: torch.zeros(size, dtype=torch.float32, device=device) for name in ("mean", "root")}
     codes = {"mean": torch.int8, "root": torch.uint8}

@@ -215,6 +215,7 @@ def save_tensors(tensors: Mapping[str, Tensor | Share], path: Path) -> None:
         return
     separate, seen = {}, set()
     for name, value in tensors.items():
+        assert isinstance(value, Tensor)  # no rank has a share
         storage = value.untyped_storage().data_ptr()
         separate[name] = (value.clone() if storage in seen else value).contiguous()
         seen.add(storage)

@@ -85,7 +85,7 @@ class StageLog(Callback):
         self.log, self.stage, self.total, self.resume = log, stage, total, resume
         self.directory = Path(config.output_dir)
         self.history: list[dict[str, float]] = []
-        self.console = console or Console(quiet=not log.console)
+        self.console = console or Console(quiet=not (log.console and self.is_main))
 
     def __enter__(self) -> Self:
         if not self.is_main:
@@ -193,8 +193,8 @@ class StageLog(Callback):
 
     def _print(self, text: str, style: str | None = None) -> None:
         """Print a line; a terminal breaks it between words, a file gets it whole."""
-        options = {"highlight": False, "markup": False, "soft_wrap": not self._interactive}
-        self.console.print(printable(text), style=style, **options)
+        whole = not self._interactive
+        self.console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=whole)
 
     def _print_parts(self, start: str, parts: Iterable[str]) -> None:
         """Print parts two spaces apart; a terminal breaks the line between parts, and indents what follows."""

@@ -126,7 +126,8 @@ class TrainingLoop(ABC):
             "rng": rng,
         }
         if current().size > 1:  # of the generators that a user's functions may use
-            state["rng_of_ranks"] = current().objects(rng)
+            others = current().objects({name: x for name, x in rng.items() if name != "run"})[1:]
+            state["rng_of_ranks"] = others
         saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
         with error_prefix(f"{log.unit} {self.done}"):
             for callback in self.callbacks:
@@ -156,9 +157,9 @@ class TrainingLoop(ABC):
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._load(start.directory)
-        ranks = state.get("rng_of_ranks", [])[1:]
-        rank = current().rank
-        restore_rng(ranks[rank - 1] if 0 < rank <= len(ranks) else state["rng"], self.generator)
+        ranks = [{}, *state.get("rng_of_ranks", [])]
+        own = ranks[current().rank] if current().rank < len(ranks) else {}
+        restore_rng(state["rng"] | own, self.generator)
         self.done, self.skipped = done, state["skipped"]
 
     def _all_parts(self) -> dict[str, Stateful]:
@@ -181,7 +182,8 @@ def describe_model(model: Any, trained: Iterable[nn.Parameter], *others: str) ->
     count, updated = model.num_parameters(), sum({id(p): p.numel() for p in trained if p.requires_grad}.values())
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     where = [str(model.device), "/".join(kinds), *filter(None, others)]
-    return f"{type(model).__name__}: {_short(count)} parameters, {_short(updated)} trained; {', '.join(where)}"
+    name = type(model).__name__.removeprefix("FSDP")  # of weights that are split
+    return f"{name}: {_short(count)} parameters, {_short(updated)} trained; {', '.join(where)}"
 
 
 def _short(count: int) -> str:

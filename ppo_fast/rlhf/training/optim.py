@@ -23,10 +23,12 @@ class ClippedOptimizer:
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, config: AdamWConfig) -> None:
         self.config, self.lr = config, lr
-        self.weights = [parameter for parameter in parameters if parameter.requires_grad]
+        weights = [parameter for parameter in parameters if parameter.requires_grad]
         # Each rank steps the rows that it holds, as plain tensors in the memory of the split weights.
-        self.parameters = [own_rows(weight) for weight in self.weights]
-        rows = [rows_of(weight) for weight in self.weights]
+        self.parameters = [own_rows(weight) for weight in weights]
+        pairs = zip(weights, self.parameters, strict=True)
+        self.split = [(weight, parameter) for weight, parameter in pairs if weight is not parameter]
+        rows = [rows_of(weight) for weight in weights]
         self.rows = [each for each in rows if each is not None] or None  # None: no weight is split
         self.optimizer = make_optimizer(self.parameters, lr, config, rows)
         self.norm: Tensor | None = None  # 0-d float32, of the gradients, if `clip` was called
@@ -41,13 +43,15 @@ class ClippedOptimizer:
         The step's own kernel divides the gradients, also by `loss_scale`, 0-d float32, if the loss was multiplied by
         it: a pass over those of 7 billion weights would move 30 GB.
         """
-        for weight, parameter in zip(self.weights, self.parameters, strict=True):
+        for weight, parameter in self.split:
             parameter.grad = None if weight.grad is None else local(weight.grad)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # By dtype: foreach kernels take one at a time. In float32: norms of bfloat16 gradients would be bfloat16.
         kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
         norms = [norm for same in kinds for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
-        self.norm, self.loss_scale = norm_over_ranks(self._total(norms), self.weights), loss_scale
+        self.norm, self.loss_scale = self._total(norms), loss_scale
+        if self.split:
+            self.norm = norm_over_ranks(self.norm, self.split[0][0])
         if loss_scale is not None:
             self.norm = self.norm / loss_scale
         return self.norm
@@ -64,7 +68,7 @@ class ClippedOptimizer:
     def zero_grad(self) -> None:
         """Clear the gradients."""
         self.norm = self.loss_scale = None
-        for weight in self.weights:
+        for weight, _ in self.split:
             weight.grad = None
         self.optimizer.zero_grad()
 
@@ -190,10 +194,10 @@ def own_rows(weight: nn.Parameter) -> nn.Parameter:
     return weight if rows is weight else nn.Parameter(rows)
 
 
-def norm_over_ranks(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all gradients from that of this rank's rows."""
+def norm_over_ranks(norm: Tensor, weight: Tensor) -> Tensor:
+    """Return the norm of all gradients from that of this rank's rows; `weight` is one that is split."""
     squares = norm**2
-    total = sum_over_ranks(squares, weights)
+    total = sum_over_ranks(squares, [weight])
     return norm if total is squares else total.sqrt()
 
 

@@ -34,6 +34,7 @@ FREE = (
     "overwrite",
     "max_hours",
     "ddp_timeout",
+    "push_to_hub",
     "checkpoint",
     "log",
 )  # fields and groups that a resumed run may change

@@ -45,12 +45,7 @@ def stream_tensors(tensors: Mapping[str, Tensor | Share], path: Path) -> None:
         for name in names:
             value = _whole(tensors[name], world)
             if world.is_main:
-                _write(file, value)
-
-
-def _write(file: object, value: Tensor) -> None:
-    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    file.write(memoryview(data.numpy()))  # type: ignore[attr-defined]
+                file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _rows(value: Tensor | Share) -> Tensor:

@@ -53,8 +53,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[_Kernels, list[st
         yield kernels, ours
 
 
-def policy_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    config = pf.PolicyLossConfig(ent_coef=0.01, kl_coef=0.05, penalty_coef=0.1, dual_clip=3.0)
+def policy_loss(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
+    options = inputs.get("options", {})
+    config = pf.PolicyLossConfig(ent_coef=0.01, kl_coef=0.05, penalty_coef=0.1, dual_clip=3.0, **options)
     return pf.policy_loss(
         logits,
         inputs["targets"],
@@ -68,39 +69,43 @@ def policy_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     ).loss
 
 
-def value_loss(values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    old, denominator = inputs["old"], inputs.get("denominator")
-    return pf.value_loss(
-        values, old, inputs["mask"], old_values=old, clip=0.2, denominator=denominator, backend="triton"
-    ).loss
+def value_loss(values: Tensor, inputs: dict[str, Any]) -> Tensor:
+    old, options = inputs["old"], {"denominator": inputs.get("denominator"), **inputs.get("options", {})}
+    return pf.value_loss(values, old, inputs["mask"], old_values=old, clip=0.2, **options, backend="triton").loss
 
 
 SEGMENTS = ["segment_kernel", "terms_kernel", "totals_kernel", "gradient_kernel"]
 WHOLE = ["rows_kernel", "terms_kernel", "totals_kernel", "gradient_kernel"]
+OF_SEQUENCES = ["rows_kernel", "sequence_terms_kernel", "totals_kernel", "gradient_kernel"]
 VALUE = ["value_kernel", "totals_kernel", "scaled_kernel"]
+GSPO = {"ratio": "sequence", "aggregation": "seq-mean-token-mean"}
 
 
 @pytest.mark.parametrize(
-    ("loss_of", "words", "denominator", "launches"),
+    ("loss_of", "words", "denominator", "options", "launches"),
     [
-        (policy_loss, (4100,), None, SEGMENTS),
-        (policy_loss, (20,), 7.0, WHOLE),
-        (policy_loss, (20,), torch.tensor(7.0), WHOLE),
-        (value_loss, (), None, VALUE),
+        (policy_loss, (4100,), None, {}, SEGMENTS),
+        (policy_loss, (20,), 7.0, {}, WHOLE),
+        (policy_loss, (20,), torch.tensor(7.0), {}, WHOLE),
+        (policy_loss, (4100,), None, GSPO, ["segment_kernel", *OF_SEQUENCES]),
+        (policy_loss, (20,), torch.tensor(7.0), {"aggregation": "seq-mean-token-sum"}, OF_SEQUENCES),
+        (value_loss, (), None, {}, VALUE),
+        (value_loss, (), None, {"aggregation": "seq-mean-token-mean"}, ["value_sequences_kernel", *VALUE[1:]]),
     ],
-    ids=["segments", "number", "tensor", "value_loss"],
+    ids=["segments", "number", "tensor", "sequence ratio", "sequence sum", "value_loss", "values of sequences"],
 )
 def test_forward_and_backward(
     loss_of: Callable[..., Tensor],
     words: tuple[int, ...],
     denominator: float | Tensor | None,
+    options: dict[str, str],
     launches: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     leaf = torch.randn(*SHAPE, *words).requires_grad_()
     old, advantages = torch.randn(2, *SHAPE).unbind()
     inputs: Any = {"targets": torch.zeros(SHAPE, dtype=torch.int64), "old": old, "advantages": advantages}
-    inputs |= {"mask": torch.tensor([[True, False, True]]), "denominator": denominator}
+    inputs |= {"mask": torch.tensor([[True, False, True]]), "denominator": denominator, "options": options}
     with counted(monkeypatch) as (kernels, ours):
         loss = loss_of(leaf, inputs)
         loss.backward()

@@ -48,20 +48,63 @@ def _inputs(
     return stats, mask, policy
 
 
+def _compare(stats: RowStats, mask: Tensor | None, policy: PolicyInputs) -> None:
+    """The kernel's results against the reference's in float64, no further off than those in float32."""
+    ours = policy_loss.policy_loss_from_stats(stats, mask, policy)
+    truth = reference.policy_loss_from_stats(_double(stats), mask, _double(policy))
+    eager = reference.policy_loss_from_stats(stats, mask, policy)
+    for name, got, expected, float32 in zip(ours._fields, ours, truth, eager, strict=True):
+        assert got.shape == expected.shape, name
+        if got.numel():
+            assert_near_truth(got, expected, float32, dtype=torch.float32, gradient=name.startswith("grad_"))
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_policy_loss_from_stats(estimator: str, masked: bool) -> None:
     kinds = [(penalty, kind, "clip") for penalty, kind in zip((False, True, True), AGGREGATIONS, strict=True)]
     for penalty, aggregation, objective in (*kinds, (False, "token-mean", "cispo"), (True, "token-mean", "cispo")):
         options = {"penalty": penalty, "aggregation": aggregation, "objective": objective}
-        stats, mask, policy = _inputs(estimator, masked=masked, **options)
-        ours = policy_loss.policy_loss_from_stats(stats, mask, policy)
-        truth = reference.policy_loss_from_stats(_double(stats), mask, _double(policy))
-        eager = reference.policy_loss_from_stats(stats, mask, policy)
-        for name, got, expected, float32 in zip(ours._fields, ours, truth, eager, strict=True):
-            assert got.shape == expected.shape, name
-            if got.numel():
-                assert_near_truth(got, expected, float32, dtype=torch.float32, gradient=name.startswith("grad_"))
+        _compare(*_inputs(estimator, masked=masked, **options))
+
+
+# Sequences of two blocks, of one token and of none, and one after which nothing counts.
+OFFSETS = torch.tensor([0, 0, 300, 301, 301, 450, 600], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_policy_loss_of_sequences(packed: bool, aggregation: str, objective: str) -> None:
+    """A program for each sequence; without a denominator the totals divide by the number of those that count."""
+    stats, mask, policy = _inputs("k3", masked=True, penalty=True, aggregation=aggregation, objective=objective)
+    assert mask is not None
+    if packed:
+        mask.view(-1)[450:] = False
+        flat = {name: getattr(policy, name).view(1, -1) for name in ("old_logprobs", "advantages", "ref_logprobs")}
+        policy = policy._replace(cu_seqlens=OFFSETS, importance_weights=policy.importance_weights.view(1, -1), **flat)
+        stats = RowStats(*(x.view(1, -1) if x.numel() else x for x in stats))
+        mask = mask.view(1, -1)
+    policy = policy._replace(ent_coef=None)
+    for ratio in ("token", "sequence"):
+        for denominator in (None, torch.tensor(5.0)):
+            _compare(stats, mask, policy._replace(ratio=ratio, denominator=denominator))
+    far = policy._replace(ratio="sequence", old_logprobs=policy.old_logprobs - 30.0, denominator=None)
+    _compare(stats, mask, far)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS[1:])
+@pytest.mark.parametrize("packed", [False, True])
+def test_value_loss_of_sequences(packed: bool, aggregation: str) -> None:
+    shape, offsets = ((1, 600), OFFSETS) if packed else (SHAPE, None)
+    values, returns, old, mask = torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.rand(shape) > 0.3
+    mask.view(-1)[400:] = False
+    returns[~mask] = math.nan
+    for clip, denominator in ((None, None), (0.2, None), (0.2, torch.tensor(5.0))):
+        inputs = ValueInputs(values, returns, mask, old, offsets, denominator, clip, aggregation)
+        truth, float32 = reference.value_loss(_double(inputs)), reference.value_loss(inputs)
+        for got, expected, plain in zip(value_loss.value_loss(inputs), truth, float32, strict=True):
+            assert_near_truth(got, expected, plain, dtype=torch.float32)
 
 
 def test_policy_loss_from_stats_without_options() -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ppo_fast import PolicyLossConfig, rlhf
+from ppo_fast.rlhf import errors
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.files import (
     PRESETS,
@@ -104,6 +105,20 @@ def flat(tree, prefix=""):
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def test_a_file_may_name_the_preset_that_it_extends(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_text("preset: tiny-cpu\noptim: {epochs: 2}\n")
+    config = load_config(path, flags={"rollout.max_new_tokens": "8"})
+    assert (config.threads, config.optim.lr, config.optim.epochs) == (1, 1e-3, 2)
+    assert (config.rollout.batch_size, config.rollout.max_new_tokens) == (64, 8)
+    message = f"preset: expected none with {str(path)!r}, which extends 'tiny-cpu', got '7b-24g'"
+    with raises_exactly(message, UserError):
+        load_config(path, preset="7b-24g")
+    path.write_text("preset: 3\n")
+    with pytest.raises(UserError, match=r"^preset: expected one of .*, tiny-cpu, got 3$"):
+        load_config(path)
 
 
 def test_a_file_over_a_preset(tmp_path: Path):
@@ -343,6 +358,7 @@ def test_every_config_class_is_exported():
         (PPOConfig, "max_length", "; here it is 'data.max_prompt_tokens' or 'rollout.max_new_tokens'"),
         (DPOConfig, "max_length", "; here it is 'data.max_tokens'"),
         (SFTConfig, "num_train_epochs", "; here it is 'optim.epochs'"),
+        (PPOConfig, "num_train_epochs", "; here it is 'updates' or 'optim.epochs'"),
         (SFTConfig, "per_device_train_batch_size", "; here it is 'optim.micro_batch_size'"),
         (PPOConfig, "gamma", ", the nearest is 'advantage.gamma'"),
         (PPOConfig, "vf_coef", ", the nearest is 'loss.vf_coef'"),
@@ -381,7 +397,7 @@ def test_the_loss_config_hands_its_options_to_the_op():
 def test_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(UserError, match=r"config: no such file"):
         load_config(tmp_path / "none.yaml")
-    presets = "7b-24g, 7b-80g-full, 7b-80g-lora, tiny-cpu"
+    presets = "0.5b-24g, 7b-24g, 7b-80g-full, 7b-80g-lora, tiny-cpu"
     with raises_exactly(f"preset: expected one of {presets}, got 'huge'", UserError):
         load_config(preset="huge")
     (tmp_path / "list.yaml").write_text("[1, 2]")
@@ -395,8 +411,19 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load_config(tmp_path / "latin.yaml")
 
 
-def test_a_missing_dependency_names_the_install_command():
-    with pytest.raises(UserError, match=r"needs no_such_package, .* pip install 'ppo-fast\[train\]'"):
+def test_a_missing_dependency_names_the_command_that_installs_it_here(monkeypatch, tmp_path):
+    root = Path(errors.__file__).parents[2]
+    start = "this command needs no_such_package, which is not installed: pip install"
+    monkeypatch.chdir(tmp_path)
+    with raises_exactly(f"{start} '{root}[train]'", UserError):
+        require("no_such_package")
+    monkeypatch.chdir(root)
+    with raises_exactly(f"{start} '.[train]'", UserError):
+        require("no_such_package")
+    with raises_exactly(f"{start} other", UserError):
+        require("no_such_package", "other")
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/ppo_fast/rlhf/errors.py"))
+    with raises_exactly(f"{start} 'ppo-fast[train]'", UserError):
         require("no_such_package")
 
 

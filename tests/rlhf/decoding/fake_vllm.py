@@ -98,7 +98,7 @@ class LLM:
 
 
 def package(*, version="0.32.0", device_type="cpu", sleeps=True):
-    """The package, and the list of what was started."""
+    """The package's modules by name, and the list of what was started."""
     started = []
 
     def start(*args, **options):
@@ -107,11 +107,9 @@ def package(*, version="0.32.0", device_type="cpu", sleeps=True):
 
     cleanup = lambda shutdown_ray=False: started[-1].calls.append(("cleanup",))  # noqa: E731
     platform = SimpleNamespace(device_type=device_type, is_sleep_mode_available=lambda: sleeps)
-    module = SimpleNamespace(
-        __version__=version,
-        LLM=start,
-        SamplingParams=SamplingParams,
-        platforms=SimpleNamespace(current_platform=platform),
-        distributed=SimpleNamespace(cleanup_dist_env_and_memory=cleanup),
-    )
-    return module, started
+    modules = {
+        "vllm": SimpleNamespace(__version__=version, LLM=start, SamplingParams=SamplingParams),
+        "vllm.platforms": SimpleNamespace(current_platform=platform),
+        "vllm.distributed": SimpleNamespace(cleanup_dist_env_and_memory=cleanup),
+    }
+    return modules, started

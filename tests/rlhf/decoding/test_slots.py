@@ -1,6 +1,8 @@
 """The engine `slots`: the tokens of `generate` under the same noise, whatever the slots, blocks and steps."""
 
+import functools
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from ppo_fast import ops
 from ppo_fast.rlhf import UserError
 from ppo_fast.rlhf.decoding import slots
+from ppo_fast.rlhf.decoding.attention import rotary_table
 from ppo_fast.rlhf.decoding.flags import Flags
 from ppo_fast.rlhf.decoding.generate import run_generate
 from ppo_fast.rlhf.decoding.requests import Greedy, Request, Sampling
@@ -169,3 +172,33 @@ def test_a_model_that_cannot_run_in_slots_is_named_with_the_setting_that_runs_it
             run_slots(model, requests(), settings())
     finally:
         type(model.config).model_type = "llama"
+
+
+def test_rotary_embeddings_of_the_table_are_the_modules_own():
+    """Positions in any order, both kinds of layer of Gemma 3; a wrapper on the instance is there again afterwards."""
+    module, positions = make("gemma3_text").model.rotary_emb, torch.tensor([[9, 0], [4, 31]])
+    x = torch.zeros(2, 2, 32)
+    own = module.forward = functools.partial(type(module).forward, module)
+    for kind in ("full_attention", "sliding_attention"):
+        expected = module(x, positions, kind)
+        with rotary_table(SimpleNamespace(rotary_emb=module), 32):
+            for _ in range(2):
+                assert all(map(torch.equal, module(x, positions, kind), expected))
+            with pytest.raises(IndexError):
+                module(x, positions + 1, kind)
+        assert module.forward is own
+    del module.forward
+
+
+def test_responses_can_be_saved_for_a_backward_pass_and_hooks_run():
+    """On a CPU the loop keeps no records for autograd."""
+    model, calls, asked = make("llama"), [], requests()[:2]
+    plain = run_slots(model, asked, settings())
+    weight = torch.ones((), requires_grad=True)
+    (plain.logprobs * weight).sum().backward()
+    assert weight.grad == plain.logprobs.sum()
+    handle = model.model.register_forward_hook(lambda *_: calls.append(torch.is_inference_mode_enabled()))
+    assert_same(run_slots(model, asked, settings()), plain)
+    handle.remove()
+    assert calls
+    assert not any(calls)

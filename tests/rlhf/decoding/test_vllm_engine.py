@@ -30,8 +30,9 @@ def fake(monkeypatch):
     """install(**options) puts a fake package in place; the list of what was started."""
 
     def install(**options):
-        module, started = package(**options)
-        monkeypatch.setitem(sys.modules, "vllm", module)
+        modules, started = package(**options)
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
         return started
 
     for name in [name for name in os.environ if name.startswith("VLLM_")]:

@@ -1,6 +1,7 @@
 """The engine `vllm` by the package itself, `make peers`: loads that take, ends of responses, a run that learns."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -14,25 +15,35 @@ from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import load_models
 from ppo_fast.rlhf.ppo.rollout import generate
 from ppo_fast.rlhf.ppo.scoring import score
+from tests.rlhf.decoding import fake_vllm
 from tests.rlhf.layout_factories import shift
 from tests.rlhf.ppo.test_rollout import byte_tokenizer
 
 pytestmark = pytest.mark.peers
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 CONFIG = RolloutConfig(engine="vllm", batch_size=16, max_new_tokens=20, temperature=0.8, stop=("#a", "#b#"))
 
 
+@pytest.mark.parametrize("name", ["collective_rpc", "generate", "reset_prefix_cache", "sleep", "wake_up"])
+def test_the_fake_of_the_unit_tests_has_the_packages_signatures(name):
+    """Arguments that the engine does not pass may be missing in the fake."""
+    theirs = inspect.signature(getattr(vllm.LLM, name)).parameters
+    for argument in inspect.signature(getattr(fake_vllm.LLM, name)).parameters.values():
+        assert theirs[argument.name].kind == argument.kind
+        assert theirs[argument.name].default == argument.default
+
+
 def sampled(models, seed=0, **changes):
-    """Responses, and the largest difference of a sampled log-probability from scoring's."""
+    """Responses, and the mean difference of sampled log-probabilities from those of scoring."""
     data = load_prompts(["x#", "b"], models.tokenizer, DataConfig())
     batch = make_batch(data, [0, 1] * 8, models.pad_id, models.device)
     config = dataclasses.replace(CONFIG, **changes)
     found = generate(models, batch, config, seed)
     rollout = score(models, found, config)
-    return found, (rollout.logprobs - rollout.sampled_logprobs).abs().max().item()
+    return found, (rollout.logprobs - rollout.sampled_logprobs).abs().mean().item()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_adapters_are_sampled_from_as_they_are_at_each_call(make_config, dtype, tolerance):
     """The weights that the engine starts with, those of the first call, and those of the third differ by far more."""
     tokenizer = byte_tokenizer()
@@ -78,7 +89,7 @@ def test_a_run_learns_and_keeps_the_resolved_correction(make_config, tokenizer):
     def even(completion_ids, **_):
         return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
-    policy = tiny.make_model(64, hidden=32, layers=1, heads=2)
+    policy = tiny.make_model(64, hidden=64, layers=1, heads=2)  # vLLM's attention on a CPU takes widths from 32 on
     result = train_ppo(config, reward_fn=even, prompts=["w1", "w2"], policy=policy, tokenizer=tokenizer)
     scores = [row["objective/scores"] for row in result.history]
     assert scores[-1] > max(0.75, scores[0] + 0.2)

@@ -1,8 +1,10 @@
 """Functions that two gloo processes run together, and their results by rank.
 
-`run_on_ranks(f, g)` spawns the processes once; each calls f and g with a directory that the ranks share.
+`run_on_ranks(directory, f, g)` spawns the processes once; each joins the other and calls f and g with a directory that
+they share.
 """
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -10,6 +12,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from ppo_fast.rlhf import world
 
 
 def environment(rank, size, port):
@@ -24,29 +28,35 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start_ranks(arguments, size=2):
+def start_ranks(*arguments, size=2):
     """The processes of `python ARGUMENTS` as torchrun starts them; their output is piped."""
     port, pipe = free_port(), subprocess.PIPE
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=environment(rank, size, port),
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    command, options = [sys.executable, *map(str, arguments)], {"stdout": pipe, "stderr": pipe, "text": True}
+    return [subprocess.Popen(command, env=environment(rank, size, port), **options) for rank in range(size)]
 
 
-def run_on_ranks(directory, *functions, size=2, timeout=300):
+def run_on_ranks(directory, *functions, size=2, timeout=600):
     """[{name: result} of each rank], where a result is what the function of that name returned there."""
     names = [f"{function.__module__}:{function.__name__}" for function in functions]
-    ranks = start_ranks(["-m", __name__, directory, *names], size)
-    outputs = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    ranks = start_ranks("-W", "error::UserWarning", "-m", __name__, directory, *names, size=size)
+    try:
+        outputs = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     failed = [output for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
     assert not failed, "\n".join(failed)
     return [pickle.loads(Path(directory, f"rank{rank}.pickle").read_bytes()) for rank in range(size)]
+
+
+@contextlib.contextmanager
+def alone():
+    """Within the block this process is a world of one."""
+    world._worlds.append(world.World())
+    try:
+        yield
+    finally:
+        world._worlds.pop()
 
 
 def main(directory, names):
@@ -54,11 +64,12 @@ def main(directory, names):
 
     torch.set_num_threads(1)
     found = {}
-    for name in names:
-        module, _, function = name.partition(":")
-        shared = Path(directory, function)
-        shared.mkdir(exist_ok=True)
-        found[function] = getattr(importlib.import_module(module), function)(shared)
+    with world.join("cpu", 120):
+        for name in names:
+            module, _, function = name.partition(":")
+            shared = Path(directory, function)
+            shared.mkdir(exist_ok=True)
+            found[function] = getattr(importlib.import_module(module), function)(shared)
     Path(directory, f"rank{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(found))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from ppo_fast.rlhf import UserError
+from ppo_fast.rlhf.errors import install_command
 from ppo_fast.rlhf.models import kernels, tiny
 from ppo_fast.rlhf.models.kernels import kernels_of, use_kernels
 from tests.helpers import raises_exactly
@@ -102,7 +103,7 @@ def test_where_it_cannot_be_had(monkeypatch):
         use_kernels(model, "liger")
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), base_model=model.base_model)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
-    start = "where liger-kernel cannot be imported (pip install 'ppo-fast[gpu]'): "
+    start = f"where liger-kernel cannot be imported ({install_command('gpu')}): "
     assert kernels._unavailable(on_a_gpu).startswith(start)
     monkeypatch.setattr(kernels, "_appliers", lambda: {"mistral": applier})
     assert kernels._unavailable(on_a_gpu) == "for SimpleNamespace, which liger-kernel does not know"

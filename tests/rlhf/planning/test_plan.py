@@ -13,10 +13,13 @@ from rich.console import Console
 from benchmarks import bench_7b
 from ppo_fast import cli
 from ppo_fast.rlhf.config.files import config_from_dict, load_config
+from ppo_fast.rlhf.decoding.vllm_engine import cache_bytes
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels
-from ppo_fast.rlhf.planning.command import announce, describe, parse_size
+from ppo_fast.rlhf.planning.command import announce, describe, parse_size, print_plan
+from ppo_fast.rlhf.planning.depth import Peaks, align, common_depth, measure
+from ppo_fast.rlhf.planning.dry_run import DryRun
 from ppo_fast.rlhf.planning.fakes import FourBits
 from ppo_fast.rlhf.planning.plan import Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
@@ -64,15 +67,30 @@ MEASURED = {
     "checkpointing": ({}, {"model": {"gradient_checkpointing": True}}),
     "packed": ({}, {"model": {"packing": True}}),
     "tokens": ({}, {"model": {"packing": True}, "optim": {"tokens_per_pass": 190}}),
-    "in the backward pass": ({}, {"optim": {"in_backward": True}}),
-    "generate": ({}, {"rollout": {"engine": "generate"}}),
-    "grouped heads": ({"arch": "qwen2", "num_key_value_heads": 1}, {}),
+    "grouped heads, in the backward pass": (
+        {"arch": "qwen2", "num_key_value_heads": 1},
+        {"optim": {"in_backward": True}},
+    ),
     "gpt2": ({"arch": "gpt2"}, {}),
-    "exact KL": ({}, {"kl": {"placement": "loss", "loss_estimator": "full"}, "advantage": {"whiten": False}}),
+    "generate, exact KL": (
+        {},
+        {
+            "rollout": {"engine": "generate"},
+            "kl": {"placement": "loss", "loss_estimator": "full"},
+            "advantage": {"whiten": False},
+        },
+    ),
     "shared": ({}, {"model": {"layout": "shared"}}),
     "adapters": ({}, {"model": LORA} | MICRO),
-    "group": ({}, {"model": LORA, "advantage": {"kind": "group"}, "rollout": {"samples_per_prompt": 4}}),
-    "moving reference": ({}, {"model": LORA, "reference": {"update": "ema", "every": 1}}),
+    "group, moving reference": (
+        {},
+        {
+            "model": LORA,
+            "advantage": {"kind": "group"},
+            "rollout": {"samples_per_prompt": 4},
+            "reference": {"update": "ema", "every": 1},
+        },
+    ),
     "offloaded": ({}, {"model": {"offload": True}} | MICRO),
 }
 
@@ -103,10 +121,29 @@ def test_a_bfloat16_plan_is_within_a_tenth(tmp_path, tokenizer):
         assert planned == pytest.approx(measured[phase], rel=0.1), (phase, account)
 
 
+def test_a_plan_counts_the_copy_in_vllm_where_it_lies(tmp_path):
+    """On a GPU it waits in host memory after the rollout; on a CPU it stays, with its keys and values."""
+    config = make_config(tmp_path, rollout={"engine": "vllm", "micro_batch_size": 8}, model=LORA)
+    policy = tiny_policy()
+    shapes = SavedModels(SavedModel(given=policy.config))
+    weights = sum(x.nbytes for x in policy.parameters())
+    longest = min(config.data.max_prompt_tokens + 32, policy.config.max_position_embeddings)
+    cache = cache_bytes(policy.config, 8, longest, 4)
+    for device in ("cpu", "cuda"):
+        plan = make_plan(config, device, shapes=shapes, prompt_tokens=PROMPT)
+        rollout, update = plan.phases["rollout"], plan.phases["update"]
+        assert rollout["weights"] - plan.phases["scoring"]["weights"] == (0 if device == "cpu" else weights)
+        assert update["weights"] // weights == (2 if device == "cpu" else 1)
+        assert rollout["KV cache"] == cache
+        assert update.get("KV cache", 0) == (cache if device == "cpu" else 0)
+        assert plan.host == (weights if device == "cuda" else 0)
+
+
 def test_adapters_without_masters_are_planned_in_the_dtype_of_the_base(tmp_path):
     model = LORA | {"dtype": "bfloat16"}
     kept, dropped = (
-        tiny_plan(tmp_path, model=model, optim={"master_weights": choice}).phases["rollout"] for choice in (None, False)
+        tiny_plan(tmp_path, tiny_policy(layers=1), model=model, optim={"master_weights": choice}).phases["rollout"]
+        for choice in (None, False)
     )
     head = 4 * (128 + 1)  # of the value model, float32
     trained, moments = kept["adapters"] - head, kept["optimizer states"]
@@ -173,7 +210,7 @@ def test_checkpointing_offloading_adapters_and_4_bits_each_need_less(tmp_path):
 def test_peft_directories_are_planned_by_their_configs(tmp_path):
     peft = pytest.importorskip("peft")
     base, adapter, scorer = (str(tmp_path / name) for name in ("base", "adapter", "scorer"))
-    tiny_policy().config.save_pretrained(base)
+    tiny_policy(layers=1).config.save_pretrained(base)
     targets = ["q_proj", "v_proj"]
     shape = {"r": 8, "target_modules": targets, "base_model_name_or_path": base}
     peft.LoraConfig(**shape).save_pretrained(adapter)
@@ -185,7 +222,7 @@ def test_peft_directories_are_planned_by_their_configs(tmp_path):
         return make_plan(make_config(tmp_path, **values), "cpu", prompt_tokens=PROMPT).phases
 
     plain, from_adapter, judged = plan(base, **lora), plan(adapter, **lora), plan(base, [scorer], **lora)
-    one = 4 * 8 * (128 + 128) * 2 * 2
+    one = 4 * 8 * (128 + 128) * len(targets)
     assert plain["update"]["weights"] == from_adapter["update"]["weights"] == judged["update"]["weights"]
     assert from_adapter["update"]["adapters"] - plain["update"]["adapters"] == one  # the reference
     assert judged["update"]["adapters"] - plain["update"]["adapters"] == one
@@ -207,7 +244,7 @@ def test_a_layer_of_4_bits_is_as_large_as_that_of_bitsandbytes():
 
 
 def test_attention_of_a_packed_row_on_a_gpu_makes_no_mask_and_repeats_no_heads(tmp_path):
-    policy = tiny_policy(arch="qwen2", num_key_value_heads=1)
+    policy = tiny_policy(arch="qwen2", num_key_value_heads=1, layers=1)
     given = {"shapes": SavedModels(SavedModel(given=policy.config)), "prompt_tokens": PROMPT}
     by_ends, by_mask = (
         make_plan(
@@ -225,7 +262,8 @@ def linear_layers(policy):
 
 
 def test_a_plan_is_the_same_every_time(tmp_path):
-    assert tiny_plan(tmp_path, **MICRO) == tiny_plan(tmp_path, **MICRO)
+    first, second = (tiny_plan(tmp_path, tiny_policy(layers=1), **MICRO) for _ in range(2))
+    assert first == second
 
 
 @pytest.fixture
@@ -264,14 +302,14 @@ def test_the_peaks_in_the_readme_are_those_of_the_presets(qwen, preset):
 
 
 def test_what_to_change_is_told_until_it_fits(tmp_path):
-    config, shapes = make_config(tmp_path), SavedModels(SavedModel(given=tiny_policy().config))
+    config, shapes = make_config(tmp_path), SavedModels(SavedModel(given=tiny_policy(layers=1).config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
     plan = make_plan(config, **given)
-    assert advise(config, plan, **given) == []
+    assert [*advise(config, plan, **given)] == []
     half = make_plan(make_config(tmp_path, optim={"micro_batch_size": 8}), **given)
-    changes = advise(config, dataclasses.replace(plan, limit=half.peak), **given)
+    changes = [*advise(config, dataclasses.replace(plan, limit=half.peak), **given)]
     assert [(each.name, each.value, each.plan.peak) for each in changes] == [("optim.micro_batch_size", 8, half.peak)]
-    changes = advise(config, dataclasses.replace(plan, limit=1), **given)
+    changes = [*advise(config, dataclasses.replace(plan, limit=1), **given)]
     names = [each.name for each in changes]
     assert names[0] == "optim.micro_batch_size"
     assert {"model.offload", "model.dtype", "model.layout", "model.load_in_4bit"} <= {*names}
@@ -285,7 +323,7 @@ def test_a_run_that_is_to_be_merged_is_not_told_to_take_4_bits(tmp_path):
     lora = {"model": {"layout": "adapters", "lora": {"rank": 4, "merge": True}}}
     config, shapes = make_config(tmp_path, **lora), SavedModels(SavedModel(given=tiny_policy().config))
     given = {"device": "cpu", "shapes": shapes, "prompt_tokens": PROMPT}
-    changes = advise(config, make_plan(config, limit=1, **given), **given)
+    changes = [*advise(config, make_plan(config, limit=1, **given), **given)]
     assert changes
     assert "model.load_in_4bit" not in [each.name for each in changes]
 
@@ -301,7 +339,7 @@ def test_a_batch_is_made_no_smaller_than_its_own_phases_need(monkeypatch):
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run")
-    changes = advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")
+    changes = [*advise(config, fake(config, "cpu", limit=8 * GIB), device="cpu")]
     assert [(each.name, each.value) for each in changes] == [
         ("optim.micro_batch_size", 1),
         ("rollout.micro_batch_size", 8),
@@ -316,12 +354,12 @@ def test_passes_by_tokens_are_advised_by_halves(monkeypatch):
 
     monkeypatch.setattr("ppo_fast.rlhf.planning.plan.make_plan", fake)
     config = make_config("run", optim={"tokens_per_pass": 1000})
-    changes = advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")
+    changes = [*advise(config, fake(config, "cpu", limit=300 * GIB), device="cpu")]
     assert [(each.name, each.value) for each in changes] == [("optim.tokens_per_pass", 250)]
 
 
 def test_prompts_are_as_long_as_the_context_leaves_room(tmp_path):
-    shapes = SavedModels(SavedModel(given=tiny_policy().config))
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=1).config))
     config = make_config(tmp_path, rollout={"batch_size": 16, "max_new_tokens": 64})
     with raises_exactly("rollout.max_new_tokens: expected less than the model's context of 64, got 64", UserError):
         make_plan(config, "cpu", shapes=shapes)
@@ -373,17 +411,84 @@ def test_the_command_says_what_to_change(command, capsys):
     assert "to spare" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_it_is_told_when_nothing_helps_enough():
+def test_the_table_comes_at_once_and_each_change_as_it_is_found():
     plan = Plan({"rollout": {"weights": 3 * GIB}, "update": {"weights": 4 * GIB}}, host=GIB, limit=2 * GIB)
     changed = dataclasses.replace(plan, phases={"update": {"weights": 5 * GIB // 2}})
-    assert describe(plan, [Change("model.layout", "adapters", changed)]) == [
+    seen, printed = recording_console(), []
+
+    def changes():
+        printed.append(seen.file.getvalue())
+        yield Change("model.layout", "adapters", changed)
+        printed.append(seen.file.getvalue())
+
+    print_plan(plan, changes(), seen)
+    lines = seen.file.getvalue().splitlines()
+    assert lines[-4:] == [
         "peak 4.0 GiB in update, of 2.0 GiB: does not fit by 2.0 GiB",
         "1.0 GiB of models wait in host memory",
         "  set model.layout to adapters and model.lora.rank to 64: peak 2.5 GiB",
         "that is not enough: take shorter responses or a smaller model",
     ]
+    assert [text.splitlines()[-1] for text in printed] == lines[-3:-1]
     fits = dataclasses.replace(plan, limit=5 * GIB, host=0)
-    assert describe(fits, []) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+    assert describe(fits) == ["peak 4.0 GiB in update, of 5.0 GiB: 1.0 GiB to spare"]
+
+
+DEEP = MEASURED | {
+    "bfloat16, packed, recomputing": (
+        {},
+        {"model": {"packing": True, "gradient_checkpointing": True, "dtype": "bfloat16"}},
+    ),
+    "4 bits on a GPU": ({}, {"model": LORA | {"load_in_4bit": True}}),
+    "8 bits": ({}, {"model": {"layout": "shared", "offload": True}, "optim": {"name": "adamw_8bit"}}),
+    "master weights": ({}, {"model": {"dtype": "bfloat16"}, "optim": {"master_weights": True}}),
+    "packed on a GPU": ({}, {"model": LORA | {"packing": True, "dtype": "bfloat16"}}),
+}
+QUICK = ("separate", "bfloat16, packed, recomputing")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in DEEP]
+)
+def test_a_deep_model_is_planned_from_shallow_ones_to_the_byte(case, tmp_path):
+    overrides, values = DEEP[case]
+    config = make_config(tmp_path, **values)
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=7, **overrides).config))
+    device, whole = "cuda" if case.endswith("GPU") else "cpu", []
+
+    def step(models):
+        whole.append(DryRun(config, models, device, PROMPT).run())
+        return whole[-1]
+
+    found, shallow = measure(config, shapes, step), len(whole)
+    full = step(shapes)
+    assert found == Peaks(full.peaks(), full.host)
+    assert shallow == 2
+    assert whole[0].now < whole[1].now < full.now
+
+
+def test_layers_that_differ_are_planned_whole(tmp_path):
+    config = make_config(tmp_path)
+
+    def depth(**changes):
+        shape = tiny_policy(arch="qwen2", layers=7).config
+        vars(shape).update(changes)
+        return common_depth(config, SavedModels(SavedModel(given=shape)))
+
+    assert depth() == 7
+    assert depth(layer_types=["full_attention"] * 6 + ["sliding_attention"]) is None
+    uneven = make_config(tmp_path, model=LORA | {"lora": {"rank": 8, "targets": ["3.self_attn.q_proj"]}})
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=7).config))
+    assert common_depth(uneven, shapes) is None
+    other = SavedModel(given=tiny_policy(layers=6).config)
+    assert common_depth(config, dataclasses.replace(shapes, rewards=(other,))) is None
+
+
+def test_operations_of_another_layer_are_passed_over():
+    layer, head = [("mul", 8), ("add", 8)], [("norm", 8), ("head", 64)]
+    short, long = [*layer * 3, *head, ("stack", 3)], [*layer * 4, *head, ("stack", 4)]
+    assert align(short, long) == [(0, 0), (1, 1), (2, 2), (3, 3), (6, 8), (7, 9), (8, 10)]
+    assert align(short, layer * 4) is None
 
 
 @pytest.mark.parametrize(
@@ -486,3 +591,47 @@ def test_a_timeline_knows_what_lives_when():
     assert peaks["first"] == {"kept": 1024, "activations": 1024, "inside": 4096}
     assert peaks["second"] == {"kept": 1024, "activations": 1024}  # of b, whose sum is in host memory
     assert timeline.host == 1024
+
+
+def split_plan(directory, gpus, **values):
+    config = make_config(directory, **values)
+    shapes = SavedModels(SavedModel(given=tiny_policy(layers=4).config))
+    return make_plan(config, "cpu", shapes=shapes, prompt_tokens=PROMPT, gpus=gpus)
+
+
+@pytest.mark.parametrize("values", [{}, {"model": LORA}], ids=["all weights", "adapters"])
+def test_each_of_several_gpus_has_its_share_and_holds_a_few_layers_whole(tmp_path, values):
+    one, two = (split_plan(tmp_path, gpus, **values).phases for gpus in (1, 2))
+    assert "gathered weights" not in one["update"]
+    network = tiny_policy(layers=4)
+    layer, embedding = (
+        sum(weight.nbytes for weight in part.parameters())
+        for part in (network.model.layers[0], network.model.embed_tokens)
+    )
+    everything = sum(weight.nbytes for weight in network.parameters())
+    for item in ("weights", "adapters", "gradients", "optimizer states"):
+        if item in one["update"]:
+            assert two["update"][item] == pytest.approx(one["update"][item] / 2, rel=0.01)
+    # The two largest groups are the embedding and a layer; the head is in the group of the rest.
+    adapters = 0 if not values else one["update"]["adapters"]
+    assert two["rollout"]["gathered weights"] == pytest.approx(everything, rel=0.01, abs=2 * adapters)
+    assert two["scoring"]["gathered weights"] == pytest.approx(layer + 2 * embedding, rel=0.01, abs=2 * adapters)
+    assert two["update"]["gathered weights"] > two["scoring"]["gathered weights"]
+    # The networks of a run are whole before they are split.
+    assert sum(two["start"].values()) == pytest.approx(sum(one["scoring"].get(x, 0) for x in ("weights", "adapters")))
+    # Half of the responses: half of the keys and values.
+    assert two["rollout"]["KV cache"] == pytest.approx(one["rollout"]["KV cache"] / 2, rel=0.1)
+
+
+def test_several_gpus_keep_shares_of_idle_models_on_the_host(tmp_path):
+    one, two = (split_plan(tmp_path, gpus, model={"offload": True}) for gpus in (1, 2))
+    assert two.host == pytest.approx(one.host / 2, rel=0.01)
+
+
+def test_the_command_plans_one_of_several_gpus(command, capsys):
+    assert cli.main([*command, "--gpus", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory by phase on each of 4 GPUs" in shown
+    assert "gathered weights" in shown
+    assert cli.main([*command, "--gpus=4", "--optim.in-backward"]) == 2
+    assert "optim.in_backward: expected false under torchrun" in capsys.readouterr().err

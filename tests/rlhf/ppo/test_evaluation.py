@@ -13,6 +13,7 @@ from ppo_fast.rlhf.ppo.evaluation import load_evaluation
 from ppo_fast.rlhf.ppo.reward_sources import FunctionSource
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import generate
+from ppo_fast.rlhf.preflight import METRICS
 from tests.rlhf.conftest import PROMPTS
 
 HELD_OUT = ["w20", "w21 w22 w23", "w24 w25"]
@@ -66,6 +67,7 @@ def test_the_model_at_the_start_ties_with_itself(make_evaluation, tmp_path):
 
     evaluation = make_evaluation(middle)
     metrics, _ = evaluation.run(tmp_path / "best")
+    assert metrics.keys() == {*METRICS}
     assert metrics["eval/win_rate"] == 0.5
     assert metrics["eval/kl"] == 0
     expected = middle(evaluation.start)
@@ -221,5 +223,5 @@ def test_held_out_prompts_come_from_a_file(run, tmp_path):
         run(updates=1, eval_prompts=None, evaluation={"prompts": str(path)}, overwrite=True)
     with pytest.raises(UserError, match=r"^evaluation\.prompts: expected a file of prompts, got null$"):
         run(updates=1, eval_prompts=None, evaluation={"every": 1}, overwrite=True)
-    with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl'$"):
+    with pytest.raises(UserError, match=r"^evaluation\.prompts: no such file 'none\.jsonl' in /"):
         run(updates=1, eval_prompts="none.jsonl", evaluation={"every": 1}, overwrite=True)

@@ -248,8 +248,9 @@ def test_a_function_is_loaded_from_a_module(tmp_path, monkeypatch):
     (tmp_path / "package_of_a_user" / "broken.py").write_text("import package_that_nobody_has\n")
     messages = {
         "ppo_fast.rewards:exact": "no function 'exact' in 'ppo_fast.rewards'",
-        "ppo_fast.reward:f": "no such module 'ppo_fast.reward', and no file of that name",
-        "package_that_nobody_has.sub:f": "no such module 'package_that_nobody_has.sub', and no file of that name",
+        "ppo_fast.reward:f": f"no such module 'ppo_fast.reward', and no file of that name in {tmp_path}",
+        "package_that_nobody_has.sub:f": "no such module 'package_that_nobody_has.sub', and no file of that name "
+        f"in {tmp_path}",
         "package_of_a_user.broken:f": "'package_of_a_user.broken' does not import: ModuleNotFoundError: No module "
         "named 'package_that_nobody_has' (broken.py:1)",
     }

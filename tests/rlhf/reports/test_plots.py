@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -125,7 +126,7 @@ def test_plot_draws_runs_over_each_other(suffix: str, tmp_path: Path, capsys: py
     assert capsys.readouterr().out == f"curves: {out}\n"
     if suffix == "svg":
         text = out.read_text()
-        assert [name in text for name in ("with/ppo", "without/ppo", "Two runs", ">Reward<", ">Entropy")] == [
+        assert [name in text for name in ("with/ppo", "without/ppo", "Two runs", ">Score<", ">Entropy")] == [
             *[True] * 4,
             False,
         ]
@@ -133,16 +134,40 @@ def test_plot_draws_runs_over_each_other(suffix: str, tmp_path: Path, capsys: py
         assert matplotlib.image.imread(out).shape[1] == 1440
 
 
-def test_panels_are_what_every_run_has_or_what_is_asked_for(tmp_path: Path) -> None:
+def test_panels_are_what_a_run_has_or_what_is_asked_for(tmp_path: Path) -> None:
     losses = plots.read_metrics(_run(tmp_path / "a", names=("train/loss", "lr", "x", "y", "z")))
     assert [panel.metric for panel in plots.choose_panels([losses])] == ["train/loss", "lr", "x", "y"]
     rewards = plots.read_metrics(_run(tmp_path / "b"))
-    assert [panel.title for panel in plots.choose_panels([rewards])] == ["Reward"]
-    assert [panel.metric for panel in plots.choose_panels([losses, rewards])] == ["lr", "eval/scores"]
+    assert [panel.title for panel in plots.choose_panels([rewards])] == ["Score"]
+    assert [panel.title for panel in plots.choose_panels([losses, rewards])] == ["Score"]
+    assert [panel.metric for panel in plots.choose_panels([losses, rewards], ["x"])] == ["x"]
     assert [panel.metric for panel in plots.choose_panels([losses], ["eval/scores"])] == ["eval/scores"]
-    message = "plot: expected metrics that every run has (eval/scores, lr, update), got 'x'"
+    message = "plot: expected metrics that a run has (eval/scores, lr, objective/scores), got 'x'"
     with raises_exactly(message, UserError):
-        plots.choose_panels([losses, rewards], ["x"])
+        plots.choose_panels([rewards], ["x"])
+
+
+def test_a_panel_has_the_runs_that_logged_it_and_the_last_value_itself(tmp_path: Path) -> None:
+    """Two runs that end at one value, far above their running means; the third run has another metric."""
+    ends = [[{"step": i, "a": 0.0} for i in range(1, 10)] + [{"step": 10, "a": 7.0 + shift}] for shift in (0.0, 0.001)]
+    runs = {"one": ends[0], "two": ends[1], "three": [{"step": 1, "b": 5.123}]}
+    panels = plots.choose_panels([*runs.values()])
+    assert [panel.metric for panel in panels] == ["a", "b"]
+    path = tmp_path / "curves.svg"
+    plots.draw_curves(runs, path, title="t", panels=panels)
+    text = path.read_text()
+    assert [text.count(f">{label}<") for label in ("7", "5.12", "one", "two", "three", "step", "update")] == [
+        2,
+        1,
+        1,
+        1,
+        1,
+        2,
+        0,
+    ]
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>7<', text)]
+    assert len(heights) == 2
+    assert abs(heights[0] - heights[1]) > plots.LINE - 0.5
 
 
 def test_a_run_is_drawn_once_and_only_into_a_picture(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The report of a run: all_rows on one page that needs no other file, and a comparison that is blind."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -44,7 +45,10 @@ def test_the_page_holds_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert "user: salt?" in page
     assert [f"&lt;b&gt;{i}&lt;/b&gt;" in page for i in (1, 2, 3)] == [True, False, True]
     assert "updates: 3" in page
-    assert "data:image/svg+xml;base64," in page
+    pictures = [base64.b64decode(text).decode() for text in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    assert [">Score<" in picture for picture in pictures] == [True, False]
+    assert [">score<" in picture and ">7<" in picture for picture in pictures] == [False, True]  # of the evaluation
+    assert '<th class="number">last update</tr>' in page
 
 
 def test_the_page_needs_no_other_file(run: Path) -> None:

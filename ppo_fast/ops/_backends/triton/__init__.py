@@ -3,8 +3,10 @@
 Importing this package imports no Triton: each launcher loads its module at its first call.
 """
 
+import functools
 import importlib
 import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,11 +25,16 @@ def _unusable() -> str | None:
     return None
 
 
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
 def implementation(op: str, module: str) -> registry.Implementation:
     """The registry's entry of ``op``, whose launcher has that name in ``triton/<module>.py``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{module}"), op)(*args, **kwargs)
+        return getattr(_module(module), op)(*args, **kwargs)
 
     devices = ("cuda", "cpu") if registry.interpreting() else ("cuda",)
     return registry.Implementation(run, devices, _DTYPES, _DTYPES, _unusable())

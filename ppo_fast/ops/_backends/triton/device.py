@@ -21,9 +21,14 @@ LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 FLOOR: tl.constexpr = tl.constexpr(-3e38)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Launches inside go to the device of ``x``; nothing on CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 @triton.jit

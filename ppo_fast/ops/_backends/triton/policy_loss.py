@@ -2,13 +2,16 @@
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import clamped, expm1, on_device_of
+from ppo_fast.ops._backends.triton.policy_sequences import sequence_terms_kernel
+from ppo_fast.ops._backends.triton.policy_terms import MAX_LOG_RATIO, token_terms
+from ppo_fast.ops._backends.triton.sequences import count_of as sequences_of
 from ppo_fast.ops._backends.triton.token_stats import (
     aligned,
     counted_rows,
@@ -23,55 +26,16 @@ from ppo_fast.ops._backends.triton.token_stats import (
 from ppo_fast.ops._backends.triton.totals import (
     max_or_nan,
     new_partials,
-    number,
     store_partial,
     token_weight,
     totals,
-    weights_or_denominator,
 )
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
 from ppo_fast.ops._core.results import METRICS, PolicyLossResult, RowStats
 
-MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
 _TOTALS = 1 + len(METRICS)
 _RATIO_MAX = 1 + METRICS.index("ratio_max")
-
-
-@triton.jit
-def kl_estimate(delta, ESTIMATOR: tl.constexpr):
-    """(estimate, its derivative in logprobs) for delta = logprobs - ref_logprobs."""
-    if ESTIMATOR == "k1":
-        value, slope = delta, tl.full(delta.shape, 1.0, tl.float32)
-    elif ESTIMATOR == "k2":
-        value, slope = delta * delta * 0.5, delta
-    else:
-        x = clamped(-delta, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        rise = expm1(x)
-        value, slope = rise - x, tl.where(tl.abs(delta) > MAX_LOG_RATIO, 0.0, -rise)
-    return value, slope
-
-
-@triton.jit
-def clip_objective(r, adv, importance, clip_low, clip_high, dual_clip):
-    """(importance*objective, its derivative in log r, whether the clip binds, whether the dual clip binds)."""
-    unclipped = r * adv
-    clipped = clamped(r, 1.0 - clip_low, 1.0 + clip_high) * adv
-    is_clipped = clipped < unclipped
-    objective = tl.where(is_clipped, clipped, unclipped)
-    bound = tl.where(adv < 0.0, dual_clip * adv, -float("inf"))
-    is_dual = bound > objective
-    objective = tl.where(is_dual, bound, objective)
-    slope = tl.where(is_clipped | is_dual, 0.0, unclipped)
-    return importance * objective, importance * slope, is_clipped, is_dual
-
-
-@triton.jit
-def cispo_objective(r, adv, importance, logprob, clip_low, clip_high):
-    """(importance*clip(r)*A*logprob, its derivative in logprob at a constant ratio, whether r is outside the clip)."""
-    low, high = 1.0 - clip_low, 1.0 + clip_high
-    factor = importance * (clamped(r, low, high) * adv)
-    return tl.where(factor == 0.0, 0.0, factor * logprob), factor, (r < low) | (r > high)
 
 
 @triton.jit
@@ -168,84 +132,88 @@ def terms_kernel(
         kl = tl.zeros([ROWS], tl.float32)
         if full_kl_ptr is not None:
             kl = tl.load(full_kl_ptr + row, counted, other=0.0)
-    adv = tl.load(advantages_ptr + row, counted, other=0.0)
     weight = token_weight(weights_ptr, denominator, row, counted)
     raw = tl.zeros([ROWS], tl.float32)
     if old_ptr is not None:
         raw = logprob - tl.load(old_ptr + row, counted, other=0.0)
     log_r = clamped(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     rise = expm1(log_r)
-    r = tl.exp(log_r)
-    importance = tl.full([ROWS], 1.0, tl.float32)
-    if importance_ptr is not None:
-        importance = tl.load(importance_ptr + row, counted, other=0.0)
-    slope, at_constant_r, is_dual = tl.zeros([ROWS], tl.float32), 0.0, tl.zeros([ROWS], tl.int1)
-    if CISPO:
-        objective, at_constant_r, is_clipped = cispo_objective(r, adv, importance, logprob, clip_low, clip_high)
-    else:
-        objective, slope, is_clipped, is_dual = clip_objective(r, adv, importance, clip_low, clip_high, dual_clip)
-    loss, slope = -objective, -slope
-    store_partial(partials_ptr, 1, weight * loss)
-    if penalty_coef is not None:
-        penalty = number(penalty_coef)
-        loss += penalty * (rise - log_r)
-        slope += penalty * rise
-    d_logprob = weight * (tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope) - at_constant_r)
-
-    if ref_logprobs_ptr is not None:
-        kl, kl_slope = kl_estimate(logprob - tl.load(ref_logprobs_ptr + row, counted, other=0.0), ESTIMATOR)
-        tl.store(kl_ptr + row, tl.where(counted, kl, 0.0), exists)
-    if kl_coef is not None:
-        coef = number(kl_coef)
-        loss += coef * kl
-        if ref_logprobs_ptr is not None:
-            d_logprob += weight * coef * kl_slope
-        else:
-            tl.store(d_kl_ptr + row, weight * coef, exists)
-    if ent_coef is not None:
-        bonus = number(ent_coef)
-        loss -= bonus * entropy
-        tl.store(d_entropy_ptr + row, -weight * bonus, exists)
+    loss, objective, slope, at_constant_r, d_kl_term, kl, is_clipped, is_dual, r = token_terms(
+        row,
+        exists,
+        counted,
+        weight,
+        log_r,
+        rise,
+        logprob,
+        entropy,
+        kl,
+        advantages_ptr,
+        ref_logprobs_ptr,
+        importance_ptr,
+        penalty_coef,
+        ent_coef,
+        kl_coef,
+        kl_ptr,
+        d_entropy_ptr,
+        d_kl_ptr,
+        clip_low,
+        clip_high,
+        dual_clip,
+        CISPO,
+        ESTIMATOR,
+    )
+    store_partial(partials_ptr, 1, weight * objective)
+    d_logprob = weight * (tl.where(tl.abs(raw) > MAX_LOG_RATIO, 0.0, slope) - at_constant_r) + d_kl_term
     tl.store(d_logprobs_ptr + row, tl.where(counted, d_logprob, 0.0), exists)
-
     store_partial(partials_ptr, 0, tl.where(counted, weight * loss, 0.0))
     store_metrics(partials_ptr, counted, entropy, kl, rise - log_r, is_clipped, is_dual, r)
 
 
 class _Terms(NamedTuple):
-    """Per-token results of :func:`terms_kernel` [B, T], empty where not used, and its partial sums."""
+    """Per-token results of a kernel of terms [B, T], empty where not used, and its partial sums."""
 
     kl: Tensor
     grads: tuple[Tensor, Tensor, Tensor]
     partials: Tensor
-    by_count: bool  # nothing has been divided by the number of tokens
+    by_count: bool  # nothing has been divided by the number of tokens, or of sequences
+    by_sequences: bool = False  # it is that of sequences, whose partial sums are the last row
+
+
+def _room(stats: RowStats, policy: PolicyInputs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Room for the KL of the estimator and the gradients, as far as they are used."""
+    logprobs, full = stats.logprobs, stats.kl.numel() > 0
+
+    def room(wanted: bool) -> Tensor:
+        return torch.empty_like(logprobs) if wanted else logprobs.new_empty(0)
+
+    kl = room(True) if policy.ref_logprobs is not None else stats.kl
+    return kl, (room(True), room(policy.ent_coef is not None), room(full and policy.kl_coef is not None))
+
+
+def _options(policy: PolicyInputs) -> dict[str, Any]:
+    """The constants that every kernel of terms takes."""
+    return {
+        "CISPO": policy.objective == "cispo",
+        "ESTIMATOR": policy.kl_estimator,
+        "enable_fp_fusion": False,
+    }
 
 
 def _terms(
     rows: tuple[Any, ...],
     segments: Tensor | None,
     stats: RowStats,
-    mask: Tensor | None,
     policy: PolicyInputs,
     weights: Tensor | None,
 ) -> _Terms:
     """Launch :func:`terms_kernel` with its arguments ``rows``."""
-    logprobs, full = stats.logprobs, stats.kl.numel() > 0
-
-    def room(wanted: bool) -> Tensor:
-        return logprobs.new_empty(logprobs.shape if wanted else (0,))
-
-    kl = room(True) if policy.ref_logprobs is not None else stats.kl
-    grads = (
-        room(True),
-        room(policy.ent_coef is not None),
-        room(full and policy.kl_coef is not None),
-    )
-    weights, denominator = weights_or_denominator(weights, mask, policy, logprobs)
+    kl, grads = _room(stats, policy)
+    denominator = policy.denominator if weights is None else None
     constants = {"SEGMENTS": 1, "WIDTH": 1, "ROWS": tuning.ROWS} if segments is None else merging(segments)
-    partials = new_partials(logprobs, _TOTALS, constants["ROWS"])
-    if logprobs.numel():
-        with on_device_of(logprobs):
+    partials = new_partials(stats.logprobs, _TOTALS, constants["ROWS"])
+    if stats.logprobs.numel():
+        with on_device_of(stats.logprobs):
             terms_kernel[(partials.shape[1],)](
                 segments,
                 *rows,
@@ -253,7 +221,7 @@ def _terms(
                 policy.advantages,
                 policy.ref_logprobs,
                 policy.importance_weights,
-                weights,
+                None if weights is None else weights.contiguous(),
                 denominator,
                 policy.penalty_coef,
                 policy.ent_coef,
@@ -264,18 +232,60 @@ def _terms(
                 policy.clip_low,
                 policy.clip_high,
                 policy.dual_clip,
-                CISPO=policy.objective == "cispo",
-                ESTIMATOR=policy.kl_estimator,
+                **_options(policy),
                 **constants,
-                enable_fp_fusion=False,
             )
     return _Terms(kl, grads, partials, weights is None and denominator is None)
+
+
+def _sequence_terms(stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None) -> _Terms:
+    """Launch :func:`sequence_terms_kernel`."""
+    kl, grads = _room(stats, policy)
+    logprobs, cu_seqlens = stats.logprobs, policy.cu_seqlens
+    denominator = policy.denominator if weights is None else None
+    by_count = weights is None and denominator is None
+    by_sequences = by_count and policy.aggregation != "token-mean"
+    N, sequences = logprobs.numel(), sequences_of(cu_seqlens, logprobs)
+    partials = logprobs.new_empty(_TOTALS + by_sequences, sequences if N else 0)
+    if N:
+        with on_device_of(logprobs):
+            sequence_terms_kernel[(sequences,)](
+                cu_seqlens,
+                mask,
+                logprobs,
+                stats.entropy,
+                stats.kl if stats.kl.numel() else None,
+                N,
+                logprobs.shape[1],
+                policy.old_logprobs,
+                policy.advantages,
+                policy.ref_logprobs,
+                policy.importance_weights,
+                None if weights is None else weights.contiguous(),
+                denominator,
+                policy.penalty_coef,
+                policy.ent_coef,
+                policy.kl_coef,
+                kl,
+                *grads,
+                partials,
+                policy.clip_low,
+                policy.clip_high,
+                policy.dual_clip,
+                SEQUENCE_RATIO=policy.ratio == "sequence",
+                TOKEN_MEAN=policy.aggregation == "seq-mean-token-mean",
+                BY_SEQUENCES=by_sequences,
+                ROWS=tuning.ROWS,
+                **_options(policy),
+            )
+    return _Terms(kl, grads, partials, by_count, by_sequences)
 
 
 def _loss(stats: RowStats, terms: _Terms) -> PolicyLossResult:
     """Make the totals."""
     with on_device_of(stats.logprobs):
-        loss, metrics = totals(terms.partials, terms.grads if terms.by_count else None, _RATIO_MAX)
+        grads = terms.grads if terms.by_count else None
+        loss, metrics = totals(terms.partials, grads, _RATIO_MAX, terms.by_sequences)
     return PolicyLossResult(
         loss, metrics, stats.logprobs, stats.entropy, terms.kl, stats.lse, stats.ref_lse, *terms.grads
     )
@@ -283,34 +293,32 @@ def _loss(stats: RowStats, terms: _Terms) -> PolicyLossResult:
 
 def _from_stats(stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None) -> _Terms:
     """The terms of statistics that exist."""
+    if policy.ratio == "sequence" or (policy.aggregation != "token-mean" and weights is None):
+        return _sequence_terms(stats, mask, policy, weights)
     kl = stats.kl if stats.kl.numel() else None
     N = stats.logprobs.numel()
     rows = (None, None, None, mask, stats.logprobs, stats.entropy, kl, None, None, N, 1, 1, *(0,) * 4, 1.0, 1.0)
-    return _terms(rows, None, stats, mask, policy, weights)
+    return _terms(rows, None, stats, policy, weights)
 
 
 def _from_rows(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, _Terms]:
-    """Statistics and terms; of rows that are cut into segments, the merge and the terms are one kernel."""
+    """Statistics and terms; of rows that are cut into segments, the merge and the terms of tokens are one kernel."""
     logits = rows.logits
     whole = tuning.whole_tile(logits, aligned(logits, rows.ref_logits)) is not None
-    if whole or logits.shape[:2].numel() == 0:
+    by_token = policy.ratio == "token" and (policy.aggregation == "token-mean" or weights is not None)
+    if whole or not by_token or logits.shape[:2].numel() == 0:
         stats = token_stats(rows, True)
         return stats, _from_stats(stats, rows.mask, policy, weights)
     stats = stats_room(rows, True)
     with on_device_of(logits):
         partials = segments(rows, True)
-    return stats, _terms(row_arguments(rows, stats), partials, stats, rows.mask, policy, weights)
+    return stats, _terms(row_arguments(rows, stats), partials, stats, policy, weights)
 
 
 def policy_loss_from_stats(
     stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None = None
 ) -> PolicyLossResult:
-    """The loss and its gradient in the per-token statistics, as ``reference.policy_loss_from_stats``.
-
-    A sequence ratio couples the tokens of a sequence: its loss is the torch one, on [B, T].
-    """
-    if policy.ratio == "sequence":
-        return reference.policy_loss_from_stats(stats, mask, policy, weights)
+    """The loss and its gradient in the per-token statistics, as ``reference.policy_loss_from_stats``."""
     return _loss(stats, _from_stats(stats, mask, policy, weights))
 
 
@@ -322,6 +330,4 @@ def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | No
 
 def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:
     """Statistics and loss."""
-    if policy.ratio == "sequence":
-        return policy_loss_from_stats(token_stats(rows, True), rows.mask, policy)
     return _loss(*_from_rows(rows, policy, None))

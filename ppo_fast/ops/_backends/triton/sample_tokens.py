@@ -269,8 +269,8 @@ def sample_tokens(inputs: SampleInputs) -> SampledTokens:
     tokens, logprobs = keys.new_empty(B, T), logits.new_empty(B, T, dtype=torch.float32)
     whole_groups = aligned(logits)
     size = tuning.sample_tile(logits)
-    segments = triton.cdiv(V, size.segment)
-    width = triton.next_power_of_2(segments)
+    segments = tuning.cdiv(V, size.segment)
+    width = tuning.next_power_of_2(segments)
     rows_per_program = max(1, tuning.PARTIALS // width)
     with on_device_of(logits):
         partials = logits.new_empty(3, N, segments, dtype=torch.float32)
@@ -290,7 +290,7 @@ def sample_tokens(inputs: SampleInputs) -> SampledTokens:
             BLOCK=size.block,
             num_warps=size.warps,
         )
-        merge_kernel[(triton.cdiv(N, rows_per_program),)](
+        merge_kernel[(tuning.cdiv(N, rows_per_program),)](
             partials,
             words,
             logits,

@@ -22,6 +22,6 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
     if out.numel():
         with on_device_of(out):
-            grid = (triton.cdiv(out.numel(), tuning.ELEMENTS),)
+            grid = (tuning.cdiv(out.numel(), tuning.ELEMENTS),)
             scaled_kernel[grid](out, x, factor, out.numel(), BLOCK=tuning.ELEMENTS)
     return out

@@ -314,9 +314,12 @@ def rows_kernel(
 
 def aligned(*tensors: Tensor | None) -> bool:
     """Whether every row of these [B, T, V] tensors starts on 16 bytes and V is whole 16-word groups."""
-    given = [x for x in tensors if x is not None]
-    strides = (n for x in given for n in (*x.stride()[:-1], x.shape[-1]))
-    return all(x.data_ptr() % 16 == 0 for x in given) and all(n % 16 == 0 for n in strides)
+    for x in tensors:
+        if x is not None:
+            stride_b, stride_t, _ = x.stride()
+            if (x.data_ptr() | stride_b | stride_t | x.shape[-1]) % 16 != 0:
+                return False
+    return True
 
 
 def row_strides(x: Tensor | None) -> tuple[int, ...]:
@@ -330,7 +333,7 @@ def segments(rows: RowInputs, want_entropy: bool) -> Tensor:
     B, T, V = logits.shape
     whole_groups = aligned(logits, ref_logits)
     size = tuning.forward_tile(logits, whole_groups, ref_logits is not None)
-    fields, count = 3 if ref_logits is None else 6, triton.cdiv(V, size.segment)
+    fields, count = 3 if ref_logits is None else 6, tuning.cdiv(V, size.segment)
     partials = logits.new_empty(fields, B * T, count, dtype=torch.float32)
     segment_kernel[(B * T * count,)](
         logits,
@@ -392,7 +395,7 @@ def row_arguments(rows: RowInputs, stats: RowStats) -> tuple[Any, ...]:
 def merging(partials: Tensor) -> dict[str, int]:
     """The constants of a kernel that merges these segments."""
     count = partials.shape[2]
-    width = triton.next_power_of_2(count)
+    width = tuning.next_power_of_2(count)
     return {"SEGMENTS": count, "WIDTH": width, "ROWS": max(1, tuning.PARTIALS // width)}
 
 
@@ -411,6 +414,6 @@ def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
             partials = None
             constants = {"SEGMENTS": 1, "WIDTH": size.block, "ROWS": size.rows, "num_warps": size.warps}
             constants["ALIGNED"] = whole_groups
-        grid = (triton.cdiv(N, constants["ROWS"]),)
+        grid = (tuning.cdiv(N, constants["ROWS"]),)
         rows_kernel[grid](partials, *row_arguments(rows, stats), **constants, enable_fp_fusion=False)
     return stats

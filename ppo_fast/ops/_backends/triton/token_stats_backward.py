@@ -136,7 +136,7 @@ def token_stats_backward(
     whole_groups = aligned(logits, ref, out)
     size = tuning.backward_tile(logits, whole_groups)
     with on_device_of(logits):
-        gradient_kernel[(triton.cdiv(B * T, size.rows) * triton.cdiv(V, size.block),)](
+        gradient_kernel[(tuning.cdiv(B * T, size.rows) * tuning.cdiv(V, size.block),)](
             out,
             logits,
             ref,

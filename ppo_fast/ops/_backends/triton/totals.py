@@ -9,10 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops._backends import reference
 from ppo_fast.ops._backends.triton import tuning
-from ppo_fast.ops._core.config import PolicyInputs
-from ppo_fast.ops._core.inputs import ValueInputs
 
 
 @triton.jit
@@ -66,6 +63,7 @@ def totals_kernel(
     N,
     P,
     BY_COUNT: tl.constexpr,
+    BY_SEQUENCES: tl.constexpr,
     MAXIMUM: tl.constexpr,
     TOTALS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,22 +71,26 @@ def totals_kernel(
     """Row i of ``partials`` [TOTALS, P] to its total, in program i: row 0 the loss, row i > 0 metric i - 1.
 
     Rows 0 and 1 are sums, the last is the number of tokens, row MAXIMUM (if any) a maximum with 0; the others are
-    means over the tokens. BY_COUNT: rows 0 and 1 are means too, and BLOCK of the N gradients per program are divided.
+    means over the tokens. BY_COUNT: rows 0 and 1 are means too, and BLOCK of the N gradients per program are divided;
+    BY_SEQUENCES: these are means over the sequences, whose number is the total of one row more.
     """
     index = tl.minimum(tl.program_id(0), TOTALS - 1)
     column = tl.arange(0, BLOCK)
     sums, tokens = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    largest = tl.zeros([BLOCK], tl.float32)
+    largest, sequences = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, P, BLOCK):
         exists = start + column < P
         part = tl.load(partials_ptr + index * P + start + column, exists, other=0.0)
         sums += part
         tokens += tl.load(partials_ptr + (TOTALS - 1) * P + start + column, exists, other=0.0)
+        if BY_SEQUENCES:
+            sequences += tl.load(partials_ptr + TOTALS * P + start + column, exists, other=0.0)
         largest = tl.maximum(largest, part)
     total, count = tl.sum(sums, 0), tl.maximum(tl.sum(tokens, 0), 1.0)
+    loss_count = tl.maximum(tl.sum(sequences, 0), 1.0) if BY_SEQUENCES else count
     FIRST_MEAN: tl.constexpr = 0 if BY_COUNT else 2
     if (index >= FIRST_MEAN) & (index < TOTALS - 1):
-        total = tl.div_rn(total, count)
+        total = tl.div_rn(total, tl.where(index < 2, loss_count, count))
     if index == MAXIMUM:
         total = max_or_nan(largest, tl.sum(sums, 0))
     if tl.program_id(0) == 0:
@@ -97,40 +99,29 @@ def totals_kernel(
         tl.store(metrics_ptr + index - 1, total)
     if BY_COUNT:
         row = tl.program_id(0).to(tl.int64) * BLOCK + column
-        divide(grad_ptr, row, row < N, count)
-        divide(other_grad_ptr, row, row < N, count)
-        divide(third_grad_ptr, row, row < N, count)
-
-
-def weights_or_denominator(
-    weights: Tensor | None, mask: Tensor | None, loss: PolicyInputs | ValueInputs, like: Tensor
-) -> tuple[Tensor | None, Tensor | float | None]:
-    """(weights of the tokens, or the number that divides the loss); neither where that is the number of tokens."""
-    if weights is not None:
-        return weights.contiguous(), None
-    if loss.aggregation != "token-mean":
-        counted = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
-        weights = reference.token_weights(counted, loss.cu_seqlens, loss.denominator, loss.aggregation, torch.float32)
-        return weights.contiguous(), None
-    return None, loss.denominator
+        divide(grad_ptr, row, row < N, loss_count)
+        divide(other_grad_ptr, row, row < N, loss_count)
+        divide(third_grad_ptr, row, row < N, loss_count)
 
 
 def new_partials(like: Tensor, totals: int, rows: int = tuning.ROWS) -> Tensor:
     """Room for the partial sums of a kernel over ``like`` whose programs take ``rows`` tokens: [totals, programs]."""
-    return like.new_empty(totals, triton.cdiv(like.numel(), rows), dtype=torch.float32)
+    return like.new_empty(totals, tuning.cdiv(like.numel(), rows), dtype=torch.float32)
 
 
-def totals(partials: Tensor, grads: tuple[Tensor, ...] | None = None, maximum: int = -1) -> tuple[Tensor, Tensor]:
+def totals(
+    partials: Tensor, grads: tuple[Tensor, ...] | None = None, maximum: int = -1, by_sequences: bool = False
+) -> tuple[Tensor, Tensor]:
     """(loss, metrics) from ``partials`` [totals, programs]: see :func:`totals_kernel`. The caller chooses the device.
 
     ``grads``: the per-token gradients to be divided by the number of tokens, the first of them not empty, as is the
-    loss; None: the terms have been weighted.
+    loss; None: the terms have been weighted. ``by_sequences``: by that of the sequences, whose row is the last.
     """
-    rows, programs = partials.shape
+    rows, programs = partials.shape[0] - by_sequences, partials.shape[1]
     loss, metrics = partials.new_empty(()), partials.new_empty(rows - 1)
     given = [x if x.numel() else None for x in grads or ()]
     N = 0 if grads is None else grads[0].numel()
-    totals_kernel[(max(rows, triton.cdiv(N, tuning.ROWS)),)](
+    totals_kernel[(max(rows, tuning.cdiv(N, tuning.ROWS)),)](
         partials,
         loss,
         metrics,
@@ -139,6 +130,7 @@ def totals(partials: Tensor, grads: tuple[Tensor, ...] | None = None, maximum: i
         N,
         programs,
         BY_COUNT=grads is not None,
+        BY_SEQUENCES=by_sequences,
         MAXIMUM=maximum,
         TOTALS=rows,
         BLOCK=tuning.ROWS,
