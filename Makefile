@@ -43,7 +43,7 @@ aot:
 
 docs:
 	$(call stage,doctests,$(PYTEST) --doctest-modules ppo_fast)
-	$(call stage,site,$(SITE) build --strict --clean && $(PYTHON) .ci/site_pages.py --check)
+	$(call stage,site,$(PYTHON) .ci/site_pages.py --check && $(SITE) build --strict --clean)
 
 # The pages in docs/ as a website in build/site; `make serve` shows it and follows edits.
 SITE = $(PYTHON) .ci/site_pages.py --site && PYTHONPATH=.ci $(PYTHON) -m zensical

@@ -65,12 +65,16 @@ PLACEMENT = "tests/rlhf/ppo/test_kl_placement.py"
 GROUPS = "tests/rlhf/ppo/test_groups.py"
 CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
+BEST = "tests/rlhf/supervised/test_best.py"
 EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 SLOTS = "tests/rlhf/decoding/test_slots.py"
+VLLM = "tests/rlhf/decoding/test_vllm_engine.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
+RUNS = "tests/rlhf/distributed/test_runs.py"
+SHARDING = "tests/rlhf/distributed/test_sharding.py"
 SUPERVISED = "tests/rlhf/supervised/test_train.py"
 CHECKPOINT = "tests/rlhf/training/test_checkpoint.py"
 DAMAGE = "tests/rlhf/training/test_damage.py"
@@ -241,7 +245,12 @@ MUTANTS = [
     Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
-    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "latest = self.positions[:, None]", "latest = self.length", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "at > latest - window", "at >= latest - window", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "module.forward = own", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/slots.py", "x.clone() for x in responses", "x for x in responses", SLOTS),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self._check_load(requests, settings)\n", "pass\n", VLLM),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self.llm.reset_prefix_cache()", "pass", VLLM),
     Mutant(
         f"{RLHF}/decoding/cache.py",
         "(back < window) if window is not None else back >= 0\n        return",
@@ -292,7 +301,7 @@ MUTANTS = [
         "for source in scores]).argmin",
         "tests/rlhf/ppo/test_rewards.py",
     ),
-    Mutant(f"{RLHF}/ppo/scoring.py", "values if models.shared else None", "None", SHARED),
+    Mutant(f"{RLHF}/ppo/scoring.py", "models.value is not None and models.shared else", "False else", SHARED),
     Mutant(
         f"{RLHF}/ppo/advantages.py",
         "offsets(lengths)[:-1].repeat(lengths)",
@@ -410,7 +419,13 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "every == 0 or finished", "every == 0", RESUMED),
     Mutant(f"{RLHF}/training/signals.py", "if late and not finished", "if late", RESUMED_PPO),
-    Mutant(f"{RLHF}/ppo/evaluation.py", ", self.worse = metrics[watched], 0", " = metrics[watched]", EVALUATION),
+    Mutant(f"{RLHF}/ppo/update.py", "if not experience.lengths[rows].any():", "if False:", CORRECTION),
+    Mutant(f"{RLHF}/ppo/update.py", "step = len(steps) + empty", "step = len(steps)", CORRECTION),
+    Mutant(f"{RLHF}/training/best.py", "self.best, self.worse = value, 0", "self.best = value", EVALUATION),
+    Mutant(f"{RLHF}/training/best.py", "self.sign * value <=", "self.sign * value <", BEST),
+    Mutant(f"{RLHF}/supervised/train.py", "or self.evaluation.best.exhausted", "", BEST),
+    Mutant(f"{RLHF}/supervised/train.py", 'parts["best"] = self.evaluation.best', "pass", BEST),
+    Mutant(f"{RLHF}/supervised/train.py", '(config.best or "").endswith("loss")', "False", BEST),
     Mutant(f"{RLHF}/training/optim.py", "math.cos(math.pi * share)", "math.cos(share)", UPDATE),
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED
@@ -433,8 +448,8 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/reward.py", "None if tokenizer.pad_token_id == tokenizer.eos_token_id else ", "", REWARD),
     Mutant(
         f"{RLHF}/supervised/reward_model.py",
-        "(*self.scores(pairs), margin=self._margins(pairs))",
-        "(*self.scores(pairs))",
+        "(*self._scores(model, batch), margin=margins)",
+        "(*self._scores(model, batch))",
         REWARD,
     ),
     Mutant(
@@ -444,11 +459,22 @@ MUTANTS = [
         REWARD,
     ),
     Mutant(f"{RLHF}/supervised/reward_model.py", "torch.sigmoid(gaps.abs())", "torch.sigmoid(gaps)", REWARD),
-    Mutant(f"{RLHF}/supervised/dpo.py", "self._logprobs(self.reference", "self._logprobs(self.model", SUPERVISED),
-    Mutant(
-        f"{RLHF}/supervised/dpo.py", "ref_chosen, ref_rejected, beta=self.beta", "ref_chosen, ref_rejected", SUPERVISED
-    ),
+    Mutant(f"{RLHF}/supervised/dpo.py", "Root(reference=self.reference)", "Root(reference=self.model)", SUPERVISED),
+    Mutant(f"{RLHF}/supervised/dpo.py", "*reference, beta=self.beta", "*reference", SUPERVISED),
     Mutant(f"{RLHF}/supervised/dpo.py", "copy.deepcopy(loaded.model)", "loaded.model", SUPERVISED),
+    # several ranks
+    Mutant(f"{RLHF}/models/sharding.py", "            module.set_gradient_divide_factor(1.0)\n", "", SHARDING),
+    Mutant(
+        f"{RLHF}/models/sharding.py",
+        "            self.reshard()  # fully_shard",
+        "            pass  # fully_shard",
+        RUNS,
+    ),
+    Mutant(f"{RLHF}/ppo/update.py", "loss * 0 if self.repeats else loss", "loss", SHARDING),
+    Mutant(f"{RLHF}/ppo/update.py", "zeros_like(policy), zeros_like(value)", "policy, value", SHARDING),
+    Mutant(f"{RLHF}/training/optim.py", "norm if total is squares else total.sqrt()", "norm", SHARDING),
+    Mutant(f"{RLHF}/supervised/train.py", "        yield 0.0, (own or", "        yield 1.0, (own or", RUNS),
+    Mutant(f"{RLHF}/ppo/rollout.py", "requests[own.start : own.stop]", "requests[: len(own)]", RUNS),
     # tokens, templates and heads
     Mutant(f"{RLHF}/models/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
     Mutant(f"{RLHF}/data/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),

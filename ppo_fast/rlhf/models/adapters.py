@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ppo_fast.rlhf.config.model import LoraConfig
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.adapter_files import HEAD, SavedAdapter, first_line
-from ppo_fast.rlhf.models.adapter_layers import RoundedCopy, refresh, use_fast_forward
+from ppo_fast.rlhf.models.adapter_layers import AdapterLayer, RoundedCopy, refresh, use_fast_forward
 from ppo_fast.rlhf.split import whole
 from ppo_fast.rlhf.world import current
 
@@ -145,6 +145,13 @@ class Adapters:
                 parameter.data = parameter.data.to(self.network.dtype)
             for rounded in self.copies[name]:
                 rounded.value = None
+
+    def forget_copies(self) -> None:
+        """Drop the rounded copies, which keep whole factors alive: split ones are rounded where they are used."""
+        self.copies.clear()
+        for layer in self._layers:
+            if isinstance(layer, AdapterLayer):
+                layer.copies = {}
 
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:

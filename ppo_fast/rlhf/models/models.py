@@ -128,6 +128,8 @@ class Models:
         for role, root in self._roots.items():
             if len(root.networks) and not isinstance(root, FSDPModule):
                 shard(root, mesh, offload=offload and role == "reference")
+        if self.adapters is not None:
+            self.adapters.forget_copies()
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +17,7 @@ from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.planning.plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
+from ppo_fast.rlhf.world import under_torchrun
 
 GPU, GPUS = "--gpu", "--gpus"
 HELP = """\
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     gpus, others = _take(GPUS, others, parse_count)
     config = parse("train", others)
     device, limit = ("cuda", size) if size else find_limit(config)
-    given = {"device": device, "shapes": read_shapes(config), "gpus": gpus or 1}
+    given: dict[str, Any] = {"device": device, "shapes": read_shapes(config), "gpus": gpus or 1}
     plan = make_plan(config, limit=limit, **given)
     print_plan(plan, advise(config, plan, **given), Console(), gpus or 1)
 
@@ -55,7 +58,8 @@ def announce(config: PPOConfig, console: Console | None = None) -> None:
         if count_weights(shapes.policy, config.model) < TINY:
             return
         device, limit = find_limit(config)
-        print_plan(make_plan(config, device, limit=limit, shapes=shapes), (), console)
+        gpus = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+        print_plan(make_plan(config, device, limit=limit, shapes=shapes, gpus=gpus), (), console, gpus)
     except UserError:
         return  # the run itself stops at it
     except Exception as error:  # of a kind of model that cannot be made without data

@@ -17,7 +17,7 @@ from ppo_fast.rlhf.data.packing import Array, to_device
 from ppo_fast.rlhf.data.prompts import PromptBatch
 from ppo_fast.rlhf.errors import NotFiniteError
 from ppo_fast.rlhf.ppo.advantages import agreeing
-from ppo_fast.rlhf.ppo.rewards import ScoredBatch
+from ppo_fast.rlhf.ppo.rewards import OwnScores, ScoredBatch
 from ppo_fast.rlhf.ppo.rollout import Generation, select, token_indices
 
 
@@ -117,13 +117,17 @@ def _joined_scores(a: ScoredBatch, b: ScoredBatch, before: Array, after: Array, 
     """Return the scores of the rows `order` of both, whose responses have `before` and `after` tokens."""
     rows, lengths = to_device(order, a.totals.device), np.concatenate([before, after])
     tokens = torch.cat([a.per_token_scores, b.per_token_scores])
-    names = ("sources", "combined", "unpenalized")
-    own = {name: torch.cat([getattr(x.own, name) for x in (a, b)])[rows] for name in names}
+    own = OwnScores(
+        a.own.names,
+        torch.cat([a.own.sources, b.own.sources])[rows],
+        torch.cat([a.own.combined, b.own.combined])[rows],
+        torch.cat([a.own.unpenalized, b.own.unpenalized])[rows],
+    )
     std = None if a.std is None or b.std is None else torch.cat([a.std, b.std])[rows]
     return ScoredBatch(
         per_token_scores=tokens[token_indices(lengths, order, tokens.device)],
         totals=torch.cat([a.totals, b.totals])[rows],
         verdicts=select(a.verdicts + b.verdicts, order),
         std=std,
-        own=dataclasses.replace(a.own, **own),
+        own=own,
     )

@@ -57,7 +57,8 @@ class Callback:
     """A base for callbacks: each method does nothing. An object with any of the methods is a callback as well.
 
     Callbacks are called in the order they are passed, on a step after the run's own evaluation and before its log.
-    One with `state_dict` and `load_state_dict` is saved in every checkpoint and restored by `resume`.
+    One with `state_dict` and `load_state_dict` is saved in every checkpoint and restored by `resume`. Under torchrun
+    they are called on every rank, and the state of rank 0 is saved.
     """
 
     phase = ""  # in the progress bar during a call, where that takes its time

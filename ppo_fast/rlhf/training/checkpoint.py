@@ -275,12 +275,11 @@ def _gathered_state(
     if current().mesh is None:
         yield state
         return
-    state = model.state_dict() if state is None else state
-    first = {id(value): name for name, value in reversed(state.items())}  # a tied weight has two names
+    state, first = model.state_dict() if state is None else state, _first_names(model)
     path = directory / GATHERED
-    save_tensors({name: state[name] for name in first.values()}, path)
+    save_tensors({name: value for name, value in state.items() if first.get(name, name) == name}, path)
     found = read_tensors(path) if current().is_main else {}
-    yield {name: found[first[id(value)]] for name, value in state.items()} if current().is_main else None
+    yield {name: found[first.get(name, name)] for name in state} if current().is_main else None
     path.unlink(missing_ok=True)
 
 
@@ -293,7 +292,7 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
         _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
         return
     own = model.state_dict()
-    if current().mesh is not None and _load_rows(own, directory):
+    if current().mesh is not None and _load_rows(own, _first_names(model), directory):
         return
     for path in sorted(directory.glob("model*.safetensors")):
         tensors = read_tensors(path)  # views of the file: no data is read
@@ -303,16 +302,22 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
     copy_tensors(own, saved.state_dict(), str(directory))
 
 
-def _load_rows(own: Mapping[str, Tensor], directory: Path) -> bool:
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """The first name of each weight, by name: a tied one has two."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(weight), name) for name, weight in named}
+
+
+def _load_rows(own: Mapping[str, Tensor], first: Mapping[str, str], directory: Path) -> bool:
     """Copy each rank's rows from the files, if they have the model's own names; else return False."""
     saved: dict[str, Tensor] = {}
     for path in sorted(directory.glob("model*.safetensors")):
         saved |= read_tensors(path)  # views of the file
-    weights = {id(own[name]): name for name in own.keys() & saved.keys()}
-    if saved.keys() - own.keys() or any(id(value) not in weights for value in own.values()):
+    needed = {first.get(name, name) for name in own}
+    if {first.get(name, name) for name in saved} != needed:
         return False
-    names = weights.values()
-    copy_tensors({name: own[name] for name in names}, {name: saved[name] for name in names}, str(directory))
+    copy_tensors({name: own[name] for name in saved}, saved, str(directory))
     return True
 
 

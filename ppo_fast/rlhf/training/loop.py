@@ -14,7 +14,7 @@ from torch import nn
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
-from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
+from ppo_fast.rlhf.errors import BatchError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, supersede_newer
@@ -126,7 +126,8 @@ class TrainingLoop(ABC):
             "rng": rng,
         }
         if current().size > 1:  # of the generators that a user's functions may use
-            state["rng_of_ranks"] = current().objects(rng)
+            others = current().objects({name: x for name, x in rng.items() if name != "run"})[1:]
+            state["rng_of_ranks"] = others
         saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
         with error_prefix(f"{log.unit} {self.done}"):
             for callback in self.callbacks:
@@ -156,18 +157,16 @@ class TrainingLoop(ABC):
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self._load(start.directory)
-        ranks = state.get("rng_of_ranks", [])[1:]
-        rank = current().rank
-        restore_rng(ranks[rank - 1] if 0 < rank <= len(ranks) else state["rng"], self.generator)
+        ranks = [{}, *state.get("rng_of_ranks", [])]
+        own = ranks[current().rank] if current().rank < len(ranks) else {}
+        restore_rng(state["rng"] | own, self.generator)
         self.done, self.skipped = done, state["skipped"]
 
     def _all_parts(self) -> dict[str, Stateful]:
         """Return `_parts` and the states of the user's callbacks."""
         return self._parts() | {callback.name: callback.state for callback in self.callbacks if callback.state}
 
-    def give_up(
-        self, index: int, log: StageLog, error: NotFiniteError, save: Callable[[Path, NotFiniteError], Path]
-    ) -> str:
+    def give_up(self, index: int, log: StageLog, error: BatchError, save: Callable[[Path, BatchError], Path]) -> str:
         """Skip and count the batch of step `index` and return a note, or stop with it saved by `save`; see `on_nan`."""
         if self.config.on_nan == "skip":
             self.skipped += 1

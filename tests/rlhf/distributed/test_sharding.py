@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import config_from_dict
@@ -221,6 +221,7 @@ def files(directory):
         "fingerprint": fingerprint(models.policy) == before,
         "rows": sum(local(weight).numel() for weight in models.policy.parameters()),
         "all": sum(weight.numel() for weight in models.policy.parameters()),
+        "groups": sum(isinstance(module, FSDPModule) for module in models.root("policy").modules()),
     }
 
 
@@ -310,6 +311,7 @@ def test_a_streamed_file_is_the_one_of_safetensors(ranks):
         assert found["same"]
         assert found["fingerprint"]
         assert found["rows"] < 0.6 * found["all"]  # the weights are split
+        assert found["groups"] == 3  # two layers and the rest
 
 
 def test_two_dtypes_in_a_layer_are_refused(ranks):

@@ -43,8 +43,14 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
     def grad(wanted: bool) -> Tensor:
         return torch.empty_like(advantages) if wanted else advantages.new_empty(0)
 
-    grads = RowGrads(grad(True), grad(policy.ent_coef is not None), grad(full and policy.kl_coef is not None))
-    loss, metrics = advantages.new_empty(()), advantages.new_empty(len(METRICS))
+    result = PolicyLossResult(
+        advantages.new_empty(()),
+        advantages.new_empty(len(METRICS)),
+        *stats,
+        grad_logprobs=grad(True),
+        grad_entropy=grad(policy.ent_coef is not None),
+        grad_kl=grad(full and policy.kl_coef is not None),
+    )
     extension.policy_loss(
         rows_view(rows),
         gradient_view(out, logits),
@@ -63,12 +69,9 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
         ref_logprobs=policy.ref_logprobs,
         importance_weights=policy.importance_weights,
         token_weights=weights,
-        loss=loss,
-        metrics=metrics,
-        **stats._asdict(),
-        **grads._asdict(),
+        **result._asdict(),
     )
-    return PolicyLossResult(loss, metrics, *stats, *grads)
+    return result
 
 
 def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, RowGrads]:
