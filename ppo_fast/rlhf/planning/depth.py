@@ -45,7 +45,7 @@ def measure(config: PPOConfig, shapes: SavedModels, run: Callable[[SavedModels],
     depth = common_depth(config, shapes)
     if depth is not None and depth >= FEWEST:
         steps = [run(with_depth(shapes, SHALLOW + more)) for more in range(3)]
-        found, again = (extrapolate(*steps[i : i + 2], depth - SHALLOW - i) for i in range(2))
+        found, again = (extrapolate(steps[i], steps[i + 1], depth - SHALLOW - i) for i in range(2))
         if found is not None and found == again:
             return found
     whole = run(shapes)
