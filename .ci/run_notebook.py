@@ -1,5 +1,6 @@
 """Execute notebooks and write their outputs into them: python .ci/run_notebook.py docs/notebooks/*.ipynb"""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # of tqdm, whose bars need a package of widgets
 for name in sys.argv[1:]:
     notebook = nbformat.read(name, as_version=4)
     with tempfile.TemporaryDirectory() as directory:

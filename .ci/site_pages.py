@@ -2,7 +2,7 @@
 
 python .ci/site_pages.py            # docs/knobs.md and docs/llms.txt, which are committed
 python .ci/site_pages.py --check    # exit 1 if one of them is not current
-python .ci/site_pages.py --site     # and the notebooks as pages, for the site
+python .ci/site_pages.py --site     # the notebooks as pages, for the site
 """
 
 from __future__ import annotations
@@ -186,6 +186,10 @@ def knobs_page() -> str:
 
 def main(arguments: list[str]) -> int:
     """Write or check them."""
+    if "--site" in arguments:
+        for page in (page for _, pages in nav() for page in pages if source(page).suffix == ".ipynb"):
+            (DOCS / page).write_text(text(page))
+        return 0
     current = True
     for name, make in (("knobs.md", knobs_page), ("llms.txt", llms)):
         path, made = DOCS / name, make()
@@ -193,9 +197,6 @@ def main(arguments: list[str]) -> int:
             current &= path.is_file() and path.read_text() == made
         else:
             path.write_text(made)
-    if "--site" in arguments:
-        for page in (page for _, pages in nav() for page in pages if source(page).suffix == ".ipynb"):
-            (DOCS / page).write_text(text(page))
     return 0 if current else 1
 
 

@@ -65,9 +65,11 @@ PLACEMENT = "tests/rlhf/ppo/test_kl_placement.py"
 GROUPS = "tests/rlhf/ppo/test_groups.py"
 CRITIC = "tests/rlhf/test_critic.py"
 WARMUP = "tests/rlhf/ppo/test_critic_warmup.py"
+BEST = "tests/rlhf/supervised/test_best.py"
 EVALUATION = "tests/rlhf/ppo/test_evaluation.py"
 ROLLOUT = "tests/rlhf/ppo/test_rollout.py"
 SLOTS = "tests/rlhf/decoding/test_slots.py"
+VLLM = "tests/rlhf/decoding/test_vllm_engine.py"
 UPDATE = "tests/rlhf/ppo/test_update.py"
 RESUMED = "tests/rlhf/supervised/test_resume.py"
 REWARD = "tests/rlhf/supervised/test_reward_model.py"
@@ -243,7 +245,12 @@ MUTANTS = [
     Mutant(f"{RLHF}/decoding/schedule.py", "snapshot > self.slots[index].since and ", "", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "free.remove(holder)", "free.append(holder)", SLOTS),
     Mutant(f"{RLHF}/decoding/schedule.py", "self.slots[target] = self.slots[source]", "pass", SLOTS),
-    Mutant(f"{RLHF}/decoding/cache.py", "back = self.positions[:, None] - at", "back = self.length - at", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "latest = self.positions[:, None]", "latest = self.length", SLOTS),
+    Mutant(f"{RLHF}/decoding/cache.py", "at > latest - window", "at >= latest - window", SLOTS),
+    Mutant(f"{RLHF}/decoding/attention.py", "module.forward = own", "pass", SLOTS),
+    Mutant(f"{RLHF}/decoding/slots.py", "x.clone() for x in responses", "x for x in responses", SLOTS),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self._check_load(requests, settings)\n", "pass\n", VLLM),
+    Mutant(f"{RLHF}/decoding/vllm_engine.py", "self.llm.reset_prefix_cache()", "pass", VLLM),
     Mutant(
         f"{RLHF}/decoding/cache.py",
         "(back < window) if window is not None else back >= 0\n        return",
@@ -412,7 +419,13 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/loop.py", "        if self.total < done:", "        if False:", RESUMED),
     Mutant(f"{RLHF}/training/loop.py", "every == 0 or finished", "every == 0", RESUMED),
     Mutant(f"{RLHF}/training/signals.py", "if late and not finished", "if late", RESUMED_PPO),
-    Mutant(f"{RLHF}/ppo/evaluation.py", ", self.worse = metrics[watched], 0", " = metrics[watched]", EVALUATION),
+    Mutant(f"{RLHF}/ppo/update.py", "if not experience.lengths[rows].any():", "if False:", CORRECTION),
+    Mutant(f"{RLHF}/ppo/update.py", "step = len(steps) + empty", "step = len(steps)", CORRECTION),
+    Mutant(f"{RLHF}/training/best.py", "self.best, self.worse = value, 0", "self.best = value", EVALUATION),
+    Mutant(f"{RLHF}/training/best.py", "self.sign * value <=", "self.sign * value <", BEST),
+    Mutant(f"{RLHF}/supervised/train.py", "or self.evaluation.best.exhausted", "", BEST),
+    Mutant(f"{RLHF}/supervised/train.py", 'parts["best"] = self.evaluation.best', "pass", BEST),
+    Mutant(f"{RLHF}/supervised/train.py", '(config.best or "").endswith("loss")', "False", BEST),
     Mutant(f"{RLHF}/training/optim.py", "math.cos(math.pi * share)", "math.cos(share)", UPDATE),
     Mutant(
         f"{RLHF}/training/loop.py", "            if found != state", "            if False and found != state", RESUMED

@@ -2,7 +2,8 @@
 
 Every block of Python, shell, YAML or JSON follows a marker, a comment of one line:
 
-    <!-- run -->             it is executed, in the order of the page; Python blocks of a page share their names
+    <!-- run -->             it is executed, in the order of the page; Python blocks of a page share their names,
+                             YAML is read as a config
     <!-- file: NAME -->      it is the file NAME, which other blocks use
     <!-- example: PATH -->   it is that file of the repository, which has a test of its own
     <!-- command: NAME -->   .ci/readme_command.py prints it; CI or a test of that name runs it
@@ -23,6 +24,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from ppo_fast import cli
+from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.models import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +120,8 @@ class Site:
                 continue
             if block.language == "python":
                 exec(compile(block.text, f"{page}: python block", "exec"), names)
+            elif block.language == "yaml":
+                config_from_dict(yaml.safe_load(block.text))
             else:
                 for line in block.text.splitlines():
                     _shell(line)

@@ -87,11 +87,12 @@ def test_no_sentence_stands_twice() -> None:
     for page, path in PAGES.items():
         if page == "knobs.md":  # made from the help
             continue
-        prose = re.sub(r"^```.*?^```$|^<!-- table.*?end table -->$|^\|.*?$", "", path.read_text(), flags=re.M | re.S)
-        for sentence in re.split(r"(?<=[.:;?])\s", " ".join(prose.split())):
-            if len(sentence) > 60:
-                assert sentence not in seen, f"{page} and {seen.get(sentence)}: {sentence}"
-                seen[sentence] = page
+        code = r"^```.*?^```$|^<!-- table.*?end table -->$|^<!--.*?-->$|^[|#].*?$"
+        prose = re.sub(code, "\n\n", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for sentence in re.split(r"(?<=[.:;?])\s|\n\n|^\* ", prose, flags=re.MULTILINE):
+            words = " ".join(sentence.split())
+            assert len(words) < 60 or words not in seen, f"{page} and {seen.get(words)}: {words}"
+            seen[words] = page
 
 
 def test_every_public_name_is_in_the_reference() -> None:
@@ -157,3 +158,15 @@ def test_the_shares_of_the_profile_are_those_of_the_committed_result() -> None:
     text = " ".join(PAGES["benchmarks.md"].read_text().split())
     for group, milliseconds in times.items():
         assert f"{group} {round(100 * milliseconds / sum(times.values()))} %" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quickstart", "pip install '.[train]' && ppo-fast quickstart\n"),
+        ("test", "pip install -e '.[dev]' && make check\n"),
+    ],
+)
+def test_the_set_up_commands_of_the_front_can_be_extracted(name: str, expected: str) -> None:
+    command = [sys.executable, ROOT / ".ci" / "readme_command.py", name]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == expected

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ppo_fast.rlhf.config.rollout import DataConfig, RolloutConfig
     from ppo_fast.rlhf.config.run import CheckpointConfig, LogConfig
     from ppo_fast.rlhf.config.supervised import (
+        BestModelConfig,
         DPOConfig,
         ExamplesConfig,
         RewardModelConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "RolloutConfig",
     "CheckpointConfig",
     "LogConfig",
+    "BestModelConfig",
     "ExamplesConfig",
     "SupervisedLogConfig",
     "SupervisedOptimConfig",
@@ -87,6 +89,7 @@ _MODULES = {
     "config.rollout": ["DataConfig", "RolloutConfig"],
     "config.run": ["CheckpointConfig", "LogConfig"],
     "config.supervised": [
+        "BestModelConfig",
         "DPOConfig",
         "ExamplesConfig",
         "RewardModelConfig",

@@ -28,12 +28,16 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
-class NotFiniteError(UserError):
-    """A NaN or an infinity in a named tensor; `rows` are the responses of the batch concerned, None: all."""
+class BatchError(UserError):
+    """A batch that takes no step; `on_nan` says what then. `rows` are the responses concerned, None: all."""
 
     def __init__(self, message: str, rows: list[int] | None = None) -> None:
         super().__init__(message)
         self.rows = rows
+
+
+class NotFiniteError(BatchError):
+    """A NaN or an infinity in a named tensor."""
 
 
 def require(module: str, package: str | None = None) -> ModuleType:

@@ -60,9 +60,9 @@ def backward_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
 def policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     """Arguments of policy_loss: nothing optional, everything with a reference of either kind, packed."""
     one, rows, ref = torch.tensor(0.1), torch.randn(2, 3), torch.randn(2, 3, 5)
-    plain = (math.inf, math.inf, math.inf, "token", "k3", "token-mean", backend)
-    clipped = (0.2, 0.2, 2.0, "sequence", "k3", "seq-mean-token-mean", backend)
-    full = (0.2, 0.2, 2.0, "sequence", "full", "seq-mean-token-sum", backend)
+    plain = (math.inf, math.inf, math.inf, "token", "k3", "token-mean", "clip", backend)
+    clipped = (0.2, 0.2, 2.0, "sequence", "k3", "seq-mean-token-mean", "clip", backend)
+    full = (0.2, 0.2, 2.0, "sequence", "full", "seq-mean-token-sum", "cispo", backend)
     nothing = (None,) * 6
     yield logits_of(2, 3, 5), TARGETS.clamp(min=0), None, None, 1.0, None, rows, *nothing, None, *plain
     common = (rows, rows)
@@ -145,9 +145,9 @@ def linear_policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     one, rows = torch.tensor(0.1), torch.randn(2, 3)
     plain, everything, strided = linear_calls(backend)
     tail = (0.2, 0.2, 2.0)
-    nothing = (None, rows, *(None,) * 7, math.inf, math.inf, math.inf, "token", "k3", "token-mean")
+    nothing = (None, rows, *(None,) * 7, math.inf, math.inf, math.inf, "token", "k3", "token-mean", "clip")
     yield *plain, True, True, False, *nothing
-    full = (rows, rows, None, rows, None, one, one, one, one, *tail, "token", "full", "seq-mean-token-mean")
+    full = (rows, rows, None, rows, None, one, one, one, one, *tail, "token", "full", "seq-mean-token-mean", "cispo")
     yield *everything, True, True, True, *full
     sequence = (rows, rows, rows, rows, None, one, one, one, one, *tail, "sequence", "k3", "seq-mean-token-sum")
     yield *strided, False, True, False, *sequence

@@ -483,3 +483,13 @@ def test_no_raise_statement_is_missing_from_the_table(monkeypatch: pytest.Monkey
     reached.add(line_of(policy(logits=LOGITS.clone().requires_grad_() * 1, inplace=True)))
     linear = raise_statements("_linear_*.py")
     assert raise_statements("*.py") - linear <= reached
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_without_a_layout_of_their_own() -> None:
+    """Their layout is that of dense tensors, and they have no shape to compare."""
+    nested = torch.nested.nested_tensor([LOGITS[0], LOGITS[1]])
+    with raises_exactly("token_stats: expected logits to be a dense tensor, got a nested one"):
+        stats(logits=nested)()
+    with raises_exactly("policy_loss: expected advantages to be a dense tensor, got a nested one"):
+        policy(advantages=nested)()

@@ -15,6 +15,7 @@ from ppo_fast.rlhf.data.examples import Scored, scored_example
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import load_models
+from ppo_fast.rlhf.training.signals import Interrupted
 from tests.helpers import raises_exactly
 from tests.rlhf.conftest import PROMPTS
 from tests.rlhf.supervised_factories import EOS, make_model
@@ -57,6 +58,20 @@ def test_a_trained_value_model_explains_held_out_returns_and_is_what_value_path_
     with critic.using("value") as value, torch.no_grad():
         found = value(ids, torch.ones_like(ids, dtype=torch.bool))[0, 1]
     assert found > 1
+
+
+def test_the_best_value_model_is_kept_and_the_clock_ends_the_run_with_a_checkpoint(tmp_path, tokenizer):
+    values = {"optim": {"lr": 1e-2, "batch_size": 32, "epochs": 1}, "log": LOG | {"eval_every": 1}}
+    values |= {"evaluation": {"best": "eval/explained_variance"}}
+    rows = scored_rows()
+    config = make_value_config(tmp_path, **values, max_hours=1e-9)
+    with pytest.raises(Interrupted, match=r"^max_hours: stopped after step 1; saved "):
+        train_value_model(config, train=rows, model=make_model(), tokenizer=tokenizer)
+    config = make_value_config(tmp_path, **values)
+    result = train_value_model(config, train=rows, model=make_model(), tokenizer=tokenizer, resume=True)
+    found = [metrics["eval/explained_variance"] for metrics in result.history]
+    best = json.loads((result.directory / "best" / "value_stats.json").read_text())["after"]["explained_variance"]
+    assert (len(found), best) == (3, max(found))
 
 
 def test_values_are_regressed_on_the_discounted_score_of_the_states_before_each_token():

@@ -105,7 +105,8 @@ MISTAKES = [
     ),
     (
         {"evaluation": {"every": 1, "prompts": "p.jsonl", "best": "eval/score"}},
-        "evaluation.best: expected one of eval/scores, eval/reward, eval/kl, eval/length, eval/truncated_frac, eval/win_rate, "
+        "evaluation.best: expected one of eval/scores, eval/reward, eval/kl, eval/length, "
+        "eval/truncated_frac, eval/win_rate, "
         "got 'eval/score'",
     ),
     (

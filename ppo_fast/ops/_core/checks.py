@@ -5,6 +5,7 @@ Values (target range, contents of cu_seqlens) are checked on CPU tensors only: o
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fits(value: object, dtypes: Sequence[torch.dtype], shape: torch.Size, like: Tensor) -> bool:
-    """Whether ``value`` is a dense tensor of one of these dtypes, of this shape, on the device of ``like``.
+def fits(value: object, dtypes: Sequence[torch.dtype], shape: torch.Size | None = None, like: Any = None) -> bool:
+    """Whether ``value`` is a dense tensor of one of these dtypes, of this shape, on the device of the tensor ``like``.
 
     The checks below say what is wrong with another, at several times the cost of a small kernel's launch.
     """
@@ -33,8 +34,8 @@ def fits(value: object, dtypes: Sequence[torch.dtype], shape: torch.Size, like: 
         and not value.is_nested
         and value.layout == torch.strided
         and value.dtype in dtypes
-        and value.shape == shape
-        and (value is like or value.device == like.device)
+        and (shape is None or value.shape == shape)
+        and (like is None or value.device == like.device)
     )
 
 
@@ -109,7 +110,7 @@ def boolean(op: str, name: str, value: Tensor | None, like_name: str, like: Tens
 
 def logits(op: str, name: str, value: Tensor) -> None:
     """Logits: floating, at least one dimension, at least one word."""
-    if not isinstance(value, Tensor) or not fits(value, FLOATS, value.shape, value):
+    if not fits(value, FLOATS):
         floating(op, name, value)
     if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(f"{op}: expected {name} of shape [..., V] with V >= 1, got {list(value.shape)}")

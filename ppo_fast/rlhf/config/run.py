@@ -62,7 +62,7 @@ class RunConfig(Settings):
     max_hours: float | None = None  # of training; the step that ends later is the last: checkpoint, exit, --resume
     ddp_timeout: float = 1800.0  # seconds that a process of torchrun waits for another before the run ends
     push_to_hub: str | None = None  # repository of the Hugging Face Hub that gets final/ at the end: NAME or OWNER/NAME
-    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or an infinity; skip: leave the step or batch out and count it
+    on_nan: Literal["stop", "skip"] = "stop"  # at a NaN or a mask of all tokens; skip: leave it out, count it
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ppo_fast.rlhf.config.base import Settings, check_renames
 from ppo_fast.rlhf.config.model import CausalConfig, WeightsConfig
 from ppo_fast.rlhf.config.optim import AdamWConfig, check_float16
 from ppo_fast.rlhf.config.run import RunConfig, RunLogConfig
-from ppo_fast.rlhf.errors import check, divides, positive
+from ppo_fast.rlhf.errors import check, divides, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,23 @@ class SupervisedLogConfig(RunLogConfig):
 
 
 @dataclass(frozen=True)
+class BestModelConfig(Settings):
+    """The best model by a metric of the held-out examples, and the end of a run that gets no better."""
+
+    GROUP = "evaluation"
+
+    best: str | None = None  # metric by which RUN/best is kept, as eval/loss; null: no such directory
+    best_is: Literal["max", "min"] | None = None  # of that metric; null: min of a loss, else max
+    patience: int = 0  # evaluations in a row without a better `best` that end the run; 0: none do
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_negative("evaluation.patience", self.patience)
+        watched = self.best is not None
+        check(watched or not self.patience, "evaluation.patience", "0 without evaluation.best", self.patience)
+
+
+@dataclass(frozen=True)
 class SupervisedConfig(RunConfig):
     """What the three have in common."""
 
@@ -71,6 +89,7 @@ class SupervisedConfig(RunConfig):
     data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     log: SupervisedLogConfig = field(default_factory=SupervisedLogConfig)
+    evaluation: BestModelConfig = field(default_factory=BestModelConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -63,7 +63,8 @@ def rotary_table(backbone: PreTrainedModel, length: int) -> Iterator[None]:
     tables: dict[object, tuple[Tensor, Tensor]] = {}
     compute, own = module.forward, vars(module).get("forward")
 
-    def look_up(x: Tensor, position_ids: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
+    def look_up(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        kind = () if layer_type is None else (layer_type,)
         key = (x.dtype, *kind)
         if key not in tables:
             every = torch.arange(length, dtype=torch.int64, device=x.device)[None]

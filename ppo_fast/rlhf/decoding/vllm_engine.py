@@ -137,9 +137,12 @@ class VLLM:
             self.llm.reset_prefix_cache()
             if not self.checked:
                 self._check_load(requests, settings)
-            return self._sample(requests, settings)
+            responses = self._sample(requests, settings)
         finally:
             self._sleep()
+        if settings.progress is not None:
+            settings.progress(len(requests), len(requests))
+        return responses
 
     def close(self) -> None:
         """Free its memory, so that another can start in this process."""

@@ -1,9 +1,10 @@
-"""Plan a deep network from two shallow ones: equal layers add equal bytes, at each moment of a step.
+"""Plan a deep network from three shallow ones: equal layers add equal bytes, at each moment of a step.
 
 The steps with n and n + 1 layers differ by one layer's operations wherever the step passes through the layers. At the
 operations that both have, counted from the start of a phase or from its end, the bytes of an item are affine in the
 number of layers. Within a pass they are affine in the layer's place as well, except that the first and the last layer
-may differ, so that the fullest one is among the first two and the last two.
+may differ, so that the fullest one is among the first two and the last two. Two pairs of shallow steps must agree on
+the deep one; else the whole step is taken.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ppo_fast.rlhf.planning.tracing import Breakdown, Timeline
 SHALLOW = 3  # layers of the shorter step: a first, a middle and a last one
 # Operations that must be equal after a layer that only one step has; fewer where the next such layer is near.
 WINDOWS = (40, 20, 10, 5)
-FEWEST = SHALLOW + 4  # layers of a network that is planned from shallow ones
+FEWEST = 16  # layers of a network that is planned from shallow ones
 
 
 Operation = tuple[object, int]  # of a timeline's trace
@@ -40,11 +41,12 @@ class Peaks(NamedTuple):
 
 
 def measure(config: PPOConfig, shapes: SavedModels, run: Callable[[SavedModels], Timeline]) -> Peaks:
-    """Return the peaks of the step of `run`, from two shallow ones where the layers of all networks are equal."""
+    """Return the peaks of the step of `run`, from shallow ones where the layers of all networks are equal."""
     depth = common_depth(config, shapes)
     if depth is not None and depth >= FEWEST:
-        short, long = (run(with_depth(shapes, count)) for count in (SHALLOW, SHALLOW + 1))
-        if (found := extrapolate(short, long, depth - SHALLOW)) is not None:
+        steps = [run(with_depth(shapes, SHALLOW + more)) for more in range(3)]
+        found, again = (extrapolate(steps[i], steps[i + 1], depth - SHALLOW - i) for i in range(2))
+        if found is not None and found == again:
             return found
     whole = run(shapes)
     return Peaks(whole.peaks(), whole.host)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.rlhf.config.ppo import RolloutConfig
-from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.errors import BatchError
 from ppo_fast.rlhf.ppo.rollout import Rollout
 
 _LARGEST = 20.0  # of |log w|, as in the ratio of `policy_loss`
@@ -33,7 +33,7 @@ def make_correction(rollout: Rollout, config: RolloutConfig) -> Correction | Non
     Sources: Ionides 2008, "Truncated importance sampling", and Yao et al. 2025, "Your efficient RL framework secretly
     brings you off-policy RL training", for weights between engines; masking as in IcePop (Ling Team 2025).
 
-    Raises UserError when no token is left.
+    Raises BatchError when no token is left.
     """
     if config.correction in (None, "none"):
         return None
@@ -43,7 +43,7 @@ def make_correction(rollout: Rollout, config: RolloutConfig) -> Correction | Non
     kept = ~_clipped(weights, config)
     if not kept.any():
         band = [*config.correction_band]
-        raise UserError(
+        raise BatchError(
             f"rollout.correction: expected a token or more with a weight in the band {band}, got none of {len(kept)}"
         )
     return Correction(weights, kept)

@@ -19,6 +19,7 @@ from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.ppo.scoring import score
+from ppo_fast.rlhf.training.best import BestModel
 from ppo_fast.rlhf.training.callbacks import Callback, StepRecord
 from ppo_fast.rlhf.training.checkpoint import save_models
 from ppo_fast.rlhf.training.finite import check_metrics
@@ -54,8 +55,8 @@ class Evaluation(Callback):
         self.start: list[list[int]] = []  # counted token ids of the answers of the model at the start
         self.start_whole: list[list[int]] = []  # with the tokens that a rollout function put between them
         self.start_ended: list[bool] = []  # which of them have an EOS or a stop string
-        self.best: float | None = None
-        self.worse = 0  # evaluations since the best
+        settings = config.evaluation
+        self.best = BestModel(settings.best, highest=settings.best_is == "max", patience=settings.patience)
         self.answers: list[Record] = []  # of the latest evaluation, paired with those of the model at the start
 
     def on_start(self, record: StepRecord) -> None:
@@ -81,27 +82,12 @@ class Evaluation(Callback):
         """Return the metrics, and a note if the model is the best so far and is saved in `best`."""
         metrics = self._measured() | self._users_metrics()
         check_metrics(metrics)
-        return metrics, self._keep_best(metrics, best)
-
-    def _keep_best(self, metrics: dict[str, float], directory: Path) -> str | None:
-        watched = self.config.evaluation.best
-        if watched is None:
-            return None
-        if watched not in metrics:
-            raise UserError(f"evaluation.best: expected one of {', '.join(metrics)}, got {watched!r}")
-        sign = 1 if self.config.evaluation.best_is == "max" else -1
-        if self.best is not None and sign * metrics[watched] <= sign * self.best:
-            self.worse += 1
-            number = self.config.evaluation.patience
-            return f"stopped early: no better {watched} in {number} evaluations" if self.exhausted else None
-        self.best, self.worse = metrics[watched], 0
-        save_models(self.models, directory)
-        return f"best {watched} so far, {self.best:.4g}: saved in {directory.name}"
+        return metrics, self.best.update(metrics, best, lambda directory: save_models(self.models, directory))
 
     @property
     def exhausted(self) -> bool:
         """`evaluation.patience` is at its end."""
-        return 0 < self.config.evaluation.patience <= self.worse
+        return self.best.exhausted
 
     def _measured(self) -> dict[str, float]:
         generation = self._answers(self.data, self.rollout_fn)
@@ -175,10 +161,13 @@ class Evaluation(Callback):
         return dataclasses.replace(self.config.rollout, micro_batch_size=width, tokens_per_pass=None)
 
     def state_dict(self) -> State:
-        return {name: getattr(self, name) for name in ("start", "start_whole", "start_ended", "best", "worse")}
+        answers = {name: getattr(self, name) for name in ("start", "start_whole", "start_ended")}
+        return answers | self.best.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        vars(self).update(state)
+        self.best.load_state_dict(state)
+        for name in ("start", "start_whole", "start_ended"):
+            setattr(self, name, state[name])
 
 
 def load_evaluation(

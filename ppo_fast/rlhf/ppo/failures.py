@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ppo_fast.rlhf.errors import NotFiniteError
+from ppo_fast.rlhf.errors import BatchError
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.ppo.batch import PPOBatch
 from ppo_fast.rlhf.training.checkpoint import write_models
 from ppo_fast.rlhf.training.failures import save_batch
 
 
-def save_failure(models: Models, batch: PPOBatch, target: Path, error: NotFiniteError) -> Path:
+def save_failure(models: Models, batch: PPOBatch, target: Path, error: BatchError) -> Path:
     """Write `batch.tensors` of the rows that `error` names, their texts, and the weights."""
     generation = batch.generation
     rows = list(range(len(generation.mask))) if error.rows is None else error.rows

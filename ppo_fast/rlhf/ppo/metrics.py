@@ -54,6 +54,8 @@ def collect(
         "nan/skipped_steps": float(stats.skipped),
         "memory/peak": watch.peak(),
     }
+    if stats.empty:
+        metrics["policy/empty_minibatches"] = float(stats.empty)
     if stats.loss_scale is not None:
         metrics |= {"float16/loss_scale": stats.loss_scale, "float16/skipped_steps": float(stats.overflows)}
     return metrics | _speed(watch.seconds, tokens=len(rollout.tokens))

@@ -21,7 +21,7 @@ from ppo_fast.rlhf.data.prompts import PromptBatch, Prompts, PromptSampler, load
 from ppo_fast.rlhf.decoding.engines import check_engine
 from ppo_fast.rlhf.decoding.requests import noise_seed
 from ppo_fast.rlhf.decoding.vllm_engine import import_vllm, longest_sequence, running
-from ppo_fast.rlhf.errors import NotFiniteError, UserError, check
+from ppo_fast.rlhf.errors import BatchError, UserError, check
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
 from ppo_fast.rlhf.ppo.batch import PPOBatch
@@ -162,7 +162,7 @@ class PPORun(TrainingLoop):
             tokens = int(rollout.grid.attention.sum())
             passes = {"update": stats.passes * int(experience.grid.attention.sum()) / tokens}
             metrics |= self.utilization.metrics(tokens / current().size, passes, watch.seconds)
-        except NotFiniteError as error:
+        except BatchError as error:
             note = self.give_up(update, log, error, functools.partial(save_failure, self.models, batch))
         return self._recorded(update, batch, metrics, note)
 
@@ -344,8 +344,8 @@ def open_run(
         )
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
-        given = rollout_fn is not None and config.rollout.engine == "vllm"
-        check(not given, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
+        own = rollout_fn is not None and config.rollout.engine == "vllm"
+        check(not own, "rollout_fn", "None with rollout.engine 'vllm'", rollout_fn)
         evaluation = load_evaluation(config, models, scorer, eval_prompts, rollout_fn)
         for asked in (data, evaluation.data) if evaluation else (data,):
             _check_vocabulary(models, asked)

@@ -67,6 +67,7 @@ class UpdateStats:
     note: str | None  # why the epochs stopped early, or which steps were skipped
     skipped: int = 0  # optimizer steps left out because a number was not finite
     overflows: int = 0  # optimizer steps left out because scaled gradients of float16 were not finite
+    empty: int = 0  # optimizer steps left out because their minibatch had no counted token
     loss_scale: float | None = None  # after the last step; None: no float16
     passes: float = 0.0  # over the batch: the epochs, fewer where they stopped early
 
@@ -123,8 +124,9 @@ class Learner:
 
         While the critic warms up the policy is measured and stays as it is; its schedule begins afterwards.
 
-        A step with a number that is not finite changes nothing. With on_nan = "skip" it is skipped and counted;
-        else, or if no step is left, NotFiniteError names the first one, and no later step changes anything either.
+        A minibatch without a counted token takes no step. A step with a number that is not finite changes nothing.
+        With on_nan = "skip" it is skipped and counted; else, or if no step is left, NotFiniteError names the first one,
+        and no later step changes anything either.
         Between the first step and the last the host waits for the device only if target_kl is set.
         """
         steps, device = list[Step](), experience.tokens.device
@@ -132,11 +134,15 @@ class Learner:
         self.warming_up = index < self.config.optim.critic_warmup_updates
         stop = self.config.on_nan == "stop"
         failed = torch.zeros((), dtype=torch.bool, device=device)
-        lr_factor, note = 0.0, None
+        lr_factor, note, empty = 0.0, None, 0
         size, optim = len(experience.lengths), self.config.optim
         for epoch, number, rows in self._minibatches(size, generator):
-            self.progress(len(steps) + 1, optim.epochs * -(-size // optim.minibatch_size))
-            step = first + len(steps)
+            step = len(steps) + empty
+            self.progress(step + 1, optim.epochs * -(-size // optim.minibatch_size))
+            step += first
+            if not experience.lengths[rows].any():  # else the moments would decay, and the weights with them
+                empty += 1
+                continue
             value_factor = schedule(step, self.steps, self.config.optim)
             policy_factor = 0.0
             if not self.warming_up:
@@ -175,6 +181,7 @@ class Learner:
             note="; ".join(filter(None, [note, *skipped])) or None,
             skipped=len(skipped),
             overflows=sum(step.overflows for step in good),
+            empty=empty,
             loss_scale=scaled,
             passes=sum(len(step.rows) for step in steps) / len(experience.lengths),
         )

@@ -18,20 +18,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import save_config
-from ppo_fast.rlhf.config.supervised import SupervisedConfig
+from ppo_fast.rlhf.config.supervised import BestModelConfig, SupervisedConfig
 from ppo_fast.rlhf.data.examples import Batch, Batches, Kind, Make, chunks, collate, load_examples, sequences
-from ppo_fast.rlhf.errors import NotFiniteError, UserError
+from ppo_fast.rlhf.errors import BatchError, NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.forward import response_stats
 from ppo_fast.rlhf.models.loading import recomputing
 from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.reports.card import check_hub, publish
+from ppo_fast.rlhf.training.best import BestModel
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, load_saved, save_model, write_model
 from ppo_fast.rlhf.training.failures import save_batch
 from ppo_fast.rlhf.training.finite import check_metrics, require_finite
 from ppo_fast.rlhf.training.lock import hold_directory
-from ppo_fast.rlhf.training.log import FINAL, StageLog, require_free
+from ppo_fast.rlhf.training.log import BEST, FINAL, StageLog, require_free
 from ppo_fast.rlhf.training.loop import TrainingLoop, describe_model
 from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
@@ -138,12 +139,25 @@ class ExampleBatch(Generic[Kind]):
 
 @dataclass
 class SupervisedEvaluation(Callback, Generic[Kind]):
-    """Evaluates on the held-out examples every `every` steps and after the last, also where a batch was skipped."""
+    """Evaluates on the held-out examples every `every` steps and after the last, also where a batch was skipped.
+
+    The best model by `evaluation.best` is written as the final one is.
+    """
 
     objective: Objective[Kind]
     examples: list[Kind]
     every: int
+    best: BestModel
+    save: Callable[[Path], object]
     phase = "evaluation"
+
+    def on_start(self, record: StepRecord) -> None:
+        """Check `evaluation.best` on one example, before any step."""
+        if self.best.metric is None:
+            return
+        if not self.examples:
+            raise UserError(f"evaluation.best: expected null without held-out examples, got {self.best.metric!r}")
+        self.best.check([f"eval/{name}" for name in self.objective.evaluate(self.examples[:1])])
 
     def on_step(self, record: StepRecord) -> StepRecord | None:
         done = record.step + 1
@@ -151,7 +165,8 @@ class SupervisedEvaluation(Callback, Generic[Kind]):
             return None
         metrics = {f"eval/{name}": value for name, value in self.objective.evaluate(self.examples).items()}
         check_metrics(metrics)
-        return record.adding(metrics)
+        note = self.best.update(metrics, record.directory / BEST, self.save)
+        return record.adding(metrics, *filter(None, [note]))
 
 
 @dataclass
@@ -179,7 +194,10 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         examples = {"training examples": self.data.train, "held-out examples": self.data.held_out}
         self.inputs = inputs(self.objective.model, examples)
         every = self.config.log.eval_every or len(self.batches)
-        self.evaluation: SupervisedEvaluation[Kind] = SupervisedEvaluation(self.objective, self.data.held_out, every)
+        held_out, best = self.data.held_out, best_model(self.config.evaluation)
+        self.evaluation: SupervisedEvaluation[Kind] = SupervisedEvaluation(
+            self.objective, held_out, every, best, self.save_model
+        )
         self.watch = Stopwatch(self.generator.device, peaks=bool(self.callbacks))
 
     def step(self, index: int, log: StageLog) -> StepRecord:
@@ -233,7 +251,7 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         require_finite(**metrics, grad_norm=norm)
         return numbers
 
-    def _save_failure(self, failed: ExampleBatch[Kind], target: Path, error: NotFiniteError) -> Path:
+    def _save_failure(self, failed: ExampleBatch[Kind], target: Path, error: BatchError) -> Path:
         """Write the weights, and the examples of the batch with their texts; all chosen ones before the rejected."""
         both = sequences(failed.examples)
         record = {
@@ -257,6 +275,15 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
             f"{counts}; {self.total:,} steps of {optim.batch_size}; output in {self.config.output_dir}",
         ]
 
+    def save_model(self, directory: Path) -> Path:
+        """Write the model with the files of its objective; adapters merged if the config says so."""
+        objective, merge = self.objective, self.config.model.lora.merge
+        extra = objective.extra_files(self.data.held_out)
+        return save_model(objective.model, self.tokenizer, directory, extra, objective.adapters, merge=merge)
+
+    def _finished(self) -> bool:
+        return super()._finished() or self.evaluation.best.exhausted
+
     def _objects(self) -> Objects:
         return {"models": self.objective.model, "tokenizer": self.tokenizer}
 
@@ -267,6 +294,8 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
         parts: dict[str, Stateful] = {"batches": self.batches, "network": self.network}
         if self.loss_scale.enabled:
             parts["loss_scale"] = self.loss_scale
+        if self.evaluation.best.metric is not None:
+            parts["best"] = self.evaluation.best
         return parts
 
     def _write(self, directory: Path) -> None:
@@ -337,12 +366,16 @@ def fit(
         if current().is_main:
             save_config(config, log.directory / "config.yaml")
         run.loop(log, stop)
-        extra = objective.extra_files(data.held_out)
-        merge = config.model.lora.merge
-        final = save_model(objective.model, tokenizer, log.directory / FINAL, extra, objective.adapters, merge=merge)
+        final = run.save_model(log.directory / FINAL)
         publish(final, log, objective.model)
         run.end()
     return SupervisedResult(log.directory, final, log.history, objective.model)
+
+
+def best_model(config: BestModelConfig) -> BestModel:
+    """Return what keeps the best model; without `best_is` less of a loss is better, and more of anything else."""
+    lowest = config.best_is == "min" or (config.best_is is None and (config.best or "").endswith("loss"))
+    return BestModel(config.best, highest=not lowest, patience=config.patience)
 
 
 def weighted(examples: Sequence[Kind], width: int) -> Iterator[tuple[float, Sequence[Kind]]]:

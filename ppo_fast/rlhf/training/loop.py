@@ -14,7 +14,7 @@ from torch import nn
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
-from ppo_fast.rlhf.errors import NotFiniteError, UserError, error_prefix
+from ppo_fast.rlhf.errors import BatchError, UserError, error_prefix
 from ppo_fast.rlhf.files import settle, settle_all
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, supersede_newer
@@ -166,9 +166,7 @@ class TrainingLoop(ABC):
         """Return `_parts` and the states of the user's callbacks."""
         return self._parts() | {callback.name: callback.state for callback in self.callbacks if callback.state}
 
-    def give_up(
-        self, index: int, log: StageLog, error: NotFiniteError, save: Callable[[Path, NotFiniteError], Path]
-    ) -> str:
+    def give_up(self, index: int, log: StageLog, error: BatchError, save: Callable[[Path, BatchError], Path]) -> str:
         """Skip and count the batch of step `index` and return a note, or stop with it saved by `save`; see `on_nan`."""
         if self.config.on_nan == "skip":
             self.skipped += 1

@@ -450,7 +450,8 @@ QUICK = ("separate", "bfloat16, packed, recomputing")
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in DEEP]
 )
-def test_a_deep_model_is_planned_from_shallow_ones_to_the_byte(case, tmp_path):
+def test_a_deep_model_is_planned_from_shallow_ones_to_the_byte(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("ppo_fast.rlhf.planning.depth.FEWEST", 7)
     overrides, values = DEEP[case]
     config = make_config(tmp_path, **values)
     shapes = SavedModels(SavedModel(given=tiny_policy(layers=7, **overrides).config))
@@ -463,8 +464,8 @@ def test_a_deep_model_is_planned_from_shallow_ones_to_the_byte(case, tmp_path):
     found, shallow = measure(config, shapes, step), len(whole)
     full = step(shapes)
     assert found == Peaks(full.peaks(), full.host)
-    assert shallow == 2
-    assert whole[0].now < whole[1].now < full.now
+    assert shallow == 3 or case not in QUICK  # else the whole step was taken as well
+    assert whole[0].now < whole[1].now < whole[2].now < full.now
 
 
 def test_layers_that_differ_are_planned_whole(tmp_path):

@@ -15,6 +15,7 @@ from ppo_fast.rlhf.ppo.correction import make_correction, mismatch_metrics
 from ppo_fast.rlhf.ppo.rollout import Generation
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
+from ppo_fast.rlhf.training.optim import schedule
 from tests.helpers import raises_exactly
 from tests.rlhf.factories import all_rows, forward_of, made_experience, made_rollout
 from tests.rlhf.ppo.test_update import gradients, made_rewards, random_rewards
@@ -124,6 +125,25 @@ def test_a_minibatch_without_a_token_left_changes_nothing(make_config, make_mode
     policy, value = Learner(models, config).backward(experience, np.array([2, 5]), 0.0)
     assert policy["tokens"] == policy["loss"] == value["value_loss"] == 0
     assert all((gradient == 0).all() for gradient in gradients(models.policy).values())
+
+
+def test_a_minibatch_without_a_token_left_takes_no_step_and_is_counted(make_config, make_models, make_rollout):
+    optim = {"minibatch_size": 1, "weight_decay": 0.1, "epochs": 2}
+    config = make_config(rollout={"correction": "mask", "correction_band": BAND}, optim=optim, updates=1)
+    models = make_models(config)
+    rollout, correction = shifted(make_rollout(models, config), config, rows=[2, 5])
+    experience = make_experience(rollout, made_rewards(rollout), AdvantageConfig(), correction)
+    learner = Learner(models, config)
+    stats = learner.update(experience, 0.0, 0, torch.Generator().manual_seed(0))
+    empty = np.flatnonzero(experience.lengths == 0)
+    assert 2 <= len(empty) < 8
+    assert (stats.empty, stats.skipped) == (2 * len(empty), 0)
+    orders = learner._minibatches(8, torch.Generator().manual_seed(0))
+    last = max(place for place, (_, _, rows) in enumerate(orders) if rows[0] not in empty)
+    assert stats.lr == pytest.approx(config.optim.lr * schedule(last, 16, config.optim))
+    for optimizer in learner.optimizers:
+        steps = {state["step"].item() for state in optimizer.optimizer.state_dict()["state"].values()}
+        assert steps == {2 * (8 - len(empty))}
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

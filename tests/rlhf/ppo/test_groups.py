@@ -1,6 +1,7 @@
 """Group advantages: a baseline from the samples of a prompt, no critic, and prompts that teach nothing drawn again."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from ppo_fast.rlhf.planning.plan import make_plan
 from ppo_fast.rlhf.ppo.advantages import group_advantages, make_experience
 from ppo_fast.rlhf.ppo.reward_sources import Responses
 from ppo_fast.rlhf.ppo.rewards import Rewards
+from tests.acceptance import enumerated
+from tests.acceptance.enumerated import EOS
 from tests.rlhf.conftest import PROMPTS
 from tests.rlhf.factories import made_rollout
 
@@ -181,3 +184,36 @@ def test_what_only_a_group_can_have(values, message):
     with pytest.raises(UserError) as error:
         config_from_dict(values)
     assert str(error.value) == f"config: {message.format(WITHOUT)}"
+
+
+@pytest.mark.parametrize("divide_by_std", [False, True])
+def test_a_table_of_logits_reaches_the_enumerated_optimum_with_the_kl_in_the_reward(divide_by_std):
+    """Dividing by the deviation moves no stationary policy: without a network in between both end at the optimum."""
+    task, prompts, generator = enumerated, torch.arange(4).repeat_interleave(64), torch.Generator().manual_seed(0)
+    words, tokens = task.PROMPTS, range(task.V)
+    pairs = [[[a] if a == EOS else [a, b] for b in tokens] for a in tokens]
+    scores = torch.tensor([[[task.score(word, pair) for pair in row] for row in pairs] for word in words])
+    tables = [torch.zeros(4, task.V, requires_grad=True), torch.zeros(4, task.V, task.V, requires_grad=True)]
+    start = -math.log(task.V)  # of each token under the reference
+    optimizer = torch.optim.Adam(tables, lr=0.05, betas=(0.9, 0.95), eps=1e-5)
+    for update in range(120):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - update / 120)
+        first, second = (table.log_softmax(-1) for table in tables)
+        a = torch.multinomial(first[prompts].exp(), 1, generator=generator)[:, 0]
+        b = torch.multinomial(second[prompts, a].exp(), 1, generator=generator)[:, 0]
+        long = (a != EOS).float()
+        logprobs = first[prompts, a] + long * second[prompts, a, b]
+        returns = scores[prompts, a, b] - task.BETA * (logprobs.detach() - start * (1 + long))
+        groups = np.arange(len(prompts)) // 8
+        advantages = group_advantages(returns, groups, leave_one_out=False, divide_by_std=divide_by_std)
+        optimizer.zero_grad()
+        (-advantages * logprobs).mean().backward()
+        optimizer.step()
+    first, second = (table.detach().log_softmax(-1) for table in tables)
+    after = (second.exp() * (scores - task.BETA * (second - start))).sum(-1)
+    after[:, EOS] = scores[:, EOS, 0]
+    found = (first.exp() * (after - task.BETA * (first - start))).sum(-1).mean()
+    soft = task.BETA * (start + scores / task.BETA).logsumexp(-1)
+    soft[:, EOS] = scores[:, EOS, 0]
+    best = task.BETA * (start + soft / task.BETA).logsumexp(-1).mean()
+    assert 0 <= best - found < 1e-3

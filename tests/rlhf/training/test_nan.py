@@ -1,5 +1,6 @@
 """A NaN or an infinity stops the run before it reaches a weight, or is left out and counted."""
 
+import dataclasses
 import itertools
 import json
 
@@ -152,6 +153,24 @@ def test_skip_gives_up_a_batch_without_a_good_step(run, poison):
     lines = (result.directory / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in lines] == [1, 3]
     assert all(torch.equal(a, b) for a, b in zip(weights[4], weights[8], strict=True))
+
+
+def test_a_mask_that_leaves_nothing_is_skipped_or_told_with_its_batch(run, monkeypatch, tmp_path):
+    real, calls = ppo.make_correction, []
+
+    def far_off_in_the_second_update(rollout, config):
+        calls.append(1)
+        far = dataclasses.replace(rollout, sampled_logprobs=rollout.logprobs + 2)
+        return real(far if len(calls) == 2 else rollout, config)
+
+    monkeypatch.setattr(ppo, "make_correction", far_off_in_the_second_update)
+    settings = {"updates": 3, "rollout": {"correction": "mask"}}
+    told = r"^update 2: rollout\.correction: expected a token or more .*; the batch and the weights before it are in"
+    with pytest.raises(UserError, match=told):
+        run(**settings)
+    calls.clear()
+    result = run(**settings, on_nan="skip", overwrite=True)
+    assert [metrics["nan/skipped_batches"] for metrics in result.history] == [0, 1]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,7 +1,7 @@
 """Shared by the launchers of the C++ row kernels.
 
-Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everything per token is [B, T] float32,
-contiguous except the targets.
+Logits are [B, T, V] in float32 or bfloat16, of any strides over B and T; everything per token is [B, T] float32 or, of
+one packed row, [N]; contiguous except the targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,11 +43,6 @@ def readable(rows: RowInputs) -> RowInputs:
 def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Allocate an output of a kernel, whatever dtype and device a process has set as default."""
     return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def per_row(logits: Tensor, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Room for one number per row, or for none."""
-    return torch.empty(logits.shape[:2] if wanted else (0,), dtype=dtype, device="cpu")
 
 
 def _logits_view(x: Tensor, streamed: bool = False) -> Any:
