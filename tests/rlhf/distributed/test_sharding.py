@@ -112,8 +112,8 @@ def bits(_):
         learner = Learner(models, config)
         tokens = int(experience.lengths.sum())
         for rank in range(2):
-            share = experience.grid.deal(np.arange(8), World(rank, 2), None, None, packed=True)
-            micro = MicroBatch.from_experience(experience, share.rows[0], packed=True)
+            share = experience.grid.deal(np.arange(8), World(rank, 2), None, None, packed=models.packed)
+            micro = MicroBatch.from_experience(experience, share.rows[0], packed=models.packed)
             learner._separate_backward(micro, learner._policy_terms(micro, tokens), tokens)
         expected = gradients_of(models)
     _, models = made("separate", False)
@@ -177,7 +177,7 @@ def traps(_):
 
 
 def optimizers(_):
-    """Errors of the weights after three steps, by optimizer, and whether moments survive saving and loading."""
+    """Errors of the weights after three steps, by optimizer: of all numbers together, in the mean."""
     cases = {
         "adamw": ({}, "float32"),
         "adamw_8bit": ({"name": "adamw_8bit"}, "float32"),
@@ -188,7 +188,8 @@ def optimizers(_):
         with alone():
             expected, _ = three_steps(optim, dtype)
         weights, _ = three_steps(optim, dtype)
-        found[name] = error(weights, expected)
+        pairs = [*zip(weights, expected, strict=True)]
+        found[name] = (sum((a - b).abs().sum() for a, b in pairs) / sum(b.abs().sum() for _, b in pairs)).item()
     return found
 
 
@@ -299,10 +300,10 @@ def test_the_two_silently_wrong_ways_are_wrong_and_not_ours(ranks):
 
 
 def test_optimizers_step_the_rows_of_each_rank(ranks):
-    found = ranks[0]["optimizers"]
-    assert found["adamw"] < 1e-5
-    assert found["adamw_8bit"] < 1e-2  # blocks begin elsewhere
-    assert found["masters"] < 1e-2  # a rounding of bfloat16
+    for rank in ranks:
+        assert rank["optimizers"]["adamw"] < 1e-5
+        assert rank["optimizers"]["adamw_8bit"] < 1e-3  # blocks begin elsewhere
+        assert rank["optimizers"]["masters"] < 1e-2  # gradients of bfloat16 are rounded
 
 
 def test_a_streamed_file_is_the_one_of_safetensors(ranks):
