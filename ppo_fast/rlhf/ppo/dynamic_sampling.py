@@ -117,12 +117,12 @@ def _joined_scores(a: ScoredBatch, b: ScoredBatch, before: Array, after: Array, 
     """Return the scores of the rows `order` of both, whose responses have `before` and `after` tokens."""
     rows, lengths = to_device(order, a.totals.device), np.concatenate([before, after])
     tokens = torch.cat([a.per_token_scores, b.per_token_scores])
-    own = OwnScores(
-        a.own.names,
-        torch.cat([a.own.sources, b.own.sources])[rows],
-        torch.cat([a.own.combined, b.own.combined])[rows],
-        torch.cat([a.own.unpenalized, b.own.unpenalized])[rows],
-    )
+
+    def joined(name: str) -> Tensor:
+        both: Tensor = torch.cat([getattr(x.own, name) for x in (a, b)])[rows]
+        return both
+
+    own = OwnScores(a.own.names, *map(joined, ("sources", "combined", "unpenalized")))
     std = None if a.std is None or b.std is None else torch.cat([a.std, b.std])[rows]
     return ScoredBatch(
         per_token_scores=tokens[token_indices(lengths, order, tokens.device)],

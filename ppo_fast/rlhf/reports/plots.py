@@ -229,9 +229,7 @@ def _draw_run(axis: Axes, panel: Panel, history: History, color: str) -> Last | 
 
 def _label(axis: Axes, ends: Sequence[Last]) -> None:
     """Write the last values to the right of their curves, one above the other where they would overlap."""
-    if not ends:
-        return
-    heights = axis.transData.transform([(last.update, last.value) for last in ends])[:, 1]
+    heights: list[float] = [axis.transData.transform((last.update, last.value))[1] for last in ends]
     points, lowest = 72 / axis.figure.dpi, -math.inf
     for height, last in sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0]):
         placed = max(height * points, lowest + LINE)

@@ -193,8 +193,8 @@ class StageLog(Callback):
 
     def _print(self, text: str, style: str | None = None) -> None:
         """Print a line; a terminal breaks it between words, a file gets it whole."""
-        whole = not self._interactive
-        self.console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=whole)
+        wrapped = not self._interactive
+        self.console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=wrapped)
 
     def _print_parts(self, start: str, parts: Iterable[str]) -> None:
         """Print parts two spaces apart; a terminal breaks the line between parts, and indents what follows."""

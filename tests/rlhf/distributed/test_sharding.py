@@ -20,7 +20,8 @@ from ppo_fast.rlhf.ppo.advantages import Experience
 from ppo_fast.rlhf.ppo.rollout import generate
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner, MicroBatch
-from ppo_fast.rlhf.split import local, whole
+from ppo_fast.rlhf.split import Rows, local, whole
+from ppo_fast.rlhf.training.adamw_8bit import AdamW8bit, as_kept, new_moments
 from ppo_fast.rlhf.training.state import fingerprint
 from ppo_fast.rlhf.training.streaming import stream_tensors
 from ppo_fast.rlhf.world import World, current
@@ -329,3 +330,19 @@ def test_ranks_exchange_tensors_objects_and_errors(ranks):
         assert found["main"] == 0
         assert found["shares"] == [range(1), range(1, 3)]
         assert found["messages"] == [("rank 1 cannot", number == 0)]
+
+
+def test_moments_that_another_number_of_ranks_kept_otherwise_are_converted():
+    weight = torch.nn.Parameter(torch.randn(32, 256, generator=torch.Generator().manual_seed(0)))
+    optimizer = AdamW8bit([weight], lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    weight.grad = weight.detach().clone()
+    optimizer.step()
+    saved = optimizer.state_dict()["moments"][0]
+    assert saved["mean"].dtype == torch.int8
+    plain = as_kept(saved, coded=False)
+    torch.testing.assert_close(plain["mean"], 0.1 * weight.grad.flatten(), rtol=0.05, atol=1e-3)
+    again = as_kept(plain, coded=True)
+    assert all(torch.equal(again[name], saved[name]) for name in ("mean", "root"))
+    # Blocks of 256 numbers begin with a rank's rows in the first weight, not in the second.
+    assert "mean_scale" in new_moments(weight[:9], Rows(0, 9, 17, 9))
+    assert "mean_scale" not in new_moments(weight[:9, :100], Rows(0, 9, 256, 9))

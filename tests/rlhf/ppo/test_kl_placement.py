@@ -18,7 +18,7 @@ from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import Models, load_models
 from ppo_fast.rlhf.ppo.advantages import make_experience
-from ppo_fast.rlhf.ppo.rewards import KLCoefficient, ScoredBatch, compute_rewards
+from ppo_fast.rlhf.ppo.rewards import KLCoefficient, OwnScores, ScoredBatch, compute_rewards
 from ppo_fast.rlhf.ppo.rollout import Generation, Rollout
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
@@ -96,7 +96,8 @@ def scored(_: Any) -> ScoredBatch:
     """The score on the last token of each response."""
     totals = SCORES.flatten().float()
     last = torch.zeros(B, 2).scatter_(1, LENGTHS[:, None] - 1, totals[:, None])
-    return ScoredBatch(last[torch.arange(2) < LENGTHS[:, None]], totals, [True] * B, None)
+    own = OwnScores(("score",), totals[:, None], totals, totals)
+    return ScoredBatch(last[torch.arange(2) < LENGTHS[:, None]], totals, [True] * B, None, own)
 
 
 def gradient(learner: Learner, rollout: Rollout, reference: Reference) -> float:

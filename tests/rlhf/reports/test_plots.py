@@ -149,14 +149,14 @@ def test_panels_are_what_a_run_has_or_what_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_panel_has_the_runs_that_logged_it_and_the_last_value_itself(tmp_path: Path) -> None:
     """Two runs that end at one value, far above their running means; the third run has another metric."""
-    ends = [[{"step": i, "a": 0.0} for i in range(1, 10)] + [{"step": 10, "a": 7.0 + shift}] for shift in (0.0, 0.001)]
+    ends = [[{"step": i, "a": 0.0} for i in range(1, 10)] + [{"step": 10, "a": 7.25 + shift}] for shift in (0.0, 0.001)]
     runs = {"one": ends[0], "two": ends[1], "three": [{"step": 1, "b": 5.123}]}
     panels = plots.choose_panels([*runs.values()])
     assert [panel.metric for panel in panels] == ["a", "b"]
     path = tmp_path / "curves.svg"
     plots.draw_curves(runs, path, title="t", panels=panels)
     text = path.read_text()
-    assert [text.count(f">{label}<") for label in ("7", "5.12", "one", "two", "three", "step", "update")] == [
+    assert [text.count(f">{label}<") for label in ("7.25", "5.12", "one", "two", "three", "step", "update")] == [
         2,
         1,
         1,
@@ -165,7 +165,7 @@ def test_a_panel_has_the_runs_that_logged_it_and_the_last_value_itself(tmp_path:
         2,
         0,
     ]
-    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>7<', text)]
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>7.25<', text)]
     assert len(heights) == 2
     assert abs(heights[0] - heights[1]) > plots.LINE - 0.5
 
