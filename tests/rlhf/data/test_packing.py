@@ -145,8 +145,9 @@ def test_packed_equals_padded_in_scores_losses_and_gradients(setup, arch, logits
 
 
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu", "numpy", "masked_select", "unique")
-# Checks of values (the whole module `checks`), and the native loss's look at its gradient: left out on a GPU.
-CPU_ONLY = ("checks.", "policy_loss.backward")
+# Checks of values (the whole module `checks`), the native loss's look at its gradient, and the numbers that the C++
+# launchers take: left out on a GPU.
+CPU_ONLY = ("checks.", "policy_loss.backward", "rows.as_number")
 # transformers makes the masks of attention without variable lengths.
 MASKS = ("masking_utils.", "generic.")
 

@@ -1,7 +1,6 @@
 """What becomes of rows with messages, tools and special tokens, in every stage that reads them."""
 
 import json
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -240,7 +239,9 @@ def make_source(monkeypatch):
     """make_source(own, policys) -> a reward model, without weights, with the tokenizer `own`."""
 
     def make(own, policys):
-        network = SimpleNamespace(backbone=SimpleNamespace(config=None))
+        network = torch.nn.Module()
+        network.backbone = torch.nn.Module()
+        network.backbone.config = None
         monkeypatch.setattr(reward_sources, "_load_network", lambda *_: RewardNetwork(network))
         monkeypatch.setattr(reward_sources, "load_tokenizer", lambda *_: own)
         return ModelSource("rm", policys, model=ModelConfig(), device=torch.device("cpu"), batch_size=4)

@@ -121,7 +121,7 @@ def test_bad_statistics_are_named(make_reward_model, tokenizer, stats, message):
 
 @pytest.mark.filterwarnings("ignore:.*newly initialized")
 def test_what_is_no_reward_model_is_named(make_reward_model, tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"cannot load model '.*none'"):
+    with pytest.raises(UserError, match=r"reward\.models: no such directory '.*none'"):
         source(str(tmp_path / "none"), tokenizer)
     path = make_reward_model()
     config = json.loads((tmp_path / "rm" / "config.json").read_text())
