@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -147,8 +146,7 @@ def draw_curves(
     """
     if Path(path).suffix not in PICTURES:
         raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
-    matplotlib.use("Agg")
-    with plt.rc_context(_style()):
+    with matplotlib.rc_context(_style()):
         figure, axes = _make_axes(len(panels), counter_of(runs.values()))
         colors = [color for _, color in zip(runs, itertools.cycle(COLORS), strict=False)]
         height = figure.get_figheight()
@@ -167,7 +165,6 @@ def draw_curves(
             axes[0].legend(handles=lines, frameon=False, fontsize=9)
         suffix, picture = Path(path).suffix, io.BytesIO()
         figure.savefig(picture, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-        plt.close(figure)
     write_result("plot", Path(path), picture.getvalue())
 
 
@@ -181,7 +178,8 @@ def _make_axes(count: int, counter: str) -> tuple[Figure, list[Axes]]:
     columns = min(2, count)
     rows = math.ceil(count / columns)
     height = 1.2 + 2.6 * rows
-    figure, grid = plt.subplots(rows, columns, figsize=(9.6, height), sharex=True, squeeze=False)
+    figure = Figure(figsize=(9.6, height))  # of no pyplot: the backend of the process stays
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.40)
     axes = list(grid.flat)
     for axis in axes[count:]:

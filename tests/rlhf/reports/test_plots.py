@@ -178,3 +178,14 @@ def test_a_run_is_drawn_once_and_only_into_a_picture(tmp_path: Path) -> None:
     message = f"draw_curves: expected a file name ending in .png, .svg, .pdf, got {str(out)!r}"
     with raises_exactly(message, UserError):
         plots.main([str(run), "--out", str(out)])
+
+
+def test_drawing_leaves_the_backend_of_the_process(tmp_path: Path) -> None:
+    """A notebook shows its own figures after a run has drawn its curves."""
+    before = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        plots.draw_curves({"run": _history(3)}, tmp_path / "curves.png", title="")
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)
