@@ -136,6 +136,8 @@ def test_more_epochs_continue_a_run_that_ended(run, whole, stage):
     metrics, files = left_by(resumed.directory)
     assert metrics[:4] + metrics[5:] == expected[0][:4] + expected[0][5:]
     assert metrics[4].keys() > expected[0][4].keys()  # the shorter run evaluated after its last step
+    for each in (files, expected[1]):  # the card's table has the metrics
+        del each["final/README.md"]
     assert files == expected[1]
     assert os.listdir(resumed.directory / "checkpoints") == ["step-000010"]
 

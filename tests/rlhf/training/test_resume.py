@@ -1,5 +1,6 @@
 """A run that is stopped and resumed ends with the bits of the run that never stopped."""
 
+import functools
 import json
 import os
 import random
@@ -88,6 +89,7 @@ class Stop(BaseException):
 def stops_in(update, then=Stop):
     calls = []
 
+    @functools.wraps(reward)  # the name of its metrics
     def stopping(**arguments):
         calls.append(1)
         if len(calls) == update:
@@ -385,6 +387,7 @@ def test_a_signal_ends_the_run_after_its_update_with_a_checkpoint(run, tmp_path,
     before = signal.getsignal(number)
     calls = []
 
+    @functools.wraps(reward)
     def interrupted(**arguments):
         calls.append(1)
         if len(calls) == 3:
