@@ -173,7 +173,8 @@ def linear_token_stats(
             backward pass. Rank r passes the r-th slice of weight, bias, ref_weight and ref_bias, of any size; hidden
             states, targets (ids of the whole vocabulary) and mask are the same on every rank. The results are those of
             the whole vocabulary on every rank. The op sums the gradient of ``hidden`` over the ranks, in its dtype; the
-            gradients of weight and bias are those of the slice. Not under ``torch.compile``. None: the head is whole.
+            gradients of weight and bias are those of the slice. The sizes of the slices are read from the GPU, a host
+            sync. Not under ``torch.compile``. None: the head is whole.
 
     Returns:
         TokenStats(logprobs, entropy, kl), each [...], nats, float32 (float64 for float64 hidden states).
