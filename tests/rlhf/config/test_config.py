@@ -30,6 +30,7 @@ from ppo_fast.rlhf.config.ppo import (
     LossConfig,
     OptimConfig,
     PPOConfig,
+    check_ranks,
 )
 from ppo_fast.rlhf.config.renamed import RENAMED
 from ppo_fast.rlhf.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, ValueConfig
@@ -442,3 +443,26 @@ def test_a_free_group_frees_no_field_whose_name_begins_alike():
     assert first_difference(config(1), config(2)) == ("log.dir", 1, 2)
     assert first_difference(config(1), config(2), ["log"]) == ("log_more", 1, 2)
     assert first_difference(config(1), config(2), ["log", "log_more"]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"rollout": {"engine": "vllm"}},
+            "rollout.engine: expected 'slots', 'generate' or null under torchrun, got 'vllm'",
+        ),
+        (
+            {"optim": {"in_backward": True}},
+            "optim.in_backward: expected false under torchrun, where no rank has a whole gradient, got True",
+        ),
+        (
+            {"model": {"gradient_checkpointing": True, "offload_activations": True}},
+            "model.offload_activations: expected false under torchrun, which gathers weights in the backward pass, "
+            "got True",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_have_is_refused_by_name(values, message):
+    with raises_exactly(message, UserError):
+        check_ranks(config_from_dict(values))
