@@ -637,3 +637,18 @@ def test_the_command_plans_one_of_several_gpus(command, capsys):
     assert "gathered weights" in shown
     assert cli.main([*command, "--gpus=4", "--optim.in-backward"]) == 2
     assert "optim.in_backward: expected false under torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_plans_of_several_gpus_in_the_docs_are_current(tmp_path):
+    deeper = {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+    configs = {"7B": QWEN, "32B": QWEN | deeper | {"num_attention_heads": 40, "num_key_value_heads": 8}}
+    lines = (MEMORY_PAGE.parent / "distributed.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| 7B |", "| 32B |"))]
+    assert len(rows) == 6
+    for name, preset, gpus, *shown in rows:
+        (tmp_path / "config.json").write_text(json.dumps(configs[name]))
+        config = load_config(preset=preset.strip("`"), flags={"model.path": str(tmp_path)})
+        plan = make_plan(config, "cuda", gpus=int(gpus))
+        phases = [sum(plan.phases[phase].values()) for phase in ("start", "rollout", "scoring", "update")]
+        assert shown == [f"{count / GIB:.1f}" for count in (*phases, plan.host)], (name, preset, gpus)
