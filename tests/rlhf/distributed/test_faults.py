@@ -66,6 +66,30 @@ def test_a_rank_that_is_killed_ends_the_run_in_a_sentence_with_the_latest_checkp
     assert load_checkpoint(checkpoints).state["log"]["done"] >= 2
 
 
+FULL = """
+import os, resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+calls = []
+
+def reward(completion_ids, **_):
+    calls.append(None)
+    if len(calls) == 3 and os.environ["RANK"] == "0":  # its disk is full from the third update on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return [len(ids) / 10 for ids in completion_ids]
+"""
+
+
+def test_a_save_that_fails_ends_both_ranks_in_a_sentence_with_the_latest_checkpoint_whole(command, tmp_path):
+    (tmp_path / "reward.py").write_text(FULL)
+    (status, other), ([sentence], [lost]) = ends(start_ranks(*command))
+    assert (status, other) == (2, 2)
+    assert "File too large" in sentence
+    assert "lost another process of the run: " in lost
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["update-000001", "update-000002"]
+    assert load_checkpoint(checkpoints).state["log"]["done"] == 2
+
+
 def test_a_run_that_is_started_twice_is_refused_once(command, tmp_path):
     with hold_directory(tmp_path / "run"):
         statuses, (main, other) = ends(start_ranks(*command))
