@@ -149,7 +149,7 @@ def linear_policy_arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     yield *plain, True, True, False, *nothing
     full = (rows, rows, None, rows, None, one, one, one, one, *tail, "token", "full", "seq-mean-token-mean", "cispo")
     yield *everything, True, True, True, *full
-    sequence = (rows, rows, rows, rows, None, one, one, one, one, *tail, "sequence", "k3", "seq-mean-token-sum")
+    sequence = (rows, rows, rows, rows, None, one, one, one, one, *tail, "sequence", "k3", "seq-mean-token-sum", "clip")
     yield *strided, False, True, False, *sequence
     yield *(x.detach() if isinstance(x, Tensor) else x for x in plain), False, False, False, *nothing
 
