@@ -33,7 +33,7 @@ def test_tuning_times_every_candidate(tmp_path: Path) -> None:
 def test_the_gpu_script_names_its_phases() -> None:
     run = subprocess.run(["benchmarks/gpu.sh", "fly"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.strip() == "phase: expected one of test ops tiles rollout 7b profile trl, got fly"
+    assert run.stderr.strip() == "phase: expected one of test ops tiles rollout 7b profile trl sharded, got fly"
 
 
 def _shown(path: Path, group: str, product_rate: float | None = None, **info: object) -> str:

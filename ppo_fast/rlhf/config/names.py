@@ -12,7 +12,7 @@ from ppo_fast.rlhf.config.synonyms import what_others_call
 from ppo_fast.rlhf.errors import UserError
 
 Values = Mapping[str, Any]  # of a config, nested
-ALIKE = 0.6  # least ratio of difflib at which a name is offered as the nearest
+ALIKE = 0.6  # ratio of difflib above which a name is offered as the nearest
 
 
 def check_names(values: Values, kind: type[Any]) -> None:
@@ -57,4 +57,4 @@ def nearest_name(name: str, kind: type[Any]) -> str | None:
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     nearest = max(field_defaults(kind), key=likeness)
-    return nearest if likeness(nearest) >= ALIKE else None
+    return nearest if likeness(nearest) > ALIKE else None
