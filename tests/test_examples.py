@@ -27,6 +27,7 @@ def _run(name: str, *arguments: str, cwd: Path = ROOT) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_bandit_prints_its_table_and_draws(tmp_path: Path) -> None:
     printed = _run("bandit.py", "--out", str(tmp_path))
     rows = dict(re.findall(r"^(clip|penalty|none) +([\d.]+)", printed, re.MULTILINE))
@@ -54,6 +55,7 @@ def test_train_in_python_learns(tmp_path: Path) -> None:
     assert len((ROOT / "examples/train_in_python.py").read_text().splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_cartpole_balances() -> None:
     lengths = [float(steps) for steps in re.findall(r"steps per episode +([\d.]+)", _run("cartpole.py"))]
     assert len(lengths) == 40

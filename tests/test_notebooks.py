@@ -27,7 +27,11 @@ def _colored(picture: bytes) -> float:
     return float((rgb.max(-1) - rgb.min(-1) > 0.2).mean())
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The quickstart takes 25 s.
+EACH = [pytest.param(x, marks=[pytest.mark.slow] if x.stem == "quickstart" else [], id=x.stem) for x in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", EACH)
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPO_FAST_SMALL", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -99,6 +99,7 @@ def test_the_evaluator_of_the_run_is_the_gold_score() -> None:
     assert language.gold(generate=lambda prompts: ["and" for _ in prompts], model=None, tokenizer=None) == texts
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

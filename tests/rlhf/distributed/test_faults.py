@@ -79,6 +79,7 @@ def reward(completion_ids, **_):
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_ends_both_ranks_in_a_sentence_with_the_latest_checkpoint_whole(command, tmp_path):
     (tmp_path / "reward.py").write_text(FULL)
     (status, other), ([sentence], [lost]) = ends(start_ranks(*command))
@@ -90,6 +91,7 @@ def test_a_save_that_fails_ends_both_ranks_in_a_sentence_with_the_latest_checkpo
     assert load_checkpoint(checkpoints).state["log"]["done"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_twice_is_refused_once(command, tmp_path):
     with hold_directory(tmp_path / "run"):
         statuses, (main, other) = ends(start_ranks(*command))

@@ -516,6 +516,7 @@ print(ended(again))
 """
 
 
+@pytest.mark.slow
 def test_rule_16_a_run_killed_again_and_again_ends_with_the_same_bits(files):
     assert cli.main(["train", "--config", "run.yaml", "--out", "whole"]) == 0
     killed = subprocess.run([sys.executable, "-c", KILLED_TWICE], capture_output=True, text=True, check=True)
