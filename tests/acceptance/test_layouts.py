@@ -19,7 +19,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "layout", ["adapters", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shared", "offloaded"))]
+    "layout", [pytest.param(name, marks=pytest.mark.slow) for name in ("adapters", "shared", "offloaded")]
 )
 def test_the_task_is_learned_in_every_layout(tmp_path: Path, seed: int, layout: str) -> None:
     policy = good_token.make_policy(seed)
