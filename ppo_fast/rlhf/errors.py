@@ -40,20 +40,20 @@ class NotFiniteError(BatchError):
     """A NaN or an infinity in a named tensor."""
 
 
-def require(module: str, package: str | None = None) -> ModuleType:
+def require(module: str, package: str | None = None, *, extra: str = "train") -> ModuleType:
     """Import an optional dependency on use; UserError with the command that installs `package` when it is missing.
 
-    None: it comes with the extra "train".
+    None: it comes with `extra`.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise missing_package(error.name or module, package) from error
+        raise missing_package(error.name or module, package, extra) from error
 
 
-def missing_package(module: str, package: str | None = None) -> UserError:
+def missing_package(module: str, package: str | None = None, extra: str = "train") -> UserError:
     """The error of :func:`require`."""
-    command = f"pip install {package}" if package else install_command()
+    command = f"pip install {package}" if package else install_command(extra)
     return UserError(f"this command needs {module}, which is not installed: {command}")
 
 

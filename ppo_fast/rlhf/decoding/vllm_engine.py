@@ -83,7 +83,7 @@ def import_vllm() -> ModuleType:
     os.environ.update(ENVIRONMENT)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    module = require("vllm", "'ppo-fast[vllm]'")
+    module = require("vllm", extra="vllm")
     version = tuple(map(int, re.findall(r"\d+", module.__version__)[:2]))
     low, high = (".".join(map(str, each)) for each in (OLDEST, TOO_NEW))
     check(OLDEST <= version < TOO_NEW, OPTION, f"vllm >= {low} and < {high}", module.__version__)
