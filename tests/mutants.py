@@ -44,6 +44,7 @@ SAMPLE = "tests/ops/test_sample_tokens.py"
 STATS = "tests/ops/test_token_stats.py"
 VALUE = "tests/ops/test_value_loss.py"
 VOCAB_SHARD = "tests/ops/test_vocab_shard.py"
+SEVERAL_GPUS = "tests/rlhf/planning/test_several_gpus.py"
 ERRORS = "tests/ops/test_errors.py"
 CONFIG = "tests/rlhf/config/test_config.py"
 EXAMPLES = "tests/rlhf/data/test_examples.py"
@@ -83,6 +84,11 @@ OPTIM = "tests/rlhf/training/test_optim.py"
 RESUMED_PPO = "tests/rlhf/training/test_resume.py"
 
 MUTANTS = [
+    # the plan of several GPUs
+    Mutant(f"{RLHF}/planning/dry_run.py", "-(-size // self.gpus) if split else size", "size", SEVERAL_GPUS),
+    Mutant(f"{RLHF}/planning/dry_run.py", "return -(-count // self.gpus)", "return count", SEVERAL_GPUS),
+    Mutant(f"{RLHF}/planning/gathered.py", "NEIGHBORS = 2", "NEIGHBORS = 1", SEVERAL_GPUS),
+    Mutant(f"{RLHF}/planning/gathered.py", "weight.nbytes + 4 * weight.numel()", "0", SEVERAL_GPUS),
     # a vocabulary split over ranks
     Mutant(f"{CORE}/vocab_shard.py", "share * (part.entropy - log_share)", "share * part.entropy", VOCAB_SHARD),
     Mutant(f"{CORE}/vocab_shard.py", "part.kl + log_share - log_ref_share", "part.kl + log_share", VOCAB_SHARD),

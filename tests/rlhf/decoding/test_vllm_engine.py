@@ -13,6 +13,7 @@ from ppo_fast.rlhf.config.files import config_from_dict, load_config
 from ppo_fast.rlhf.config.ppo import DataConfig, RolloutConfig
 from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
 from ppo_fast.rlhf.decoding.vllm_engine import cache_bytes, import_vllm, running
+from ppo_fast.rlhf.errors import install_command
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import load_models
 from ppo_fast.rlhf.ppo.rollout import generate
