@@ -11,10 +11,11 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 import ppo_fast as pf
 from ppo_fast.ops._backends import reference
-from ppo_fast.ops._backends.triton import token_stats, token_stats_backward, tuning
-from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._backends.triton import sample_filters, token_stats, token_stats_backward, tuning
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs, SampleInputs
 from ppo_fast.ops._core.results import RowStats
 from tests.helpers import assert_near_truth, assert_same
+from tests.ops.test_sample_tokens import kept_by_definition, keys_of
 
 INF, NAN = math.inf, math.nan
 
@@ -230,3 +231,18 @@ def test_a_view_with_rows_off_16_bytes_is_read_in_place() -> None:
     ours, contiguous = _stats(view, targets, None), _stats(view.contiguous(), targets, None)
     for got, expected in zip(ours[:2], contiguous, strict=False):
         assert_near_truth(got, expected.double(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(100, None), (None, 0.9), (60, 0.8)])
+def test_filters_by_several_programs_a_row(
+    top_k: int | None, top_p: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of five segments, the last of them not full: the smallest logit is that of the definition."""
+    monkeypatch.setattr(tuning, "_FILTER", tuning.Tile(32, 2, 1))
+    logits = torch.randn(1, 2, 270).bfloat16()
+    logits[..., 101:139] = logits[..., 101:102]  # equal logits on both sides of a border, kept or dropped together
+    inputs = SampleInputs(logits, keys_of(2)[None], 0.9, top_k, top_p)
+    smallest = sample_filters.smallest_kept(inputs, False)
+    assert smallest is not None
+    kept = [logits[0, row, kept_by_definition(logits[0, row], 0.9, top_k, top_p)] for row in range(2)]
+    assert smallest.tolist() == [words.min().item() for words in kept]

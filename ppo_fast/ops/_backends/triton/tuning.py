@@ -45,7 +45,7 @@ _BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(2048, 1, 4
 WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
 _WHOLE = Tile(1024, 1, 1)  # 2-byte words of all its rows together, as measured at V = 256 and 32
 _SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
-_FILTER = Tile(1024, 1, 8)
+_FILTER = Tile(1024, 8, 8)
 ELEMENTS = 4096  # per program of the kernel that scales a tensor
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 256  # partial results per program of the kernel that merges them
@@ -119,7 +119,7 @@ def sample_tile(logits: Tensor) -> Tile:
 
 
 def filter_tile(V: int) -> Tile:
-    """The tile of the passes that look for the smallest logit to keep; a program takes a whole row."""
+    """The tile of the passes that look for the smallest logit to keep."""
     return _fitted(_FILTER, V)
 
 
