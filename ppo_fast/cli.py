@@ -89,7 +89,7 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         COMMANDS[command](arguments)
     except UserError as error:
-        return _fail(_by_rank(str(error))) if not error.shared else FAILED
+        return _fail(_by_rank(str(error))) if error.origin in (None, _rank()) else FAILED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
@@ -143,11 +143,15 @@ def _fail(message: str) -> int:
 
 def _is_main() -> bool:
     """Whether this is the process of a torchrun that writes the console; without torchrun it is."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def _by_rank(message: str) -> str:
-    return message if _is_main() else f"rank {os.environ['RANK']}: {message}"
+    return message if _is_main() else f"rank {_rank()}: {message}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ppo_fast.rlhf.data.rows import RESERVED, read_rows, source_name
 from ppo_fast.rlhf.errors import UserError, check, error_prefix, missing_package
 from ppo_fast.rlhf.files import check_local
 from ppo_fast.rlhf.user_code import load_callable
+from ppo_fast.rlhf.world import by_all_ranks
 
 Source = str | Path | Iterable[object]
 METRICS = (
@@ -33,6 +34,7 @@ METRICS = (
 )  # of every evaluation
 
 
+@by_all_ranks
 def check_supervised(
     config: SupervisedConfig,
     train: Source | None,
@@ -81,6 +83,7 @@ def check_columns(
     raise UserError(f"{called}: expected at least one row, got none")
 
 
+@by_all_ranks
 def check_ppo(
     config: PPOConfig,
     reward_fn: Callable[..., object] | None = None,
