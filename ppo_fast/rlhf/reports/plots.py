@@ -6,6 +6,7 @@ import argparse
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     runs = dict(zip(_names(options.runs), map(read_metrics, options.runs), strict=True))
     panels = choose_panels(list(runs.values()), options.metrics)
+    for name, history in runs.items():
+        if not _has_any(history, panels):
+            drawn = ", ".join(panel.metric for panel in panels)
+            warnings.warn(f"plot: {name} has no curve, for it has no {drawn}; --metrics names others", stacklevel=2)
     draw_curves(runs, options.out, title=options.title, panels=panels)
     print(f"curves: {options.out}")
 
@@ -122,11 +127,15 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def _has_any(history: History, panels: Iterable[Panel]) -> bool:
+    return any(panel.metric in row for panel in panels for row in history)
+
+
 def draw_curves(
     runs: Mapping[str, History],
     path: str | Path,
     *,
-    title: str,
+    title: str = "",
     subtitle: str = "",
     panels: Sequence[Panel] = PANELS,
 ) -> None:
@@ -138,7 +147,7 @@ def draw_curves(
     Args:
         runs: name -> history, as :func:`read_metrics` returns it. Names make the legend when there are several.
         title: the finding, in one sentence.
-        subtitle: what was run.
+        subtitle: what was run; without both, the panels begin at the top.
         panels: one set of axes each; by default reward, KL, entropy and clip fraction.
 
     Raises:
@@ -147,7 +156,7 @@ def draw_curves(
     if Path(path).suffix not in PICTURES:
         raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
     with matplotlib.rc_context(_style()):
-        figure, axes = _make_axes(len(panels), counter_of(runs.values()))
+        figure, axes = _make_axes(len(panels), counter_of(runs.values()), 1.2 if title or subtitle else 0.45)
         colors = [color for _, color in zip(runs, itertools.cycle(COLORS), strict=False)]
         height = figure.get_figheight()
         figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
@@ -160,7 +169,9 @@ def draw_curves(
             _label(axis, [last for last in drawn if last is not None])
         if len(runs) > 1:
             lines = [
-                Line2D([], [], color=color, label=printable(name)) for name, color in zip(runs, colors, strict=True)
+                Line2D([], [], color=color, label=printable(name))
+                for (name, history), color in zip(runs.items(), colors, strict=True)
+                if _has_any(history, panels)
             ]
             axes[0].legend(handles=lines, frameon=False, fontsize=9)
         suffix, picture = Path(path).suffix, io.BytesIO()
@@ -173,14 +184,14 @@ def counter_of(histories: Iterable[History]) -> str:
     return next((name for history in histories for name in COUNTERS if name in history[0]), COUNTERS[0])
 
 
-def _make_axes(count: int, counter: str) -> tuple[Figure, list[Axes]]:
-    """Make `count` axes in up to two columns, below room for two lines of text."""
+def _make_axes(count: int, counter: str, room: float) -> tuple[Figure, list[Axes]]:
+    """Make `count` axes in up to two columns, with `room` inches above them."""
     columns = min(2, count)
     rows = math.ceil(count / columns)
-    height = 1.2 + 2.6 * rows
+    height = room + 2.6 * rows
     figure = Figure(figsize=(9.6, height))  # of no pyplot: the backend of the process stays
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.40)
+    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - room / height, hspace=0.34, wspace=0.40)
     axes = list(grid.flat)
     for axis in axes[count:]:
         axis.set_axis_off()
@@ -229,21 +240,29 @@ def _draw_run(axis: Axes, panel: Panel, history: History, color: str) -> Last | 
 
 def _label(axis: Axes, ends: Sequence[Last]) -> None:
     """Write the last values to the right of their curves, one above the other where they would overlap."""
-    heights: list[float] = [axis.transData.transform((last.update, last.value))[1] for last in ends]
-    points, lowest = 72 / axis.figure.dpi, -math.inf
-    for height, last in sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0]):
-        placed = max(height * points, lowest + LINE)
-        lowest = placed
+    points = 72 / axis.figure.dpi
+    heights = [points * float(axis.transData.transform((last.update, last.value))[1]) for last in ends]
+    ordered = sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0])
+    top = points * axis.bbox.y1  # above it is the title
+    for (height, last), placed in zip(ordered, _spread([height for height, _ in ordered], top), strict=True):
         axis.annotate(
             f"{last.value:.3g}",
             (last.update, last.value),
-            xytext=(5, placed - height * points),
+            xytext=(5, placed - height),
             textcoords="offset points",
             va="center",
             color=last.color,
             fontweight="bold",
             annotation_clip=False,
         )
+
+
+def _spread(heights: Sequence[float], top: float) -> list[float]:
+    """Return ascending heights a line or more apart: moved up, and down again where the highest would pass `top`."""
+    placed = list(itertools.accumulate(heights, lambda below, height: max(height, below + LINE)))
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], top - LINE * (len(placed) - 1 - i))
+    return placed
 
 
 def _finish(axis: Axes, panel: Panel) -> None:
