@@ -36,9 +36,9 @@ _Table = dict[tuple[int, int], Tile]
 _FORWARD: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(2048, 32, 4), (10, 0): Tile(4096, 4, 4)}
 _FORWARD_WITH_REFERENCE: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(4096, 32, 8), (10, 0): Tile(4096, 4, 4)}
 _BACKWARD: _Table = {(8, 0): Tile(4096, 1, 4), (9, 0): Tile(2048, 1, 2), (10, 0): Tile(4096, 1, 4)}
-# Of words of any width: unaligned rows are read word by word, each with a predicate of its own; more than 16 a thread
-# spill. Only the gradient is read and written 16 bytes at a time from the first aligned word on, ragged ends excepted:
-# sums over words would be in an order that depends on the row's address.
+# Of words of any width: unaligned rows are read word by word, in their last tile each with a predicate of its own; more
+# than 16 a thread spill. Only the gradient is read and written 16 bytes at a time from the first aligned word on: sums
+# over words would be in an order that depends on the row's address.
 _UNALIGNED_WORDS = 16
 _FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 128, 4), (10, 0): Tile(2048, 4, 4)}
 _BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(2048, 1, 4), (10, 0): Tile(2048, 1, 4)}
