@@ -81,7 +81,7 @@ def test_every_op_of_the_gpu_suite_runs() -> None:
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     groups = {line[:48].split(",")[0].strip() for line in lines if " ms " in line}
-    assert groups == {"gae", "gae with a mask", "value_loss", "token_stats", "policy_loss", "linear"}
+    assert groups == {"gae", "gae with a mask", "value_loss", "sample_tokens", "token_stats", "policy_loss", "linear"}
     assert not [line for line in lines if "Error" in line]
 
 
