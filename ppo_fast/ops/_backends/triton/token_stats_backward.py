@@ -120,11 +120,12 @@ def gradient_kernel(
     With a = -g - gH*H - gK*KL, b = gK - gH, c = -gK, all times the gradient of the loss where one is given; u and w are
     log2, their ln 2 is in b and c. Rows none of which counts and has an upstream gradient are not read and become 0.
     ``out`` may be the logits.
-    SHIFTED is for unaligned rows of several blocks, ROWS = 1: the blocks begin on 16 bytes of ``out``, up to GROUP - 1
-    words before the row, so that only its first and last block are ragged. Nothing is summed over words here: the bits
-    do not depend on where the blocks begin.
+    SHIFTED is for unaligned rows of several blocks, ROWS = 1: the blocks begin on 16 bytes of ``out``, the first of
+    them less than 16 bytes before the row, so that only the first and the last are ragged. Nothing is summed over words
+    here: the bits do not depend on where the blocks begin.
     """
-    blocks = tl.cdiv(V + GROUP - 1, BLOCK) if SHIFTED else tl.cdiv(V, BLOCK)
+    WORD: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth // 8
+    blocks = tl.cdiv(V + 16 // WORD - 1, BLOCK) if SHIFTED else tl.cdiv(V, BLOCK)
     group = tl.program_id(0) // blocks
     start = (tl.program_id(0) - group * blocks) * BLOCK
     row = group * ROWS + tl.arange(0, ROWS)
@@ -137,7 +138,7 @@ def gradient_kernel(
     active &= (g != 0.0) | (g_entropy != 0.0) | (g_kl != 0.0)
     if SHIFTED:
         first_ptr = out_ptr + row_offset(group, T, out_stride_b, out_stride_t, False)
-        start -= (first_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // GROUP)
+        start -= (first_ptr.to(tl.int64) & 15).to(tl.int32) // WORD
     whole = (start >= 0) & (start + BLOCK <= V)
     columns = tiles(tl.zeros([ROWS], tl.int32), BLOCK, GROUP, ALIGNED | SHIFTED)
     inside = columns < V - start
@@ -193,7 +194,7 @@ def token_stats_backward(
     size = tuning.backward_tile(logits, whole_groups)
     group = min(tuning.group(logits), size.block)
     shifted = not whole_groups and tuning.whole_tile(logits, whole_groups) is None
-    blocks = tuning.cdiv(V + group - 1 if shifted else V, size.block)
+    blocks = tuning.cdiv(V + 16 // out.element_size() - 1 if shifted else V, size.block)
     with on_device_of(logits):
         gradient_kernel[(tuning.cdiv(B * T, size.rows) * blocks,)](
             out,
