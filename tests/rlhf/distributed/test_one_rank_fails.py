@@ -561,7 +561,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    return run_on_ranks(tmp_path_factory.mktemp("ranks"), all_saves, more_errors)
+    return run_on_ranks(tmp_path_factory.mktemp("ranks"), all_saves, more_errors, timeout=1800)
 
 
 def check_saves(found):
