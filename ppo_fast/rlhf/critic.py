@@ -30,7 +30,7 @@ from ppo_fast.rlhf.ppo.metrics import explained_variance
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import generate
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.reward_model import load_scalar_model
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.log import SAMPLES, sample_records
@@ -124,6 +124,7 @@ def train_value_model(
 
     Source: Yuan et al. 2025, arXiv:2503.01491, section 3.1.
     """
+    check_objects(config, ValueConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         _check_inputs(config, train, held_out, given=model is not None and tokenizer is not None)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))

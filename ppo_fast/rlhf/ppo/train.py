@@ -48,7 +48,7 @@ from ppo_fast.rlhf.ppo.rewards import (
 from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.preflight import check_ppo
+from ppo_fast.rlhf.preflight import check_objects, check_ppo
 from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
@@ -283,6 +283,8 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
+    functions = {"reward.function": reward_fn, "rollout.function": rollout_fn}
+    check_objects(config, PPOConfig, policy=policy, tokenizer=tokenizer, functions=functions)
     given = reward_fn, prompts, policy, tokenizer, eval_prompts
     with open_run(config, *given, callbacks, resume, rollout_fn) as (run, log, stop):
         run.loop(log, stop)

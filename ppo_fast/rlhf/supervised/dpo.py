@@ -19,7 +19,7 @@ from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
 from ppo_fast.rlhf.models.sharding import Root, shard
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -109,6 +109,7 @@ def train_dpo(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
+    check_objects(config, DPOConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)

@@ -30,7 +30,7 @@ from ppo_fast.rlhf.models.networks import Networks
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.resume import with_kernels
 
@@ -132,6 +132,7 @@ def train_reward_model(
 
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
+    check_objects(config, RewardModelConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
