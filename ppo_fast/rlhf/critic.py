@@ -37,6 +37,7 @@ from ppo_fast.rlhf.training.log import SAMPLES, sample_records
 from ppo_fast.rlhf.training.resume import with_kernels
 from ppo_fast.rlhf.training.runtime import find_device
 from ppo_fast.rlhf.user_code import load_callable
+from ppo_fast.rlhf.world import current
 
 STATS = "value_stats.json"  # in the directory of the value model: how much of the held-out returns it explains
 CONFIGS = (".yaml", ".yml", ".toml")
@@ -77,6 +78,9 @@ class ValueRegression(Objective[Scored]):
             return ops.LossOutput(ops.value_loss(self._values(model, batch), returns, None).loss, {})
 
         return self.run(loss)
+
+    def begin(self, examples: Sequence[Scored]) -> None:
+        self.before.update(self.evaluate(examples) if examples else {})
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Scored]) -> dict[str, float]:
@@ -127,7 +131,7 @@ def train_value_model(
     with setup_run(config, resume, callbacks) as start:
         _check_inputs(config, train, held_out, given=model is not None and tokenizer is not None)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
-        loaded = load_scalar_model(weights, start.generator, model, tokenizer)
+        loaded = current().each(lambda: load_scalar_model(weights, start.generator, model, tokenizer))
         make = functools.partial(scored_example, eos_ids=loaded.eos_ids)
         train, held_out = (
             _rows(named if source is None else source, config, loaded.tokenizer)
@@ -136,8 +140,6 @@ def train_value_model(
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         objective = ValueRegression(*common, config.gamma, loaded.eos_ids, adapters=loaded.adapters)
-        if data.held_out:
-            objective = dataclasses.replace(objective, before=objective.evaluate(data.held_out))
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
@@ -160,16 +162,17 @@ def sample_scored(
     function = config.rollout.function
     check(function is None, "rollout.function", "null to sample responses for a value model", function)
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
-    models = load_models(
-        config.model, generator, policy=policy, tokenizer=tokenizer, reward=config.reward, critic=False
-    )
+    given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "reward": config.reward}
+    models = current().each(lambda: load_models(config.model, generator, **given, critic=False))
     source = config.data.prompts if prompts is None else prompts
     if source is None:
         raise UserError("data.prompts: expected a file of prompts, got null")
     data = load_prompts(source, models.tokenizer, config.data)
     filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
-    sources, longest = load_sources(config, models, reward_fn), config.rollout.max_new_tokens
-    scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=longest)
+    sources = current().each(lambda: load_sources(config, models, reward_fn))
+    scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=config.rollout.max_new_tokens)
+    models.split(config.model)
+    scorer.split(models, config.model)
     sampler, found = (
         PromptSampler(len(data.token_ids), generator, shuffle=config.data.shuffle),
         list[dict[str, Any]](),

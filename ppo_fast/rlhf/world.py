@@ -40,6 +40,14 @@ class World:
         """Whether this process writes the files and the console of the run."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where this process computes; None: there is no process group."""
+        if self.mesh is None:
+            return None
+        kind = self.mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
     def shares(self, count: int) -> list[range]:
         """Return consecutive shares of `count` rows, by rank; they differ by at most one row."""
         size = self.size
@@ -98,6 +106,15 @@ class World:
                 failure.shared = rank != self.rank
                 raise error if rank == self.rank and error is not None else failure
         return [result for result, _ in found]
+
+    def each(self, function: Callable[[], Value]) -> Value:
+        """Return the result of the function on this rank, once all ranks have one; a UserError of one is raised on all.
+
+        `together` without the results of the others, which may be anything. The function itself exchanges nothing.
+        """
+        found = list[Value]()
+        self.together(lambda: found.append(function()))
+        return found[0]
 
     def wait(self) -> None:
         """Return when all ranks are here."""

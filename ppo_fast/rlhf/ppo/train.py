@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -322,26 +323,17 @@ def open_run(
         check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
-        models = load_models(
-            with_kernels(config.model, start),
-            generator,
-            policy=policy,
-            tokenizer=tokenizer,
-            reward=config.reward,
-            reference=config.reference,
-            critic=config.advantage.critic,
-        )
+        weights = with_kernels(config.model, start)
+        objects: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "reward": config.reward}
+        objects |= {"reference": config.reference, "critic": config.advantage.critic}
+        models = current().each(lambda: load_models(weights, generator, **objects))
         if models.adapters is not None and config.optim.master_weights is False:
             models.adapters.drop_masters()
         check_engine(config.rollout.engine, models.policy)
         data = load_prompts(_prompt_source(config, prompts), models.tokenizer, config.data)
         warn_about_precision(models.policy, config.optim)
-        scorer = Scorer(
-            load_sources(config, models, reward_fn),
-            config.reward,
-            filter_fn,
-            max_new_tokens=config.rollout.max_new_tokens,
-        )
+        sources = current().each(lambda: load_sources(config, models, reward_fn))
+        scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=config.rollout.max_new_tokens)
         if rollout_fn is None and config.rollout.function is not None:
             rollout_fn = load_callable(config.rollout.function, "rollout.function")
         own = rollout_fn is not None and config.rollout.engine == "vllm"
@@ -351,8 +343,8 @@ def open_run(
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
-        models.split(offload=config.model.offload)
-        scorer.split(models, offload=config.model.offload)
+        models.split(weights)
+        scorer.split(models, weights)
         run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
         if start is not None:
             run.restore(start)

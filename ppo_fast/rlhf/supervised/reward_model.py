@@ -26,13 +26,14 @@ from ppo_fast.rlhf.models.loading import (
     saved_eos_ids,
     with_adapters,
 )
-from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.networks import networks_of_rank
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
 from ppo_fast.rlhf.preflight import check_supervised
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.resume import with_kernels
+from ppo_fast.rlhf.world import current
 
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
@@ -136,7 +137,7 @@ def train_reward_model(
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
-        loaded = load_scalar_model(weights, start.generator, model, tokenizer)
+        loaded = current().each(lambda: load_scalar_model(weights, start.generator, model, tokenizer))
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
@@ -158,7 +159,7 @@ def load_scalar_model(
         if config.model.load_in_4bit:
             raise UserError("model.load_in_4bit: expected false with init, got True")
         saved = SavedModel("init", config.init, config.model.trust_remote_code)
-        networks = Networks(config.model, generator.device)
+        networks = networks_of_rank(config.model, generator.device)
         model = networks.classifier(saved)
         if model is None:
             raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")

@@ -24,6 +24,7 @@ from ppo_fast.rlhf.supervised.train import (
     setup_run,
 )
 from ppo_fast.rlhf.training.resume import with_kernels
+from ppo_fast.rlhf.world import current
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def train_sft(
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("prompt", "completion"), ("messages",), ("text",), given=given)
-        loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
+        weights = with_kernels(config.model, start.checkpoint)
+        loaded = current().each(lambda: load_policy(weights, start.generator, model, tokenizer))
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         layout = {"linear": config.model.fused_head, "packed": config.model.packing}
