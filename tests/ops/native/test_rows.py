@@ -272,6 +272,31 @@ def test_a_forked_child_runs_the_kernels() -> None:
     assert run.stdout == "0\n", run.stderr
 
 
+# Neither a second OpenMP runtime nor a second pool: the kernels' worker is the one that torch's own loop takes.
+POOL = """
+import os, numpy as np, torch
+import ppo_fast as pf
+torch.set_num_threads(2)
+logits, targets = torch.from_numpy(np.zeros((300, 1000), np.float32)), torch.from_numpy(np.zeros(300, np.int64))
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+counts = [threads()]
+pf.token_logprobs(logits, targets, backend="native")
+counts += [threads()]
+logits.exp_()
+counts += [threads()]
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}
+print([count - counts[0] for count in counts], len(libraries))
+"""
+
+
+def test_the_threads_are_those_of_torch() -> None:
+    run = subprocess.run([sys.executable, "-c", POOL], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "[0, 1, 1] 1\n", run.stderr
+
+
 def test_an_instruction_set_is_forced_by_the_environment_and_an_empty_variable_forces_none() -> None:
     # Only the module: importing the package takes seconds.
     code = f"import sys; sys.path.insert(0, {str(Path(extension.__file__).parent)!r}); import _C; print(_C.isa())"
