@@ -480,8 +480,8 @@ MUTANTS = [
         f"{RLHF}/models/sharding.py", "            _forget_passes(self)\n        return", "        return", SHARDING
     ),
     Mutant(f"{RLHF}/models/distribution.py", "empty.setdefault(first, ", "empty.setdefault(name, ", SHARDING),
-    Mutant(f"{RLHF}/models/distribution.py", "            x.copy_(own[name].tensor)\n", "", SHARDING),
-    Mutant(f"{RLHF}/models/distribution.py", "own[: rows.stop - rows.start]", "own", SHARDING),
+    Mutant(f"{RLHF}/models/distribution.py", "        found.copy_(x)\n", "        pass\n", SHARDING),
+    Mutant(f"{RLHF}/models/distribution.py", "x[rank * each : (rank + 1) * each]", "x[:each]", SHARDING),
     Mutant(f"{RLHF}/models/adapters.py", "self.without_data and current().mesh is None", "self.without_data", SHARDING),
     Mutant(f"{RLHF}/models/networks.py", "network.generation_config = Gen", "Gen", SHARDING),
     Mutant(f"{RLHF}/ppo/update.py", "loss * 0 if self.repeats else loss", "loss", SHARDING),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ppo_fast.rlhf.errors import UserError
-from ppo_fast.rlhf.split import rows_of
+from ppo_fast.rlhf.split import local, rows_of
 from ppo_fast.rlhf.world import current
 
 
@@ -94,6 +94,13 @@ def give_weights(root: nn.Module, taken: dict[str, Tensor], device: torch.device
     _copy_buffers(root)
 
 
+@torch.no_grad()
+def receive(own: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:
+    """Copy the tensors that rank 0 sends into those of the same names: of one that is split, each rank its rows."""
+    for name, x in sorted(own.items()):
+        local(x).copy_(_scatter(sent.get(name), x) if isinstance(x, DTensor) else _broadcast(sent.get(name), x))
+
+
 def _slots(root: nn.Module) -> list[Slot]:
     """Return every place of a tensor in a module, in the order of their names, which is the same on all ranks."""
     return sorted(_walk(root), key=lambda slot: slot.name)
@@ -156,16 +163,23 @@ def _parts(x: Tensor, each: int, count: int) -> Iterator[Tensor]:
         yield part if len(part) == each else torch.cat([part, part.new_zeros((each - len(part), *x.shape[1:]))])
 
 
+def _broadcast(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return rank 0's x, which has the shape and the dtype of `like`."""
+    found = torch.empty(like.shape, dtype=like.dtype, device=current().device)
+    if x is not None:
+        found.copy_(x)
+    if found.numel():
+        dist.broadcast(_bytes(found), src=0)
+    return found
+
+
 def _copy_buffers(root: nn.Module) -> None:
     """Copy what is no parameter from rank 0; UserError on all ranks where one has a tensor that rank 0 lacks."""
     world, own = current(), {slot.name: slot for slot in _slots(root) if slot.is_copied}
     kinds = world.on_main(lambda: {name: (slot.tensor.shape, slot.tensor.dtype) for name, slot in own.items()})
     for name, (shape, dtype) in kinds.items():
-        x = torch.empty(shape, dtype=dtype, device=world.device)
-        if world.is_main:
-            x.copy_(own[name].tensor)
-        if x.numel():
-            dist.broadcast(_bytes(x), src=0)
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        x = _broadcast(own[name].tensor if world.is_main else None, like)
         if name in own:
             own[name].holder[own[name].key] = x
     world.each(lambda: _check_complete(root))

@@ -6,8 +6,9 @@ from unittest import mock
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, MixtralConfig, PreTrainedModel
 
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.config.files import config_from_dict
@@ -17,7 +18,7 @@ from ppo_fast.rlhf.models.networks import EmptyNetworks
 from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.ppo.reward_sources import load_sources
 from ppo_fast.rlhf.split import whole
-from ppo_fast.rlhf.training.checkpoint import save_models
+from ppo_fast.rlhf.training.checkpoint import load_saved, save_models
 from ppo_fast.rlhf.world import current
 from tests.rlhf.distributed.ranks import alone
 from tests.rlhf.distributed.test_runs import BASE, PROMPTS, reward
@@ -156,6 +157,25 @@ def failing(directory):
     return messages
 
 
+def renamed(directory):
+    """Whether weights that are saved under other names, as experts are, come back, and the names are the same."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    networks = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        networks.append(AutoModelForCausalLM.from_config(config))
+    saved, model = networks
+    if current().is_main:
+        saved.save_pretrained(directory)
+    current().wait()
+    shard(Root(model=model), current().mesh)
+    with contextlib.nullcontext() if current().is_main else reading_fails():
+        load_saved(model, directory)
+    found = [torch.equal(whole(own), x) for own, x in zip(model.parameters(), saved.parameters(), strict=True)]
+    return all(found), {*load_file(directory / "model.safetensors")} == {*saved.state_dict()}
+
+
 def kernel_check(_):
     """The differences of states and gradients by which kernels are chosen, between two ranks and one process."""
     model, device = make_model(), torch.device("cpu")
@@ -168,16 +188,19 @@ def kernel_check(_):
 
 
 def passes(_):
-    """The records that torch keeps of passes without a gradient."""
+    """The records that torch keeps of passes without a gradient, layer by layer and on whole weights."""
     root, ids = Root(model=make_model()), torch.arange(8)[None]
     shard(root, current().mesh)
-    counts = []
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+
+    def records():
+        indices = [len(state._fsdp_param_group._post_forward_indices) for state in states]
+        return sum(indices) + len(states[0]._comm_ctx.post_forward_order)
+
     with torch.no_grad():
-        for _ in range(3):
-            root.run("model", lambda model: model(ids).logits)
-            with root.whole("model") as model:
-                model(ids)
-            states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
-            records = [len(state._fsdp_param_group._post_forward_indices) for state in states]
-            counts.append(sum(records) + len(states[0]._comm_ctx.post_forward_order))
-    return counts
+        root.run("model", lambda model: model(ids).logits)
+        counts = [records()]
+        with root.whole("model") as model:
+            model(ids)
+            counts.append(records() > 0)
+    return [*counts, records()]
