@@ -3,6 +3,8 @@
 They replace internals of Triton 3.6 and 3.7; ``tests/ops/triton/test_interpreter.py`` fails where one no longer works.
 """
 
+import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -12,8 +14,13 @@ from triton.runtime import interpreter
 
 _Builder = interpreter.InterpreterBuilder
 _cast_impl, _binary_op, _launch = _Builder.cast_impl, _Builder.binary_op, interpreter.GridExecutor.__call__
-_patch_tensor = interpreter._patch_lang_tensor
+_patch_tensor, _numpy_dtype = interpreter._patch_lang_tensor, interpreter._get_np_dtype
+_block_type_init, _broadcast = tl.block_type.__init__, interpreter.interpreter_semantic.broadcast_impl_value
 _patched: set[int] = set()
+_numpy_dtypes: dict[str, Any] = {}
+_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+_shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+_builtins: dict[Any, list[str]] = {}
 
 
 def _cast(self: Any, src: Any, dst_type: Any) -> Any:
@@ -64,6 +71,46 @@ def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
+def _cached_numpy_dtype(dtype: Any) -> Any:
+    """NumPy's dtype is looked up once for each of Triton's."""
+    if dtype.name not in _numpy_dtypes:
+        _numpy_dtypes[dtype.name] = _numpy_dtype(dtype)
+    return _numpy_dtypes[dtype.name]
+
+
+def _init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    """Equal block types share their attributes."""
+    key = (element_ty.name, getattr(element_ty, "address_space", None), *map(int, shape))
+    if key not in _block_types:
+        _block_type_init(self, element_ty, shape)
+        _block_types[key] = vars(self)
+    vars(self).update(_block_types[key])
+
+
+def _init_tensor(self: Any, handle: Any, type: Any) -> None:
+    """Tensors of one shape share it."""
+    shape = tuple(type.shape.values) if type.is_block() else ()
+    if shape not in _shapes:
+        _shapes[shape] = tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[shape]
+
+
+def _broadcast_unequal(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """Operands of one shape are left as they are."""
+    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast(lhs, rhs)
+
+
+def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    """The names of a package's functions are listed once, before anything is patched; each launch listed them."""
+    if package not in _builtins:
+        _builtins[package] = [name for name in dir(package) if tl.core.is_builtin(getattr(package, name, None))]
+    for name in _builtins[package]:
+        member = getattr(package, name)
+        if tl.core.is_builtin(member):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+
 def _patch_loop_bounds(tensor: Any, scope: Any) -> None:
     """A run-time bound of a loop is an array of one element, which NumPy 2.4 no longer takes for an int."""
     _patch_tensor(tensor, scope)
@@ -92,6 +139,14 @@ def repair() -> None:
     _Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     interpreter.ScanOps.generic_scan = _scan
     interpreter._patch_lang_tensor = _patch_loop_bounds
+    interpreter._patch_builtin = _patch_builtins
+    interpreter._get_np_dtype = _cached_numpy_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = _init_block_type, _init_tensor
+    interpreter.interpreter_semantic.broadcast_impl_value = _broadcast_unequal
+    # An overflow of integers was computed at each operation, and nothing read it.
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.GridExecutor._restore_args_dev = _nothing_to_copy_back
     interpreter.GridExecutor.__call__ = _quiet_launch

@@ -80,6 +80,8 @@ SUPERVISED = "tests/rlhf/supervised/test_train.py"
 CHECKPOINT = "tests/rlhf/training/test_checkpoint.py"
 DAMAGE = "tests/rlhf/training/test_damage.py"
 LOCK = "tests/rlhf/training/test_lock.py"
+KILLED = "tests/rlhf/distributed/test_killed.py"
+ONE_RANK_FAILS = "tests/rlhf/distributed/test_one_rank_fails.py"
 OPTIM = "tests/rlhf/training/test_optim.py"
 RESUMED_PPO = "tests/rlhf/training/test_resume.py"
 
@@ -489,6 +491,46 @@ MUTANTS = [
     Mutant(f"{RLHF}/training/optim.py", "norm if total is squares else total.sqrt()", "norm", SHARDING),
     Mutant(f"{RLHF}/supervised/train.py", "        yield 0.0, (own or", "        yield 1.0, (own or", RUNS),
     Mutant(f"{RLHF}/ppo/rollout.py", "requests[own.start : own.stop]", "requests[: len(own)]", RUNS),
+    # an error of one rank
+    Mutant(f"{RLHF}/world.py", "if isinstance(each, Failure):", "if False:", SHARDING),
+    Mutant(f"{RLHF}/world.py", "self._objects(Failure(sent), PATIENCE)", "self._objects(Failure(sent))", KILLED),
+    Mutant(f"{RLHF}/world.py", "if origin_of(error) is not None or is_lost(error):", "if False:", SHARDING),
+    Mutant(f"{RLHF}/world.py", "                raise first from error\n", "                raise error\n", SHARDING),
+    Mutant(
+        f"{RLHF}/training/streaming.py",
+        "        except Exception:\n            _take_part(whole)\n",
+        "        except Exception:\n",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/checkpoint.py",
+        "world.each(held.pop_all().close)",
+        "held.pop_all().close()",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/checkpoint.py",
+        "world.on_main(lambda: _prune(target.parent, keep_last))",
+        "_prune(target.parent, keep_last) if world.is_main else None",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/loop.py",
+        "hook(record) if callback.collective else current().each(lambda: hook(record))",
+        "hook(record)",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/loop.py", "world.each(lambda: self._state(log, rng))", "self._state(log, rng)", ONE_RANK_FAILS
+    ),
+    Mutant(
+        f"{RLHF}/training/loop.py",
+        "current().each(checked(lambda: self._restore(start)))",
+        "checked(lambda: self._restore(start))()",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(f"{RLHF}/training/resume.py", "if value != first[name]:", "if False:", ONE_RANK_FAILS),
+    Mutant(f"{RLHF}/data/prompts.py", "@by_all_ranks\n", "", ONE_RANK_FAILS),
     # tokens, templates and heads
     Mutant(f"{RLHF}/models/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
     Mutant(f"{RLHF}/data/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),

@@ -30,14 +30,13 @@ from ppo_fast.rlhf.ppo.metrics import explained_variance
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import generate
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.reward_model import load_scalar_model
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.log import SAMPLES, sample_records
 from ppo_fast.rlhf.training.resume import with_kernels
 from ppo_fast.rlhf.training.runtime import find_device
 from ppo_fast.rlhf.user_code import load_callable
-from ppo_fast.rlhf.world import current
 
 STATS = "value_stats.json"  # in the directory of the value model: how much of the held-out returns it explains
 CONFIGS = (".yaml", ".yml", ".toml")
@@ -128,10 +127,11 @@ def train_value_model(
 
     Source: Yuan et al. 2025, arXiv:2503.01491, section 3.1.
     """
+    check_objects(config, ValueConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         _check_inputs(config, train, held_out, given=model is not None and tokenizer is not None)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
-        loaded = current().each(lambda: load_scalar_model(weights, start.generator, model, tokenizer))
+        loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(scored_example, eos_ids=loaded.eos_ids)
         train, held_out = (
             _rows(named if source is None else source, config, loaded.tokenizer)
@@ -162,15 +162,16 @@ def sample_scored(
     function = config.rollout.function
     check(function is None, "rollout.function", "null to sample responses for a value model", function)
     generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
-    given: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "reward": config.reward}
-    models = current().each(lambda: load_models(config.model, generator, **given, critic=False))
+    models = load_models(
+        config.model, generator, policy=policy, tokenizer=tokenizer, reward=config.reward, critic=False
+    )
     source = config.data.prompts if prompts is None else prompts
     if source is None:
         raise UserError("data.prompts: expected a file of prompts, got null")
     data = load_prompts(source, models.tokenizer, config.data)
     filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
-    sources = current().each(lambda: load_sources(config, models, reward_fn))
-    scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=config.rollout.max_new_tokens)
+    sources, longest = load_sources(config, models, reward_fn), config.rollout.max_new_tokens
+    scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=longest)
     models.split(config.model)
     scorer.split(models, config.model)
     sampler, found = (

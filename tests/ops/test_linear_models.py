@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 import ppo_fast as pf
-from tests.helpers import INTERPRETED, assert_same, each_backend
+from tests.helpers import assert_same, each_backend
 
 V, B, L = 37, 2, 4
 
@@ -98,20 +98,19 @@ def _forget_compilations() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@each_backend("linear_policy_loss")
-def test_compiled_with_a_trained_head(backend: str) -> None:
+def test_compiled_with_a_trained_head() -> None:
     weight, bias = torch.randn(V, 16, requires_grad=True), torch.randn(V, requires_grad=True)
     projection = torch.randn(16, 16, requires_grad=True)
 
     def loss(x: Tensor, ids: Tensor, *rows: Tensor) -> Tensor:
         hidden = torch.tanh(x @ projection)
-        out = pf.linear_policy_loss(hidden, weight, ids, *rows, bias=bias, config=CONFIG, backend=backend)
-        stats = pf.linear_token_stats(hidden, weight, ids, bias=bias, mask=rows[2], backend=backend)
+        out = pf.linear_policy_loss(hidden, weight, ids, *rows, bias=bias, config=CONFIG)
+        stats = pf.linear_token_stats(hidden, weight, ids, bias=bias, mask=rows[2])
         return 2 * out.loss + stats.entropy.mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     leaves = (projection, weight, bias)
-    for length in (L, L + 1) if INTERPRETED else (L, L + 1, L + 2):
+    for length in (L, L + 1, L + 2):
         rows = torch.randn(B, length) - 3.6, torch.randn(B, length), torch.rand(B, length) < 0.7
         given = torch.randn(B, length, 16), torch.randint(V, (B, length)), *rows
         ours, theirs = compiled(*given), loss(*given)

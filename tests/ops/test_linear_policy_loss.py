@@ -57,15 +57,15 @@ def test_a_fraction_of_all_options(backend: str, layout: str) -> None:
 
 @each_backend("linear_policy_loss")
 @each_layout
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_equals_policy_loss_on_materialized_logits(backend: str, layout: str, softcap: float | None) -> None:
+def test_equals_policy_loss_on_materialized_logits(backend: str, layout: str) -> None:
     case = make_linear_case(layout)
 
     def loss_of(*inputs: Any, **options: Any) -> pf.LossOutput:
         return pf.policy_loss(*inputs, **options, backend=backend)
 
     weights = torch.rand(case.rows.targets.shape) + 0.5
-    for options in option_grid(FRACTION):
+    for i, options in enumerate(option_grid(FRACTION)):
+        softcap = (None, 5.0)[i % 2]
         config, more = pf.PolicyLossConfig(**options), {"importance_weights": weights, "denominator": 7}
         expected, expected_gradients = run_materialized(loss_of, case, config, softcap, **more)
         out, gradients = run(case, config, backend, softcap=softcap, chunk_size=5, **more)
@@ -73,10 +73,10 @@ def test_equals_policy_loss_on_materialized_logits(backend: str, layout: str, so
 
 
 @each_backend("linear_policy_loss")
-@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("aggregation", OPTIONS["aggregation"])
 @pytest.mark.parametrize("estimator", ["k2", "full"])
-def test_one_tile_of_all_rows(backend: str, softcap: float | None, aggregation: str, estimator: str) -> None:
+def test_one_tile_of_all_rows(backend: str, aggregation: str, estimator: str) -> None:
+    softcap = 5.0 if (estimator == "full") == (aggregation == "token-mean") else None
     case = hide_uncounted(make_linear_case("padded"))
     config = dataclasses.replace(ALL, aggregation=aggregation, kl_estimator=estimator)
     more = {"importance_weights": torch.rand(case.rows.targets.shape) + 0.5, "denominator": 7, "softcap": softcap}
@@ -87,10 +87,10 @@ def test_one_tile_of_all_rows(backend: str, softcap: float | None, aggregation: 
 
 @each_case("linear_policy_loss")
 @each_layout
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_dtypes(backend: str, dtype: torch.dtype, layout: str, softcap: float | None) -> None:
+def test_dtypes(backend: str, dtype: torch.dtype, layout: str) -> None:
     case = make_linear_case(layout, dtype)
-    for ratio, estimator in ESTIMATORS:
+    for i, (ratio, estimator) in enumerate(ESTIMATORS, start=LAYOUTS.index(layout)):
+        softcap = (None, 5.0)[i % 2]
         config = pf.PolicyLossConfig(
             dual_clip=1.5,
             penalty_coef=0.1,
@@ -105,7 +105,7 @@ def test_dtypes(backend: str, dtype: torch.dtype, layout: str, softcap: float | 
 
 
 @each_backend("linear_policy_loss")
-@pytest.mark.parametrize("chunk_size", [1, 3, N, N + 1])
+@pytest.mark.parametrize("chunk_size", [1, N + 1] if INTERPRETED else [1, 3, N, N + 1])
 @pytest.mark.parametrize("ratio", OPTIONS["ratio"])
 def test_chunk_sizes(backend: str, chunk_size: int, ratio: str) -> None:
     config = pf.PolicyLossConfig(ratio=ratio, ent_coef=0.1, kl_coef=0.2, kl_estimator="full")

@@ -20,7 +20,7 @@ from ppo_fast.rlhf.models.forward import check_linear
 from ppo_fast.rlhf.models.networks import networks_of_rank
 from ppo_fast.rlhf.models.pretrained import load_pretrained
 from ppo_fast.rlhf.models.saved import SavedModel
-from ppo_fast.rlhf.world import current
+from ppo_fast.rlhf.world import by_all_ranks, current
 
 GENERATION = "generation_config.json"
 
@@ -36,6 +36,7 @@ class Loaded:
     eos_ids: tuple[int, ...] = ()  # end a response; see `all_eos_ids`
 
 
+@by_all_ranks
 def load_policy(
     config: CausalConfig,
     generator: torch.Generator,

@@ -38,7 +38,7 @@ from ppo_fast.rlhf.models.offload import Offloaded, offload_activations
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
 from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.models.value import ValueModel, head_like, new_head
-from ppo_fast.rlhf.world import current
+from ppo_fast.rlhf.world import by_all_ranks, current
 
 Role = Literal["policy", "reference", "value"]
 
@@ -177,6 +177,7 @@ class Models:
         return {"policy": TRAINED, "value": VALUE, "reference": self.adapters.reference}[role]
 
 
+@by_all_ranks
 def load_models(
     config: ModelConfig,
     generator: torch.Generator,

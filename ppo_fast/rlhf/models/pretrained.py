@@ -43,11 +43,13 @@ def one_sentence(loader: Loader, path: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        where = "directory" if path is not None and Path(path).exists() else "model"
         reason = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
             reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
-        raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error
+        fault = f"cannot load directory {path!r}"
+        if path is None or not Path(path).exists():
+            fault = f"no such directory {path!r} in {Path.cwd()}, and no model of the Hub can be loaded by that name"
+        raise UserError(f"{loader.__name__}: {fault}: {reason}") from error
 
 
 def load_network(

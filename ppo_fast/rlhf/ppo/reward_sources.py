@@ -30,7 +30,7 @@ from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation, counted_ids
 from ppo_fast.rlhf.user_code import as_list, call_async, load_callable, to_python
-from ppo_fast.rlhf.world import current
+from ppo_fast.rlhf.world import by_all_ranks, current
 
 REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
 PromptRows = Iterable[str | Row]  # texts, or rows {"prompt": Prompt, column: ...}
@@ -252,6 +252,7 @@ def _load_network(
     return made
 
 
+@by_all_ranks
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
     """Return the function, passed or named, and then the reward models; UserError when there is neither."""
     reward, sources = config.reward, list[Source]()

@@ -21,7 +21,7 @@ from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
 from ppo_fast.rlhf.models.networks import equip
 from ppo_fast.rlhf.models.sharding import Root, shard
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -112,11 +112,11 @@ def train_dpo(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
+    check_objects(config, DPOConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
-        weights = with_kernels(config.model, start.checkpoint)
-        loaded = current().each(lambda: load_policy(weights, start.generator, model, tokenizer))
+        loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)

@@ -30,10 +30,10 @@ from ppo_fast.rlhf.models.networks import networks_of_rank
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.resume import with_kernels
-from ppo_fast.rlhf.world import current
+from ppo_fast.rlhf.world import by_all_ranks
 
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
@@ -133,11 +133,12 @@ def train_reward_model(
 
     Source: Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
+    check_objects(config, RewardModelConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("chosen", "rejected"), given=given)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
-        loaded = current().each(lambda: load_scalar_model(weights, start.generator, model, tokenizer))
+        loaded = load_scalar_model(weights, start.generator, model, tokenizer)
         make = functools.partial(preference_pair, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
@@ -145,6 +146,7 @@ def train_reward_model(
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
+@by_all_ranks
 def load_scalar_model(
     config: RewardModelConfig,
     generator: torch.Generator,

@@ -13,7 +13,7 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import SFTConfig
 from ppo_fast.rlhf.data.examples import Example, completion_example
 from ppo_fast.rlhf.models.loading import load_policy, padding_id
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -24,7 +24,6 @@ from ppo_fast.rlhf.supervised.train import (
     setup_run,
 )
 from ppo_fast.rlhf.training.resume import with_kernels
-from ppo_fast.rlhf.world import current
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,11 @@ def train_sft(
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
+    check_objects(config, SFTConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("prompt", "completion"), ("messages",), ("text",), given=given)
-        weights = with_kernels(config.model, start.checkpoint)
-        loaded = current().each(lambda: load_policy(weights, start.generator, model, tokenizer))
+        loaded = load_policy(with_kernels(config.model, start.checkpoint), start.generator, model, tokenizer)
         make = functools.partial(completion_example, eos_ids=loaded.eos_ids)
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         layout = {"linear": config.model.fused_head, "packed": config.model.packing}

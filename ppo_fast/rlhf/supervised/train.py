@@ -156,7 +156,7 @@ class SupervisedEvaluation(Callback, Generic[Kind]):
     every: int
     best: BestModel
     save: Callable[[Path], object]
-    phase = "evaluation"
+    phase, collective = "evaluation", True
 
     def on_start(self, record: StepRecord) -> None:
         """Check `evaluation.best` on one example, before any step."""
@@ -315,12 +315,12 @@ class SupervisedRun(TrainingLoop, Generic[Kind]):
 @contextlib.contextmanager
 def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[object]) -> Iterator[Start]:
     """Refuse a directory in use, or another run's, before loading; then set threads and make the generator."""
-    users = user_callbacks(callbacks)
     with (
         join(config.model.device, config.ddp_timeout),
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
+        users = current().each(lambda: user_callbacks(callbacks))
         if resume in (False, None):
             current().on_main(lambda: require_free(config))
         current().on_main(lambda: check_hub(config))
@@ -371,8 +371,7 @@ def fit(
         run.restore(checkpoint)
     log = StageLog(config, objective.stage, run.total, resume=checkpoint.state["log"] if checkpoint else None)
     with report_write_errors(log.directory), log, StopSignals(log.unit, config.max_hours) as stop:
-        if current().is_main:
-            save_config(config, log.directory / "config.yaml")
+        current().on_main(lambda: save_config(config, log.directory / "config.yaml"))
         run.loop(log, stop)
         final = run.save_model(log.directory / FINAL)
         publish(final, log, objective.model)

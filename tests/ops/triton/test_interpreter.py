@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from tests import interpreter
+
 
 @triton.jit
 def cast_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
@@ -114,3 +116,18 @@ def test_infinities_and_nan_raise_no_warning() -> None:
     assert out[1].isnan()
     overflow_kernel[(1,)](x, out, SIZE=2)
     assert out[0].isnan()
+
+
+@pytest.mark.parametrize(
+    "element", [tl.float32, tl.int1, tl.pointer_type(tl.bfloat16), tl.pointer_type(tl.int8, 1, True)]
+)
+def test_types_and_tensors_that_share_their_attributes_have_those_of_triton(element: tl.dtype) -> None:
+    for shape in ([4], [4, 1], [tl.constexpr(2), 2]):
+        ours, again, plain = *(tl.block_type(element, shape) for _ in range(2)), object.__new__(tl.block_type)
+        interpreter._block_type_init(plain, element, shape)
+        assert vars(ours) == vars(again) == vars(plain)
+        assert [size.value for size in tl.tensor(None, again).shape] == plain.shape.values
+        assert tl.tensor(None, again).numel.value == 4
+        assert tl.tensor(None, again).dtype == element
+    assert tl.tensor(None, element).numel.value == 1
+    assert len(tl.tensor(None, element).shape) == 0

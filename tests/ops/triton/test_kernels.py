@@ -97,9 +97,9 @@ def test_the_reference_maximum_may_jump_further_than_float32_underflows() -> Non
 @pytest.mark.parametrize("V", [96, 100])
 @pytest.mark.usefixtures("small_tiles")
 def test_bits_of_a_row_do_not_depend_on_the_batch(V: int) -> None:
-    logits, ref = torch.randn(2, 3, 3, V)
-    targets, upstream = torch.randint(0, V, (3, 3)), torch.randn(3, 3, 3)
-    one = (slice(1, 2), slice(2, 3))
+    logits, ref = torch.randn(2, 2, 2, V)
+    targets, upstream = torch.randint(0, V, (2, 2)), torch.randn(3, 2, 2)
+    one = (slice(1, 2), slice(1, 2))
     alone = [logits[one].clone(), targets[one], ref[one].clone()]
     assert_same(_stats(*alone), tuple(x[one] for x in _stats(logits, targets, ref)))
     gradient = _gradient(logits, targets, ref, upstream)

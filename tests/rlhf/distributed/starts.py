@@ -72,8 +72,8 @@ def config_of(case, directory):
 def networks_of(config, *, split):
     """Everything that a rank has of a case: the state of the networks, and what the run is decided by."""
     generator = torch.Generator().manual_seed(0)
-    models = current().each(lambda: load_models(config.model, generator, reward=config.reward))
-    sources = current().each(lambda: load_sources(config, models)) if config.reward.models else []
+    models = load_models(config.model, generator, reward=config.reward)
+    sources = load_sources(config, models) if config.reward.models else []
     modules = {"policy": models.policy, "reference": models.reference, "value": models.value}
     modules |= {f"reward {number}": source.model for number, source in enumerate(sources)}
     roots = Root(**modules)
@@ -134,7 +134,7 @@ def given(_):
         try:
             weights(**(options if rank else {}))
         except UserError as message:
-            messages.append((str(message), message.shared))
+            messages.append((str(message), message.origin))
     return all(torch.equal(a, b) for a, b in found), messages
 
 
@@ -145,7 +145,7 @@ def failing(directory):
         shutil.copytree(bases / "base", directory / "damaged")
         weights = directory / "damaged" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-    current().wait()
+    current().objects(None)
     unknown = mock.patch.object(EmptyNetworks, "build", side_effect=ValueError("no such architecture"))
     for path, patch in ((directory / "damaged", contextlib.nullcontext()), (bases / "base", unknown)):
         config = config_from_dict(BASE | {"model": {"path": str(path)}, "output_dir": str(directory / "run")})
@@ -153,7 +153,7 @@ def failing(directory):
             with patch:
                 train_ppo(config, reward_fn=reward, prompts=PROMPTS)
         except UserError as message:
-            messages.append((str(message), message.shared))
+            messages.append((str(message), message.origin))
     return messages
 
 
@@ -168,7 +168,7 @@ def renamed(directory):
     saved, model = networks
     if current().is_main:
         saved.save_pretrained(directory)
-    current().wait()
+    current().objects(None)
     shard(Root(model=model), current().mesh)
     with contextlib.nullcontext() if current().is_main else reading_fails():
         load_saved(model, directory)

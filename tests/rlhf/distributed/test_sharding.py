@@ -1,5 +1,6 @@
 """Weights split over two ranks: the start, gradients, statistics, optimizer steps and files of one process."""
 
+import errno
 import importlib.util
 import re
 
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import config_from_dict
 from ppo_fast.rlhf.data.prompts import load_prompts, make_batch
-from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.errors import BatchError, UserError, origin_of
 from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.models import load_models
 from ppo_fast.rlhf.models.sharding import Root, shard
@@ -139,7 +140,7 @@ def four_bits(directory):
         return None
     if current().is_main:
         save_base(directory / "base", hidden=64)
-    current().wait()
+    current().objects(None)
     quantized = {"path": str(directory / "base"), "load_in_4bit": True}
     with alone():
         expected = one_update("adapters", False, {}, model=quantized)
@@ -220,7 +221,7 @@ def files(directory):
     safetensors.torch.save_file(tensors, directory / "expected")
     models.split(config.model)
     stream_tensors(tensors | models.value.state_dict(), directory / "found")
-    current().wait()
+    current().objects(None)
     return {
         "same": (directory / "found").read_bytes() == (directory / "expected").read_bytes(),
         "fingerprint": fingerprint(models.policy) == before,
@@ -245,15 +246,29 @@ def exchange(_):
     world = current()
     ragged = torch.arange(world.rank + 1, dtype=torch.bfloat16)
 
-    def fails():
-        if world.rank == 1:
-            raise UserError("rank 1 cannot")
+    def raises(*errors):
+        """A function that raises the error of its rank, if there is one; what each rank raises then."""
 
-    messages = []
-    try:
-        world.together(fails)
-    except UserError as message:
-        messages.append((str(message), message.shared))
+        def fails():
+            if errors[world.rank] is not None:
+                raise errors[world.rank]
+            return world.objects(3)  # the other rank is in another exchange
+
+        try:
+            world.together(fails)
+        except Exception as raised:
+            return type(raised), str(raised), origin_of(raised)
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    messages = [
+        raises(None, UserError("rank 1 cannot")),
+        raises(UserError("rank 0 cannot"), None),
+        raises(UserError("rank 0 cannot"), UserError("rank 1 cannot")),
+        raises(None, BatchError("a batch", [3])),
+        raises(full, None),
+        raises(full, None),  # raised once more
+        raises(None, KeyError("x")),
+    ]
     return {
         "concatenated": world.concatenate(ragged).tolist(),
         "none": world.concatenate(torch.zeros(0, 2)).shape,
@@ -335,7 +350,17 @@ def test_ranks_exchange_tensors_objects_and_errors(ranks):
         assert found["sum"] == [2, 2]
         assert found["main"] == 0
         assert found["shares"] == [range(1), range(1, 3)]
-        assert found["messages"] == [("rank 1 cannot", number == 0)]
+        full = OSError, "[Errno 28] No space left on device", 0
+        program = (UserError, "rank 1 failed with KeyError: 'x'", 1) if number == 0 else (KeyError, "'x'", 1)
+        assert found["messages"] == [
+            (UserError, "rank 1 cannot", 1),
+            (UserError, "rank 0 cannot", 0),
+            (UserError, "rank 0 cannot", 0),
+            (BatchError, "a batch", 1),
+            full,
+            full,
+            program,
+        ]
 
 
 @pytest.mark.parametrize("case", starts.CASES)
@@ -354,16 +379,16 @@ def test_of_objects_that_are_passed_those_of_rank_0_count_and_others_must_fit(ra
         f"{where}.mlp.down_proj.weight' of a network to be [32, 128], as on rank 0, got [32, 64] on rank 1",
         f"{where}.self_attn.k_proj.bias' of a network to be none, as on rank 0, got [32] on rank 1",
     ]
-    for number, rank in enumerate(ranks):
-        assert rank["given"] == (True, [(message, number == 0) for message in messages])
+    for rank in ranks:
+        assert rank["given"] == (True, [(message, 1) for message in messages])
 
 
 def test_an_error_of_one_rank_while_it_loads_is_that_of_all(ranks):
-    for number, rank in enumerate(ranks):
-        (damaged, shared), (unknown, other) = rank["failing"]
+    for rank in ranks:
+        (damaged, first), (unknown, second) = rank["failing"]
         assert re.match(r"AutoModelForCausalLM: cannot load directory '.*/damaged': ", damaged)
         assert re.fullmatch(r"AutoModelForCausalLM: cannot load directory '.*/base': no such architecture", unknown)
-        assert (shared, other) == (number == 1, number == 0)
+        assert (first, second) == (0, 1)
 
 
 def test_weights_under_other_names_come_back_and_only_rank_0_reads_them_whole(ranks):
