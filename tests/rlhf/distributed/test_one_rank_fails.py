@@ -159,7 +159,7 @@ def all_saves(directory):
     """Every call in one layout, a sample in the others."""
     runs = {"separate": {"reference": {"update": "ema", "every": 1}}, "shared": {}, "adapters": {}}
     for name in runs:
-        (directory / name).mkdir()
+        (directory / name).mkdir(exist_ok=True)
     return {name: try_saves(directory / name, name != "separate", model=LAYOUTS[name], **runs[name]) for name in runs}
 
 
