@@ -70,7 +70,7 @@ CXX_UNITS = [
     *(Unit("csrc/cpu/rows/kernels.cpp", (EXACT, f"-DISA_NAMESPACE={isa}", *flags), isa) for isa, flags in ISAS.items()),
     Unit("csrc/gae/cpu.cpp", (EXACT,)),
     *(Unit(f"csrc/cpu/{name}.cpp") for name in ("rows/dispatch", "rows/ops", "parallel", "huge_pages")),
-    Unit("csrc/bindings/rows.cpp"),
+    *(Unit(f"csrc/bindings/{name}.cpp") for name in ("fields", "rows")),
 ]
 BINDINGS = {
     False: Unit("csrc/bindings/module.cpp"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 USAGE = """\
@@ -83,13 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from ppo_fast.rlhf.errors import UserError, install_command
-    from ppo_fast.rlhf.training.signals import Interrupted
+    with _ctrl_c_kills():
+        from ppo_fast.rlhf.errors import UserError, install_command
+        from ppo_fast.rlhf.training.signals import Interrupted
 
     try:
         COMMANDS[command](arguments)
     except UserError as error:
-        return _fail(_by_rank(str(error))) if not error.shared else FAILED
+        return _fail(_by_rank(str(error))) if error.origin in (None, _rank()) else FAILED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
@@ -105,28 +109,46 @@ def _run(command: str, arguments: list[str]) -> int:
 
 def train(command: str, argv: list[str]) -> None:
     """`ppo-fast sft | reward | value | train | dpo`: preset, then file, then flags, into one config; then the run."""
-    from ppo_fast import rlhf
-    from ppo_fast.rlhf.arguments import parse_run
+    with _ctrl_c_kills():
+        from ppo_fast import rlhf
+        from ppo_fast.rlhf.arguments import parse_run
 
-    config, resume = parse_run(command, argv)
-    if command == "train" and _is_main():
-        from ppo_fast.rlhf.planning.command import announce  # not above: the help needs no transformers
+        config, resume = parse_run(command, argv)
+        if command == "train" and _is_main():
+            from ppo_fast.rlhf.planning.command import announce  # not above: the help needs no transformers
 
-        announce(config)
-    result = getattr(rlhf, STAGES[command])(config, resume=resume)
+            announce(config)
+        run = getattr(rlhf, STAGES[command])
+    result = run(config, resume=resume)
     if _is_main():
         print(f"model: {result.model}")
 
 
 def tool(module: str, argv: list[str]) -> None:
     """A command that trains nothing: the `main` of a module."""
-    importlib.import_module(module).main(argv)
+    with _ctrl_c_kills():
+        run = importlib.import_module(module).main
+    run(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: functools.partial(train, name) for name in STAGES},
     **{name: functools.partial(tool, module) for name, module in TOOLS.items()},
 }
+
+
+@contextlib.contextmanager
+def _ctrl_c_kills() -> Iterator[None]:
+    """Let Ctrl-C end the process within the block, which writes no file: an interrupted import may raise anything."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -143,11 +165,15 @@ def _fail(message: str) -> int:
 
 def _is_main() -> bool:
     """Whether this is the process of a torchrun that writes the console; without torchrun it is."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def _by_rank(message: str) -> str:
-    return message if _is_main() else f"rank {os.environ['RANK']}: {message}"
+    return message if _is_main() else f"rank {_rank()}: {message}"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ SUPERVISED = "tests/rlhf/supervised/test_train.py"
 CHECKPOINT = "tests/rlhf/training/test_checkpoint.py"
 DAMAGE = "tests/rlhf/training/test_damage.py"
 LOCK = "tests/rlhf/training/test_lock.py"
+KILLED = "tests/rlhf/distributed/test_killed.py"
+ONE_RANK_FAILS = "tests/rlhf/distributed/test_one_rank_fails.py"
 OPTIM = "tests/rlhf/training/test_optim.py"
 RESUMED_PPO = "tests/rlhf/training/test_resume.py"
 
@@ -237,7 +239,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/attention.py", ' | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}', "", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "back <= window_size[0])", "back <= window_size[0] + 1)", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", '{"is_causal": mask is None', '{"is_causal": False', ATTENTION),
-    Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model, device)", " and False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
     Mutant(
@@ -476,11 +478,59 @@ MUTANTS = [
         "            pass  # fully_shard",
         RUNS,
     ),
+    Mutant(
+        f"{RLHF}/models/sharding.py", "            _forget_passes(self)\n        return", "        return", SHARDING
+    ),
+    Mutant(f"{RLHF}/models/distribution.py", "empty.setdefault(first, ", "empty.setdefault(name, ", SHARDING),
+    Mutant(f"{RLHF}/models/distribution.py", "        found.copy_(x)\n", "        pass\n", SHARDING),
+    Mutant(f"{RLHF}/models/distribution.py", "x[rank * each : (rank + 1) * each]", "x[:each]", SHARDING),
+    Mutant(f"{RLHF}/models/adapters.py", "self.without_data and current().mesh is None", "self.without_data", SHARDING),
+    Mutant(f"{RLHF}/models/networks.py", "network.generation_config = Gen", "Gen", SHARDING),
     Mutant(f"{RLHF}/ppo/update.py", "loss * 0 if self.repeats else loss", "loss", SHARDING),
     Mutant(f"{RLHF}/ppo/update.py", "zeros_like(policy), zeros_like(value)", "policy, value", SHARDING),
     Mutant(f"{RLHF}/training/optim.py", "norm if total is squares else total.sqrt()", "norm", SHARDING),
     Mutant(f"{RLHF}/supervised/train.py", "        yield 0.0, (own or", "        yield 1.0, (own or", RUNS),
     Mutant(f"{RLHF}/ppo/rollout.py", "requests[own.start : own.stop]", "requests[: len(own)]", RUNS),
+    # an error of one rank
+    Mutant(f"{RLHF}/world.py", "if isinstance(each, Failure):", "if False:", SHARDING),
+    Mutant(f"{RLHF}/world.py", "self._objects(Failure(sent), PATIENCE)", "self._objects(Failure(sent))", KILLED),
+    Mutant(f"{RLHF}/world.py", "if origin_of(error) is not None or is_lost(error):", "if False:", SHARDING),
+    Mutant(f"{RLHF}/world.py", "                raise first from error\n", "                raise error\n", SHARDING),
+    Mutant(
+        f"{RLHF}/training/streaming.py",
+        "        except Exception:\n            _take_part(whole)\n",
+        "        except Exception:\n",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/checkpoint.py",
+        "world.each(held.pop_all().close)",
+        "held.pop_all().close()",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/checkpoint.py",
+        "world.on_main(lambda: _prune(target.parent, keep_last))",
+        "_prune(target.parent, keep_last) if world.is_main else None",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/loop.py",
+        "hook(record) if callback.collective else current().each(lambda: hook(record))",
+        "hook(record)",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(
+        f"{RLHF}/training/loop.py", "world.each(lambda: self._state(log, rng))", "self._state(log, rng)", ONE_RANK_FAILS
+    ),
+    Mutant(
+        f"{RLHF}/training/loop.py",
+        "current().each(checked(lambda: self._restore(start)))",
+        "checked(lambda: self._restore(start))()",
+        ONE_RANK_FAILS,
+    ),
+    Mutant(f"{RLHF}/training/resume.py", "if value != first[name]:", "if False:", ONE_RANK_FAILS),
+    Mutant(f"{RLHF}/data/prompts.py", "@by_all_ranks\n", "", ONE_RANK_FAILS),
     # tokens, templates and heads
     Mutant(f"{RLHF}/models/loading.py", "        named += ids if isinstance(ids, list | tuple) else [ids]\n", "", EOS),
     Mutant(f"{RLHF}/data/examples.py", "token == eos or token in eos_ids", "token == eos", EOS),

@@ -1,73 +1,76 @@
-// The extension module: tensors arrive as addresses, strides and dtype codes, so no torch header is needed
-// and one build serves every torch version.
+// The extension module: tensors arrive through DLPack's C exchange API, so no torch header is needed and one build
+// serves every torch version.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 
+#include "bindings/fields.h"
 #include "bindings/rows.h"
 #include "gae/gae.h"
 
 namespace py = pybind11;
-using namespace ppo_fast;
+
+namespace ppo_fast {
+
+// [B, T], or packed [N], which has no stride of the sequences.
+static void assign(MatrixView& to, PyObject* x) {
+  const dlpack::Tensor given = tensor(x);
+  if (given.data == nullptr) return;
+  to = {given.data, given.ndim == 2 ? given.strides[0] : 0, given.strides[given.ndim - 1]};
+}
 
 namespace {
 
-using View = std::array<int64_t, 3>;  // address, stride of the sequences, stride of the steps (in elements)
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+dlpack::Tensor field(py::handle tuple, const char* name) {
+  const py::object found = tuple.attr(name);
+  return tensor(found.ptr());
 }
 
-MatrixView matrix(const View& view) { return {pointer<const void>(view[0]), view[1], view[2]}; }
-
-GaeArguments gae_arguments(const View& rewards, const View& values, const View& mask, const View& dones,
-                           int64_t bootstrap, int64_t cu_seqlens, bool cu_seqlens_is_int64, int64_t sequences,
-                           int64_t steps, double gamma, double lam, bool carry, int64_t advantages, int64_t returns) {
-  return {matrix(rewards),
-          matrix(values),
-          matrix(mask),
-          matrix(dones),
-          pointer<const void>(bootstrap),
-          pointer<const void>(cu_seqlens),
-          cu_seqlens_is_int64,
-          sequences,
-          steps,
-          gamma,
-          lam,
-          carry,
-          pointer<void>(advantages),
-          pointer<void>(returns)};
+Dtype dtype_of(const dlpack::Tensor& x) {
+  if (x.code == dlpack::kBfloat) return Dtype::kBFloat16;
+  return x.bits == 64 ? Dtype::kFloat64 : x.bits == 16 ? Dtype::kFloat16 : Dtype::kFloat32;
 }
 
-}  // namespace
+GaeArguments gae_arguments(py::handle inputs, py::handle results) {
+  GaeArguments args{};
+  const dlpack::Tensor rewards = field(inputs, "rewards"), cu_seqlens = field(inputs, "cu_seqlens");
+  args.cu_seqlens_is_int64 = cu_seqlens.bits == 64;
+  args.sequences = cu_seqlens.ndim == 0 ? rewards.shape[0] : cu_seqlens.shape[0] - 1;
+  args.steps = rewards.shape[rewards.ndim - 1];
+  args.carry = choice(inputs.attr("mask_mode").ptr(), {"carry", "zero"}) == 0;
+  read(inputs, args, [](auto visit) { GaeArguments::inputs(visit); });
+  read(results, args, [](auto visit) { GaeArguments::results(visit); });
+  return args;
+}
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of ppo_fast. Arguments are raw and unchecked: call the functions of ppo_fast.ops.";
-
-  py::enum_<Dtype>(m, "Dtype")
-      .value("float32", Dtype::kFloat32)
-      .value("float64", Dtype::kFloat64)
-      .value("float16", Dtype::kFloat16)
-      .value("bfloat16", Dtype::kBFloat16);
-
-  py::class_<GaeArguments>(m, "GaeArguments")
-      .def(py::init(&gae_arguments), py::arg("rewards"), py::arg("values"), py::arg("mask"), py::arg("dones"),
-           py::arg("bootstrap"), py::arg("cu_seqlens"), py::arg("cu_seqlens_is_int64"), py::arg("sequences"),
-           py::arg("steps"), py::arg("gamma"), py::arg("lam"), py::arg("carry"), py::arg("advantages"),
-           py::arg("returns"));
-
-  m.def("gae_cpu", &cpu::gae, py::arg("args"), py::arg("dtype"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
-
-  bind_rows(m);
+void gae_cpu(py::handle inputs, py::handle results, int threads) {
+  const GaeArguments args = gae_arguments(inputs, results);
+  const Dtype dtype = dtype_of(field(inputs, "rewards"));
+  const py::gil_scoped_release release;
+  cpu::gae(args, dtype, threads);
+}
 
 #ifdef PPO_FAST_CUDA
+void gae_cuda(py::handle inputs, py::handle results, std::uintptr_t stream) {
+  const GaeArguments args = gae_arguments(inputs, results);
+  const dlpack::Tensor rewards = field(inputs, "rewards");
+  const Dtype dtype = dtype_of(rewards), values_dtype = dtype_of(field(inputs, "values"));
+  const py::gil_scoped_release release;
+  cuda::gae(args, dtype, values_dtype, rewards.device_id, stream);
+}
+#endif
+
+}  // namespace
+}  // namespace ppo_fast
+
+PYBIND11_MODULE(_C, m) {
+  using namespace ppo_fast;
+  m.doc() = "Native kernels of ppo_fast. Arguments are unchecked: call the functions of ppo_fast.ops.";
+  m.def("gae_cpu", &gae_cpu);
+  bind_rows(m);
+#ifdef PPO_FAST_CUDA
   m.attr("has_cuda") = true;
-  m.def("gae_cuda", &cuda::gae, py::arg("args"), py::arg("rewards_dtype"), py::arg("values_dtype"), py::arg("device"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("gae_cuda", &gae_cuda);
 #else
   m.attr("has_cuda") = false;
 #endif

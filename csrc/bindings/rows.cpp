@@ -3,9 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <optional>
-#include <type_traits>
 
+#include "bindings/fields.h"
 #include "cpu/huge_pages.h"
 #include "cpu/rows/dispatch.h"
 #include "cpu/rows/ops.h"
@@ -13,174 +12,134 @@
 namespace py = pybind11;
 
 namespace ppo_fast {
+
+// Found by read(), as the overloads of fields.h are.
+namespace cpu {
+
+static LogitsView logits_view(const dlpack::Tensor& x) {
+  if (x.data == nullptr) return {};
+  return {x.data, x.strides[0], x.strides[1], x.code == dlpack::kBfloat, false};
+}
+
+static void assign(LogitsView& to, PyObject* x) { to = logits_view(tensor(x)); }
+
+static void assign(TargetsView& to, PyObject* x) {
+  const dlpack::Tensor given = tensor(x);
+  if (given.data == nullptr) return;
+  const int64_t steps = given.shape[given.ndim - 1], stride_t = given.strides[given.ndim - 1];
+  to = {given.data, given.ndim == 2 ? given.strides[0] : steps * stride_t, stride_t, given.bits == 64};
+}
+
+static void assign(PolicyObjective& to, PyObject* x) { to = PolicyObjective(choice(x, {"clip", "cispo"})); }
+
+static void assign(KlEstimator& to, PyObject* x) { to = KlEstimator(choice(x, {"k1", "k2", "k3", "full"})); }
+
+}  // namespace cpu
+
 namespace {
 
 using namespace cpu;
 
-// Where the data of a tensor is; null for None.
-std::uintptr_t address(PyObject* tensor) {
-  if (tensor == Py_None) return 0;
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(tensor, data_ptr, nullptr));
-  if (!found) throw py::error_already_set();
-  return found.cast<std::uintptr_t>();
+// The fields that RowInputs and SampleInputs share.
+Rows rows_of_logits(py::handle inputs) {
+  const py::object logits = inputs.attr("logits");
+  const dlpack::Tensor given = tensor(logits.ptr());
+  Rows rows{};
+  rows.logits = logits_view(given);
+  rows.steps = given.shape[1];
+  rows.rows = given.shape[0] * rows.steps;
+  rows.vocab = given.shape[2];
+  read(inputs, rows, [](auto visit) { visit("temperature", &Rows::temperature); });
+  return rows;
 }
 
-// Tensors by name, which must outlive the launch. They cross from Python at once: a crossing for each would take longer
-// than a small kernel.
-class Tensors {
- public:
-  explicit Tensors(const py::kwargs& given) : given_(given) {}
-
-  // Points the pointers of a structure to the tensors of their names; those that are not given stay as they are.
-  template <class Class>
-  Tensors& into(Class& self) {
-    Class::pointers([&](const char* name, auto member) {
-      PyObject* const tensor = PyDict_GetItemString(given_.ptr(), name);
-      if (tensor == nullptr) return;
-      self.*member = reinterpret_cast<std::remove_reference_t<decltype(self.*member)>>(address(tensor));
-      ++used_;
-    });
-    return *this;
-  }
-
-  void check_all_used() const {
-    if (used_ != given_.size()) throw py::type_error("a tensor that the kernel does not take");
-  }
-
- private:
-  const py::kwargs& given_;
-  size_t used_ = 0;
-};
-
-template <class Class>
-Class with_tensors(Class self, const py::kwargs& given) {
-  Tensors tensors(given);
-  tensors.into(self).check_all_used();
-  return self;
+Rows rows_of(py::handle inputs) {
+  Rows rows = rows_of_logits(inputs);
+  read(inputs, rows, [](auto visit) { Rows::inputs(visit); });
+  return rows;
 }
 
-void bind_views(py::module_& m) {
-  py::class_<LogitsView> logits(m, "LogitsView");
-  logits.def(py::init([](std::uintptr_t data, int64_t stride_b, int64_t stride_t, bool bfloat16, bool streamed) {
-    return LogitsView{reinterpret_cast<void*>(data), stride_b, stride_t, bfloat16, streamed};
-  }));
-  py::class_<TargetsView> targets(m, "TargetsView");
-  targets.def(py::init([](std::uintptr_t data, int64_t stride_b, int64_t stride_t, bool is_int64) {
-    return TargetsView{reinterpret_cast<const void*>(data), stride_b, stride_t, is_int64};
-  }));
-  py::class_<Rows> rows(m, "Rows");
-  rows.def(py::init([](const LogitsView& logits, const LogitsView* ref_logits, const TargetsView* targets,
-                       py::handle mask, int64_t rows, int64_t steps, int64_t vocab, float temperature) {
-             return Rows{logits,
-                         ref_logits == nullptr ? LogitsView{} : *ref_logits,
-                         targets == nullptr ? TargetsView{} : *targets,
-                         reinterpret_cast<const uint8_t*>(address(mask.ptr())),
-                         rows,
-                         steps,
-                         vocab,
-                         temperature};
-           }),
-           py::arg("logits"), py::arg("ref_logits"), py::arg("targets"), py::arg("mask"), py::arg("rows"),
-           py::arg("steps"), py::arg("vocab"), py::arg("temperature"));
+// Where a gradient goes: nowhere, over the logits, or into a buffer of its own. A large one is written past the cache,
+// but only in whole lines, of which short rows of an odd size have few.
+LogitsView gradient_view(py::handle gradient, const Rows& rows, bool large) {
+  constexpr int64_t kLine = 64, kPage = 4096;
+  const dlpack::Tensor given = tensor(gradient.ptr());
+  LogitsView view = logits_view(given);
+  if (large && view.data != rows.logits.data) {
+    const int64_t row_bytes = rows.vocab * given.bits / 8;
+    advise_huge_pages(view.data, static_cast<size_t>(rows.rows * row_bytes));
+    view.streamed = row_bytes >= kPage || row_bytes % kLine == 0;
+  }
+  return view;
 }
 
 void bind_token_stats(py::module_& m) {
-  m.def(
-      "token_stats",
-      [](const Rows& rows, int threads, const py::kwargs& tensors) {
-        TokenStatsArguments args{};
-        args.in = rows;
-        args = with_tensors(args, tensors);
-        const py::gil_scoped_release release;
-        token_stats(args, threads);
-      },
-      py::arg("rows"), py::arg("threads"));
-  m.def(
-      "token_stats_backward",
-      [](const Rows& rows, const LogitsView& out, int threads, const py::kwargs& tensors) {
-        TokenStatsBackwardArguments args{};
-        args.in = rows;
-        args.out = out;
-        args = with_tensors(args, tensors);
-        const py::gil_scoped_release release;
-        token_stats_backward(args, threads);
-      },
-      py::arg("rows"), py::arg("out"), py::arg("threads"));
+  m.def("token_stats", [](py::handle rows, py::handle stats, int threads) {
+    TokenStatsArguments args{};
+    args.in = rows_of(rows);
+    read(stats, args, [](auto visit) { TokenStatsArguments::results(visit); });
+    const py::gil_scoped_release release;
+    token_stats(args, threads);
+  });
+  m.def("token_stats_backward",
+        [](py::handle grads, py::handle rows, py::handle stats, py::handle gradient, bool large, int threads) {
+          TokenStatsBackwardArguments args{};
+          args.in = rows_of(rows);
+          args.out = gradient_view(gradient, args.in, large);
+          read(grads, args, [](auto visit) { TokenStatsBackwardArguments::grads(visit); });
+          read(stats, args, [](auto visit) { TokenStatsBackwardArguments::stats(visit); });
+          const py::gil_scoped_release release;
+          token_stats_backward(args, threads);
+        });
 }
 
 void bind_policy_loss(py::module_& m) {
-  py::enum_<PolicyObjective>(m, "PolicyObjective")
-      .value("clip", PolicyObjective::kClip)
-      .value("cispo", PolicyObjective::kCispo);
-  py::enum_<KlEstimator>(m, "KlEstimator")
-      .value("k1", KlEstimator::kK1)
-      .value("k2", KlEstimator::kK2)
-      .value("k3", KlEstimator::kK3)
-      .value("full", KlEstimator::kFull);
-  using Number = std::optional<float>;
-  m.def(
-      "policy_loss",
-      [](const Rows& rows, const LogitsView* gradient, float low, float high, float dual_clip,
-         PolicyObjective objective, KlEstimator kl_estimator, Number denominator, Number penalty_coef, Number ent_coef,
-         Number kl_coef, int threads, const py::kwargs& tensors) {
-        PolicyLossArguments args{};
-        args.stats.in = rows;
-        if (gradient != nullptr) args.gradient = *gradient;
-        args.low = low;
-        args.high = high;
-        args.dual_clip = dual_clip;
-        args.objective = objective;
-        args.kl_estimator = kl_estimator;
-        args.denominator = denominator;
-        args.penalty_coef = penalty_coef;
-        args.ent_coef = ent_coef;
-        args.kl_coef = kl_coef;
-        Tensors(tensors).into(args.stats).into(args).check_all_used();
-        const py::gil_scoped_release release;
-        policy_loss(args, threads);
-      },
-      py::arg("rows"), py::arg("gradient"), py::arg("low"), py::arg("high"), py::arg("dual_clip"), py::arg("objective"),
-      py::arg("kl_estimator"), py::arg("denominator"), py::arg("penalty_coef"), py::arg("ent_coef"), py::arg("kl_coef"),
-      py::arg("threads"));
+  m.def("policy_loss", [](py::handle rows, py::handle policy, py::handle token_weights, py::handle result,
+                          py::handle gradient, bool large, int threads) {
+    PolicyLossArguments args{};
+    args.stats.in = rows_of(rows);
+    if (!targets_fit(args.stats.in)) return false;
+    args.gradient = gradient_view(gradient, args.stats.in, large);
+    assign(args.token_weights, token_weights.ptr());
+    read(policy, args, [](auto visit) { PolicyLossArguments::inputs(visit); });
+    read(result, args, [](auto visit) { PolicyLossArguments::results(visit); });
+    read(result, args.stats, [](auto visit) { TokenStatsArguments::results(visit); });
+    const py::gil_scoped_release release;
+    policy_loss(args, threads);
+    return true;
+  });
 }
 
 void bind_value_loss(py::module_& m) {
-  m.def(
-      "value_loss",
-      [](int64_t rows, bool bfloat16, float clip, std::optional<float> denominator, int threads,
-         const py::kwargs& tensors) {
-        ValueLossArguments args{};
-        args.rows = rows;
-        args.bfloat16 = bfloat16;
-        args.clip = clip;
-        args.denominator = denominator;
-        args = with_tensors(args, tensors);
-        const py::gil_scoped_release release;
-        value_loss(args, threads);
-      },
-      py::arg("rows"), py::arg("bfloat16"), py::arg("clip"), py::arg("denominator"), py::arg("threads"));
+  m.def("value_loss", [](py::handle inputs, py::handle token_weights, py::handle result, int threads) {
+    const py::object given = inputs.attr("values");
+    const dlpack::Tensor values = tensor(given.ptr());
+    ValueLossArguments args{};
+    args.bfloat16 = values.code == dlpack::kBfloat;
+    args.rows = 1;
+    for (int i = 0; i < values.ndim; ++i) args.rows *= values.shape[i];
+    assign(args.token_weights, token_weights.ptr());
+    read(inputs, args, [](auto visit) { ValueLossArguments::inputs(visit); });
+    read(result, args, [](auto visit) { ValueLossArguments::results(visit); });
+    const py::gil_scoped_release release;
+    value_loss(args, threads);
+  });
 }
 
 void bind_sample_tokens(py::module_& m) {
-  m.def(
-      "sample_tokens",
-      [](const Rows& rows, int64_t top_k, double top_p, int threads, const py::kwargs& tensors) {
-        SampleArguments args{};
-        args.in = rows;
-        args.top_k = top_k;
-        args.top_p = top_p;
-        args = with_tensors(args, tensors);
-        const py::gil_scoped_release release;
-        sample_tokens(args, threads);
-      },
-      py::arg("rows"), py::arg("top_k"), py::arg("top_p"), py::arg("threads"));
+  m.def("sample_tokens", [](py::handle inputs, py::handle result, int threads) {
+    SampleArguments args{};
+    args.in = rows_of_logits(inputs);
+    read(inputs, args, [](auto visit) { SampleArguments::inputs(visit); });
+    read(result, args, [](auto visit) { SampleArguments::results(visit); });
+    const py::gil_scoped_release release;
+    sample_tokens(args, threads);
+  });
 }
 
 }  // namespace
 
 void bind_rows(py::module_& m) {
-  bind_views(m);
   bind_token_stats(m);
   bind_policy_loss(m);
   bind_value_loss(m);

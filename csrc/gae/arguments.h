@@ -30,6 +30,26 @@ struct GaeArguments {
   bool carry;        // mask mode: masked steps pass the state on ("carry"), or count as zeros ("zero")
   void* advantages;  // results, contiguous: float64 if either input is, else float32
   void* returns;
+
+  // Calls visit(name, member) for fields of the NamedTuples of Python: the bindings are made of them.
+  template <class Visit>
+  static void inputs(Visit visit) {
+    using Self = GaeArguments;
+    visit("rewards", &Self::rewards);
+    visit("values", &Self::values);
+    visit("mask", &Self::mask);
+    visit("dones", &Self::dones);
+    visit("bootstrap", &Self::bootstrap);
+    visit("cu_seqlens", &Self::cu_seqlens);
+    visit("gamma", &Self::gamma);
+    visit("lam", &Self::lam);
+  }
+
+  template <class Visit>
+  static void results(Visit visit) {
+    visit("advantages", &GaeArguments::advantages);
+    visit("returns", &GaeArguments::returns);
+  }
 };
 
 // One sequence: its first step in the contiguous results, and its number of steps.

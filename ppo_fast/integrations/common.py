@@ -13,7 +13,7 @@ from ppo_fast.ops import PolicyLossConfig, gae, value_loss
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import PolicyInputs
 from ppo_fast.ops._core.layout import as_bools, grid
-from ppo_fast.ops._core.policy_inputs import policy_inputs
+from ppo_fast.ops._core.policy_inputs import PerToken, policy_inputs
 from ppo_fast.ops._core.results import METRICS, RowStats
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -117,12 +117,7 @@ def clipped_objective(
     if any(x is not None and x.requires_grad for x in others):
         return NotTaken("a gradient of more than the log-probabilities")
     shape = logprobs.shape
-    per_token = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "ref_logprobs": None,
-        "importance_weights": importance_weights,
-    }
+    per_token = PerToken(old_logprobs, advantages, None, importance_weights)
     policy = policy_inputs(config, logprobs, shape, per_token, None, denominator)
     loss, metrics = _OfLogprobs.apply(logprobs.reshape(grid(shape)), as_bools(binary(mask), shape), policy)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))

@@ -17,6 +17,7 @@ from ppo_fast.ops._core.inputs import RowGrads
 from ppo_fast.ops._core.linear_inputs import LinearCall, is_eager
 from ppo_fast.ops._core.policy_inputs import (
     PER_TOKEN,
+    PerToken,
     check_config,
     check_policy_inputs,
     check_values,
@@ -133,7 +134,7 @@ def _fused_one_tile(head: ChunkedHead, policy: PolicyInputs) -> _Outcome:
     run = registry.implementation("policy_loss", call.backend)
     (tile,) = head.tiles(0, head.count)
     inputs = head.inputs(tile)
-    result = run(inputs, _counted(head, policy), out=inputs.logits if any(head.needs) else None)
+    result = run(inputs, _counted(head, policy), out=inputs.logits if any(head.needs) else None).as_tensors()
     stats = head.joined([(tile, result.stats)])
     if policy.ref_logprobs is not None:
         result = result._replace(kl=head.rows.spread(result.kl, stats.logprobs.shape))
@@ -152,7 +153,7 @@ def _choose(head: ChunkedHead, policy: PolicyInputs) -> Callable[[ChunkedHead, P
     """The strategy of least work: the logits are computed once, unless a sequence's ratio needs several tiles."""
     call, one_tile = head.call, head.one_tile
     by_row = policy.ratio == "token" and policy.aggregation == "token-mean" and call.softcap is None
-    if head.shard is None and one_tile and by_row and registry.fuses_backward("policy_loss", call.backend):
+    if head.shard is None and one_tile and by_row and registry.entry("policy_loss", call.backend).fuses_backward:
         return _fused_one_tile
     if not any(head.needs):
         return _forward_only
@@ -170,7 +171,7 @@ def _launch(*arguments: Any, shard: VocabShard | None = None) -> _Result:
         result, stats, gradients, scale = _choose(head, policy)(head, policy)
         if shard is not None and needs.need_hidden:
             shard.sum_(gradients.hidden)
-    kl = result.kl if policy.ref_logprobs is not None else stats.kl
+    kl = stats.kl if policy.ref_logprobs is None or result.kl is None else result.kl
     return _Result(result.loss, result.metrics, stats.logprobs, stats.entropy, kl, *gradients, scale)
 
 
@@ -339,12 +340,7 @@ def linear_policy_loss(
         half_logits=half_logits,
         backend=backend,
     )
-    per_token = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "ref_logprobs": ref_logprobs,
-        "importance_weights": importance_weights,
-    }
+    per_token = PerToken(old_logprobs, advantages, ref_logprobs, importance_weights)
     check_policy_inputs(_OP, config, targets, per_token, ref_hidden, "ref_hidden", cu_seqlens, denominator)
     head = (call.hidden, call.weight, call.bias)
     needs = NeedsGrad(*[torch.is_grad_enabled() and x is not None and x.requires_grad for x in head])

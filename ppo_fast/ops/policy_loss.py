@@ -1,5 +1,6 @@
 """The clipped policy-gradient loss of PPO with entropy bonus and KL terms, from logits."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from ppo_fast.ops._backends.native import rows as native_rows
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import PolicyInputs, PolicyLossConfig
 from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
-from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows
+from ppo_fast.ops._core.layout import as_bools, as_logits, as_rows, as_shape
 from ppo_fast.ops._core.policy_inputs import (
+    PerToken,
     check_config,
     check_policy_inputs,
     check_values,
@@ -51,8 +53,10 @@ def _launch(
     if shard is not None:
         stats = shard.stats(rows, True, backend)
         return registry.implementation(_FROM_STATS, backend)(stats, rows.mask, policy)
-    checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
-    return registry.implementation(_OP, backend)(rows, policy, **out)
+    entry = registry.entry(_OP, backend)
+    if not entry.fuses_backward:
+        checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
+    return entry.run(rows, policy, **out)
 
 
 @torch.library.custom_op(
@@ -63,7 +67,7 @@ def _launch(
 def _policy_loss(*arguments: Any) -> PolicyLossResult:
     *given, backend = arguments
     rows, policy = grouped(given, RowInputs, PolicyInputs)
-    return _launch(rows, policy, backend)
+    return _launch(rows, policy, backend).as_tensors()
 
 
 @_policy_loss.register_fake
@@ -104,17 +108,32 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _keep(ctx: Any, rows: RowInputs, backend: str, result: PolicyLossResult, found: list[PolicyLossResult]) -> Tensor:
-    """Keep what a backward pass past the dispatcher needs; return the loss, the only output that autograd handles."""
-    save_rows(ctx, rows, *result.stats)
-    ctx.grads, ctx.backend = result.grads, backend
-    ctx.set_materialize_grads(False)  # an undefined gradient stays one
-    found.append(result)
-    return result.loss
+@dataclass(slots=True)
+class _Call:
+    """A call past the dispatcher: what the backend takes, and what it returned."""
+
+    rows: RowInputs
+    policy: PolicyInputs
+    backend: str
+    shard: VocabShard | None
+    result: PolicyLossResult | None = None
+
+    @property
+    def fuses_backward(self) -> bool:
+        """Whether the backend writes the gradient in the forward pass."""
+        return self.shard is None and registry.entry(_OP, self.backend).fuses_backward
+
+    def run(self, ctx: Any, **out: Tensor) -> Tensor:
+        """Run the backend, keep what a backward pass needs, return the loss: all that autograd handles."""
+        self.result = result = _launch(self.rows, self.policy, self.backend, self.shard, **out)
+        save_rows(ctx, self.rows, *result.stats)
+        ctx.grads, ctx.backend = result.grads, self.backend
+        ctx.set_materialize_grads(False)  # an undefined gradient stays one
+        return result.loss
 
 
 class _EagerPolicyLoss(torch.autograd.Function):
-    """The registered op past the dispatcher; ``found`` takes the whole result.
+    """The registered op past the dispatcher.
 
     A backend that can writes the gradient in the forward pass: it is kept until the backward pass and handed out once.
     For a loss that arrives there scaled, or a second time, it is computed from the logits: it is rounded once, and
@@ -122,30 +141,23 @@ class _EagerPolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        rows: RowInputs,
-        policy: PolicyInputs,
-        backend: str,
-        shard: VocabShard | None,
-        found: list[PolicyLossResult],
-    ) -> Tensor:
-        ctx.shape, ctx.dlogits, flat, out = logits.shape, None, rows.logits, {}
-        if shard is None and registry.fuses_backward(_OP, backend):
-            ctx.dlogits = out["out"] = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
-        return _keep(ctx, rows, backend, _launch(rows, policy, backend, shard, **out), found)
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        ctx.shape, ctx.dlogits = logits.shape, None
+        if not call.fuses_backward:
+            return call.run(ctx)
+        ctx.dlogits = torch.empty_like(call.rows.logits, memory_format=torch.contiguous_format)
+        return call.run(ctx, out=ctx.dlogits)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
         checks.first_derivative(_OP)
         if grad_loss is None:
-            return to_first(ctx, None)
+            return None, None
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None or grad_loss.item() != 1:
             rows, stats = saved_rows(ctx)
             dlogits = token_stats_backward(ctx.grads, rows, RowStats(*stats), ctx.backend, grad_loss)
-        return to_first(ctx, dlogits.view(ctx.shape))
+        return as_shape(dlogits, ctx.shape), None
 
 
 class _InPlace(torch.autograd.Function):
@@ -159,26 +171,17 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        rows: RowInputs,
-        policy: PolicyInputs,
-        backend: str,
-        shard: VocabShard | None,
-        found: list[PolicyLossResult],
-    ) -> Tensor:
-        ctx.shape, ctx.written = logits.shape, shard is None and registry.fuses_backward(_OP, backend)
-        result = _launch(rows, policy, backend, shard, **({"out": rows.logits} if ctx.written else {}))
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        ctx.shape, ctx.spent, ctx.written = logits.shape, False, call.fuses_backward
+        loss = call.run(ctx, out=call.rows.logits) if ctx.written else call.run(ctx)
         torch.autograd.graph.increment_version(logits)
-        ctx.spent = False
-        return _keep(ctx, rows, backend, result, found)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None]:
         checks.first_derivative(_OP)
         if grad_loss is None:
-            return to_first(ctx, None)
+            return None, None
         if ctx.spent:
             raise RuntimeError(f"{_OP}: expected one backward with inplace=True, got a second one")
         ctx.spent = True
@@ -190,18 +193,17 @@ class _InPlace(torch.autograd.Function):
         elif grad_loss.item() != 1:
             logits.mul_(grad_loss)
         torch.autograd.graph.increment_version(logits)
-        return to_first(ctx, logits.view(ctx.shape))
+        return as_shape(logits, ctx.shape), None
 
 
-def _run(
-    logits: Tensor, rows: RowInputs, policy: PolicyInputs, inplace: bool, backend: str, shard: VocabShard | None
-) -> PolicyLossResult:
-    """The op past the dispatcher, of ``logits`` whose values are in ``rows`` without their history."""
+def _run(logits: Tensor, call: _Call, inplace: bool) -> tuple[Tensor, PolicyLossResult]:
+    """The op past the dispatcher, of ``logits`` whose values are in the call without their history."""
     if not torch.is_grad_enabled() or not logits.requires_grad:
-        return _launch(rows, policy, backend, shard)
-    found: list[PolicyLossResult] = []
-    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, rows, policy, backend, shard, found)
-    return found[0]._replace(loss=loss)
+        result = _launch(call.rows, call.policy, call.backend, call.shard)
+        return result.loss, result
+    loss = (_InPlace if inplace else _EagerPolicyLoss).apply(logits, call)
+    assert call.result is not None
+    return loss, call.result
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -300,12 +302,7 @@ def policy_loss(
     KL estimators: Schulman 2020, "Approximating KL Divergence"; sequence ratio: Zheng et al. 2025 (GSPO), eq. 7; CISPO:
     MiniMax 2025, arXiv:2506.13585, eq. 4.
     """
-    per_token = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "ref_logprobs": ref_logprobs,
-        "importance_weights": importance_weights,
-    }
+    per_token = PerToken(old_logprobs, advantages, ref_logprobs, importance_weights)
     check_config(_OP, config)
     _check(logits, targets, mask, ref_logits)
     check_policy_inputs(_OP, config, targets, per_token, ref_logits, "ref_logits", cu_seqlens, denominator)
@@ -334,8 +331,8 @@ def policy_loss(
     if shard is not None and rows.targets is not None:
         rows = rows._replace(targets=shard.local(rows.targets, rows.mask))
     if direct:
-        result = _run(logits, rows, policy, inplace, backend, shard)
+        loss, result = _run(logits, _Call(rows, policy, backend, shard), inplace)
     else:
         result = PolicyLossResult(*_policy_loss(*rows, *with_tensors(policy, logits), backend))
-    loss, metrics, logprobs, entropy, kl, *_ = result
-    return named_output(loss, metrics, logprobs, entropy, kl, shape)
+        loss = result.loss
+    return named_output(loss, result.metrics, result.logprobs, result.entropy, result.kl, shape)

@@ -95,10 +95,11 @@ def token_stats_backward(
     """The gradient of the logits from the gradients in the statistics of each row, all times ``scale`` []."""
     if registry.runs_directly(rows.logits):
         return registry.implementation("token_stats_backward", backend)(grads, rows, stats, scale=scale)
-    return _token_stats_backward(*grads, *rows, *stats, scale, backend)
+    filled = [stats.lse.new_empty(0) if x is None else x for x in stats]  # a policy loss leaves some out
+    return _token_stats_backward(*grads, *rows, *filled, scale, backend)
 
 
-def save_rows(ctx: Any, rows: RowInputs, *others: Tensor) -> None:
+def save_rows(ctx: Any, rows: RowInputs, *others: Tensor | None) -> None:
     """Save the rows and other tensors for :func:`saved_rows`."""
     logits, targets, ref_logits, mask, ctx.temperature = rows
     ctx.save_for_backward(logits, targets, ref_logits, mask, *others)

@@ -11,7 +11,7 @@ from ppo_fast.ops._backends.native import value_loss as native_value_loss
 from ppo_fast.ops._core import checks, registry
 from ppo_fast.ops._core.config import AGGREGATIONS
 from ppo_fast.ops._core.inputs import ValueInputs
-from ppo_fast.ops._core.layout import as_bools, as_floats, as_scalar, as_tensor, kernel_shape
+from ppo_fast.ops._core.layout import as_bools, as_floats, as_grid, as_scalar, as_tensor
 from ppo_fast.ops._core.results import VALUE_METRICS, LossOutput, ValueLossResult
 from ppo_fast.ops._core.schema import schema, to_first
 
@@ -159,7 +159,7 @@ def value_loss(
     dtype, direct = checks.accumulation_dtype(values.dtype), registry.runs_directly(values)
     by_address = direct and backend != "torch"
     inputs = ValueInputs(
-        (values.detach() if direct else values).reshape(kernel_shape(shape, by_address)),
+        as_grid(values.detach() if direct else values, by_address),
         as_floats(returns, shape, dtype, by_address),  # type: ignore[arg-type]  # returns is not None
         as_bools(mask, shape, by_address),
         None if clip is None else as_floats(old_values, shape, dtype, by_address),

@@ -69,19 +69,24 @@ def closing(out: Path, seconds: float) -> str:
     """Where everything lies and what to do next."""
     ppo, free = (shlex.quote(str(out / name)) for name in ("ppo", "no-kl"))
     config, other, gold = (shlex.quote(str(out / name)) for name in ("ppo.yaml", "stronger", "gold.py"))
+    by_gold = shlex.quote(str(out / "by-gold"))
     return f"""
 Done in {seconds:.0f} s. Written to {out}:
-  curves.png              the two runs over each other
-  sft.yaml, reward.yaml, ppo.yaml   the stages as the commands read them
-  ppo/metrics.jsonl       all metrics of every update; no-kl/ has the other run's
-  ppo/final, ppo/best     models for AutoModelForCausalLM.from_pretrained
-  gold.py                 the language and its gold score
+  curves.png           the two runs over each other
+  *.yaml               the stages sft, reward and ppo, as the commands read them
+  ppo/metrics.jsonl    all metrics of every update; those of the other in no-kl/
+  ppo/final, ppo/best  models for AutoModelForCausalLM.from_pretrained
+  gold.py              the language and its gold score
 
-Next:
-  ppo-fast report {free}      one page: curves, samples, the warnings of reward hacking
+Next: one page of curves, samples and the warnings of reward hacking.
+  ppo-fast report {free}
+
+Entropy and repetition of both runs.
   ppo-fast plot {ppo} {free} --metrics objective/entropy hacking/repetition
-  ppo-fast train --config {config} --kl.coef 0.5 --output-dir {other}
-  ppo-fast train --config {config} --reward.models null --reward {gold}:reward --output-dir {other}
+
+PPO with a stronger penalty, and against the gold score itself.
+  ppo-fast train --config {config} --kl.coef 0.5 --out {other}
+  ppo-fast train --config {config} --reward.models null --reward {gold}:reward --out {by_gold}
 """
 
 

@@ -30,7 +30,7 @@ from ppo_fast.rlhf.ppo.metrics import explained_variance
 from ppo_fast.rlhf.ppo.reward_sources import PromptRows, Responses, RewardFunction, load_sources
 from ppo_fast.rlhf.ppo.rewards import Scorer
 from ppo_fast.rlhf.ppo.rollout import generate
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.reward_model import load_scalar_model
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.log import SAMPLES, sample_records
@@ -78,6 +78,9 @@ class ValueRegression(Objective[Scored]):
 
         return self.run(loss)
 
+    def begin(self, examples: Sequence[Scored]) -> None:
+        self.before.update(self.evaluate(examples) if examples else {})
+
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Scored]) -> dict[str, float]:
         values = self.gathered(self.values, examples)
@@ -124,6 +127,7 @@ def train_value_model(
 
     Source: Yuan et al. 2025, arXiv:2503.01491, section 3.1.
     """
+    check_objects(config, ValueConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         _check_inputs(config, train, held_out, given=model is not None and tokenizer is not None)
         weights = dataclasses.replace(config, model=with_kernels(config.model, start.checkpoint))
@@ -136,8 +140,6 @@ def train_value_model(
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         objective = ValueRegression(*common, config.gamma, loaded.eos_ids, adapters=loaded.adapters)
-        if data.held_out:
-            objective = dataclasses.replace(objective, before=objective.evaluate(data.held_out))
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
@@ -170,6 +172,8 @@ def sample_scored(
     filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
     sources, longest = load_sources(config, models, reward_fn), config.rollout.max_new_tokens
     scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=longest)
+    models.split(config.model)
+    scorer.split(models, config.model)
     sampler, found = (
         PromptSampler(len(data.token_ids), generator, shuffle=config.data.shuffle),
         list[dict[str, Any]](),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 # Control characters except tab and newline, line separators, marks that reorder text, halves of surrogate pairs.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -22,7 +23,7 @@ def printable(text: str) -> str:
 class UserError(ValueError):
     """An input the user can correct: one printable sentence; the command line prints it without a traceback."""
 
-    shared = False  # another process of the run raised it first, and says so
+    origin: int | None = None  # the rank that raised it first; None: no other rank has it
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -38,6 +39,20 @@ class BatchError(UserError):
 
 class NotFiniteError(BatchError):
     """A NaN or an infinity in a named tensor."""
+
+
+Failed = TypeVar("Failed", bound=Exception)
+
+
+def origin_of(error: Exception) -> int | None:
+    """Return the rank that raised first what all ranks raise; None: no other rank has the error."""
+    return getattr(error, "origin", None)
+
+
+def with_origin(error: Failed, rank: int | None) -> Failed:
+    """Return the error, marked as one that all ranks raise because `rank` did first."""
+    error.origin = rank  # type: ignore[attr-defined]  # of any exception
+    return error
 
 
 def require(module: str, package: str | None = None, *, extra: str = "train") -> ModuleType:
@@ -90,6 +105,4 @@ def error_prefix(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        prefixed = UserError(f"{where}: {error}")
-        prefixed.shared = error.shared
-        raise prefixed from error
+        raise with_origin(UserError(f"{where}: {error}"), error.origin) from error

@@ -12,15 +12,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_fast.rlhf.config.base import OBJECTS, shown
 from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.rollout import DataConfig
-from ppo_fast.rlhf.config.run import RunLogConfig
+from ppo_fast.rlhf.config.run import RunConfig, RunLogConfig
 from ppo_fast.rlhf.config.supervised import ExamplesConfig, SupervisedConfig
 from ppo_fast.rlhf.data.rows import RESERVED, read_rows, source_name
 from ppo_fast.rlhf.errors import UserError, check, error_prefix, missing_package
 from ppo_fast.rlhf.files import check_local
 from ppo_fast.rlhf.user_code import load_callable
+from ppo_fast.rlhf.world import by_all_ranks
 
 Source = str | Path | Iterable[object]
 METRICS = (
@@ -33,6 +35,38 @@ METRICS = (
 )  # of every evaluation
 
 
+def check_objects(
+    config: RunConfig,
+    kind: type[RunConfig],
+    *,
+    tokenizer: object,
+    functions: Mapping[str, object] = {},
+    **models: object,
+) -> None:
+    """UserError for an argument of a training function that is of another kind, such as a name in place of a model.
+
+    Args:
+        config: the run, of the class `kind`.
+        tokenizer: None, or of transformers.
+        functions: setting that names such a function -> None, or a function; by the setting's argument.
+        models: None, or a model of transformers.
+    """
+    expected = [("config", isinstance(config, kind), f"a {kind.__name__}", config, "")]
+    by_path = "; model.path takes a directory or a name on the Hub"
+    for name, model in models.items():
+        fits = model is None or (hasattr(model, "config") and hasattr(model, "parameters"))
+        expected.append((name, fits, "a model of transformers", model, by_path))
+    fits = tokenizer is None or hasattr(tokenizer, "eos_token_id")
+    expected.append(("tokenizer", fits, "a tokenizer of transformers", tokenizer, by_path))
+    for setting, function in functions.items():
+        by_name = f"; {setting} takes its name"
+        expected.append((OBJECTS[setting], function is None or callable(function), "a function", function, by_name))
+    for name, fits, noun, got, instead in expected:
+        if not fits:
+            raise UserError(f"{name}: expected {noun}, got {shown(got)}{instead * isinstance(got, str)}")
+
+
+@by_all_ranks
 def check_supervised(
     config: SupervisedConfig,
     train: Source | None,
@@ -81,6 +115,7 @@ def check_columns(
     raise UserError(f"{called}: expected at least one row, got none")
 
 
+@by_all_ranks
 def check_ppo(
     config: PPOConfig,
     reward_fn: Callable[..., object] | None = None,

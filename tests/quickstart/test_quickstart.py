@@ -161,6 +161,13 @@ def test_nothing_to_do_is_an_error(name: str) -> None:
         Options(**{name: 0})
 
 
+def test_the_last_lines_fit_a_terminal_and_their_runs_do_not_share_a_directory() -> None:
+    lines = show.closing(Path("runs/quickstart"), 180).splitlines()
+    assert max(len(line) for line in lines if not line.startswith("  ppo-fast")) <= 80
+    outs = [shlex.split(line)[-1] for line in lines if line.startswith("  ppo-fast train")]
+    assert outs == ["runs/quickstart/stronger", "runs/quickstart/by-gold"]
+
+
 def test_commands_survive_a_directory_with_spaces(tmp_path: Path) -> None:
     commands = [line for line in show.closing(Path("my [runs]"), 60).splitlines() if line.startswith("  ppo-fast")]
     assert [shlex.split(command)[2] for command in commands[:2]] == ["my [runs]/no-kl", "my [runs]/ppo"]

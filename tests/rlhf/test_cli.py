@@ -4,6 +4,7 @@ import builtins
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -316,6 +317,34 @@ def test_doctor_and_quickstart_are_reached(monkeypatch, capsys):
         cli.main(["quickstart", "--help"])
     assert stop.value.code == 0
     assert "ppo-fast quickstart" in capsys.readouterr().out
+
+
+INTERRUPTED = """
+import os, signal, sys, types
+class Slow(types.ModuleType):  # a package that gets Ctrl-C while it is imported, and turns it into an error of its own
+    def __getattr__(self, name):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RecursionError from None
+sys.modules["{module}"] = Slow("{module}")
+from ppo_fast import cli
+cli.main({argv})
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("ppo_fast.rlhf.training.signals", ["train"]),
+        ("ppo_fast.rlhf.ppo.train", ["train", "--log.no-console"]),
+        ("ppo_fast.rlhf.reports.plots", ["plot"]),
+    ],
+)
+def test_an_interrupted_import_ends_the_command_without_a_traceback(module, argv):
+    code = INTERRUPTED.format(module=module, argv=argv)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_an_interrupt_ends_quietly(monkeypatch):

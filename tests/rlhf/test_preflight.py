@@ -146,6 +146,38 @@ def test_objects_pass_and_an_iterator_is_not_consumed():
 
 
 @pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({"updates": 1}, {}, "config: expected a PPOConfig, got {'updates': 1}"),
+        (SFTConfig(), {}, "config: expected a PPOConfig, got a SFTConfig"),
+        (
+            PPOConfig(),
+            {"policy": "org/model"},
+            "policy: expected a model of transformers, got 'org/model'; "
+            "model.path takes a directory or a name on the Hub",
+        ),
+        (PPOConfig(), {"policy": object()}, "policy: expected a model of transformers, got an object"),
+        (
+            PPOConfig(),
+            {"tokenizer": "org/model"},
+            "tokenizer: expected a tokenizer of transformers, got 'org/model'; "
+            "model.path takes a directory or a name on the Hub",
+        ),
+        (
+            PPOConfig(),
+            {"reward_fn": "u.py:good"},
+            "reward_fn: expected a function, got 'u.py:good'; reward.function takes its name",
+        ),
+        (PPOConfig(), {"rollout_fn": 3}, "rollout_fn: expected a function, got 3"),
+    ],
+)
+def test_an_object_of_another_kind_is_refused(files, config, arguments, message):
+    with raises_exactly(message, UserError):
+        train_ppo(config, **arguments)
+    assert [*(files / "runs").iterdir()] == []
+
+
+@pytest.mark.parametrize(
     ("train", "kind", "forms"),
     [
         (train_sft, SFTConfig, "prompt and completion, or messages, or text"),
@@ -163,6 +195,10 @@ def test_a_mistake_stops_the_other_stages_before_a_model_is_loaded(files, monkey
     def run(**changes):
         return train(config_from_dict({"model": {"path": "org/model"}, "log": QUIET} | changes, kind=kind))
 
+    with raises_exactly(f"config: expected a {kind.__name__}, got a PPOConfig", UserError):
+        train(PPOConfig())
+    with raises_exactly("tokenizer: expected a tokenizer of transformers, got 3", UserError):
+        train(kind(), tokenizer=3)
     with raises_exactly(f"data.train: no such file 'none.jsonl' in {files}", UserError):
         run(data={"train": "none.jsonl"})
     with raises_exactly(f"data.held_out: no such file 'none.jsonl' in {files}", UserError):

@@ -1,6 +1,7 @@
 // The arguments of the row kernels: ops on rows of logits, one row per token. Masked rows are not read.
 //
-// pointers(visit) calls visit(name, member) for each pointer to a tensor: the bindings are made of it.
+// inputs(visit) and results(visit) call visit(name, member) for the fields of the NamedTuples of Python: the bindings
+// are made of them.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +39,13 @@ struct Rows {
   int64_t steps;        // T
   int64_t vocab;        // V
   float temperature;
+
+  template <class Visit>
+  static void inputs(Visit visit) {
+    visit("ref_logits", &Rows::ref_logits);
+    visit("targets", &Rows::targets);
+    visit("mask", &Rows::mask);
+  }
 };
 
 struct TokenStatsArguments {
@@ -49,7 +57,7 @@ struct TokenStatsArguments {
   double* ref_lse;
 
   template <class Visit>
-  static void pointers(Visit visit) {
+  static void results(Visit visit) {
     using Self = TokenStatsArguments;
     visit("logprobs", &Self::logprobs);
     visit("entropy", &Self::entropy);
@@ -71,11 +79,16 @@ struct TokenStatsBackwardArguments {
   LogitsView out;  // in the dtype of the logits; may be the logits
 
   template <class Visit>
-  static void pointers(Visit visit) {
+  static void grads(Visit visit) {
     using Self = TokenStatsBackwardArguments;
     visit("grad_logprobs", &Self::grad_logprobs);
     visit("grad_entropy", &Self::grad_entropy);
     visit("grad_kl", &Self::grad_kl);
+  }
+
+  template <class Visit>
+  static void stats(Visit visit) {
+    using Self = TokenStatsBackwardArguments;
     visit("lse", &Self::lse);
     visit("ref_lse", &Self::ref_lse);
     visit("entropy", &Self::entropy);
@@ -98,7 +111,9 @@ struct PolicyLossArguments {
   std::optional<float> penalty_coef;  // nothing leaves the term out
   std::optional<float> ent_coef;
   std::optional<float> kl_coef;
-  float low;  // the ratio is clipped to [low, high]
+  double clip_low;
+  double clip_high;
+  float low;  // the ratio is clipped to [low, high] = [1 - clip_low, 1 + clip_high]
   float high;
   float dual_clip;  // infinite: none
   PolicyObjective objective;
@@ -111,13 +126,26 @@ struct PolicyLossArguments {
   float* metrics;       // [9]: those of PolicySums from policy_loss on, as means, and the count
 
   template <class Visit>
-  static void pointers(Visit visit) {
+  static void inputs(Visit visit) {
     using Self = PolicyLossArguments;
     visit("old_logprobs", &Self::old_logprobs);
     visit("advantages", &Self::advantages);
     visit("ref_logprobs", &Self::ref_logprobs);
     visit("importance_weights", &Self::importance_weights);
-    visit("token_weights", &Self::token_weights);
+    visit("denominator", &Self::denominator);
+    visit("penalty_coef", &Self::penalty_coef);
+    visit("ent_coef", &Self::ent_coef);
+    visit("kl_coef", &Self::kl_coef);
+    visit("clip_low", &Self::clip_low);
+    visit("clip_high", &Self::clip_high);
+    visit("dual_clip", &Self::dual_clip);
+    visit("objective", &Self::objective);
+    visit("kl_estimator", &Self::kl_estimator);
+  }
+
+  template <class Visit>
+  static void results(Visit visit) {
+    using Self = PolicyLossArguments;
     visit("grad_logprobs", &Self::grad_logprobs);
     visit("grad_entropy", &Self::grad_entropy);
     visit("grad_kl", &Self::grad_kl);
@@ -155,13 +183,19 @@ struct ValueLossArguments {
   float* metrics;  // [3]: value loss, share of clipped tokens, count
 
   template <class Visit>
-  static void pointers(Visit visit) {
+  static void inputs(Visit visit) {
     using Self = ValueLossArguments;
     visit("values", &Self::values);
     visit("returns", &Self::returns);
     visit("mask", &Self::mask);
     visit("old_values", &Self::old_values);
-    visit("token_weights", &Self::token_weights);
+    visit("denominator", &Self::denominator);
+    visit("clip", &Self::clip);
+  }
+
+  template <class Visit>
+  static void results(Visit visit) {
+    using Self = ValueLossArguments;
     visit("grad_values", &Self::grad_values);
     visit("loss", &Self::loss);
     visit("metrics", &Self::metrics);
@@ -177,9 +211,16 @@ struct SampleArguments {
   float* logprobs;
 
   template <class Visit>
-  static void pointers(Visit visit) {
+  static void inputs(Visit visit) {
     using Self = SampleArguments;
     visit("keys", &Self::keys);
+    visit("top_k", &Self::top_k);
+    visit("top_p", &Self::top_p);
+  }
+
+  template <class Visit>
+  static void results(Visit visit) {
+    using Self = SampleArguments;
     visit("tokens", &Self::tokens);
     visit("logprobs", &Self::logprobs);
   }

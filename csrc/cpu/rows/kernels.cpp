@@ -175,6 +175,13 @@ PolicySums policy_loss_rows(const PolicyLossArguments& args, int64_t first, int6
   return total.total();
 }
 
+bool targets_fit(const Rows& in) {
+  for (int64_t row = 0; row < in.rows; ++row) {
+    if ((in.mask == nullptr || in.mask[row] != 0) && target_of(in, row) < 0) return false;
+  }
+  return true;
+}
+
 PolicySums policy_loss(const PolicyLossArguments& args, int64_t first, int64_t last) {
   return with_types(args.stats.in, [&](auto logits, auto ref) {
     return policy_loss_rows<typename decltype(logits)::type, typename decltype(ref)::type>(args, first, last);
@@ -211,6 +218,7 @@ void elementary(const char* f, const float* x, float* y, int64_t n) {
 
 }  // namespace
 
-const Kernels kernels = {token_stats, token_stats_backward, policy_loss, value_loss, sample_tokens, elementary};
+const Kernels kernels = {token_stats, token_stats_backward, targets_fit, policy_loss,
+                         value_loss,  sample_tokens,        elementary};
 
 }  // namespace ppo_fast::cpu::ISA_NAMESPACE

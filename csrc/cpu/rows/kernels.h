@@ -10,6 +10,7 @@ namespace ppo_fast::cpu {
 struct Kernels {
   void (*token_stats)(const TokenStatsArguments& args, int64_t first, int64_t last);
   void (*token_stats_backward)(const TokenStatsBackwardArguments& args, int64_t first, int64_t last);
+  bool (*targets_fit)(const Rows& in);
   PolicySums (*policy_loss)(const PolicyLossArguments& args, int64_t first, int64_t last);
   ValueSums (*value_loss)(const ValueLossArguments& args, int64_t first, int64_t last);
   // scratch: room for a row; null without a filter.

@@ -72,11 +72,15 @@ void token_stats_backward(const TokenStatsBackwardArguments& args, int threads) 
                [&](int64_t i) { kernel.token_stats_backward(args, chunks.begin(i), chunks.end(i)); });
 }
 
+bool targets_fit(const Rows& in) { return kernels().targets_fit(in); }
+
 void policy_loss(PolicyLossArguments args, int threads) {
   const Kernels& kernel = kernels();
   const Rows& in = args.stats.in;
   const int64_t tokens = count_rows(in.mask, in.rows);
   args.weight = 1.0f / args.denominator.value_or(static_cast<float>(tokens));
+  args.low = static_cast<float>(1.0 - args.clip_low);
+  args.high = static_cast<float>(1.0 + args.clip_high);
   const Chunks chunks(in.rows, in.vocab);
   std::vector<PolicySums> sums(static_cast<size_t>(chunks.count));
   parallel_for(chunks.count, threads, [&](int64_t i) {

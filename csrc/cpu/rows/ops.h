@@ -10,6 +10,9 @@ namespace ppo_fast::cpu {
 void token_stats(const TokenStatsArguments& args, int threads);
 void token_stats_backward(const TokenStatsBackwardArguments& args, int threads);
 
+// Whether the target of every counted row is a word of the vocabulary.
+bool targets_fit(const Rows& in);
+
 // The policy loss with each token's own ratio: statistics, loss and gradient while a row is in the cache.
 void policy_loss(PolicyLossArguments args, int threads);
 

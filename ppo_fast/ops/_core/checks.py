@@ -243,11 +243,10 @@ def denominator_value(op: str, value: Tensor | float | None, mask: Tensor | None
         raise ValueError(f"{op}: expected denominator in [{SMALLEST:g}, {LARGEST:g}], got a tensor of {got}")
 
 
-def coefficient_values(op: str, **values: Tensor | float | None) -> None:
-    """Coefficients that came as tensors: not below 0, finite. CPU tensors only."""
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.device.type == "cpu" and not (0 <= value.item() <= LARGEST):
-            raise ValueError(f"{op}: expected {name} in [0, {LARGEST:g}], got a tensor of {value.item()}")
+def coefficient_value(op: str, name: str, value: Tensor) -> None:
+    """A coefficient that came as a tensor: not below 0, finite. CPU tensors only."""
+    if value.is_cpu and not (0 <= value.item() <= LARGEST):
+        raise ValueError(f"{op}: expected {name} in [0, {LARGEST:g}], got a tensor of {value.item()}")
 
 
 def reverse_mode(op: str, name: str, value: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """Free leading shapes brought to [B, T] (and [B, T, V]) without copying where strides allow it."""
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -23,38 +24,44 @@ def as_logits(logits: Tensor) -> Tensor:
     return logits if len(shape) == 3 else logits.reshape(*grid(shape[:-1]), shape[-1])
 
 
-def kernel_shape(shape: torch.Size, by_address: bool) -> torch.Size | tuple[int, int]:
-    """The shape in which a launcher takes per-token tensors: [B, T].
+def as_shape(x: Tensor, shape: torch.Size) -> Tensor:
+    """A contiguous tensor in another shape."""
+    return x if x.shape == shape else x.view(shape)
+
+
+def as_grid(x: Tensor, by_address: bool = False) -> Tensor:
+    """A per-token tensor in the shape in which a launcher takes it: [B, T].
 
     One that takes contiguous tensors only by their addresses is spared the views of packed [N] ones.
     """
-    return shape if len(shape) == 2 or (len(shape) == 1 and by_address) else grid(shape)
+    dims = x.dim()
+    return x if dims == 2 or (dims == 1 and by_address) else x.reshape(grid(x.shape))
 
 
+@overload
+def as_rows(x: Tensor, shape: torch.Size, by_address: bool = False) -> Tensor: ...
+@overload
+def as_rows(x: None, shape: torch.Size, by_address: bool = False) -> None: ...
 def as_rows(x: Tensor | None, shape: torch.Size, by_address: bool = False) -> Tensor | None:
     """A per-token tensor, broadcast to ``shape``, as [B, T] with its own strides where possible. No gradient."""
     if x is None:
         return None
     if x.requires_grad:
         x = x.detach()
-    if x.shape != shape:
-        x = x.expand(shape)
-    wanted = kernel_shape(shape, by_address)
-    return x if wanted is shape else x.reshape(wanted)
+    return as_grid(x if x.shape == shape else x.expand(shape), by_address)
 
 
 def as_floats(x: Tensor | None, shape: torch.Size, dtype: torch.dtype, by_address: bool = False) -> Tensor | None:
     """A per-token tensor as contiguous [B, T] in ``dtype``, without gradient."""
-    rows = as_rows(x, shape, by_address)
-    if rows is None:
+    if x is None:
         return None
+    rows = as_rows(x, shape, by_address)
     return (rows if rows.dtype == dtype else rows.to(dtype)).contiguous()
 
 
 def as_bools(x: Tensor | None, shape: torch.Size, by_address: bool = False) -> Tensor | None:
     """A bool per-token tensor as contiguous [B, T]."""
-    rows = as_rows(x, shape, by_address)
-    return None if rows is None else rows.contiguous()
+    return None if x is None else as_rows(x, shape, by_address).contiguous()
 
 
 def as_scalar(value: float | Tensor | None, like: Tensor) -> float | Tensor | None:

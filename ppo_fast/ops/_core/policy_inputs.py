@@ -1,17 +1,28 @@
 """Check and flatten the inputs of the policy losses, and name their results."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppo_fast.ops._core import checks
 from ppo_fast.ops._core.config import COEFFICIENTS, PolicyInputs, PolicyLossConfig
-from ppo_fast.ops._core.layout import as_floats, as_scalar, as_tensor
+from ppo_fast.ops._core.layout import as_floats, as_scalar, as_shape, as_tensor
 from ppo_fast.ops._core.results import METRICS, LossOutput, TokenStats
 
-PER_TOKEN = ("old_logprobs", "advantages", "ref_logprobs", "importance_weights")
+
+class PerToken(NamedTuple):
+    """The per-token arguments of the public ops, the first fields of PolicyInputs."""
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+
+
+PER_TOKEN = PerToken._fields
+_PER_SEQUENCE = ("advantages", "importance_weights")  # of these [B, 1] is taken too
 
 
 def _check_reference(
@@ -40,7 +51,7 @@ def check_policy_inputs(
     op: str,
     config: PolicyLossConfig,
     targets: Tensor,
-    per_token: dict[str, Tensor | None],
+    per_token: PerToken,
     other_reference: Tensor | None,
     other_name: str,
     cu_seqlens: Tensor | None,
@@ -49,15 +60,15 @@ def check_policy_inputs(
     """Check everything that does not depend on the logits, against checked ``targets``.
 
     Args:
-        per_token: the tensors of PER_TOKEN by name.
         other_reference: the reference that kl_estimator "full" reads, of the argument ``other_name``.
     """
-    _check_reference(op, config, per_token["ref_logprobs"], other_reference, other_name)
-    checks.tensor(op, "advantages", per_token["advantages"])
-    for name, value in per_token.items():
-        per_sequence = name in ("advantages", "importance_weights")
-        checks.per_token(op, name, value, "targets", targets, targets.shape, broadcast=per_sequence)
-    checks.cu_seqlens(op, cu_seqlens, "targets", targets, targets.shape)
+    _check_reference(op, config, per_token.ref_logprobs, other_reference, other_name)
+    checks.tensor(op, "advantages", per_token.advantages)
+    shape = targets.shape
+    for name, value in zip(PER_TOKEN, per_token, strict=True):
+        if value is not None:
+            checks.per_token(op, name, value, "targets", targets, shape, broadcast=name in _PER_SEQUENCE)
+    checks.cu_seqlens(op, cu_seqlens, "targets", targets, shape)
     checks.denominator(op, denominator)
     if config.needs_sequences and cu_seqlens is None and targets.dim() < 2:
         option = f"ratio={config.ratio!r}, aggregation={config.aggregation!r}"
@@ -68,20 +79,25 @@ def policy_inputs(
     config: PolicyLossConfig,
     like: Tensor,
     shape: torch.Size,
-    per_token: dict[str, Tensor | None],
+    per_token: PerToken,
     cu_seqlens: Tensor | None,
     denominator: float | Tensor | None,
     by_address: bool = False,
 ) -> PolicyInputs:
     """Flatten checked arguments for the launchers. ``like`` gives device and dtype, ``shape`` is the targets'."""
     dtype = checks.accumulation_dtype(like.dtype)
-    coefficients: dict[str, Any] = {name: _coefficient(getattr(config, name), like) for name in COEFFICIENTS}
-    rows: dict[str, Any] = {name: as_floats(value, shape, dtype, by_address) for name, value in per_token.items()}
+    old, advantages, ref, importance = (as_floats(x, shape, dtype, by_address) for x in per_token)
+    assert advantages is not None
     return PolicyInputs(
-        **rows,
+        old_logprobs=old,
+        advantages=advantages,
+        ref_logprobs=ref,
+        importance_weights=importance,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        denominator=as_scalar(denominator, like),
-        **coefficients,
+        denominator=None if denominator is None else as_scalar(denominator, like),
+        penalty_coef=_coefficient(config.penalty_coef, like),
+        ent_coef=_coefficient(config.ent_coef, like),
+        kl_coef=_coefficient(config.kl_coef, like),
         clip_low=math.inf if config.clip_low is None else float(config.clip_low),
         clip_high=math.inf if config.clip_high is None else float(config.clip_high),
         dual_clip=math.inf if config.dual_clip is None else float(config.dual_clip),
@@ -93,7 +109,7 @@ def policy_inputs(
 
 
 def _coefficient(value: float | Tensor, like: Tensor) -> float | Tensor | None:
-    return None if not isinstance(value, Tensor) and value == 0 else as_scalar(value, like)
+    return as_scalar(value, like) if isinstance(value, Tensor) or value != 0 else None
 
 
 def with_tensors(policy: PolicyInputs, like: Tensor) -> PolicyInputs:
@@ -105,16 +121,20 @@ def with_tensors(policy: PolicyInputs, like: Tensor) -> PolicyInputs:
 def check_values(op: str, policy: PolicyInputs, mask: Tensor | None) -> None:
     """Check what depends on values, in the launcher of an op. CPU tensors only."""
     rows = policy.advantages.numel()
-    checks.cu_seqlens_values(op, policy.cu_seqlens, rows)
-    checks.denominator_value(op, policy.denominator, mask, rows)
-    checks.coefficient_values(op, **{name: getattr(policy, name) for name in COEFFICIENTS})
+    if policy.cu_seqlens is not None:
+        checks.cu_seqlens_values(op, policy.cu_seqlens, rows)
+    if policy.denominator is not None:
+        checks.denominator_value(op, policy.denominator, mask, rows)
+    for name, value in zip(COEFFICIENTS, (policy.penalty_coef, policy.ent_coef, policy.kl_coef), strict=True):
+        if isinstance(value, Tensor):
+            checks.coefficient_value(op, name, value)
 
 
 def named_output(
-    loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, kl: Tensor, shape: torch.Size
+    loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, kl: Tensor | None, shape: torch.Size
 ) -> LossOutput:
     """Results of a registered op as the public ops return them."""
-    if logprobs.shape != shape:
-        logprobs, entropy, kl = logprobs.view(shape), entropy.view(shape), kl.view(shape) if kl.numel() else kl
-    stats = TokenStats(logprobs, entropy, kl if kl.numel() else None)
+    if kl is not None:
+        kl = as_shape(kl, shape) if kl.numel() else None
+    stats = TokenStats(as_shape(logprobs, shape), as_shape(entropy, shape), kl)
     return LossOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), stats)

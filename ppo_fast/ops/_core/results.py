@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ppo_fast.ops._core.inputs import RowGrads, given_grads
+from ppo_fast.ops._core.inputs import RowGrads
 
 # The metrics of the policy losses and of the value loss, in the order in which every backend writes them.
 METRICS = (
@@ -72,28 +72,38 @@ class RowStats(NamedTuple):
 
 
 class PolicyLossResult(NamedTuple):
-    """The policy loss, the statistics [B, T], and the gradients of the loss in these, empty where not used."""
+    """The policy loss, the statistics [B, T], and the gradients of the loss in these; None where not used."""
 
     loss: Tensor  # []
     metrics: Tensor  # [len(METRICS)]
     logprobs: Tensor
     entropy: Tensor
-    kl: Tensor  # of the estimator
+    kl: Tensor | None  # of the estimator
     lse: Tensor
-    ref_lse: Tensor
+    ref_lse: Tensor | None
     grad_logprobs: Tensor
-    grad_entropy: Tensor
-    grad_kl: Tensor
+    grad_entropy: Tensor | None
+    grad_kl: Tensor | None
 
     @property
     def stats(self) -> RowStats:
-        """The statistics; their kl is that over the vocabulary where there are reference logits."""
-        return RowStats(self.logprobs, self.entropy, self.kl, self.lse, self.ref_lse)
+        """The statistics, None where not used; their kl is over the vocabulary where there are reference logits."""
+        return RowStats(self.logprobs, self.entropy, self.kl, self.lse, self.ref_lse)  # type: ignore[arg-type]
 
     @property
     def grads(self) -> RowGrads:
         """The gradients in the statistics, as the backward of ``token_stats`` takes them."""
-        return given_grads(self.grad_logprobs, self.grad_entropy, self.grad_kl)
+        return RowGrads(self.grad_logprobs, self.grad_entropy, self.grad_kl)
+
+    def as_tensors(self) -> "PolicyLossResult":
+        """With empty tensors for None: a registered op returns tensors only."""
+        likes = self._replace(ref_lse=self.lse)
+        return PolicyLossResult(
+            *[
+                (like if like is not None else self.loss).new_empty(0) if x is None else x
+                for x, like in zip(self, likes, strict=True)
+            ]
+        )
 
 
 class ValueLossResult(NamedTuple):

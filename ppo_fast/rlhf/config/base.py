@@ -84,7 +84,7 @@ def _group(name: str, default: Any, value: object) -> Any:
         return dataclasses.replace(default, **value)
     example = f"{{{dataclasses.fields(default)[0].name!r}: ...}}"
     group = _article(type(default).__name__)
-    raise UserError(f"{name}: expected {group} or a mapping such as {example}, got {_shown(value)}")
+    raise UserError(f"{name}: expected {group} or a mapping such as {example}, got {shown(value)}")
 
 
 def _leaf(name: str, hint: Any, value: object) -> Any:
@@ -93,7 +93,7 @@ def _leaf(name: str, hint: Any, value: object) -> Any:
     except require("pydantic").ValidationError:
         is_object = name in OBJECTS and not isinstance(value, _PLAIN)
         pass_it = f"; pass an object as the argument {OBJECTS[name]}" if is_object else ""
-        raise UserError(f"{name}: expected {_describe(hint)}, got {_shown(value)}{pass_it}") from None
+        raise UserError(f"{name}: expected {_describe(hint)}, got {shown(value)}{pass_it}") from None
 
 
 def _plain(value: object) -> object:
@@ -122,7 +122,7 @@ def _options(hint: Any) -> list[str]:
     return [_WORDS.get(hint, str(hint))]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in one line; an object by its class."""
     return repr(value) if isinstance(value, _PLAIN) else _article(type(value).__name__)
 

@@ -50,10 +50,15 @@ def hint(name: str, kind: type[Any], shown: Callable[[str], str] = str) -> str:
 
 
 def nearest_name(name: str, kind: type[Any]) -> str | None:
-    """The dotted field of a config most like `name`, as a whole or in its last part; None if none is like it."""
+    """The dotted field of a config most like `name` in its last part; None if none is like it.
+
+    A name without dots is compared as a whole too, optim_lr with optim.lr; groups that two names share say nothing.
+    """
 
     def likeness(candidate: str) -> float:
-        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
+        pairs = [(name.rpartition(".")[2], candidate.rpartition(".")[2])]
+        if "." not in name:
+            pairs.append((name, candidate))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     nearest = max(field_defaults(kind), key=likeness)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 # Ours -> theirs. One of theirs may mean several of ours; those that the config at hand has are shown.
 OTHERS = {
-    "output_dir": "save_path ckpt_path logging_dir run_name out_dir",
+    "output_dir": "save_path ckpt_path logging_dir run_name out_dir exp_name experiment_name",
     "overwrite": "overwrite_output_dir",
     "updates": "total_episodes num_train_epochs num_episodes num_total_batches max_steps total_steps total_epochs",
     "model.path": "model_name_or_path sft_model_path pretrain model_name model_id model_path base_model",
@@ -17,7 +17,7 @@ OTHERS = {
     "model.packing": "packing_samples padding_free use_remove_padding",
     "model.offload": "ref_reward_offload param_offload",
     "model.offload_activations": "activation_offloading",
-    "model.lora.rank": "lora_r lora_rank use_peft r",
+    "model.lora.rank": "lora_r lora_rank use_peft r lora peft_config",
     "model.lora.alpha": "lora_alpha",
     "model.lora.targets": "lora_target_modules target_modules",
     "data.prompts": "train prompt_data dataset dataset_name train_dataset train_files data_path",
@@ -32,7 +32,8 @@ OTHERS = {
     "rollout.max_new_tokens": "response_length max_completion_length max_response_length generate_max_len max_length "
     "max_len",
     "rollout.batch_size": "rollout_batch_size generation_batch_size",
-    "rollout.micro_batch_size": "micro_rollout_batch_size local_rollout_forward_batch_size",
+    "rollout.micro_batch_size": "micro_rollout_batch_size local_rollout_forward_batch_size "
+    "log_prob_micro_batch_size_per_gpu",
     "rollout.samples_per_prompt": "num_generations n_samples_per_prompt num_return_sequences",
     "rollout.stop": "stop_token stop_strings stop_sequences",
     "rollout.engine": "use_vllm",
@@ -54,7 +55,7 @@ OTHERS = {
     "kl.placement": "use_kl_loss use_kl_in_reward",
     "kl.loss_estimator": "kl_estimator kl_loss_type",
     "kl.adaptive": "adap_kl_ctrl",
-    "advantage.kind": "advantage_estimator adv_estimator",
+    "advantage.kind": "advantage_estimator adv_estimator advantages",
     "advantage.lam": "lambd gae_lambda",
     "advantage.divide_by_std": "scale_rewards norm_adv_by_std_in_grpo",
     "loss.clip_low": "cliprange clip_range eps_clip epsilon clip_ratio clip_ratio_low eps_clip_low_high",
@@ -70,7 +71,8 @@ OTHERS = {
     "optim.epochs": "num_train_epochs num_ppo_epochs ppo_epochs max_epochs num_epochs num_iterations",
     "optim.minibatch_size": "mini_batch_size ppo_mini_batch_size train_batch_size num_mini_batches",
     "optim.batch_size": "train_batch_size",
-    "optim.micro_batch_size": "per_device_train_batch_size micro_train_batch_size gradient_accumulation_steps",
+    "optim.micro_batch_size": "per_device_train_batch_size micro_train_batch_size gradient_accumulation_steps "
+    "ppo_micro_batch_size_per_gpu",
     "optim.tokens_per_pass": "train_max_tokens_per_gpu ppo_max_token_len_per_gpu",
     "optim.max_grad_norm": "max_norm grad_clip gradient_clipping",
     "optim.weight_decay": "l2",
@@ -88,7 +90,7 @@ OTHERS = {
     "log.eval_every": "eval_steps eval_strategy",
     "log.print_every": "logging_steps",
     "log.tensorboard": "report_to use_tensorboard",
-    "log.wandb": "report_to use_wandb wandb_project",
+    "log.wandb": "report_to use_wandb wandb_project project_name",
     "reference.update": "sync_ref_model",
     "reference.every": "ref_model_sync_steps",
     "reference.decay": "ref_model_mixup_alpha ema_beta",

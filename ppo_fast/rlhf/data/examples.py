@@ -22,6 +22,7 @@ from ppo_fast.rlhf.data.packing import TokenBatch, to_device
 from ppo_fast.rlhf.data.rows import Item, Messages, Prompt, Row, deduplicate, drop_too_long, read_rows, source_name
 from ppo_fast.rlhf.data.templates import encode, encode_bare, is_messages, render, render_prompt
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.world import by_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,6 +107,7 @@ Kind = TypeVar("Kind", Example, Pair, Scored)
 Make = Callable[[Row, "PreTrainedTokenizerBase", str], Kind]  # (row, tokenizer, where it came from)
 
 
+@by_all_ranks
 def load_examples(
     source: str | Path | Iterable[object] | None,
     name: str,

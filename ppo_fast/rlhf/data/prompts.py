@@ -15,6 +15,7 @@ from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.data.rows import RESERVED, Columns, Prompt, Row, deduplicate, drop_too_long, read_rows, source_name
 from ppo_fast.rlhf.data.templates import is_messages, tokenize_prompt
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.world import by_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ class PromptBatch:
     groups: Array | None = None  # [B] int64, rising: responses of one number answer one draw of a prompt
 
 
+@by_all_ranks
 def load_prompts(
     source: str | Path | Iterable[object],
     tokenizer: PreTrainedTokenizerBase,

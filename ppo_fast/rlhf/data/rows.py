@@ -134,13 +134,19 @@ def _checked_rows(rows: Rows) -> Rows:
         yield where, row
 
 
+def check_there(source: str | Path, setting: str) -> None:
+    """UserError, naming `setting`, for a path of rows that is not there and cannot be a name on the Hub."""
+    if not Path(source).exists():
+        check_local(setting, str(source).partition(":")[0], "file", suffixes=FILES)
+
+
 def _dataset_rows(source: str | Path, setting: str, subset: str | None) -> Rows:
     """Rows by the datasets library: of a Parquet file, a saved dataset, or one on the Hub."""
     path, split = Path(source), "train"
     if not path.exists():
+        check_there(source, setting)
         name, _, split = str(source).partition(":")
         path, split = Path(name), split or "train"
-        check_local(setting, name, "file", suffixes=FILES)
     import datasets  # 1 s, which JSONL files and rows in memory do not need
 
     where = str(source)

@@ -33,16 +33,23 @@ def load_pretrained(loader: Loader, path: str | None, trust: bool = False, **opt
     """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
     if path is not None:
         check_local(loader.__name__, path)
-    failures = (OSError, ValueError, ImportError, SafetensorError)
+    with one_sentence(loader, path), no_progress_bars():
+        return loader.from_pretrained(path, trust_remote_code=trust, **options)
+
+
+@contextlib.contextmanager
+def one_sentence(loader: Loader, path: str | None) -> Iterator[None]:
+    """Raise a UserError for what `loader` raises on what is at a path."""
     try:
-        with no_progress_bars():
-            return loader.from_pretrained(path, trust_remote_code=trust, **options)
-    except failures as error:
-        where = "directory" if path is not None and Path(path).exists() else "model"
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
             reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"
-        raise UserError(f"{loader.__name__}: cannot load {where} {path!r}: {reason}") from error
+        fault = f"cannot load directory {path!r}"
+        if path is None or not Path(path).exists():
+            fault = f"no such directory {path!r} in {Path.cwd()}, and no model of the Hub can be loaded by that name"
+        raise UserError(f"{loader.__name__}: {fault}: {reason}") from error
 
 
 def load_network(

@@ -14,9 +14,11 @@ from rich.table import Table
 
 from ppo_fast.rlhf.arguments import parse
 from ppo_fast.rlhf.config.ppo import PPOConfig
+from ppo_fast.rlhf.data.rows import check_there
 from ppo_fast.rlhf.errors import UserError, printable
 from ppo_fast.rlhf.planning.plan import ADAPTER_RANK, ITEMS, Change, Plan, advise, make_plan
 from ppo_fast.rlhf.planning.shapes import count_weights, read_shapes
+from ppo_fast.rlhf.preflight import check_models
 from ppo_fast.rlhf.world import under_torchrun
 
 GPU, GPUS = "--gpu", "--gpus"
@@ -54,7 +56,10 @@ def announce(config: PPOConfig, console: Console | None = None) -> None:
     if console.quiet or config.model.path is None:
         return
     try:
-        shapes = read_shapes(config)
+        check_models({"model.path": config.model.path, "model.value_path": config.model.value_path})
+        if config.data.prompts is not None:
+            check_there(config.data.prompts, "data.prompts")
+        shapes = read_shapes(config)  # asks the Hub for a name
         if count_weights(shapes.policy, config.model) < TINY:
             return
         device, limit = find_limit(config)

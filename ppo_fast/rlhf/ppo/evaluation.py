@@ -39,7 +39,7 @@ class Evaluation(Callback):
     start reached, ties half), and eval/NAME of every evaluator.
     """
 
-    phase = "evaluation"
+    phase, collective = "evaluation", True
 
     def __init__(
         self,

@@ -50,9 +50,11 @@ class RunLog(StageLog):
         kept = len(scores) if log.all_samples else log.samples * shown
         columns = rollout.generation.prompts.columns
         used = {name: columns[name] for name in TEMPLATE_COLUMNS if name in columns}
-        rows = [*zip(prompts, rewards.completions, rewards.own.unpenalized.tolist(), scores, strict=True)]
+        rows = [*zip(prompts, rewards.completions, rewards.own.combined.tolist(), scores, strict=True)]
+        before = rewards.own.unpenalized.tolist()
         for row, (prompt, response, own, value) in enumerate(rows[:kept]):
-            record = {"update": update, "prompt": prompt, "completion": response, "reward": own, "score": value}
+            numbers = {"reward": own, "unpenalized": before[row], "score": value}
+            record = {"update": update, "prompt": prompt, "completion": response, **numbers}
             asked = {} if isinstance(prompt, str) else {name: values[row] for name, values in used.items()}
             _line(self._open[SAMPLES], record | asked)
         if not shown:
@@ -73,7 +75,7 @@ class RunLog(StageLog):
 
 
 def _table(title: str, rows: Sequence[tuple[Prompt, str, float, float]]) -> Table:
-    """Return a table of prompts, responses and their rewards, and of their scores if penalties change these."""
+    """Return a table of prompts, responses and their rewards, as the sources gave them, and of scores that differ."""
     columns = ["reward"] + ["score"] * any(own != value for *_, own, value in rows)
     table = Table("prompt", "response", title=title, title_justify="left")
     for name in columns:

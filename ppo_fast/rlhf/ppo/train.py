@@ -48,7 +48,7 @@ from ppo_fast.rlhf.ppo.rewards import (
 from ppo_fast.rlhf.ppo.rollout import Generation, warn_about_filters
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.ppo.update import Learner
-from ppo_fast.rlhf.preflight import check_ppo
+from ppo_fast.rlhf.preflight import check_objects, check_ppo
 from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback, user_callbacks
 from ppo_fast.rlhf.training.checkpoint import load_weights, save_models, write_models
@@ -117,11 +117,14 @@ class PPORun(TrainingLoop):
         users["rollout"] = self.rollout_fn
         kept = {name: user for name, user in users.items() if hasattr(user, "load_state_dict")}
         self.user_states = {name: UserState(f"{name} function", user) for name, user in kept.items()}
-        for name, user in self.user_states.items():
-            check_state(user.state_dict(), f"{name} function's state_dict")
+        current().each(self._check_user_states)
         self.total = self.config.updates
         # The noise of a response depends on its number among all that the run samples.
         self.seed, self.row = noise_seed(self.config.seed, "rollout"), 0
+
+    def _check_user_states(self) -> None:
+        for name, user in self.user_states.items():
+            check_state(user.state_dict(), f"{name} function's state_dict")
 
     def step(self, update: int, log: StageLog) -> StepRecord:
         """Take update `update`, from 0: sample, score, improve, measure."""
@@ -280,8 +283,10 @@ def train_ppo(
 
     Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ziegler et al. 2019, arXiv:1909.08593.
     """
+    functions = {"reward.function": reward_fn, "rollout.function": rollout_fn}
+    check_objects(config, PPOConfig, policy=policy, tokenizer=tokenizer, functions=functions)
     given = reward_fn, prompts, policy, tokenizer, eval_prompts
-    with open_run(config, *given, user_callbacks(callbacks), resume, rollout_fn) as (run, log, stop):
+    with open_run(config, *given, callbacks, resume, rollout_fn) as (run, log, stop):
         run.loop(log, stop)
         final = save_models(run.models, log.directory / FINAL)
         publish(final, log, run.models.policy)
@@ -297,7 +302,7 @@ def open_run(
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     eval_prompts: str | PromptRows | None = None,
-    callbacks: Sequence[UserCallback] = (),
+    callbacks: Sequence[object] = (),
     resume: bool | str = False,
     rollout_fn: RolloutFunction | None = None,
 ) -> Iterator[tuple[PPORun, RunLog, StopSignals]]:
@@ -308,8 +313,9 @@ def open_run(
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
+        users = current().each(lambda: user_callbacks(callbacks))
         if current().mesh is not None:
-            check_ranks(config)
+            current().each(lambda: check_ranks(config))
         if config.rollout.engine == "vllm":
             import_vllm()  # before models are loaded
         start = load_start(config, resume, "updates")
@@ -322,8 +328,9 @@ def open_run(
         check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
+        weights = with_kernels(config.model, start)
         models = load_models(
-            with_kernels(config.model, start),
+            weights,
             generator,
             policy=policy,
             tokenizer=tokenizer,
@@ -351,9 +358,9 @@ def open_run(
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
-        models.split(offload=config.model.offload)
-        scorer.split(models, offload=config.model.offload)
-        run = PPORun(config, models, data, scorer, evaluation, generator, callbacks, rollout_fn)
+        models.split(weights)
+        scorer.split(models, weights)
+        run = PPORun(config, models, data, scorer, evaluation, generator, users, rollout_fn)
         if start is not None:
             run.restore(start)
         with (
@@ -362,8 +369,7 @@ def open_run(
             log,
             StopSignals(log.unit, config.max_hours) as stop,
         ):
-            if current().is_main:
-                save_config(config, log.directory / "config.yaml")
+            current().on_main(lambda: save_config(config, log.directory / "config.yaml"))
             yield run, log, stop
 
 

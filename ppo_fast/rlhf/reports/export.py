@@ -75,7 +75,7 @@ def _pairs(source: Path) -> Iterator[Record]:
 
 def _score(record: Record) -> float:
     """Return the score before clip and penalties; earlier versions recorded only the score."""
-    own, score = record.get("reward"), float(record["score"])
+    own, score = record.get("unpenalized"), float(record["score"])
     return float(own) if isinstance(own, int | float) else score
 
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     runs = dict(zip(_names(options.runs), map(read_metrics, options.runs), strict=True))
     panels = choose_panels(list(runs.values()), options.metrics)
+    for name, history in runs.items():
+        if not _has_any(history, panels):
+            drawn = ", ".join(panel.metric for panel in panels)
+            warnings.warn(f"plot: {name} has no curve, for it has no {drawn}; --metrics names others", stacklevel=2)
     draw_curves(runs, options.out, title=options.title, panels=panels)
     print(f"curves: {options.out}")
 
@@ -122,6 +127,10 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def _has_any(history: History, panels: Iterable[Panel]) -> bool:
+    return any(panel.metric in row for panel in panels for row in history)
+
+
 def draw_curves(
     runs: Mapping[str, History],
     path: str | Path,
@@ -160,7 +169,9 @@ def draw_curves(
             _label(axis, [last for last in drawn if last is not None])
         if len(runs) > 1:
             lines = [
-                Line2D([], [], color=color, label=printable(name)) for name, color in zip(runs, colors, strict=True)
+                Line2D([], [], color=color, label=printable(name))
+                for (name, history), color in zip(runs.items(), colors, strict=True)
+                if _has_any(history, panels)
             ]
             axes[0].legend(handles=lines, frameon=False, fontsize=9)
         suffix, picture = Path(path).suffix, io.BytesIO()
@@ -229,21 +240,29 @@ def _draw_run(axis: Axes, panel: Panel, history: History, color: str) -> Last | 
 
 def _label(axis: Axes, ends: Sequence[Last]) -> None:
     """Write the last values to the right of their curves, one above the other where they would overlap."""
-    heights: list[float] = [axis.transData.transform((last.update, last.value))[1] for last in ends]
-    points, lowest = 72 / axis.figure.dpi, -math.inf
-    for height, last in sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0]):
-        placed = max(height * points, lowest + LINE)
-        lowest = placed
+    points = 72 / axis.figure.dpi
+    heights = [points * float(axis.transData.transform((last.update, last.value))[1]) for last in ends]
+    ordered = sorted(zip(heights, ends, strict=True), key=lambda pair: pair[0])
+    top = points * axis.bbox.y1  # above it is the title
+    for (height, last), placed in zip(ordered, _spread([height for height, _ in ordered], top), strict=True):
         axis.annotate(
             f"{last.value:.3g}",
             (last.update, last.value),
-            xytext=(5, placed - height * points),
+            xytext=(5, placed - height),
             textcoords="offset points",
             va="center",
             color=last.color,
             fontweight="bold",
             annotation_clip=False,
         )
+
+
+def _spread(heights: Sequence[float], top: float) -> list[float]:
+    """Return ascending heights a line or more apart: moved up, and down again where the highest would pass `top`."""
+    placed = list(itertools.accumulate(heights, lambda below, height: max(height, below + LINE)))
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], top - LINE * (len(placed) - 1 - i))
+    return placed
 
 
 def _finish(axis: Axes, panel: Panel) -> None:

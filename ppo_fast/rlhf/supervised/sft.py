@@ -13,7 +13,7 @@ from ppo_fast import ops
 from ppo_fast.rlhf.config.supervised import SFTConfig
 from ppo_fast.rlhf.data.examples import Example, completion_example
 from ppo_fast.rlhf.models.loading import load_policy, padding_id
-from ppo_fast.rlhf.preflight import check_supervised
+from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import (
     Objective,
     Source,
@@ -77,6 +77,7 @@ def train_sft(
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
     """
+    check_objects(config, SFTConfig, model=model, tokenizer=tokenizer)
     with setup_run(config, resume, callbacks) as start:
         given = model is not None and tokenizer is not None
         check_supervised(config, train, held_out, ("prompt", "completion"), ("messages",), ("text",), given=given)

@@ -62,6 +62,7 @@ class Callback:
     """
 
     phase = ""  # in the progress bar during a call, where that takes its time
+    collective = False  # ranks wait for each other within a call; else an error of one is raised on all
 
     def on_start(self, record: StepRecord) -> None:
         """Called before the first step, and before the next one of a resumed run."""

@@ -38,6 +38,7 @@ from ppo_fast.rlhf.integrity import (
 )
 from ppo_fast.rlhf.models.adapter_files import ADAPTER_FILE, HEAD
 from ppo_fast.rlhf.models.adapters import TRAINED, VALUE, Adapters
+from ppo_fast.rlhf.models.distribution import receive
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.pretrained import load_network, no_progress_bars
 from ppo_fast.rlhf.models.saved import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
@@ -64,11 +65,14 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def directory_of_run(target: Path) -> Iterator[Path]:
-    """`atomic_directory` of rank 0, which writes; the others take part in gathering, and wait for the end."""
+    """`atomic_directory` of rank 0, which writes; the others take part in gathering, and wait for the end.
+
+    An error of rank 0, also of the end, is raised on all; within the block all ranks fail together.
+    """
     world = current()
-    with atomic_directory(target) if world.is_main else contextlib.nullcontext(target) as scratch:
-        yield scratch
-    world.wait()
+    with contextlib.ExitStack() as held:
+        yield world.each(lambda: held.enter_context(atomic_directory(target)) if world.is_main else target)
+        world.each(held.pop_all().close)
 
 
 def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *, keep_last: int = 0) -> Path:
@@ -84,15 +88,13 @@ def save_checkpoint(target: Path, write: Callable[[Path], None], state: State, *
     Raises:
         OSError, SafetensorError: the disk is full or the like. Earlier checkpoints stay as they are.
     """
-    tensors: dict[str, Tensor | Share] = {}
-    record = _pack(state, "state", tensors)
+    world, tensors = current(), dict[str, Tensor | Share]()
+    record = world.each(lambda: _pack(state, "state", tensors))
     with directory_of_run(target) as scratch:
         write(scratch)
         save_tensors(tensors, scratch / STATE_TENSORS)
-        if current().is_main:
-            write_sealed(record, scratch / STATE)
-    if current().is_main:
-        _prune(target.parent, keep_last)
+        world.on_main(lambda: write_sealed(record, scratch / STATE))
+    world.on_main(lambda: _prune(target.parent, keep_last))
     return target
 
 
@@ -185,8 +187,8 @@ def write_models(models: Models, directory: Path, *, merge: bool = False) -> Non
         _write_adapter(models.adapters, VALUE, directory / VALUE_DIRECTORY, value.head)
         return
     save_tensors((value.head if models.shared else value).state_dict(), directory / _value_file(models))
-    if not models.shared and current().is_main:
-        value.backbone.config.to_json_file(directory / VALUE_CONFIG)
+    if not models.shared:
+        current().on_main(lambda: value.backbone.config.to_json_file(directory / VALUE_CONFIG))
 
 
 def load_weights(models: Models, directory: Path) -> None:
@@ -234,9 +236,13 @@ def save_model(
     """Write the files of `write_model` and `extra`, file name -> JSON, all or none."""
     with directory_of_run(directory) as scratch:
         write_model(model, tokenizer, scratch, adapters, merge=merge)
-        for name, content in (extra or {}).items() if current().is_main else ():
-            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        current().on_main(lambda: _write_extra(extra or {}, scratch))
     return directory
+
+
+def _write_extra(files: Mapping[str, object], directory: Path) -> None:
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_model(
@@ -258,10 +264,8 @@ def write_model(
         else:
             state = None if adapters is None else adapters.merged_state(model)
             with _gathered_state(model, state, directory) as whole_state:
-                if current().is_main:
-                    model.save_pretrained(directory, state_dict=whole_state)
-        if current().is_main:
-            tokenizer.save_pretrained(directory)
+                current().on_main(lambda: model.save_pretrained(directory, state_dict=whole_state))
+        current().on_main(lambda: tokenizer.save_pretrained(directory))
 
 
 @contextlib.contextmanager
@@ -272,15 +276,16 @@ def _gathered_state(
 
     They are gathered into a file in `directory`, which is gone after the block: no memory holds them all.
     """
-    if current().mesh is None:
+    world = current()
+    if world.mesh is None:
         yield state
         return
     state, first = model.state_dict() if state is None else state, _first_names(model)
     path = directory / GATHERED
     save_tensors({name: value for name, value in state.items() if first.get(name, name) == name}, path)
-    found = read_tensors(path) if current().is_main else {}
-    yield {name: found[first.get(name, name)] for name in state} if current().is_main else None
-    path.unlink(missing_ok=True)
+    found = world.each(lambda: read_tensors(path) if world.is_main else {})
+    yield {name: found[first.get(name, name)] for name in state} if world.is_main else None
+    world.on_main(lambda: path.unlink(missing_ok=True))
 
 
 def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | None = None) -> None:
@@ -292,14 +297,21 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
         _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
         return
     own = model.state_dict()
-    if current().mesh is not None and _load_rows(own, _first_names(model), directory):
-        return
+    if current().mesh is None:
+        copy_tensors(own, _load_renamed(model, own, directory), str(directory))
+    elif not _load_rows(own, _first_names(model), directory):
+        receive(own, current().each(lambda: _load_renamed(model, own, directory) if current().is_main else {}))
+
+
+def _load_renamed(model: PreTrainedModel, own: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Return the saved state of a model, whose tensors transformers may have renamed, merged or cut in the files."""
     for path in sorted(directory.glob("model*.safetensors")):
         tensors = read_tensors(path)  # views of the file: no data is read
         for name in own.keys() & tensors.keys():  # the others are checked below: transformers may rename
             check_tensors({name: own[name]}, {name: tensors[name]}, str(path))
-    saved = load_network(type(model), str(directory), exact=True, dtype=model.dtype)
-    copy_tensors(own, saved.state_dict(), str(directory))
+    saved: dict[str, Tensor] = load_network(type(model), str(directory), exact=True, dtype=model.dtype).state_dict()
+    check_tensors(own, saved, str(directory))
+    return saved
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -323,9 +335,12 @@ def _load_rows(own: Mapping[str, Tensor], first: Mapping[str, str], directory: P
 
 def _write_adapter(adapters: Adapters, name: str, directory: Path, head: nn.Linear | None) -> None:
     config, tensors = adapters.saved_as(name, head)
-    if current().is_main:
+
+    def write_config() -> None:
         directory.mkdir(exist_ok=True)
         config.save_pretrained(directory)
+
+    current().on_main(write_config)
     save_tensors(tensors, directory / ADAPTER_FILE)
 
 

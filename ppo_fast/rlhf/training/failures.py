@@ -19,7 +19,6 @@ def save_batch(
     with directory_of_run(target) as scratch:
         write(scratch)
         save_tensors(tensors, scratch / "batch.safetensors")
-        if not current().is_main:
-            return target
-        (scratch / "batch.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        text = json.dumps(record, ensure_ascii=False, indent=1)
+        current().on_main(lambda: (scratch / "batch.json").write_text(text, encoding="utf-8"))
     return target

@@ -88,8 +88,11 @@ class StageLog(Callback):
         self.console = console or Console(quiet=not (log.console and self.is_main))
 
     def __enter__(self) -> Self:
-        if not self.is_main:
-            return self
+        current().on_main(self._begin)
+        return self
+
+    def _begin(self) -> None:
+        """Open the files and the progress bar."""
         if self.resume is None:
             self._empty_directory()
         else:
@@ -115,7 +118,6 @@ class StageLog(Callback):
         if self.resume:
             self.console.print(f"resumed after {self.unit} {done}", highlight=False)
         self._task = self._progress.add_task(self.stage, total=self.total, completed=done, phase="")
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.is_main:

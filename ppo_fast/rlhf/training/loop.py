@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
-from ppo_fast.rlhf.errors import BatchError, UserError, error_prefix
+from ppo_fast.rlhf.errors import BatchError, UserError, error_prefix, with_origin
 from ppo_fast.rlhf.files import settle, settle_all
 from ppo_fast.rlhf.training.callbacks import Callback, Objects, StepRecord, UserCallback
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, is_complete, save_checkpoint, supersede_newer
@@ -24,6 +24,8 @@ from ppo_fast.rlhf.training.runtime import Stopwatch
 from ppo_fast.rlhf.training.signals import Interrupted, StopSignals
 from ppo_fast.rlhf.training.state import State, Stateful, restore_rng, rng_state
 from ppo_fast.rlhf.world import current
+
+Value = TypeVar("Value")
 
 
 class TrainingLoop(ABC):
@@ -71,25 +73,21 @@ class TrainingLoop(ABC):
 
     def loop(self, log: StageLog, stop: StopSignals) -> None:
         """Take the remaining steps; after each one the run can be saved and stopped."""
-        if current().is_main:
-            for name in (FINAL, BEST):
-                settle(log.directory / name)
-            for name in (CHECKPOINTS, FAILED):
-                settle_all(log.directory / name)
+        current().on_main(lambda: _settle(log.directory))
         every = self.config.checkpoint.every
         callbacks: list[Callback] = [*self._own_callbacks(), *self.callbacks, log]
         self.record = StepRecord(self.done, self.total, self.config, directory=log.directory, **self._objects())
-        log.introduce(self.describe())
+        current().on_main(lambda: log.introduce(self.describe()))
         self.watch.show = log.show
         for callback in callbacks:
             log.show(callback.phase)
-            callback.on_start(self.record)
+            _call(callback, callback.on_start, self.record)
         while not self._finished():
             with error_prefix(f"{log.unit} {self.done + 1}"):
                 self.record = self.step(self.done, log)
                 for callback in callbacks:
                     log.show(callback.phase)
-                    self.record = callback.on_step(self.record) or self.record
+                    self.record = _call(callback, callback.on_step, self.record) or self.record
             self.done += 1
             finished = self._finished()
             if every and (self.done % every == 0 or finished):
@@ -115,8 +113,20 @@ class TrainingLoop(ABC):
         if current().on_main(lambda: is_complete(target)):
             return target
         log.show("saving")
-        rng = rng_state(self.generator)
-        state = {
+        world, rng = current(), rng_state(self.generator)
+        state = world.each(lambda: self._state(log, rng))
+        if world.size > 1:  # of the generators that a user's functions may use
+            others = world.objects({name: x for name, x in rng.items() if name != "run"})[1:]
+            state["rng_of_ranks"] = others
+        saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
+        with error_prefix(f"{log.unit} {self.done}"):
+            for callback in self.callbacks:
+                _call(callback, callback.on_checkpoint, dataclasses.replace(self.record, checkpoint=saved))
+        return saved
+
+    def _state(self, log: StageLog, rng: State) -> State:
+        """Return what a checkpoint holds besides the weights."""
+        return {
             "config": dataclasses.asdict(self.config),
             "log": log.position(self.done),
             "skipped": self.skipped,
@@ -125,23 +135,15 @@ class TrainingLoop(ABC):
             "parts": {name: part.state_dict() for name, part in self._all_parts().items()},
             "rng": rng,
         }
-        if current().size > 1:  # of the generators that a user's functions may use
-            others = current().objects({name: x for name, x in rng.items() if name != "run"})[1:]
-            state["rng_of_ranks"] = others
-        saved = save_checkpoint(target, self._write, state, keep_last=self.config.checkpoint.keep)
-        with error_prefix(f"{log.unit} {self.done}"):
-            for callback in self.callbacks:
-                callback.on_checkpoint(dataclasses.replace(self.record, checkpoint=saved))
-        return saved
 
     def restore(self, start: Checkpoint) -> None:
         """Restore a checkpoint, and rename the newer ones.
 
         UserError when the run began with another model or other data, or is over, or the checkpoint is damaged.
         """
-        with restoring(start.directory):
-            self._restore(start)
-            current().on_main(lambda: supersede_newer(start.directory))
+        checked = restoring(start.directory)
+        current().each(checked(lambda: self._restore(start)))
+        current().on_main(checked(lambda: supersede_newer(start.directory)))
 
     def _restore(self, start: Checkpoint) -> None:
         state, parts = start.state, self._all_parts()
@@ -174,7 +176,21 @@ class TrainingLoop(ABC):
         saved = save(log.directory / FAILED / f"{log.unit}-{index + 1:06d}", error)
         in_backward = isinstance(self.config, PPOConfig) and self.config.optim.in_backward
         weights = "the weights, of which the step has changed some," if in_backward else "the weights before it"
-        raise UserError(f"{error}; the batch and {weights} are in {str(saved)!r}") from error
+        message = f"{error}; the batch and {weights} are in {str(saved)!r}"
+        raise with_origin(UserError(message), error.origin or 0) from error
+
+
+def _call(callback: Callback, hook: Callable[[StepRecord], Value], record: StepRecord) -> Value:
+    """Return the answer of a callback's method on this rank; an error on one rank is raised on all."""
+    return hook(record) if callback.collective else current().each(lambda: hook(record))
+
+
+def _settle(directory: Path) -> None:
+    """Put right what a killed process left in the directory of a run."""
+    for name in (FINAL, BEST):
+        settle(directory / name)
+    for name in (CHECKPOINTS, FAILED):
+        settle_all(directory / name)
 
 
 def describe_model(model: Any, trained: Iterable[nn.Parameter], *others: str) -> str:

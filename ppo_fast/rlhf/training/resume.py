@@ -19,7 +19,7 @@ from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.config.ppo import PPOConfig
 from ppo_fast.rlhf.config.supervised import SupervisedConfig
 from ppo_fast.rlhf.data.prompts import Prompts
-from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.errors import UserError, origin_of, with_origin
 from ppo_fast.rlhf.models.kernels import kernels_of
 from ppo_fast.rlhf.training.checkpoint import Checkpoint, latest, load_checkpoint
 from ppo_fast.rlhf.training.log import CHECKPOINTS
@@ -48,8 +48,19 @@ def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: 
     """
     if resume in (False, None):  # an empty name is a mistake, not a new run
         return None
+    world, found = current(), list[Checkpoint]()
+
+    def load() -> None:
+        found.append(_load_start(config, resume, *free))
+
+    world.on_main(load)  # checks the files before the others read them, each what it needs
+    world.each(load if not world.is_main else lambda: None)
+    return found[0]
+
+
+def _load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: str) -> Checkpoint:
     checkpoints, name = Path(config.output_dir) / CHECKPOINTS, resume if isinstance(resume, str) else None
-    start = _loaded(checkpoints, name)
+    start = load_checkpoint(checkpoints, name, check=current().is_main)
     with restoring(start.directory):
         saved = config_from_dict(start.state["config"], source="resume", kind=type(config))
         _check_sizes(Path(config.output_dir), start.state["log"])
@@ -58,19 +69,6 @@ def load_start(config: PPOConfig | SupervisedConfig, resume: bool | str, *free: 
         name, before, now = difference
         raise UserError(f"resume: {name}: expected {before!r} as in {str(start.directory)!r}, got {now!r}")
     return start
-
-
-def _loaded(checkpoints: Path, name: str | None) -> Checkpoint:
-    """Return the checkpoint; rank 0 checks its files before the others read them, each what it needs."""
-    found = list[Checkpoint]()
-
-    def load() -> None:
-        found.append(load_checkpoint(checkpoints, name, check=current().is_main))
-
-    current().on_main(load)
-    if not found:
-        load()
-    return found[0]
 
 
 def with_kernels(config: Weights, start: Checkpoint | None) -> Weights:
@@ -100,10 +98,23 @@ def _check_sizes(directory: Path, position: Mapping[str, int]) -> None:
 
 
 def inputs(model: nn.Module, data: Mapping[str, Iterable[object]]) -> State:
-    """Return digests of the inputs that a resumed run reads again and must find unchanged."""
+    """Return digests of the inputs that a resumed run reads again and must find unchanged.
+
+    UserError, on all ranks, when they are not the same on each.
+    """
     device, weights = next(model.parameters()).device.type, fingerprint(model)
     own = {"kinds of device": device, "model weights": weights, KERNELS: kernels_of(model)}
-    return own | {name: _digest(rows) for name, rows in data.items()}
+    found = own | {name: _digest(rows) for name, rows in data.items()}
+    first, rank = current().objects(found)[0], current().rank
+    current().each(lambda: _check_alike(found, first, rank))
+    return found
+
+
+def _check_alike(found: State, first: State, rank: int) -> None:
+    """Raise a UserError for inputs that are not those of rank 0."""
+    for name, value in found.items():
+        if value != first[name]:
+            raise UserError(f"torchrun: expected the {name} of rank 0 on all ranks, got others on rank {rank}")
 
 
 def prompt_inputs(data: Prompts, kind: str = "") -> dict[str, Iterable[object]]:
@@ -153,4 +164,5 @@ def report_write_errors(directory: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         newest = latest(directory / CHECKPOINTS)
         safe = f"{newest.name} is complete and resume continues there" if newest else "there is no checkpoint yet"
-        raise UserError(f"cannot write in {str(directory)!r}: {error}; {safe}") from error
+        message = f"cannot write in {str(directory)!r}: {error}; {safe}"
+        raise with_origin(UserError(message), origin_of(error)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,17 +35,37 @@ ORDER = {dtype: number for number, dtype in enumerate(DTYPES)}
 def stream_tensors(tensors: Mapping[str, Tensor | Share], path: Path) -> None:
     """Write the file that `safetensors.torch.save_file` writes of the whole tensors; all ranks call it, rank 0 writes.
 
-    The memory of one whole tensor is enough. OSError when the file cannot be written.
+    The memory of one whole tensor is enough. OSError, on all ranks, when the file cannot be written.
     """
     world = current()
     shapes = _shapes(tensors, world)
     names = sorted(sorted(tensors), key=lambda name: -ORDER[_rows(tensors[name]).dtype])
-    with path.open("wb") if world.is_main else open("/dev/null", "wb") as file:
-        file.write(_header({name: (_rows(tensors[name]).dtype, shapes[name]) for name in names}))
-        for name in names:
-            value = _whole(tensors[name], world)
+    header = _header({name: (_rows(tensors[name]).dtype, shapes[name]) for name in names})
+    whole = (_whole(tensors[name], world) for name in names)  # each is gathered as it is asked for
+
+    def write() -> None:
+        try:
             if world.is_main:
-                file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                _write(path, header, whole)
+        except Exception:
+            _take_part(whole)
+            raise
+        _take_part(whole)
+
+    world.each(write)
+
+
+def _take_part(tensors: Iterable[Tensor]) -> None:
+    """Gather the tensors that are left with the other ranks, which wait for a rank that does not write or cannot."""
+    for _ in tensors:
+        pass
+
+
+def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
+    with path.open("wb") as file:
+        file.write(header)
+        for value in tensors:
+            file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _rows(value: Tensor | Share) -> Tensor:

@@ -1,14 +1,16 @@
 """The policy loss whose backend writes the gradient in the forward pass: what autograd sees of it."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_fast as pf
 from ppo_fast.ops._core import registry
-from tests.helpers import assert_same
+from tests.helpers import assert_same, raises_exactly
 from tests.ops.native.isas import each_dtype, logits_of
 
 ROWS, VOCAB = 40, 700
@@ -33,6 +35,18 @@ def leaf_of(dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits that ask for a gradient."""
     torch.manual_seed(5)
     return logits_of(ROWS, VOCAB, dtype).view(2, -1, VOCAB).requires_grad_()
+
+
+class CountedOps(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -135,3 +149,40 @@ def test_a_compiled_loss_runs_the_registered_ops(launches: list[str]) -> None:
     torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf).backward()
     assert launches == ["policy_loss", "token_stats_backward"]
     assert_same(leaf.grad, eager.grad)
+
+
+def test_a_loss_whose_backward_pass_is_traced_runs_the_registered_op_there() -> None:
+    """Statistics that the eager loss leaves out are empty tensors for the op."""
+    plain, traced = leaf_of(), leaf_of()
+    (0.3 * loss_of(plain)).backward()
+    loss = 0.3 * loss_of(traced)
+    with CountedOps() as ops:
+        loss.backward()
+    assert "token_stats_backward" in ops.names
+    assert_same(traced.grad, plain.grad)
+
+
+@RATIOS
+def test_a_target_outside_the_vocabulary_is_refused_before_the_logits_are_overwritten(
+    ratio: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, targets = leaf_of() * 1.0, TARGETS.clone()
+    targets[MASK.nonzero()[-1].unbind()] = VOCAB
+    monkeypatch.setitem(globals(), "TARGETS", targets)
+    before = logits.detach().clone()
+    message = f"policy_loss: expected targets in [0, {VOCAB}) where mask is True, got {VOCAB}"
+    for inplace in (True, False):
+        with raises_exactly(message):
+            loss_of(logits, ratio=ratio, inplace=inplace)
+    assert_same(logits, before)
+
+
+def test_few_operations_of_torch_surround_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes about as long as the kernel does on a row."""
+    monkeypatch.setattr(registry, "runs_directly", lambda x: True)  # the mode that counts would be seen as a tracer
+    leaf, old = leaf_of(), OLD - 7
+    with CountedOps() as ops:
+        pf.policy_loss(leaf, TARGETS, old, ADVANTAGES, MASK, backend="native").loss.backward()
+    results = {"empty_like": 5, "new_empty": 2, "unbind": 1}  # the last takes the metrics apart
+    gradient = {"ones_like": 1, "_local_scalar_dense": 1, "detach": 2}  # of the loss: made, read, handed on
+    assert Counter(ops.names) == results | gradient

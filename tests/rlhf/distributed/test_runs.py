@@ -90,7 +90,7 @@ def ppo(directory):
     if current().is_main:
         shutil.copytree(directory / "separate", directory / "again")
         shutil.copytree(directory / "adapters", directory / "merged")
-    current().wait()
+    current().objects(None)
     found["again"] = run(directory / "again", "separate", resume="update-000002").history
     lora = {**LAYOUTS["adapters"], "lora": {"rank": 4, "alpha": 8, "merge": True}}
     run(directory / "whole", "adapters", model=lora, updates=1)
@@ -145,7 +145,7 @@ def supervised(directory):
     found = {name: stage(directory / name, name).history for name in STAGE_RUNS}
     if current().is_main:
         shutil.copytree(directory / "sft", directory / "again")
-    current().wait()
+    current().objects(None)
     found["again"] = stage(directory / "again", "sft", resume="step-000002").history
     return found
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ppo_fast.rlhf.models import tiny
 from ppo_fast.rlhf.models.forward import response_logits, response_values
 from ppo_fast.rlhf.models.loading import disable_dropout
 from ppo_fast.rlhf.models.models import load_models
+from ppo_fast.rlhf.models.pretrained import load_pretrained
 from ppo_fast.rlhf.ppo.scoring import score
 from ppo_fast.rlhf.training.checkpoint import save_models
 from tests.helpers import raises_exactly
@@ -184,6 +186,16 @@ def test_models_that_cannot_be_used(make_models, make_config, tmp_path, tokenize
     transformers.LlamaForSequenceClassification(llama).save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match=r"model\.value_path: expected a linear head 'score' with one output, got"):
         make_models(make_config(model={"value_path": str(tmp_path / "two")}))
+
+
+def test_a_name_that_is_neither_a_directory_nor_on_the_hub_says_where_it_was_looked_for(monkeypatch):
+    def from_pretrained(path, **_):
+        raise OSError("no connection\nmore")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    here = f"no such directory 'runs-sft' in {Path.cwd()}, and no model of the Hub can be loaded by that name"
+    with raises_exactly(f"AutoConfig: {here}: no connection", UserError):
+        load_pretrained(transformers.AutoConfig, "runs-sft")
 
 
 @pytest.fixture

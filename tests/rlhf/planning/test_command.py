@@ -135,6 +135,13 @@ def test_what_the_run_itself_refuses_is_left_to_it(saved, tmp_path):
     assert seen.export_text() == ""
 
 
+def test_no_name_is_asked_for_when_the_prompts_are_missing(saved, monkeypatch):
+    """Without a network the Hub takes most of a minute, and the run stops at the prompts at once."""
+    monkeypatch.setattr("ppo_fast.rlhf.planning.command.read_shapes", lambda _: pytest.fail("a name was asked for"))
+    for prompts in ("none.jsonl", "./none"):
+        announce(dataclasses.replace(saved, data=dataclasses.replace(saved.data, prompts=prompts)), recording_console())
+
+
 def test_a_plan_that_fails_stops_no_run(saved, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("odd\nmodel")

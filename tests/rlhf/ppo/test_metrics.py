@@ -249,14 +249,14 @@ def test_samples_are_a_table_and_a_file(logged):
     records = [json.loads(line) for line in (log.directory / "samples.jsonl").read_text().splitlines()]
     first, second = (
         [
-            {"update": update, "prompt": "w1", "completion": "answer 2", "reward": 1.0, "score": 0.0},
-            {"update": update, "prompt": "w1", "completion": "answer 4", "reward": 2.0, "score": 1.0},
+            {"update": update, "prompt": "w1", "completion": text, "reward": own, "unpenalized": before, "score": score}
+            for text, own, before, score in (("answer 2", 5.0, 1.0, 0.0), ("answer 4", 6.0, 2.0, 1.0))
         ]
         for update in (1, 2)
     )
     assert records == first + second
     assert [f"samples of update {update}" in screen.getvalue() for update in (1, 2, 3)] == [True, True, False]
-    assert re.search(r"answer 4 *│ *2\.000 │ *1\.000 │", screen.getvalue())
+    assert re.search(r"answer 4 *│ *6\.000 │ *1\.000 │", screen.getvalue())  # the line's reward is the mean of these
 
 
 def test_markup_in_a_sample_is_text(logged):

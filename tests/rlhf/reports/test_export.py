@@ -49,7 +49,7 @@ def test_the_scores_are_those_before_penalties_and_no_answer_is_empty(tmp_path):
     run, texts = tmp_path / "run", {"long": (2.0, -1.0), "short": (1.0, 1.0), " \n": (-5.0, -5.0)}
     run.mkdir()
     records = [
-        {"update": 1, "prompt": "p", "completion": text, "reward": own, "score": score}
+        {"update": 1, "prompt": "p", "completion": text, "reward": 0.0, "unpenalized": own, "score": score}
         for text, (own, score) in texts.items()
     ]
     (run / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -147,6 +147,24 @@ def test_panels_are_what_a_run_has_or_what_is_asked_for(tmp_path: Path) -> None:
         plots.choose_panels([rewards], ["x"])
 
 
+def test_a_run_without_the_metrics_drawn_is_named_and_not_in_the_legend(tmp_path: Path) -> None:
+    runs = [str(_run(tmp_path / name, names=(metric,))) for name, metric in (("ppo", "objective/kl"), ("sft", "loss"))]
+    out = tmp_path / "curves.svg"
+    with pytest.warns(
+        UserWarning, match="^plot: sft has no curve, for it has no objective/kl; --metrics names others$"
+    ):
+        plots.main([*runs, "--out", str(out)])
+    assert [f">{name}<" in out.read_text() for name in ("ppo", "sft")] == [True, False]
+
+
+def test_last_values_are_below_the_title_and_a_line_apart() -> None:
+    line = plots.LINE
+    assert plots._spread([5, 5, 90], 100) == [5, 5 + line, 90]
+    assert plots._spread([98, 99, 99], 100) == [100 - 2 * line, 100 - line, 100]
+    assert plots._spread([50, 99, 99], 100) == [50, 100 - line, 100]
+    assert plots._spread([], 100) == []
+
+
 def test_a_panel_has_the_runs_that_logged_it_and_the_last_value_itself(tmp_path: Path) -> None:
     """Two runs that end at one value, far above their running means; the third run has another metric."""
     ends = [[{"step": i, "a": 0.0} for i in range(1, 10)] + [{"step": 10, "a": 7.25 + shift}] for shift in (0.0, 0.001)]

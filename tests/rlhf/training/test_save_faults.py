@@ -1,15 +1,10 @@
 """A save that fails or is cut short, at any write, flush or rename, costs nothing that was saved before."""
 
-import builtins
-import errno
 import os
-import pathlib
 import resource
 import shutil
 
 import pytest
-import safetensors.torch
-import transformers.modeling_utils
 
 from ppo_fast.rlhf import UserError, train_ppo
 from ppo_fast.rlhf.files import write_whole
@@ -18,49 +13,7 @@ from ppo_fast.rlhf.ppo.train import PPORun
 from ppo_fast.rlhf.training.checkpoint import latest, load_checkpoint
 from tests.helpers import raises_exactly
 from tests.rlhf.conftest import PROMPTS
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-class Crash(BaseException):
-    """The process is gone: nothing after it touches the disk."""
-
-
-class Faults:
-    """Counts the calls that change the disk; one of number or name `at` raises `error`; after a Crash all do."""
-
-    def __init__(self, monkeypatch):
-        self.error, self.at, self.calls, self.dead = None, 0, [], False
-        for owner, name in [
-            (builtins, "open"),
-            (os, "fsync"),
-            (pathlib.Path, "mkdir"),
-            (pathlib.Path, "rename"),
-            (pathlib.Path, "write_text"),
-            (safetensors.torch, "save_file"),
-            (shutil, "rmtree"),
-            (transformers.modeling_utils, "safe_save_file"),
-        ]:
-            monkeypatch.setattr(owner, name, self._wrapped(name, getattr(owner, name)))
-
-    def _wrapped(self, name, real):
-        def call(*arguments, **options):
-            if name == "open" and not {"w", "a", "x"} & set(str([*arguments[1:2], *options.values()])):
-                return real(*arguments, **options)
-            self.calls.append(name)
-            if self.dead or self.at in (name, len(self.calls)):
-                self.dead = isinstance(self.error, Crash)
-                raise self.error
-            return real(*arguments, **options)
-
-        return call
-
-    def arm(self, error=None, at=0):
-        self.error, self.at, self.calls, self.dead = error, at, [], False
-
-
-def bytes_below(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+from tests.rlhf.faults import FULL, Crash, Faults, bytes_below
 
 
 def reward(completion_ids, **_):
@@ -112,7 +65,7 @@ def test_rule_16_the_last_good_checkpoint_outlives_a_fault_at_every_call(run, tm
 
     monkeypatch.setattr(PPORun, "save", save_with_faults)
     run()
-    for name in ("open", "fsync", "mkdir", "rename", "write_text", "save_file", "safe_save_file"):
+    for name in ("open", "write", "fsync", "mkdir", "rename", "write_text", "save_file", "safe_save_file"):
         assert ("update-000002", name) in tried
     assert {name for newest, name in tried if newest == "update-000004"} >= {"fsync", "rename", "rmtree"}
 

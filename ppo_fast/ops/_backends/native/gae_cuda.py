@@ -3,7 +3,6 @@
 import torch
 
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.gae import dtype_code, gae_arguments
 from ppo_fast.ops._core.inputs import GaeInputs
 from ppo_fast.ops._core.results import GaeResult
 
@@ -17,11 +16,5 @@ def gae(inputs: GaeInputs) -> GaeResult:
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
         torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device),
     )
-    extension.gae_cuda(
-        gae_arguments(inputs, results),
-        rewards_dtype=dtype_code(rewards.dtype),
-        values_dtype=dtype_code(inputs.values.dtype),
-        device=rewards.device.index,
-        stream=torch.cuda.current_stream(rewards.device).cuda_stream,
-    )
+    extension.gae_cuda(inputs, results, torch.cuda.current_stream(rewards.device).cuda_stream)
     return results

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops._backends.native.extension import extension
-from ppo_fast.ops._backends.native.rows import gradient_view, readable, room, rows_view, stats_room
+from ppo_fast.ops._backends.native.rows import is_large, like, readable, room
 from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import RowStats
 
@@ -12,8 +12,15 @@ from ppo_fast.ops._core.results import RowStats
 def token_stats(rows: RowInputs, want_entropy: bool) -> RowStats:
     """The statistics of every row."""
     rows = readable(rows)
-    stats = stats_room(rows, want_entropy)
-    extension.token_stats(rows_view(rows), threads=torch.get_num_threads(), **stats._asdict())
+    full, lse = rows.ref_logits is not None, room(rows.logits.shape[:2], torch.float64)
+    stats = RowStats(
+        like(lse, rows.targets is not None, torch.float32),
+        like(lse, want_entropy, torch.float32),
+        like(lse, full, torch.float32),
+        lse,
+        like(lse, full),
+    )
+    extension.token_stats(rows, stats, torch.get_num_threads())
     return stats
 
 
@@ -25,14 +32,5 @@ def token_stats_backward(
     rows = rows._replace(ref_logits=None) if grads.grad_kl is None else readable(rows)
     logits = rows.logits
     gradient = room(logits.shape, logits.dtype) if out is None else out
-    extension.token_stats_backward(
-        rows_view(rows),
-        gradient_view(gradient, logits),
-        threads=torch.get_num_threads(),
-        lse=stats.lse,
-        ref_lse=stats.ref_lse,
-        entropy=stats.entropy,
-        kl=stats.kl,
-        **grads._asdict(),
-    )
+    extension.token_stats_backward(grads, rows, stats, gradient, is_large(gradient), torch.get_num_threads())
     return gradient

@@ -109,14 +109,15 @@ def policy_loss_from_stats(
     if objective.d_logprobs is not None:
         d_logprobs = d_logprobs - weights * objective.d_logprobs
 
-    kl, d_entropy, d_kl = full_kl, r.new_empty(0), r.new_empty(0)
+    full = full_kl.numel() > 0
+    kl, d_entropy, d_kl = full_kl if full else None, None, None
     if policy.ref_logprobs is not None:
         kl, slope = kl_values(torch.where(counted, logprobs - policy.ref_logprobs, 0.0), policy.kl_estimator)
         if policy.kl_coef is not None:
             d_logprobs = d_logprobs + weights * policy.kl_coef * slope
-    elif full_kl.numel() and policy.kl_coef is not None:
+    elif full and policy.kl_coef is not None:
         d_kl = weights * policy.kl_coef
-    if policy.kl_coef is not None:
+    if policy.kl_coef is not None and kl is not None:
         per_token = per_token + policy.kl_coef * kl
     if policy.ent_coef is not None:
         per_token = per_token - policy.ent_coef * entropy
@@ -127,7 +128,7 @@ def policy_loss_from_stats(
         [
             policy_loss,
             counted_mean(entropy, counted),
-            counted_mean(kl, counted) if kl.numel() else torch.zeros_like(loss),
+            torch.zeros_like(loss) if kl is None else counted_mean(kl, counted),
             counted_mean(token_log_ratio.expm1() - token_log_ratio, counted),
             counted_mean(objective.is_clipped.to(r.dtype), counted),
             counted_mean(objective.is_dual.to(r.dtype), counted),
@@ -136,7 +137,9 @@ def policy_loss_from_stats(
             counted.sum().to(r.dtype),
         ]
     )
-    return PolicyLossResult(loss, metrics, logprobs, entropy, kl, lse, ref_lse, d_logprobs, d_entropy, d_kl)
+    return PolicyLossResult(
+        loss, metrics, logprobs, entropy, kl, lse, ref_lse if full else None, d_logprobs, d_entropy, d_kl
+    )
 
 
 def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:

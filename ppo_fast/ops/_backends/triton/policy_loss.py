@@ -31,7 +31,7 @@ from ppo_fast.ops._backends.triton.totals import (
     totals,
 )
 from ppo_fast.ops._core.config import PolicyInputs
-from ppo_fast.ops._core.inputs import RowGrads, RowInputs, given_grads
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs
 from ppo_fast.ops._core.results import METRICS, PolicyLossResult, RowStats
 
 _TOTALS = 1 + len(METRICS)
@@ -171,24 +171,31 @@ def terms_kernel(
 
 
 class _Terms(NamedTuple):
-    """Per-token results of a kernel of terms [B, T], empty where not used, and its partial sums."""
+    """Per-token results of a kernel of terms [B, T], None where not used, and its partial sums."""
 
-    kl: Tensor
-    grads: tuple[Tensor, Tensor, Tensor]
+    kl: Tensor | None
+    grads: RowGrads
     partials: Tensor
     by_count: bool  # nothing has been divided by the number of tokens, or of sequences
     by_sequences: bool = False  # it is that of sequences, whose partial sums are the last row
 
 
-def _room(stats: RowStats, policy: PolicyInputs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _room(stats: RowStats, policy: PolicyInputs) -> tuple[Tensor | None, RowGrads]:
     """Room for the KL of the estimator and the gradients, as far as they are used."""
-    logprobs, full = stats.logprobs, stats.kl.numel() > 0
+    logprobs, full_kl = stats.logprobs, _full_kl(stats)
+    return (
+        torch.empty_like(logprobs) if policy.ref_logprobs is not None else full_kl,
+        RowGrads(
+            torch.empty_like(logprobs),
+            None if policy.ent_coef is None else torch.empty_like(logprobs),
+            None if full_kl is None or policy.kl_coef is None else torch.empty_like(logprobs),
+        ),
+    )
 
-    def room(wanted: bool) -> Tensor:
-        return torch.empty_like(logprobs) if wanted else logprobs.new_empty(0)
 
-    kl = room(True) if policy.ref_logprobs is not None else stats.kl
-    return kl, (room(True), room(policy.ent_coef is not None), room(full and policy.kl_coef is not None))
+def _full_kl(stats: RowStats) -> Tensor | None:
+    """The KL over the vocabulary; None without reference logits."""
+    return stats.kl if stats.kl.numel() else None
 
 
 def _options(policy: PolicyInputs) -> dict[str, Any]:
@@ -254,7 +261,7 @@ def _sequence_terms(stats: RowStats, mask: Tensor | None, policy: PolicyInputs, 
                 mask,
                 logprobs,
                 stats.entropy,
-                stats.kl if stats.kl.numel() else None,
+                _full_kl(stats),
                 N,
                 logprobs.shape[1],
                 policy.old_logprobs,
@@ -286,17 +293,15 @@ def _loss(stats: RowStats, terms: _Terms) -> PolicyLossResult:
     with on_device_of(stats.logprobs):
         grads = terms.grads if terms.by_count else None
         loss, metrics = totals(terms.partials, grads, _RATIO_MAX, terms.by_sequences)
-    return PolicyLossResult(
-        loss, metrics, stats.logprobs, stats.entropy, terms.kl, stats.lse, stats.ref_lse, *terms.grads
-    )
+    ref_lse = None if _full_kl(stats) is None else stats.ref_lse
+    return PolicyLossResult(loss, metrics, stats.logprobs, stats.entropy, terms.kl, stats.lse, ref_lse, *terms.grads)  # type: ignore[arg-type]  # the first is a tensor
 
 
 def _from_stats(stats: RowStats, mask: Tensor | None, policy: PolicyInputs, weights: Tensor | None) -> _Terms:
     """The terms of statistics that exist."""
     if policy.ratio == "sequence" or (policy.aggregation != "token-mean" and weights is None):
         return _sequence_terms(stats, mask, policy, weights)
-    kl = stats.kl if stats.kl.numel() else None
-    N = stats.logprobs.numel()
+    N, kl = stats.logprobs.numel(), _full_kl(stats)
     rows = (None, None, None, mask, stats.logprobs, stats.entropy, kl, None, None, N, 1, 1, *(0,) * 4, 1.0, 1.0)
     return _terms(rows, None, stats, policy, weights)
 
@@ -325,7 +330,7 @@ def policy_loss_from_stats(
 def policy_gradients(rows: RowInputs, policy: PolicyInputs, weights: Tensor | None) -> tuple[RowStats, RowGrads]:
     """The statistics of some rows of a batch, and the gradients of their loss in these, weighted by token."""
     stats, terms = _from_rows(rows, policy, weights)
-    return stats, given_grads(*terms.grads)
+    return stats, terms.grads
 
 
 def policy_loss(rows: RowInputs, policy: PolicyInputs) -> PolicyLossResult:

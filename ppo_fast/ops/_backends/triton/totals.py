@@ -110,23 +110,24 @@ def new_partials(like: Tensor, totals: int, rows: int = tuning.ROWS) -> Tensor:
 
 
 def totals(
-    partials: Tensor, grads: tuple[Tensor, ...] | None = None, maximum: int = -1, by_sequences: bool = False
+    partials: Tensor, grads: tuple[Tensor | None, ...] | None = None, maximum: int = -1, by_sequences: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics) from ``partials`` [totals, programs]: see :func:`totals_kernel`. The caller chooses the device.
 
-    ``grads``: the per-token gradients to be divided by the number of tokens, the first of them not empty, as is the
+    ``grads``: the per-token gradients to be divided by the number of tokens, the first of them not None, as is the
     loss; None: the terms have been weighted. ``by_sequences``: by that of the sequences, whose row is the last.
     """
     rows, programs = partials.shape[0] - by_sequences, partials.shape[1]
     loss, metrics = partials.new_empty(()), partials.new_empty(rows - 1)
-    given = [x if x.numel() else None for x in grads or ()]
-    N = 0 if grads is None else grads[0].numel()
+    first, *others = grads or (None,)
+    N = 0 if first is None else first.numel()
     totals_kernel[(max(rows, tuning.cdiv(N, tuning.ROWS)),)](
         partials,
         loss,
         metrics,
-        *given,
-        *(None,) * (3 - len(given)),
+        first if N else None,
+        *others,
+        *(None,) * (2 - len(others)),
         N,
         programs,
         BY_COUNT=grads is not None,
