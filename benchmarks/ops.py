@@ -137,6 +137,30 @@ def value_loss() -> Iterator[Row]:
         yield Row(f"value_loss, {shape[0]}x{shape[1]}", name, runs, 17 * counted.numel())
 
 
+def _eager_sample(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Filters as transformers has them, then the race of softmax(logits) and exponential noise."""
+    x = logits.float()
+    if top_k is not None:
+        x = x.masked_fill(x < x.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        ordered, words = x.sort(descending=True)
+        p = ordered.softmax(-1)
+        x = x.masked_fill((p.cumsum(-1) - p >= top_p).gather(-1, words.argsort(-1)), -torch.inf)
+    p = x.softmax(-1)
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+
+def sample_tokens() -> Iterator[Row]:
+    """One decoding step, whose logits are in the cache."""
+    for n, V, *filters in ((64, 152_064, None, None), (64, 152_064, 50, 0.95), (1, 152_064, 50, 0.95)):
+        logits = torch.randn(n, 64 if harness.SMOKE else V, device=harness.DEVICE).mul(4).bfloat16()
+        keys = torch.stack([torch.tensor([3, row, 0]) for row in range(n)]).to(harness.DEVICE)
+        options = dict(zip(("top_k", "top_p"), filters, strict=True))
+        group = f"sample_tokens, {'top-k and top-p' if any(filters) else 'no filter'}, {_shape(logits)}"
+        yield Row(group, "auto", [partial(ppo_fast.sample_tokens, logits, keys, **options)], logits.nbytes)
+        yield Row(group, "eager", [partial(_eager_sample, logits, *filters)], logits.nbytes)
+
+
 def gae() -> Iterator[Row]:
     """Padded batches without and with a mask."""
     backends = _here([b for b in ("cuda", "triton", "native") if ppo_fast.backends()["gae"].get(b) == "ok"])
@@ -171,7 +195,7 @@ def linear() -> Iterator[Row]:
             yield Row(f"linear, {form}, {shape}", name, [partial(case.run, name)], flops=case.flops, error=error)
 
 
-SUITES = (gae, value_loss, token_stats, policy_loss, linear)
+SUITES = (gae, value_loss, sample_tokens, token_stats, policy_loss, linear)
 
 
 def measured(rows: Sequence[Row], failed: list[str]) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.ops._backends.triton import gae, policy_loss, token_stats, token_stats_backward, value_loss
+from ppo_fast.ops._backends.triton import gae, policy_loss, sample_tokens, token_stats, token_stats_backward, value_loss
 from ppo_fast.ops._core.config import PolicyInputs
-from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, ValueInputs
+from ppo_fast.ops._core.inputs import GaeInputs, RowGrads, RowInputs, SampleInputs, ValueInputs
 from ppo_fast.ops._core.results import RowStats
 from tests.aot.offline import SM90, compiling
 
@@ -71,3 +71,15 @@ def test_gae_kernels() -> None:
     assert len(kernels) == 2 * len(LAYOUTS)
     # One kernel each for steps in groups of 16 bytes, neighboring steps, and steps that lie apart.
     assert _names(kernels) == ["gae_kernel"] * 3
+
+
+def test_filters_of_sampling_are_a_fixed_number_of_launches() -> None:
+    """Four bits of a bfloat16 a launch and the last of these, by top-k and by top-p, whose sums are one more."""
+    with compiling(SM90) as kernels:
+        for i, (B, T, stride) in enumerate(LAYOUTS):
+            keys = torch.zeros(B, T, 3, dtype=torch.int64)
+            inputs = SampleInputs(_logits(B, T, 32768, stride), keys, 1.0 + i, 1 + 15 * i, 0.5 + 0.1 * i)
+            sample_tokens.sample_tokens(inputs)
+    assert len(kernels) == (5 + 1 + 5 + 2) * len(LAYOUTS)
+    names = ["measure_kernel"] * 4 + ["merge_kernel", "segment_kernel"] + ["smallest_kernel"] * 2 + ["sums_kernel"]
+    assert _names(kernels) == sorted(names)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ppo_fast as pf
 from ppo_fast.ops._core import head_buffers
 from ppo_fast.ops._core.head_buffers import Buffers, Layout, NeedsGrad
+from ppo_fast.ops._core.head_gradients import Gradients
 from ppo_fast.ops._core.linear_inputs import LinearCall
 from tests.helpers import each_backend, product_scratch
 from tests.ops.test_memory import peak_bytes
@@ -171,13 +172,22 @@ def test_half_logits_on_a_gpu(half: bool, softcap: float | None, dtype: torch.dt
     assert (buffers.dtype, buffers.separate) == (dtype, separate)
 
 
-def test_the_buffers_of_the_largest_head_on_a_gpu() -> None:
-    """With the gradient of a weight of 128,256 x 4096 in float32, 1.96 GiB, they leave room within 3.3 GiB."""
-    with FakeTensorMode():
-        for rows in (8192, 65536):
-            hidden, weight = (torch.empty(n, 4096, device="cuda", dtype=torch.bfloat16) for n in (rows, 128256))
+def test_the_largest_head_on_a_gpu_keeps_within_its_memory() -> None:
+    """8192 x 4096 x 128,256: 3.3 GiB at the last chunk, when all gradients exist; other rows add only their own."""
+    words, width = 128256, 4096
+    held, needs = [], NeedsGrad(True, True, False)
+    for rows in (8192, 65536):
+        with FakeTensorMode():
+            hidden, weight = (torch.empty(n, width, device="cuda", dtype=torch.bfloat16) for n in (rows, words))
             given = LinearCall(hidden, weight, None, hidden, None, None, None, None, None, 1.0, None, False, "torch")
-            assert Buffers.of(given, rows, TRAINED, "cuda").bytes(given) == 128256 * (4096 * 2 + 640 * 4)
+            layout = Layout(given, Buffers.of(given, rows, needs, "cuda"))
+            tensors = (layout._storage, *Gradients.unset(given, needs, every_row=True))
+        held.append(sum(x.nbytes for x in tensors) - 2 * rows * width)
+        tiles: list[int] = []
+        while (left := 4096 - sum(tiles)) > 0:
+            tiles.append(min(left, layout.rows(sum(tiles))))
+        assert tiles == [1664, 1152, 768, 512]  # whole blocks of 128 rows, which a GPU's products come in
+    assert held[0] == held[1] <= 3.3 * 2**30 - 8192 * (2 * width + 4 * PER_ROW)
 
 
 def test_tiles_of_a_chunk_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ _GPU_CHUNK = (2048, 4096)
 _GPU_CHUNK_BYTES = 2**30
 _GPU_CHUNK_FROZEN = 1024
 # Rows of the smallest tile, by device, where the gradient has memory of its own; elsewhere a tile is a chunk.
-_TILE, _TILE_FROZEN = {"cuda": 640}, {"cuda": 512}
+_TILE = {"cuda": 512}
 # Rows that the blocks of a GPU's product come in.
 _PRODUCT_ROWS = 128
 # Bytes to which the parts of the buffer are aligned.
@@ -76,8 +76,7 @@ class Buffers(NamedTuple):
         chunk = chunk_rows(call, count, needs, device, words)
         dtype, ref = _logits_dtype(call, call.hidden, device), call.ref_hidden
         separate = any(needs) and (dtype != call.hidden.dtype or call.softcap is not None)
-        smallest = _TILE if needs.need_weight else _TILE_FROZEN
-        tile = min(chunk, smallest.get(device, chunk)) if separate else chunk
+        tile = min(chunk, _TILE.get(device, chunk)) if separate else chunk
         return Buffers(chunk, tile, dtype, None if ref is None else _logits_dtype(call, ref, device), separate)
 
     @property

@@ -1,17 +1,21 @@
 """What only the Triton kernels have: segments of a row that are merged, tiles, offsets, rows that are not read."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 import ppo_fast as pf
 from ppo_fast.ops._backends import reference
-from ppo_fast.ops._backends.triton import token_stats, token_stats_backward, tuning
-from ppo_fast.ops._core.inputs import RowGrads, RowInputs
+from ppo_fast.ops._backends.triton import sample_filters, token_stats, token_stats_backward, tuning
+from ppo_fast.ops._core.inputs import RowGrads, RowInputs, SampleInputs
 from ppo_fast.ops._core.results import RowStats
 from tests.helpers import assert_near_truth, assert_same
+from tests.ops.test_sample_tokens import kept_by_definition, keys_of
 
 INF, NAN = math.inf, math.nan
 
@@ -51,7 +55,7 @@ def test_merged_segments_equal_the_whole_row(V: int, offset: float) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("V", [96, 100])
+@pytest.mark.parametrize("V", [96, 100, 69])
 def test_gradient_of_every_block(V: int) -> None:
     logits, ref = torch.randn(2, 2, 2, V).mul(4).add(3e4).unbind()
     targets, upstream = torch.randint(0, V, (2, 2)), torch.randn(3, 2, 2)
@@ -170,6 +174,35 @@ def test_in_place_equals_out_of_place(V: int) -> None:
     assert_same(logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("small_tiles")
+def test_gradient_of_rows_anywhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal rows at any address have equal bits; accesses of 16 bytes lie on 16 bytes; nothing else is written."""
+    wide: list[bool] = []
+    for name in ("create_load", "create_store"):  # without a mask: the accesses of whole blocks [1, lanes, group]
+        run = getattr(InterpreterBuilder, name)
+
+        def access(self: InterpreterBuilder, ptr: Any, *rest: Any, run: Callable[..., Any] = run) -> Any:
+            if ptr.data.ndim == 3:
+                wide.append((ptr.data[..., 0] % 16 == 0).all())
+            return run(self, ptr, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, name, access)
+    n, V = 8, 69
+    row, ref = torch.randn(2, 1, 1, V).mul(4).to(dtype)
+    targets, upstream = torch.full((1, n), 66), torch.tensor([1.0, -2.0, 0.5])[:, None, None].repeat(1, 1, n)
+    logits, refs = row.repeat(1, n, 1), ref.repeat(1, n, 1)
+    gradient = _gradient(logits, targets, refs, upstream)
+    assert_same(gradient, gradient[:, :1].expand_as(gradient))
+    storage = torch.full((1, n, V + 6), NAN, dtype=dtype)
+    out = storage[:, :, 3:-3]
+    assert_same(_gradient(row.repeat(1, n + 1, 1)[:, 1:], targets, refs, upstream, out=out), gradient)
+    assert storage.isnan().sum() == 6 * n
+    assert all(wide)
+    # Three blocks of a row are whole, or four; in the second call only their gradient need lie on 16 bytes.
+    assert len(wide) >= 3 * n * (3 + 1)
+
+
 @pytest.mark.parametrize("V", [32, 33])
 def test_offsets_past_2_to_the_31(V: int) -> None:
     """Two rows 2^31 + 16 elements apart, in memory of which only the touched pages become real."""
@@ -198,3 +231,18 @@ def test_a_view_with_rows_off_16_bytes_is_read_in_place() -> None:
     ours, contiguous = _stats(view, targets, None), _stats(view.contiguous(), targets, None)
     for got, expected in zip(ours[:2], contiguous, strict=False):
         assert_near_truth(got, expected.double(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(100, None), (None, 0.9), (60, 0.8)])
+def test_filters_by_several_programs_a_row(
+    top_k: int | None, top_p: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of five segments, the last of them not full: the smallest logit is that of the definition."""
+    monkeypatch.setattr(tuning, "_FILTER", tuning.Tile(32, 2, 1))
+    logits = torch.randn(1, 2, 270).bfloat16()
+    logits[..., 101:139] = logits[..., 101:102]  # equal logits on both sides of a border, kept or dropped together
+    inputs = SampleInputs(logits, keys_of(2)[None], 0.9, top_k, top_p)
+    smallest = sample_filters.smallest_kept(inputs, False)
+    assert smallest is not None
+    kept = [logits[0, row, kept_by_definition(logits[0, row], 0.9, top_k, top_p)] for row in range(2)]
+    assert smallest.tolist() == [words.min().item() for words in kept]

@@ -2,14 +2,12 @@
 
 With p = exp((x - max x) / temperature) and exponential noise e, the token is argmax p / e. Each lane keeps its leader
 (p, e) with p against the lane's running maximum. The partial results are [3, N, segments] in float32 (m, s, the largest
-p / e) and the word that holds it. With a filter another kernel finds the smallest logit that is kept, by passes over
-the row that fix four bits of it at a time.
+p / e) and the word that holds it. With a filter :mod:`sample_filters` finds the smallest logit that is kept.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ppo_fast.ops._backends.triton import tuning
 from ppo_fast.ops._backends.triton.device import (
@@ -23,14 +21,13 @@ from ppo_fast.ops._backends.triton.device import (
     row_offset,
     tile,
 )
+from ppo_fast.ops._backends.triton.sample_filters import smallest_kept
 from ppo_fast.ops._backends.triton.token_stats import aligned, merged, row_strides, store_row
 from ppo_fast.ops._core.inputs import SampleInputs
 from ppo_fast.ops._core.results import SampledTokens
 
 GROUP: tl.constexpr = tl.constexpr(4)  # words of one call of philox
 NOBODY: tl.constexpr = tl.constexpr(0x7FFFFFFF)
-# Upper bits of a float32 that are not 0 when its source has this dtype; float16: 9 and 10 of the mantissa, rounded up.
-_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 20}
 
 
 @triton.jit
@@ -144,123 +141,6 @@ def merge_kernel(
     tl.store(tokens_ptr + row, token.to(tl.int64), exists)
 
 
-@triton.jit
-def ordered(x, BITS: tl.constexpr):
-    """Unsigned integers of BITS bits that are ordered as the float32 x."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000) >> (32 - BITS)
-
-
-@triton.jit
-def from_ordered(image, BITS: tl.constexpr):
-    """The float32 of the integer; the bits that its dtype cannot set are 0."""
-    bits = image << (32 - BITS)
-    flipped = ((bits ^ 0xFFFFFFFF) >> (32 - BITS)) << (32 - BITS)
-    return tl.where(bits >> 31 != 0, bits & 0x7FFFFFFF, flipped).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def smallest_within(
-    x_ptr,
-    V,
-    limit,
-    least,
-    top,
-    scale,
-    MASS: tl.constexpr,
-    BITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The smallest image above which there is less than ``limit``: words, or with MASS p of words from ``least`` on.
-
-    Four bits at a time, the highest first: the words above each of 16 images are measured in one pass.
-    """
-    columns, digits = tl.arange(0, BLOCK), tl.arange(0, 16).to(tl.uint32)
-    base, unit = tl.zeros([1], tl.uint32), tl.full([1], 1 << (BITS - 4), tl.uint32)
-    for _ in range(BITS // 4):
-        pivots = base + digits * unit + (unit - 1)
-        measure = tl.zeros([16, BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            x = tl.load(x_ptr + start + columns, columns < V - start, other=-float("inf")).to(tl.float32)
-            weight = tl.full([BLOCK], 1.0, tl.float32)
-            if MASS:
-                weight = tl.exp2((x - top) * scale)
-            image = ordered(x, BITS)
-            measure += tl.where(image[None, :] > pivots[:, None], weight[None, :], 0.0)
-        too_low = (tl.sum(measure, 1) >= limit).to(tl.uint32)
-        base += tl.sum(too_low, 0) * unit
-        unit >>= 4
-    return base
-
-
-@triton.jit(do_not_specialize=["T", "stride_b", "stride_t", "top_k"])
-def filter_kernel(
-    logits_ptr,
-    smallest_ptr,
-    T,
-    V,
-    stride_b: tl.int64,
-    stride_t: tl.int64,
-    scale,
-    top_k,
-    top_p,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    BITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The smallest logit of one row that the filters keep. Counts are exact up to 2^24 words."""
-    row = tl.program_id(0)
-    x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED)
-    image = tl.zeros([1], tl.uint32)
-    if TOP_K:
-        image = smallest_within(x_ptr, V, top_k.to(tl.float32), 0, 0.0, scale, False, BITS, ALIGNED, BLOCK)
-    if TOP_P:
-        columns = tl.arange(0, BLOCK)
-        m = tl.full([BLOCK], LOWEST, tl.float32)
-        s = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            x = tl.load(x_ptr + start + columns, columns < V - start, other=-float("inf")).to(tl.float32)
-            new_m = tl.maximum(m, x)
-            e = tl.where(ordered(x, BITS) >= image, tl.exp2((x - new_m) * scale), 0.0)
-            s = tl.fma(s, tl.exp2(floored((m - new_m) * scale)), e)
-            m = new_m
-        top = tl.max(m, 0)
-        total = tl.sum(moved_s(s, floored((m - top) * scale)), 0)
-        within = smallest_within(x_ptr, V, top_p * total, image, top, scale, True, BITS, ALIGNED, BLOCK)
-        image = tl.maximum(image, within)
-    tl.store(smallest_ptr + row + tl.arange(0, 1), from_ordered(image, BITS))
-
-
-def _smallest_kept(inputs: SampleInputs, whole_groups: bool) -> Tensor | None:
-    """The smallest logit [N] of each row that the filters keep; None without a filter."""
-    logits, _, temperature, top_k, top_p = inputs
-    if top_k is None and top_p is None:
-        return None
-    B, T, V = logits.shape
-    smallest = logits.new_empty(B * T, dtype=torch.float32)
-    size = tuning.filter_tile(V)
-    filter_kernel[(B * T,)](
-        logits,
-        smallest,
-        T,
-        V,
-        *row_strides(logits),
-        LOG2_E.value / temperature,
-        top_k or 0,
-        top_p or 0.0,
-        TOP_K=top_k is not None,
-        TOP_P=top_p is not None,
-        BITS=_BITS[logits.dtype],
-        ALIGNED=whole_groups,
-        BLOCK=size.block,
-        num_warps=size.warps,
-    )
-    return smallest
-
-
 def sample_tokens(inputs: SampleInputs) -> SampledTokens:
     """A token of every row, and its log-probability."""
     logits, keys, temperature, _, _ = inputs
@@ -278,7 +158,7 @@ def sample_tokens(inputs: SampleInputs) -> SampledTokens:
         segment_kernel[(N * segments,)](
             logits,
             keys,
-            _smallest_kept(inputs, whole_groups),
+            smallest_kept(inputs, whole_groups),
             partials,
             words,
             T,

@@ -22,6 +22,53 @@ def upstream(ptr, row, exists, factor):
 
 
 @triton.jit
+def load_block(
+    ptr,
+    start,
+    inside,
+    whole,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """Words of rows from ``start`` on, in float32. With SHIFTED a whole block on 16 bytes takes 16-byte accesses."""
+    if SHIFTED:
+        if whole & ((tl.max((ptr + start).to(tl.int64), 0) & 15) == 0):
+            x = tl.load(tiles(tl.multiple_of(ptr + start, [16]), BLOCK, GROUP, True))
+        else:
+            x = tl.load(tiles(ptr + start, BLOCK, GROUP, True), inside, other=0.0)
+    else:
+        x = tl.load(tiles(ptr + start, BLOCK, GROUP, ALIGNED), inside, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_block(
+    ptr,
+    offset,
+    x,
+    inside,
+    exists,
+    whole,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """Writes words of rows from ``offset`` on, as :func:`load_block` reads; with SHIFTED they lie on 16 bytes."""
+    if SHIFTED:
+        x = x.to(ptr.dtype.element_ty)
+        if whole:
+            tl.store(tiles(tl.multiple_of(ptr + offset, [16]), BLOCK, GROUP, True), x)
+        else:
+            tl.store(tiles(ptr + offset, BLOCK, GROUP, True), x, inside)
+    else:
+        first, written = ptr + offset, inside & exists[:, None, None]
+        tl.store(tiles(first, BLOCK, GROUP, ALIGNED), x.to(ptr.dtype.element_ty), written)
+
+
+@triton.jit
 def log2_softmax(x, lse_ptr, row, exists, scale, temperature, inv_temperature):
     """log2 of the probabilities of logits x of rows, given the rows' lse in float64.
 
@@ -66,14 +113,18 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
     """dlogits[j] = (g*[j = target] + p[j]*(a + b*u[j] + c*w[j])) / temperature for one block of ROWS rows.
 
     With a = -g - gH*H - gK*KL, b = gK - gH, c = -gK, all times the gradient of the loss where one is given; u and w are
     log2, their ln 2 is in b and c. Rows none of which counts and has an upstream gradient are not read and become 0.
     ``out`` may be the logits.
+    SHIFTED is for unaligned rows of several blocks, ROWS = 1: the blocks begin on 16 bytes of ``out``, up to GROUP - 1
+    words before the row, so that only its first and last block are ragged. Nothing is summed over words here: the bits
+    do not depend on where the blocks begin.
     """
-    blocks = tl.cdiv(V, BLOCK)
+    blocks = tl.cdiv(V + GROUP - 1, BLOCK) if SHIFTED else tl.cdiv(V, BLOCK)
     group = tl.program_id(0) // blocks
     start = (tl.program_id(0) - group * blocks) * BLOCK
     row = group * ROWS + tl.arange(0, ROWS)
@@ -84,21 +135,27 @@ def gradient_kernel(
     g, g_entropy = upstream(g_ptr, row, active, factor), upstream(g_entropy_ptr, row, active, factor)
     g_kl = upstream(g_kl_ptr, row, active, factor)
     active &= (g != 0.0) | (g_entropy != 0.0) | (g_kl != 0.0)
-    columns = tiles(tl.zeros([ROWS], tl.int32), BLOCK, GROUP, ALIGNED)
+    if SHIFTED:
+        first_ptr = out_ptr + row_offset(group, T, out_stride_b, out_stride_t, False)
+        start -= (first_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // GROUP)
+    whole = (start >= 0) & (start + BLOCK <= V)
+    columns = tiles(tl.zeros([ROWS], tl.int32), BLOCK, GROUP, ALIGNED | SHIFTED)
     inside = columns < V - start
+    if SHIFTED:
+        inside &= columns >= -start
     gradient = tl.zeros(columns.shape, tl.float32)
     if tl.max(active.to(tl.int32), 0) != 0:
         read = inside & active[:, None, None]
         a, b = -g * inv_temperature, (g_kl - g_entropy) * (inv_temperature * LN2)
-        x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED) + start
-        x = tl.load(tiles(x_ptr, BLOCK, GROUP, ALIGNED), read, other=0.0).to(tl.float32)
+        x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGNED)
+        x = load_block(x_ptr, start, read, whole, BLOCK, GROUP, ALIGNED, SHIFTED)
         u = log2_softmax(x, lse_ptr, row, exists, scale, temperature, inv_temperature)
         if g_entropy_ptr is not None:
             a -= g_entropy * tl.load(entropy_ptr + row, exists, other=0.0) * inv_temperature
         if ref_ptr is not None:
             a -= g_kl * tl.load(kl_ptr + row, exists, other=0.0) * inv_temperature
-            y_ptr = ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED) + start
-            y = tl.load(tiles(y_ptr, BLOCK, GROUP, ALIGNED), read, other=0.0).to(tl.float32)
+            y_ptr = ref_ptr + row_offset(row, T, ref_stride_b, ref_stride_t, ALIGNED)
+            y = load_block(y_ptr, start, read, whole, BLOCK, GROUP, ALIGNED, SHIFTED)
             w = log2_softmax(y, ref_lse_ptr, row, exists, scale, temperature, inv_temperature)
             c = g_kl * (inv_temperature * LN2)
             gradient = a[:, None, None] + b[:, None, None] * u - c[:, None, None] * w
@@ -114,9 +171,8 @@ def gradient_kernel(
             hit = columns == target[:, None, None]
             gradient = tl.where(hit, gradient + (g * inv_temperature)[:, None, None], gradient)
         gradient = tl.where(active[:, None, None], gradient, 0.0)
-    out_ptr += row_offset(row, T, out_stride_b, out_stride_t, ALIGNED) + start
-    written = inside & exists[:, None, None]
-    tl.store(tiles(out_ptr, BLOCK, GROUP, ALIGNED), gradient.to(out_ptr.dtype.element_ty), written)
+    offset = row_offset(row, T, out_stride_b, out_stride_t, ALIGNED) + start
+    store_block(out_ptr, offset, gradient, inside, exists, whole, BLOCK, GROUP, ALIGNED, SHIFTED)
 
 
 def token_stats_backward(
@@ -135,8 +191,11 @@ def token_stats_backward(
     ref = None if grads.grad_kl is None else ref_logits
     whole_groups = aligned(logits, ref, out)
     size = tuning.backward_tile(logits, whole_groups)
+    group = min(tuning.group(logits), size.block)
+    shifted = not whole_groups and tuning.whole_tile(logits, whole_groups) is None
+    blocks = tuning.cdiv(V + group - 1 if shifted else V, size.block)
     with on_device_of(logits):
-        gradient_kernel[(tuning.cdiv(B * T, size.rows) * tuning.cdiv(V, size.block),)](
+        gradient_kernel[(tuning.cdiv(B * T, size.rows) * blocks,)](
             out,
             logits,
             ref,
@@ -162,7 +221,8 @@ def token_stats_backward(
             ALIGNED=whole_groups,
             ROWS=size.rows,
             BLOCK=size.block,
-            GROUP=min(tuning.group(logits), size.block),
+            GROUP=group,
+            SHIFTED=shifted,
             num_warps=size.warps,
         )
     return out

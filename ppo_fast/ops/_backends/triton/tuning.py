@@ -37,14 +37,15 @@ _FORWARD: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(2048, 32, 4), (10, 0)
 _FORWARD_WITH_REFERENCE: _Table = {(8, 0): Tile(4096, 4, 4), (9, 0): Tile(4096, 32, 8), (10, 0): Tile(4096, 4, 4)}
 _BACKWARD: _Table = {(8, 0): Tile(4096, 1, 4), (9, 0): Tile(2048, 1, 2), (10, 0): Tile(4096, 1, 4)}
 # Of words of any width: unaligned rows are read word by word, each with a predicate of its own; more than 16 a thread
-# spill. Reading 16 bytes from the first aligned word on would sum a row in an order that depends on its address.
+# spill. Only the gradient is read and written 16 bytes at a time from the first aligned word on, ragged ends excepted:
+# sums over words would be in an order that depends on the row's address.
 _UNALIGNED_WORDS = 16
 _FORWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 4, 4), (9, 0): Tile(1024, 128, 4), (10, 0): Tile(2048, 4, 4)}
 _BACKWARD_UNALIGNED: _Table = {(8, 0): Tile(2048, 1, 4), (9, 0): Tile(2048, 1, 4), (10, 0): Tile(2048, 1, 4)}
 WHOLE = 4096  # the largest vocabulary, as a power of 2, whose rows are not cut: a program takes several of them
 _WHOLE = Tile(1024, 1, 1)  # 2-byte words of all its rows together, as measured at V = 256 and 32
 _SAMPLE: _Table = {(8, 0): Tile(1024, 16, 4), (9, 0): Tile(1024, 16, 4), (10, 0): Tile(1024, 16, 4)}
-_FILTER = Tile(1024, 1, 8)
+_FILTER = Tile(1024, 8, 8)
 ELEMENTS = 4096  # per program of the kernel that scales a tensor
 ROWS = 256  # rows per program of the per-token kernels
 PARTIALS = 256  # partial results per program of the kernel that merges them
@@ -118,7 +119,7 @@ def sample_tile(logits: Tensor) -> Tile:
 
 
 def filter_tile(V: int) -> Tile:
-    """The tile of the passes that look for the smallest logit to keep; a program takes a whole row."""
+    """The tile of the passes that look for the smallest logit to keep."""
     return _fitted(_FILTER, V)
 
 
