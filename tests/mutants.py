@@ -239,7 +239,7 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/attention.py", ' | {"attention_mask": cu_seqlens.new_empty((1, 1, 0, 0))}', "", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "back <= window_size[0])", "back <= window_size[0] + 1)", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", '{"is_causal": mask is None', '{"is_causal": False', ATTENTION),
-    Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model)", " and False", ATTENTION),
+    Mutant(f"{RLHF}/models/attention.py", " and _use_by_sequence(model, device)", " and False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", "if others.get(name) is not None", "if False", ATTENTION),
     Mutant(f"{RLHF}/models/attention.py", " > allowed:", " > 1e9:", ATTENTION),
     Mutant(
@@ -478,6 +478,14 @@ MUTANTS = [
         "            pass  # fully_shard",
         RUNS,
     ),
+    Mutant(
+        f"{RLHF}/models/sharding.py", "            _forget_passes(self)\n        return", "        return", SHARDING
+    ),
+    Mutant(f"{RLHF}/models/distribution.py", "empty.setdefault(first, ", "empty.setdefault(name, ", SHARDING),
+    Mutant(f"{RLHF}/models/distribution.py", "        found.copy_(x)\n", "        pass\n", SHARDING),
+    Mutant(f"{RLHF}/models/distribution.py", "x[rank * each : (rank + 1) * each]", "x[:each]", SHARDING),
+    Mutant(f"{RLHF}/models/adapters.py", "self.without_data and current().mesh is None", "self.without_data", SHARDING),
+    Mutant(f"{RLHF}/models/networks.py", "network.generation_config = Gen", "Gen", SHARDING),
     Mutant(f"{RLHF}/ppo/update.py", "loss * 0 if self.repeats else loss", "loss", SHARDING),
     Mutant(f"{RLHF}/ppo/update.py", "zeros_like(policy), zeros_like(value)", "policy, value", SHARDING),
     Mutant(f"{RLHF}/training/optim.py", "norm if total is squares else total.sqrt()", "norm", SHARDING),

@@ -44,7 +44,7 @@ inline void assign(float& to, PyObject* x) {
 inline void assign(std::optional<float>& to, PyObject* x) {
   if (x == Py_None) return to.reset();
   float number;
-  if (PyFloat_Check(x)) {
+  if (PyFloat_Check(x) || PyLong_Check(x)) {
     assign(number, x);
   } else {
     number = *static_cast<const float*>(tensor(x).data);

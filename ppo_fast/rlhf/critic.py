@@ -78,6 +78,9 @@ class ValueRegression(Objective[Scored]):
 
         return self.run(loss)
 
+    def begin(self, examples: Sequence[Scored]) -> None:
+        self.before.update(self.evaluate(examples) if examples else {})
+
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Scored]) -> dict[str, float]:
         values = self.gathered(self.values, examples)
@@ -137,8 +140,6 @@ def train_value_model(
         data = load_data(config, make, loaded.tokenizer, start.generator, train, held_out)
         common = (loaded.model, padding_id(loaded.tokenizer), config.optim.width)
         objective = ValueRegression(*common, config.gamma, loaded.eos_ids, adapters=loaded.adapters)
-        if data.held_out:
-            objective = dataclasses.replace(objective, before=objective.evaluate(data.held_out))
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
@@ -171,6 +172,8 @@ def sample_scored(
     filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
     sources, longest = load_sources(config, models, reward_fn), config.rollout.max_new_tokens
     scorer = Scorer(sources, config.reward, filter_fn, max_new_tokens=longest)
+    models.split(config.model)
+    scorer.split(models, config.model)
     sampler, found = (
         PromptSampler(len(data.token_ids), generator, shuffle=config.data.shuffle),
         list[dict[str, Any]](),

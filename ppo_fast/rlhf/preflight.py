@@ -51,7 +51,8 @@ def check_objects(
         functions: setting that names such a function -> None, or a function; by the setting's argument.
         models: None, or a model of transformers.
     """
-    expected = [("config", isinstance(config, kind), f"a {kind.__name__}", config, "")]
+    noun = f"a {kind.__name__}"
+    expected: list[tuple[str, bool, str, object, str]] = [("config", isinstance(config, kind), noun, config, "")]
     by_path = "; model.path takes a directory or a name on the Hub"
     for name, model in models.items():
         fits = model is None or (hasattr(model, "config") and hasattr(model, "parameters"))

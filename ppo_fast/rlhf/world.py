@@ -58,6 +58,14 @@ class World:
         """Whether this process writes the files and the console of the run."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where this process computes; None: there is no process group."""
+        if self.mesh is None:
+            return None
+        kind = self.mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
     def shares(self, count: int) -> list[range]:
         """Return consecutive shares of `count` rows, by rank; they differ by at most one row."""
         size = self.size

@@ -1,5 +1,6 @@
 """A vocabulary split over two processes gives the results and gradients of the whole one, on every backend."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -306,4 +307,5 @@ def one_rank(rank: int, store: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton" if INTERPRETED else "torch and native"])
 def test_two_slices_are_the_whole_vocabulary(tmp_path: Path, backend: str) -> None:
-    mp.spawn(one_rank, (str(tmp_path / "store"),), nprocs=WORLD)
+    multiprocessing.set_forkserver_preload([__name__])  # imported once
+    mp.start_processes(one_rank, (str(tmp_path / "store"),), nprocs=WORLD, start_method="forkserver")

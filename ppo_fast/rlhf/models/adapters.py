@@ -39,7 +39,7 @@ class Adapters:
         self.network = network  # the base, with layers for adapters in it
         self.trained: dict[str, bool] = {}  # whether an adapter is, by name
         self.copies: dict[str, list[RoundedCopy]] = {}  # what the layers multiply by on a base of 16 bits, by name
-        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator what `draw` and `fill` replace
+        with self._making():
             self.model = peft.get_peft_model(network, config, adapter_name=TRAINED)
         self._now: str | None = TRAINED
         self._settle(TRAINED, trained=True)
@@ -51,7 +51,7 @@ class Adapters:
 
     @property
     def without_data(self) -> bool:
-        """Whether the network is on the meta device, as in a plan."""
+        """Whether the network is on the meta device, as in a plan, or until rank 0 sends the weights."""
         return any(parameter.is_meta for parameter in self.network.parameters())
 
     @property
@@ -61,25 +61,27 @@ class Adapters:
 
     def add(self, name: str, config: peft.LoraConfig, *, trained: bool) -> None:
         """Add an adapter. `draw`, `fill` or `copy` gives it values."""
-        with torch.random.fork_rng(devices=[]):
+        with self._making():
             self.model.add_adapter(name, copy.deepcopy(config))
         self._settle(name, trained=trained)
 
     @torch.no_grad()
     def draw(self, name: str, generator: torch.Generator) -> None:
         """Initialize an adapter: A uniform in +-1 / sqrt(inputs), as torch initializes a linear layer; B = 0."""
-        if self.without_data:  # has no numbers, and takes no generator of another device
+        if self.without_data and current().mesh is None:  # a plan has no numbers
             return
         for parameter_name, parameter in self.named(name).items():
             if ".lora_A." in parameter_name:
-                nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
+                # On the generator's device, and on ranks without data as well: generators stay in step.
+                noise = torch.empty_like(parameter, device=generator.device)
+                parameter.copy_(nn.init.kaiming_uniform_(noise, a=5**0.5, generator=generator))
             else:
                 parameter.zero_()
 
     @torch.no_grad()
     def fill(self, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
         """Set the values by peft's names; UserError naming their `source` when they belong to other layers."""
-        for layer in () if _quantized(self.network) else self._adapted(name).values():
+        for layer in () if is_quantized(self.network) else self._adapted(name).values():
             base = layer.get_base_layer()
             linear = isinstance(base, nn.Linear | Conv1D)
             check(linear, source, "an adapter of linear layers", type(base).__name__)
@@ -174,12 +176,19 @@ class Adapters:
     def check_mergeable(self, source: str) -> None:
         """Raise UserError naming `source` where a sum of weights would change more than the adapter does."""
         check(
-            not _quantized(self.network), source, "an adapter on a base that is not quantized, to merge it", self.base
+            not is_quantized(self.network), source, "an adapter on a base that is not quantized, to merge it", self.base
         )
         owners = Counter(id(weight) for layer in self.network.modules() for weight in layer.parameters(recurse=False))
         for name, layer in self._adapted(TRAINED).items():
             apart = owners[id(layer.get_base_layer().weight)] == 1
             check(apart, source, "an adapter of layers that share no weight, to merge it", name)
+
+    @contextlib.contextmanager
+    def _making(self) -> Iterator[None]:
+        """The block makes an adapter, without data where the network has none."""
+        # peft draws from the global generator what `draw` and `fill` replace.
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if self.without_data else contextlib.nullcontext():
+            yield
 
     def _adapted(self, name: str) -> dict[str, LoraLayer]:
         return adapted_layers(self.network, name)
@@ -247,7 +256,7 @@ def adapt(
     """`network` with the adapter that was saved, or with a new one of B = 0; its own weights frozen."""
     if hasattr(network, "peft_config") and saved is None:
         raise UserError(f"model.lora.rank: expected 0 for a model that has adapters already, got {config.rank}")
-    if config.merge and _quantized(network):
+    if config.merge and is_quantized(network):
         raise UserError("model.lora.merge: expected false for a base in 4 bits, got True")
     if saved is None:
         adapters = Adapters(network, _new_config(network, config))
@@ -273,9 +282,10 @@ def put_on(network: PreTrainedModel, saved: SavedAdapter) -> Adapters:
 
 def add_to_weights(network: PreTrainedModel, saved: SavedAdapter) -> None:
     """Add the saved adapter to the weights of `network`, for good, and make all of them trainable."""
-    adapters = put_on(network, saved)
-    adapters.check_mergeable(saved.path)
-    adapters.model.merge_and_unload()
+    if not any(parameter.is_meta for parameter in network.parameters()):  # else there is nothing to add to
+        adapters = put_on(network, saved)
+        adapters.check_mergeable(saved.path)
+        adapters.model.merge_and_unload()
     network.requires_grad_(True)
 
 
@@ -306,5 +316,6 @@ def _errors_of_peft(saved: SavedAdapter) -> Iterator[None]:
         raise UserError(f"{saved.path}: expected an adapter that fits its base {saved.base!r}: {reason}") from error
 
 
-def _quantized(network: PreTrainedModel) -> bool:
+def is_quantized(network: PreTrainedModel) -> bool:
+    """Whether the network has quantized weights, such as those of 4 bits."""
     return getattr(network, "quantization_method", None) is not None

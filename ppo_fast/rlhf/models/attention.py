@@ -48,14 +48,17 @@ def attention_implementation(
     return VARLEN
 
 
-def use_attention(model: PreTrainedModel, config: WeightsConfig) -> None:
+def use_attention(model: PreTrainedModel, config: WeightsConfig, device: torch.device | None = None) -> None:
     """Give a model on its device, or a backbone, the attention that `config` means, packed rows included.
+
+    `device` is where its forward passes run, None: where its weights are.
 
     On a CPU packed rows of a model with sdpa go sequence by sequence, unless that model adds to the scores.
 
     Raises UserError for an attention that transformers does not have, and for a model that cannot be packed.
     """
-    name = attention_implementation(config, model.device, model.dtype)
+    device = device or model.device
+    name = attention_implementation(config, device, model.dtype)
     if name is not None:
         try:
             model.set_attn_implementation(name)
@@ -63,12 +66,12 @@ def use_attention(model: PreTrainedModel, config: WeightsConfig) -> None:
             reason = " ".join(str(error).split())
             raise UserError(f"model.attention: {type(model).__name__} cannot have {name!r}: {reason}") from error
     if getattr(config, "packing", False):
-        if name is None and model.device.type == "cpu" and _use_by_sequence(model):
+        if name is None and device.type == "cpu" and _use_by_sequence(model, device):
             return
-        check_packed(model.base_model)
+        check_packed(model.base_model, device)
 
 
-def _use_by_sequence(model: PreTrainedModel) -> bool:
+def _use_by_sequence(model: PreTrainedModel, device: torch.device) -> bool:
     """Give a model with sdpa the attention sequence by sequence; False leaves its own, where that one cannot be had."""
     own = model.config._attn_implementation
     if own != "sdpa":
@@ -76,7 +79,7 @@ def _use_by_sequence(model: PreTrainedModel) -> bool:
     register()
     model.set_attn_implementation(VARLEN)
     try:
-        check_packed(model.base_model)
+        check_packed(model.base_model, device)
     except UserError:
         model.set_attn_implementation(own)
         return False
@@ -101,8 +104,10 @@ def packed_arguments(model: PreTrainedModel, cu_seqlens: Tensor, longest: int) -
 
 
 @torch.no_grad()
-def check_packed(backbone: PreTrainedModel) -> None:
+def check_packed(backbone: PreTrainedModel, device: torch.device | None = None) -> None:
     """Compare a sequence in a packed row with the same sequence by itself.
+
+    `device` is where the forward passes run, None: where the weights are.
 
     Raises:
         UserError: hidden states differ by more than rounding: the model sees across sequences, or goes on counting.
@@ -110,7 +115,7 @@ def check_packed(backbone: PreTrainedModel) -> None:
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         raise _refused(backbone, "whose forward pass takes no positions")
     known = len(backbone.get_input_embeddings().weight)
-    ids = (torch.arange(12, dtype=torch.int64, device=backbone.device) * known // 12)[None]
+    ids = (torch.arange(12, dtype=torch.int64, device=device or backbone.device) * known // 12)[None]
     lengths = (5, 7)
     positions = torch.cat([torch.arange(n, dtype=torch.int64, device=ids.device) for n in lengths])[None]
     row = {"input_ids": ids, "position_ids": positions, "attention_mask": None, "use_cache": False}

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_fast.rlhf.errors import UserError, install_command
+from ppo_fast.rlhf.world import current
+
+Run = Callable[..., Any]  # run(function) is function(network), with the weights that it needs gathered
 
 # Architectures for which liger-kernel changes nothing but names of their module of transformers and forward passes of
 # the network's own modules.
@@ -35,8 +38,14 @@ _ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROUNDING_OF_SUMS = 1e-4
 
 
-def use_kernels(model: PreTrainedModel, kernels: str) -> None:
+def use_kernels(
+    model: PreTrainedModel, kernels: str, run: Run | None = None, device: torch.device | None = None
+) -> None:
     """Give a network on its device the kernels that `model.kernels` asks for; "auto": those that can be had.
+
+    Args:
+        run: for a network that is split over ranks, all of which call this.
+        device: where the forward passes of a split network run.
 
     Raises:
         UserError: "liger" without a GPU, without the package, for an architecture that it does not know, or where
@@ -44,9 +53,10 @@ def use_kernels(model: PreTrainedModel, kernels: str) -> None:
     """
     if kernels == "none":
         return
-    reason = _unavailable(model)
+    device = device or model.device
+    reason = _unavailable(model, device)
     if reason is None:
-        reason = _apply_checked(model)
+        reason = _apply_checked(model, run or (lambda function: function(model)), device)
         if reason is not None and kernels == "auto":
             warnings.warn(f"model.kernels: 'none' {reason}", stacklevel=2)
     if reason is not None and kernels == "liger":
@@ -60,10 +70,10 @@ def kernels_of(model: nn.Module) -> str:
     return "liger" if found else "none"
 
 
-def _unavailable(model: PreTrainedModel) -> str | None:
+def _unavailable(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why a network cannot have liger-kernel; None if it can."""
-    if model.device.type != "cuda":
-        return f"on the device {model.device.type!r}"
+    if device.type != "cuda":
+        return f"on the device {device.type!r}"
     try:
         known = _appliers().keys() & KNOWN
     except ImportError as error:
@@ -79,14 +89,15 @@ def _appliers() -> dict[str, Callable[..., None]]:
     return appliers
 
 
-def _apply_checked(model: PreTrainedModel) -> str | None:
+def _apply_checked(model: PreTrainedModel, run: Run, device: torch.device) -> str | None:
     """`apply_liger`, undone if the network differs from what it was; then return by how much."""
     modules = [*model.modules()]
     before = [{name: vars(module)[name] for name in BOUND if name in vars(module)} for module in modules]
-    expected = _states_and_gradients(model)
+    expected = _states_and_gradients(model, run, device)
     apply_liger(model)
-    found = _states_and_gradients(model)
-    errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True)]
+    found = _states_and_gradients(model, run, device)
+    # Rank 0 decides for all: kernels round differently from one launch to the next.
+    errors = current().objects([((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True)])[0]
     if max(errors) <= _ROUNDING.get(model.dtype, _ROUNDING_OF_SUMS) or not all(y.isfinite().all() for y in expected):
         return None  # a network without finite numbers is for the first update to name
     for module, methods in zip(modules, before, strict=True):
@@ -123,14 +134,16 @@ def _with_globals(function: FunctionType, names: dict[str, Any]) -> FunctionType
     return made
 
 
-def _states_and_gradients(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def _states_and_gradients(model: PreTrainedModel, run: Run, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hidden states [2, 8, D] of words from all over the vocabulary, and the gradient of a sum of them, in float32."""
     backbone, embeddings = model.base_model, model.get_input_embeddings()
-    count, device = len(embeddings.weight), model.device
+    count = len(embeddings.weight)
     ids = (torch.arange(16, dtype=torch.int64, device=device) * count // 16).view(2, 8)
+    with torch.no_grad():
+        inputs = run(lambda _: embeddings(ids))
+    inputs.requires_grad_()
     with torch.enable_grad():
-        inputs = embeddings(ids).detach().requires_grad_()
-        states = backbone(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        states = run(lambda _: backbone(inputs_embeds=inputs, use_cache=False).last_hidden_state.clone())
         weights = torch.linspace(-1, 1, states[0].numel(), dtype=states.dtype, device=device).view(states[0].shape)
         (gradient,) = torch.autograd.grad((states * weights).sum(), inputs)
     return states.detach().float(), gradient.float()

@@ -17,9 +17,10 @@ from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.adapters import Adapters, adapt, add_to_weights
 from ppo_fast.rlhf.models.forward import check_linear
-from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.networks import networks_of_rank
 from ppo_fast.rlhf.models.pretrained import load_pretrained
 from ppo_fast.rlhf.models.saved import SavedModel
+from ppo_fast.rlhf.world import by_all_ranks, current
 
 GENERATION = "generation_config.json"
 
@@ -35,6 +36,7 @@ class Loaded:
     eos_ids: tuple[int, ...] = ()  # end a response; see `all_eos_ids`
 
 
+@by_all_ranks
 def load_policy(
     config: CausalConfig,
     generator: torch.Generator,
@@ -47,7 +49,7 @@ def load_policy(
     Raises UserError for a model whose log-probabilities cannot be had as `config.logits` wants them.
     """
     loaded = with_adapters(load_causal(config, generator.device, model, tokenizer, saved), config, generator)
-    if config.fused_head:
+    if config.fused_head and current().mesh is None:  # a network that will be split is checked then
         check_linear(loaded.model)
     return loaded
 
@@ -67,7 +69,7 @@ def load_causal(
     if (model is None or tokenizer is None) and config.path is None:
         raise UserError("model.path: expected a model directory or hub id, got null")
     saved = saved or SavedModel("model.path", config.path, config.trust_remote_code)
-    networks, adapter = Networks(config, device), None
+    networks, adapter = networks_of_rank(config, device), None
     if model is None:
         model, adapter = networks.causal(saved), saved.adapter
     elif config.load_in_4bit:

@@ -33,12 +33,12 @@ from ppo_fast.rlhf.models.loading import (
     padding_id,
     recomputing,
 )
-from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.networks import Networks, equip, networks_of_rank
 from ppo_fast.rlhf.models.offload import Offloaded, offload_activations
 from ppo_fast.rlhf.models.saved import SavedModel, SavedModels, find_models
 from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.models.value import ValueModel, head_like, new_head
-from ppo_fast.rlhf.world import current
+from ppo_fast.rlhf.world import by_all_ranks, current
 
 Role = Literal["policy", "reference", "value"]
 
@@ -68,7 +68,8 @@ class Models:
 
     @property
     def device(self) -> torch.device:
-        return self.policy.device
+        """Where the networks run; those of several ranks are elsewhere until `split`."""
+        return current().device or self.policy.device
 
     @contextlib.contextmanager
     def using(self, role: Role) -> Iterator[Any]:
@@ -117,19 +118,31 @@ class Models:
             "value": policy if self.shared else Root(**value),
         }
 
-    def split(self, *, offload: bool = False) -> None:
-        """Split the weights over the ranks, if they are a process group; `offload` keeps the reference's on the host.
+    def split(self, config: ModelConfig) -> None:
+        """Split the weights over the ranks, if they are a process group, and equip the networks as `config` says.
 
-        Adapters are added before it, optimizers are made after it.
+        Each rank receives its rows from rank 0. Adapters are added before it, optimizers are made after it.
         """
         mesh = current().mesh
         if mesh is None:
             return
         for role, root in self._roots.items():
             if len(root.networks) and not isinstance(root, FSDPModule):
-                shard(root, mesh, offload=offload and role == "reference")
+                shard(root, mesh, offload=config.offload and role == "reference")
         if self.adapters is not None:
             self.adapters.forget_copies()
+        backbones = list[nn.Module]()
+        for role, network in self._networks().items():
+            backbone = backbone_of(network)
+            if all(backbone is not other for other in backbones):
+                backbones.append(backbone)
+                with self.running(role) as run:
+                    equip(network, config, run, self.device, linear=role == "policy" and config.fused_head)
+
+    def _networks(self) -> dict[Role, PreTrainedModel]:
+        """By role; the value model without its head."""
+        value: dict[Role, PreTrainedModel] = {} if self.value is None else {"value": self.value.backbone}
+        return {"policy": self.policy, "reference": self.reference, **value}
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -164,6 +177,7 @@ class Models:
         return {"policy": TRAINED, "value": VALUE, "reference": self.adapters.reference}[role]
 
 
+@by_all_ranks
 def load_models(
     config: ModelConfig,
     generator: torch.Generator,
@@ -182,7 +196,7 @@ def load_models(
     loaded = load_policy(config, generator, policy, tokenizer, saved.policy)
     vocabulary = loaded.tokenizer.get_vocab()
     start = critic_start(config, saved, loaded.adapters, lambda each: load_tokenizer(each).get_vocab() == vocabulary)
-    networks, normalized = Networks(config, generator.device), reward.normalize == "dataset"
+    networks, normalized = networks_of_rank(config, generator.device), reward.normalize == "dataset"
     value = make_value_model(config, networks, loaded, start, generator, normalized=normalized) if critic else None
     models = build_models(config, loaded, value, reference)
     if config.offload_activations:
@@ -263,7 +277,9 @@ def make_value_model(
         head = new_head(config, backbone.config.hidden_size, generator)
     else:
         head = head_like(scores, start.stats if normalized else (0.0, 1.0))
-    return ValueModel(backbone, head.to(networks.device).requires_grad_(True))
+    if not head.weight.is_meta:
+        head = head.to(networks.device)
+    return ValueModel(backbone, head.requires_grad_(True))
 
 
 def _adapted_backbone(

@@ -1,7 +1,9 @@
-"""The constructor of networks: from what is at a path to a network in memory, with its weights."""
+"""The constructor of networks: from what is at a path to a network in memory, with its weights or without data."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -20,13 +23,16 @@ from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.errors import UserError, require
 from ppo_fast.rlhf.integrity import copy_tensors, read_tensors
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
-from ppo_fast.rlhf.models.adapters import add_to_weights
+from ppo_fast.rlhf.models.adapters import add_to_weights, is_quantized
 from ppo_fast.rlhf.models.attention import use_attention
-from ppo_fast.rlhf.models.kernels import use_kernels
+from ppo_fast.rlhf.models.distribution import drop_data
+from ppo_fast.rlhf.models.forward import check_linear
+from ppo_fast.rlhf.models.kernels import Run, use_kernels
 from ppo_fast.rlhf.models.offload import to_pinned
-from ppo_fast.rlhf.models.pretrained import Loader, load_network
+from ppo_fast.rlhf.models.pretrained import Loader, load_network, one_sentence
 from ppo_fast.rlhf.models.saved import CLASSIFIER, VALUE_FILE, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel
+from ppo_fast.rlhf.world import current
 
 
 class Networks:
@@ -76,10 +82,10 @@ class Networks:
             return self.make(AutoModel, saved, dtype), None
         model = self.make(AutoModelForCausalLM, saved, dtype) if classifier is None else classifier
         if adapter is not None:
-            self.merge(model, adapter)
+            add_to_weights(model, adapter)
         return model.base_model, None if classifier is None else model.score
 
-    # A plan overrides the methods below.
+    # Networks without data override the methods below.
 
     def make(
         self,
@@ -112,14 +118,19 @@ class Networks:
         """The scalar head that was saved with an adapter of `network`."""
         return adapter.head
 
-    def merge(self, network: PreTrainedModel, adapter: SavedAdapter) -> None:
-        """Add an adapter to the weights of `network`, for good."""
-        add_to_weights(network, adapter)
-
     def place(self, network: PreTrainedModel) -> None:
-        """Move the network to the device and give it the attention and the kernels that the config means."""
-        use_attention(network if self.config.load_in_4bit else network.to(self.device), self.config)
-        use_kernels(network, self.config.kernels)
+        """Move the network to the device and `equip` it; one that will be split waits in host memory for that."""
+        if current().mesh is not None:
+            self.hold(network)
+            return
+        if not self.config.load_in_4bit:
+            network.to(self.device)
+        equip(network, self.config)
+
+    def hold(self, network: PreTrainedModel) -> None:
+        """Keep the network in host memory until it is split. Quantized weights are whole on the device of each rank."""
+        if not self.config.load_in_4bit:  # which is there already
+            network.to(self.device if is_quantized(network) else "cpu")
 
     def to_host(self, x: Tensor) -> Tensor:
         """Copy an activation to host memory."""
@@ -134,6 +145,85 @@ class Networks:
                 return self.make(AutoModelForSequenceClassification, saved, dtype, new="score.", num_labels=1)
         finally:
             logging.set_verbosity(verbosity)
+
+
+class EmptyNetworks(Networks):
+    """Makes networks without data, on the meta device, from their configs: rank 0 sends the other ranks their rows.
+
+    A quantized network is whole on each rank, which loads it.
+    """
+
+    def make(
+        self,
+        loader: Loader,
+        saved: SavedModel,
+        dtype: torch.dtype | None = None,
+        *,
+        quantized: bool = False,
+        **options: Any,
+    ) -> PreTrainedModel:
+        if quantized or getattr(saved.config, "quantization_config", None) is not None:
+            return super().make(loader, saved, dtype, quantized=quantized, **options)
+        with one_sentence(loader, saved.base), torch.device("meta"):
+            network = self.build(loader, saved, dtype, **options)
+        if network.can_generate() and saved.base is not None:
+            with contextlib.suppress(OSError):  # there is none: then it follows from the config
+                network.generation_config = GenerationConfig.from_pretrained(saved.base)
+        return network.eval()
+
+    def build(self, loader: Loader, saved: SavedModel, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+        """The network by its config, on the default device."""
+        config = copy.deepcopy(saved.config)
+        config.num_labels = options.pop("num_labels", config.num_labels)
+        options.pop("new", None)
+        network: PreTrainedModel = loader.from_config(
+            config, dtype=dtype or self.dtype, trust_remote_code=saved.trust, **options
+        )
+        return network
+
+    def whole_value(self, saved: SavedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Linear]:
+        backbone = self.make(AutoModel, saved, dtype)
+        return backbone, empty_head(backbone)
+
+    def hold(self, network: PreTrainedModel) -> None:
+        if is_quantized(network):
+            super().hold(network)
+        else:
+            drop_data(network)
+
+
+def empty_head(network: PreTrainedModel) -> nn.Linear:
+    """A scalar head without data."""
+    return nn.Linear(network.config.hidden_size, 1, dtype=torch.float32, device="meta")
+
+
+def networks_of_rank(config: WeightsConfig, device: torch.device) -> Networks:
+    """Those of a run: without data on all ranks but the first."""
+    return (Networks if current().is_main else EmptyNetworks)(config, device)
+
+
+def equip(
+    network: PreTrainedModel,
+    config: WeightsConfig,
+    run: Run | None = None,
+    device: torch.device | None = None,
+    *,
+    linear: bool = False,
+) -> None:
+    """Give a network the attention and the kernels that the config means, and check that its outputs allow them.
+
+    Args:
+        run: for a network that is split; all ranks call it.
+        device: where the forward passes of a split network run.
+        linear: check as well that its log-probabilities follow from the head's weights.
+    """
+    run = run or (lambda function: function(network))
+    with torch.no_grad():
+        run(lambda _: use_attention(network, config, device))
+    use_kernels(network, config.kernels, run, device)
+    if linear:
+        with torch.no_grad():
+            run(lambda _: check_linear(network))
 
 
 def quantization(config: WeightsConfig, device: torch.device) -> dict[str, object]:

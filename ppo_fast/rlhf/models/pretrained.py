@@ -33,11 +33,16 @@ def load_pretrained(loader: Loader, path: str | None, trust: bool = False, **opt
     """`loader.from_pretrained(path, ...)`, with code of the model's own when trusted; UserError when it fails."""
     if path is not None:
         check_local(loader.__name__, path)
-    failures = (OSError, ValueError, ImportError, SafetensorError)
+    with one_sentence(loader, path), no_progress_bars():
+        return loader.from_pretrained(path, trust_remote_code=trust, **options)
+
+
+@contextlib.contextmanager
+def one_sentence(loader: Loader, path: str | None) -> Iterator[None]:
+    """Raise a UserError for what `loader` raises on what is at a path."""
     try:
-        with no_progress_bars():
-            return loader.from_pretrained(path, trust_remote_code=trust, **options)
-    except failures as error:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error):
             reason = "it has Python code of its own, which runs only when model.trust_remote_code is true"

@@ -36,7 +36,7 @@ def make_reward_network(saved: SavedModel, networks: Networks, adapters: Adapter
     if adapters is not None and own is not None and head is not None:
         name = f"reward-{sum(each.startswith('reward-') for each in adapters.trained)}"
         adapters.load(name, own, trained=False)
-        head = head.to(adapters.network.device).requires_grad_(False)
+        head = head.to(networks.device).requires_grad_(False)
         scorer = ValueModel(backbone_of(adapters.network), head)
         return RewardNetwork(scorer, functools.partial(adapters.active, name), shared=True)
     model = networks.classifier(saved)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from transformers import PreTrainedModel
 
 from ppo_fast.rlhf.errors import UserError
+from ppo_fast.rlhf.models.distribution import give_weights, take_weights
 from ppo_fast.rlhf.models.value import ValueModel
 
 
@@ -46,6 +47,7 @@ class Root(nn.Module):
         found = self(name, function, *args, **options)
         if isinstance(self, FSDPModule) and not torch.is_grad_enabled():
             self.reshard()  # fully_shard keeps a root's weights for a backward pass, and they would grow old
+            _forget_passes(self)
         return found
 
     @contextlib.contextmanager
@@ -73,23 +75,30 @@ class Root(nn.Module):
                 group.reshard()
             self.set_reshard_after_forward(True)
             self.set_reshard_after_forward(False, recurse=False)
+            _forget_passes(self)
 
 
 def shard(root: Root, mesh: DeviceMesh, *, offload: bool = False) -> None:
     """Split the weights of the networks over the ranks of the mesh, row by row; gradients are then sums over the ranks.
 
+    Each rank receives its rows of rank 0's weights, and rank 0's buffers; the other ranks may hold networks without
+    data, and what they hold does not count.
+
     The groups that are gathered together are the layers, the embedding unless it is tied to the head, a scalar head in
     float32, and the rest. `offload` keeps the shares in host memory on a GPU.
 
     Raises:
-        UserError: trained weights of a group have two dtypes, which torch does not reduce together.
+        UserError: trained weights of a group have two dtypes, which torch does not reduce together, or another rank
+            has other weights than rank 0.
     """
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
-    if offload and mesh.device_type == "cuda":
+    offload = offload and mesh.device_type == "cuda"
+    if offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    taken = take_weights(root)
     groups = find_groups(root)
     _check_dtypes(root, groups)
     ignored = {weight for weight in root.parameters() if not weight.is_floating_point()}
@@ -101,6 +110,7 @@ def shard(root: Root, mesh: DeviceMesh, *, offload: bool = False) -> None:
             # Sums in place of means; the factor by itself makes torch ask gloo for an operation that it does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    give_weights(root, taken, torch.device("cpu" if offload else mesh.device_type))
     with torch.no_grad():  # the first forward pass makes this module the root of the others
         root.run(next(iter(root.networks)), lambda network: None)
 
@@ -131,6 +141,16 @@ def _inside_forward(root: FSDPModule) -> Iterator[None]:
         yield
     finally:
         context.iter_forward_root = before
+
+
+def _forget_passes(root: FSDPModule) -> None:
+    """Drop the records of forward passes that no backward pass follows: it would clear them, they prefetch for it."""
+    root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
+    for module in root.modules():  # type: ignore[attr-defined]  # of the module that it is mixed with
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group._post_forward_indices.clear()
 
 
 def _check_dtypes(root: nn.Module, groups: list[nn.Module]) -> None:

@@ -100,15 +100,22 @@ class DryRun:
         return self.timeline
 
     def start(self) -> None:
-        """Several processes each load all networks, and then split them."""
+        """Each of several processes gets its shares from rank 0, one weight at a time.
+
+        A base in 4 bits is loaded by each, with its other weights whole.
+        """
         if self.gpus == 1:
             return
         roots = {id(root): root for role in ROLES if len((root := self.models.root(role)).networks)}
         networks = [*roots.values(), *(model.network for model in self.resident.rewards if not model.shared)]
-        weights = {id(weight): weight for network in networks for weight in network.parameters()}
-        sizes = [(weight.nbytes, self.timeline.on_device(weight)) for weight in weights.values()]
-        with self.timeline.phase("start", **{"gathered weights": sum(whole - share for whole, share in sizes)}):
+        largest = max(gathered.largest_weight(network) for network in networks)
+        with self.timeline.phase("start", **{"gathered weights": max(largest, self._loaded_whole())}):
             pass
+
+    def _loaded_whole(self) -> int:
+        """Bytes of a base in 4 bits, with its adapters, that are on the device before the split, less their shares."""
+        weights = self.models.policy.parameters() if self.config.model.load_in_4bit else ()
+        return sum(weight.nbytes - self.timeline.on_device(weight) for weight in weights)
 
     @torch.no_grad()
     def rollout(self) -> None:

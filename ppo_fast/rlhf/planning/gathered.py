@@ -16,6 +16,11 @@ def whole(root: Root) -> int:
     return _bytes(root.parameters())
 
 
+def largest_weight(network: nn.Module) -> int:
+    """Return the bytes of the largest weight, which is whole on rank 0's device while it is dealt out."""
+    return max(_bytes([weight]) for weight in network.parameters())
+
+
 def layer_by_layer(root: Root) -> int:
     """Return the bytes of the rest of the root, which stays whole, and of the two largest groups."""
     groups = find_groups(root)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -11,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ppo_fast.rlhf.config.ppo import ModelConfig, PPOConfig
 from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.models.adapter_files import SavedAdapter
 from ppo_fast.rlhf.models.loading import Loaded, disable_dropout, with_adapters
 from ppo_fast.rlhf.models.models import Models, build_models, critic_start, make_value_model
-from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.networks import EmptyNetworks, Networks, empty_head
 from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.pretrained import Loader
 from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
@@ -46,8 +45,8 @@ def read_shapes(config: PPOConfig, policy: PretrainedConfig | None = None) -> Sa
     return saved
 
 
-class NetworksWithoutData(Networks):
-    """Makes the networks of a run on the meta device, from their configs."""
+class NetworksWithoutData(EmptyNetworks):
+    """Makes the networks of a plan, whose configs are all that there is."""
 
     def __init__(self, config: ModelConfig, device: str, name: Name = lambda item, tensors: None) -> None:
         super().__init__(config, torch.device("meta"))
@@ -63,27 +62,17 @@ class NetworksWithoutData(Networks):
         quantized: bool = False,
         **options: object,
     ) -> PreTrainedModel:
-        config = copy.deepcopy(saved.config)
-        config.num_labels = options.get("num_labels", config.num_labels)
         kind = {} if self.attention is None else {"attn_implementation": self.attention}
-        network = loader.from_config(config, dtype=dtype or self.dtype, trust_remote_code=saved.trust, **kind)
-        disable_dropout(network)
+        network = disable_dropout(self.build(loader, saved, dtype, **options, **kind))
         if quantized:
             quantize(network)
         return network
-
-    def whole_value(self, saved: SavedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Linear]:
-        backbone = self.make(AutoModel, saved, dtype)
-        return backbone, self._head(backbone)
 
     def read(self, adapter: SavedAdapter) -> None:
         pass
 
     def head(self, adapter: SavedAdapter, network: PreTrainedModel) -> nn.Linear | None:
-        return self._head(network) if adapter.has_head else None
-
-    def merge(self, network: PreTrainedModel, adapter: SavedAdapter) -> None:
-        pass
+        return empty_head(network) if adapter.has_head else None
 
     def place(self, network: PreTrainedModel) -> None:
         pass
@@ -92,9 +81,6 @@ class NetworksWithoutData(Networks):
         host = super().to_host(x)
         self.name(None, [host])
         return host
-
-    def _head(self, network: PreTrainedModel) -> nn.Linear:
-        return nn.Linear(network.config.hidden_size, 1, dtype=torch.float32, device=self.device)
 
 
 def count_weights(policy: SavedModel, config: ModelConfig) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.kernels import kernels_of, use_kernels
 from ppo_fast.rlhf.models.loading import load_tokenizer, saved_eos_ids
 from ppo_fast.rlhf.models.models import Models
-from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.networks import networks_of_rank
 from ppo_fast.rlhf.models.offload import Offloaded
 from ppo_fast.rlhf.models.reward import RewardNetwork, make_reward_network
 from ppo_fast.rlhf.models.saved import SavedModel
@@ -29,7 +30,7 @@ from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.models.value import sequence_scores
 from ppo_fast.rlhf.ppo.rollout import Generation, counted_ids
 from ppo_fast.rlhf.user_code import as_list, call_async, load_callable, to_python
-from ppo_fast.rlhf.world import current
+from ppo_fast.rlhf.world import by_all_ranks, current
 
 REWARD_ROWS = 16  # in a batch of a reward model, if rollout.micro_batch_size is null
 PromptRows = Iterable[str | Row]  # texts, or rows {"prompt": Prompt, column: ...}
@@ -152,13 +153,15 @@ class ModelSource:
         parts = [part for part in Path(self.path).parts if part not in ("final", "best")]
         self.name = parts[-1] if parts else "model"  # of its metrics: RUN/final is called by the run
 
-    def split(self, models: Models, *, offload: bool = False) -> None:
+    def split(self, models: Models, config: ModelConfig) -> None:
         """Split the weights over the ranks, if they are a process group; those of an adapter are with the policy's."""
         mesh = current().mesh
         if self.shared:
             self.root, self.network = models.root("policy"), "policy"
         elif mesh is not None:
-            shard(self.root, mesh, offload=offload)
+            shard(self.root, mesh, offload=config.offload)
+            run = functools.partial(self.root.run, self.network)
+            use_kernels(self.model.backbone, like_policy(models), run, self.device)
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> list[Score]:
@@ -237,10 +240,10 @@ def _load_network(
     saved: SavedModel, config: ModelConfig, device: torch.device, adapters: Adapters | None
 ) -> RewardNetwork:
     """The reward model on the device, or in host memory until it is used."""
-    made = make_reward_network(saved, Networks(config, device), adapters)
-    if made.shared:
+    made = make_reward_network(saved, networks_of_rank(config, device), adapters)
+    if made.shared or current().mesh is not None:  # `split` offloads shares, and gives a split network its kernels
         return made
-    if config.offload and current().mesh is None:  # a network that is split offloads its shares
+    if config.offload:
         made = made._replace(present=Offloaded(made.network, device).present)
     else:
         made = made._replace(network=made.network.to(device))
@@ -249,13 +252,14 @@ def _load_network(
     return made
 
 
+@by_all_ranks
 def load_sources(config: PPOConfig, models: Models, function: RewardFunction | None = None) -> list[Source]:
     """Return the function, passed or named, and then the reward models; UserError when there is neither."""
     reward, sources = config.reward, list[Source]()
     if function is not None or reward.function is not None or not reward.models:
         sources.append(FunctionSource(function or load_callable(reward.function, "reward.function"), reward.timeout))
     options: dict[str, Any] = {
-        "model": dataclasses.replace(config.model, kernels="auto" if kernels_of(models.policy) == "liger" else "none"),
+        "model": dataclasses.replace(config.model, kernels=like_policy(models)),
         "device": models.device,
         "batch_size": config.rollout.micro_batch_size or REWARD_ROWS,
         "adapters": models.adapters,
@@ -263,6 +267,11 @@ def load_sources(config: PPOConfig, models: Models, function: RewardFunction | N
     }
     known: dict[str | None, SavedModel] = {saved.path: saved for saved in models.rewards}
     return sources + [ModelSource(known.get(path, path), models.tokenizer, **options) for path in reward.models]
+
+
+def like_policy(models: Models) -> Literal["auto", "none"]:
+    """Return the kernels of a reward model: the policy's, if it can have them."""
+    return "auto" if kernels_of(models.policy) == "liger" else "none"
 
 
 def _checked(score: object, ids: list[int], sample: int) -> Score:

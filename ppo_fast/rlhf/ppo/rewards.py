@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import ops
-from ppo_fast.rlhf.config.ppo import KLConfig, RewardConfig
+from ppo_fast.rlhf.config.ppo import KLConfig, ModelConfig, RewardConfig
 from ppo_fast.rlhf.data.packing import Array
 from ppo_fast.rlhf.errors import UserError, check
 from ppo_fast.rlhf.models.models import Models
@@ -168,11 +168,11 @@ class Scorer:
         before = OwnScores(self.names, torch.stack(own, dim=1), combined, unpenalized)
         return ScoredBatch(scores, totals, verdicts, std, before)
 
-    def split(self, models: Models, *, offload: bool = False) -> None:
+    def split(self, models: Models, config: ModelConfig) -> None:
         """Split the weights of reward models over the ranks, if they are a process group."""
         for source in self.sources:
             if isinstance(source, ModelSource):
-                source.split(models, offload=offload)
+                source.split(models, config)
 
     def _combined(self, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the scores [N] of all S sources in one, from [S, N], and the deviation [B] between them."""

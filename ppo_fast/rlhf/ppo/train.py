@@ -328,8 +328,9 @@ def open_run(
         check_ppo(config, reward_fn, prompts, eval_prompts, rollout_fn, given)
         generator = torch.Generator(find_device(config.model.device)).manual_seed(config.seed)
         filter_fn = load_callable(config.reward.filter, "reward.filter") if config.reward.filter else None
+        weights = with_kernels(config.model, start)
         models = load_models(
-            with_kernels(config.model, start),
+            weights,
             generator,
             policy=policy,
             tokenizer=tokenizer,
@@ -357,8 +358,8 @@ def open_run(
             _check_vocabulary(models, asked)
             _check_context(config, models, asked)
         _warn_about_long_responses(config, data)
-        models.split(offload=config.model.offload)
-        scorer.split(models, offload=config.model.offload)
+        models.split(weights)
+        scorer.split(models, weights)
         run = PPORun(config, models, data, scorer, evaluation, generator, users, rollout_fn)
         if start is not None:
             run.restore(start)

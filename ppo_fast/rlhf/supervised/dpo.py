@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
+from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.config.supervised import DPOConfig
 from ppo_fast.rlhf.data.examples import Batch, Pair, preference_pair
 from ppo_fast.rlhf.data.packing import to_device
 from ppo_fast.rlhf.models.adapters import REFERENCE, TRAINED
 from ppo_fast.rlhf.models.loading import Loaded, load_policy, padding_id
+from ppo_fast.rlhf.models.networks import equip
 from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import (
@@ -58,11 +60,12 @@ class DPO(Objective[Pair]):
         """A root of its own for a reference that is a network of its own."""
         return Root(reference=self.reference)
 
-    def split(self) -> None:
-        super().split()
-        mesh = current().mesh
+    def split(self, config: WeightsConfig) -> None:
+        super().split(config)
+        mesh, root = current().mesh, self.reference_root
         if mesh is not None and self.adapters is None:
-            shard(self.reference_root, mesh)
+            shard(root, mesh)
+            equip(self.reference, config, functools.partial(root.run, "reference"), self.model.device)
 
     @property
     def extra_work(self) -> int:

@@ -26,13 +26,14 @@ from ppo_fast.rlhf.models.loading import (
     saved_eos_ids,
     with_adapters,
 )
-from ppo_fast.rlhf.models.networks import Networks
+from ppo_fast.rlhf.models.networks import networks_of_rank
 from ppo_fast.rlhf.models.reward import add_score_head
 from ppo_fast.rlhf.models.saved import STATS, SavedModel
 from ppo_fast.rlhf.models.value import ValueModel, sequence_scores
 from ppo_fast.rlhf.preflight import check_objects, check_supervised
 from ppo_fast.rlhf.supervised.train import Objective, Source, SupervisedResult, fit, load_data, setup_run
 from ppo_fast.rlhf.training.resume import with_kernels
+from ppo_fast.rlhf.world import by_all_ranks
 
 QUANTILES, BINS = (0.05, 0.25, 0.5, 0.75, 0.95), 10
 
@@ -145,6 +146,7 @@ def train_reward_model(
         return fit(config, objective, data, loaded.tokenizer, start)
 
 
+@by_all_ranks
 def load_scalar_model(
     config: RewardModelConfig,
     generator: torch.Generator,
@@ -159,7 +161,7 @@ def load_scalar_model(
         if config.model.load_in_4bit:
             raise UserError("model.load_in_4bit: expected false with init, got True")
         saved = SavedModel("init", config.init, config.model.trust_remote_code)
-        networks = Networks(config.model, generator.device)
+        networks = networks_of_rank(config.model, generator.device)
         model = networks.classifier(saved)
         if model is None:
             raise UserError(f"init: expected a reward model, got another kind of model in {config.init!r}")

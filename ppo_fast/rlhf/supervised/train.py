@@ -18,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import ops
 from ppo_fast.rlhf.config.files import save_config
+from ppo_fast.rlhf.config.model import WeightsConfig
 from ppo_fast.rlhf.config.supervised import BestModelConfig, SupervisedConfig
 from ppo_fast.rlhf.data.examples import Batch, Batches, Kind, Make, chunks, collate, load_examples, sequences
 from ppo_fast.rlhf.errors import BatchError, NotFiniteError, UserError
 from ppo_fast.rlhf.models.adapters import Adapters
 from ppo_fast.rlhf.models.forward import response_stats
 from ppo_fast.rlhf.models.loading import recomputing
+from ppo_fast.rlhf.models.networks import equip
 from ppo_fast.rlhf.models.sharding import Root, shard
 from ppo_fast.rlhf.reports.card import check_hub, publish
 from ppo_fast.rlhf.training.best import BestModel
@@ -36,7 +38,7 @@ from ppo_fast.rlhf.training.log import BEST, FINAL, StageLog, require_free
 from ppo_fast.rlhf.training.loop import TrainingLoop, describe_model
 from ppo_fast.rlhf.training.loss_scale import LossScale
 from ppo_fast.rlhf.training.optim import ClippedOptimizer, schedule
-from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors
+from ppo_fast.rlhf.training.resume import inputs, load_start, report_write_errors, with_kernels
 from ppo_fast.rlhf.training.runtime import Stopwatch, find_device, threads, warn_about_precision
 from ppo_fast.rlhf.training.signals import StopSignals
 from ppo_fast.rlhf.training.state import Stateful
@@ -69,11 +71,16 @@ class Objective(ABC, Generic[Kind]):
         """Return function(model, ...) with the weights that it needs gathered; see :meth:`Root.run`."""
         return self.root.run("model", function, *args)
 
-    def split(self) -> None:
-        """Split the weights over the ranks, if they are a process group."""
+    def split(self, config: WeightsConfig) -> None:
+        """Split the weights over the ranks, if they are a process group, and equip the network as `config` says."""
         mesh = current().mesh
         if mesh is not None:
             shard(self.root, mesh)
+            fused = getattr(config, "fused_head", False)
+            equip(self.model, config, self.run, self.model.device, linear=fused)
+
+    def begin(self, examples: Sequence[Kind]) -> None:
+        """Measure what the metrics after the run are compared with; `examples` are the held-out ones."""
 
     @property
     def extra_work(self) -> int:
@@ -356,7 +363,8 @@ def fit(
     if objective.adapters is not None and config.optim.master_weights is False:
         objective.adapters.drop_masters()
     warn_about_precision(objective.model, config.optim)
-    objective.split()
+    objective.split(with_kernels(config.model, start.checkpoint))
+    objective.begin(data.held_out)
     run = SupervisedRun(config, objective, data, tokenizer, start.generator, start.callbacks)
     checkpoint = start.checkpoint
     if checkpoint is not None:

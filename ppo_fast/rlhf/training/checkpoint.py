@@ -38,6 +38,7 @@ from ppo_fast.rlhf.integrity import (
 )
 from ppo_fast.rlhf.models.adapter_files import ADAPTER_FILE, HEAD
 from ppo_fast.rlhf.models.adapters import TRAINED, VALUE, Adapters
+from ppo_fast.rlhf.models.distribution import receive
 from ppo_fast.rlhf.models.models import Models
 from ppo_fast.rlhf.models.pretrained import load_network, no_progress_bars
 from ppo_fast.rlhf.models.saved import VALUE_CONFIG, VALUE_DIRECTORY, VALUE_FILE
@@ -296,14 +297,21 @@ def load_saved(model: PreTrainedModel, directory: Path, adapters: Adapters | Non
         _read_into(adapters, TRAINED, directory, getattr(model, "score", None))
         return
     own = model.state_dict()
-    if current().mesh is not None and _load_rows(own, _first_names(model), directory):
-        return
+    if current().mesh is None:
+        copy_tensors(own, _load_renamed(model, own, directory), str(directory))
+    elif not _load_rows(own, _first_names(model), directory):
+        receive(own, current().each(lambda: _load_renamed(model, own, directory) if current().is_main else {}))
+
+
+def _load_renamed(model: PreTrainedModel, own: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Return the saved state of a model, whose tensors transformers may have renamed, merged or cut in the files."""
     for path in sorted(directory.glob("model*.safetensors")):
         tensors = read_tensors(path)  # views of the file: no data is read
         for name in own.keys() & tensors.keys():  # the others are checked below: transformers may rename
             check_tensors({name: own[name]}, {name: tensors[name]}, str(path))
-    saved = load_network(type(model), str(directory), exact=True, dtype=model.dtype)
-    copy_tensors(own, saved.state_dict(), str(directory))
+    saved: dict[str, Tensor] = load_network(type(model), str(directory), exact=True, dtype=model.dtype).state_dict()
+    check_tensors(own, saved, str(directory))
+    return saved
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -1,17 +1,22 @@
 """Functions that two gloo processes run together, and their results by rank.
 
-`run_on_ranks(directory, f, g)` spawns the processes once; each joins the other and calls f and g with a directory that
-they share.
+`run_on_ranks(directory, f, g)` forks the processes once; each joins the other and calls f and g with a directory that
+they share. They are forks of a process that has imported everything: the imports take a rank longer than most runs.
 """
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
+
+import torch
 
 from ppo_fast.rlhf import world
 
@@ -38,14 +43,18 @@ def start_ranks(*arguments, size=2):
 def run_on_ranks(directory, *functions, size=2, timeout=600):
     """[{name: result} of each rank], where a result is what the function of that name returned there."""
     names = [f"{function.__module__}:{function.__name__}" for function in functions]
-    ranks = start_ranks("-W", "error::UserWarning", "-m", __name__, directory, *names, size=size)
+    multiprocessing.set_forkserver_preload([function.__module__ for function in functions])
+    port, end = free_port(), time.monotonic() + timeout
+    variables = [environment(rank, size, port) for rank in range(size)]
+    ranks = torch.multiprocessing.start_processes(
+        main, (directory, names, variables), size, join=False, start_method="forkserver"
+    )
     try:
-        outputs = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+        while not ranks.join(max(0, end - time.monotonic())):
+            assert time.monotonic() < end, f"ranks are not through after {timeout} s"
     finally:
-        for rank in ranks:
+        for rank in ranks.processes:
             rank.kill()
-    failed = [output for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
-    assert not failed, "\n".join(failed)
     return [pickle.loads(Path(directory, f"rank{rank}.pickle").read_bytes()) for rank in range(size)]
 
 
@@ -59,9 +68,10 @@ def alone():
         world._worlds.pop()
 
 
-def main(directory, names):
-    import torch
-
+def main(rank, directory, names, variables):
+    """What each rank does."""
+    os.environ.update(variables[rank])
+    warnings.simplefilter("error", UserWarning)
     torch.set_num_threads(1)
     found = {}
     with world.join("cpu", 120):
@@ -70,8 +80,4 @@ def main(directory, names):
             shared = Path(directory, function)
             shared.mkdir(exist_ok=True)
             found[function] = getattr(importlib.import_module(module), function)(shared)
-    Path(directory, f"rank{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    Path(directory, f"rank{rank}.pickle").write_bytes(pickle.dumps(found))

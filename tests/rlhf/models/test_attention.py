@@ -288,7 +288,15 @@ def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded():
         use_attention(model, CausalConfig(packing=True, attention="sdpa"))
 
 
-@pytest.mark.parametrize("logits", ["linear", "materialized"])
+@pytest.mark.parametrize(
+    ("on_a_cpu", "logits"),
+    [
+        (attention._by_sequence, "linear"),
+        (plain_varlen, "materialized"),
+        (plain_varlen_of_torch_2_11, "linear"),
+    ],
+    indirect=["on_a_cpu"],
+)
 def test_a_run_by_the_ends_is_the_run_by_the_mask(make_config, tokenizer, on_a_cpu, monkeypatch, tmp_path, logits):
     calls, weights = list[int](), list[Any]()
     monkeypatch.setattr(attention, "_varlen", lambda *x, real=attention._varlen, **y: calls.append(1) or real(*x, **y))

@@ -54,7 +54,7 @@ def liger(monkeypatch):
     rotary.calls = 0
     options = {"factor": 1.0}
     monkeypatch.setattr(kernels, "_appliers", lambda: {"llama": lambda **given: applier(**given, **options)})
-    monkeypatch.setattr(kernels, "_unavailable", lambda model: None)
+    monkeypatch.setattr(kernels, "_unavailable", lambda model, device: None)
     return options
 
 
@@ -104,11 +104,11 @@ def test_where_it_cannot_be_had(monkeypatch):
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), base_model=model.base_model)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     start = f"where liger-kernel cannot be imported ({install_command('gpu')}): "
-    assert kernels._unavailable(on_a_gpu).startswith(start)
+    assert kernels._unavailable(on_a_gpu, on_a_gpu.device).startswith(start)
     monkeypatch.setattr(kernels, "_appliers", lambda: {"mistral": applier})
-    assert kernels._unavailable(on_a_gpu) == "for SimpleNamespace, which liger-kernel does not know"
+    assert kernels._unavailable(on_a_gpu, on_a_gpu.device) == "for SimpleNamespace, which liger-kernel does not know"
     monkeypatch.setattr(kernels, "_appliers", lambda: {"llama": applier})
-    assert kernels._unavailable(on_a_gpu) is None
+    assert kernels._unavailable(on_a_gpu, on_a_gpu.device) is None
 
 
 def run(directory, path, resume=False, epochs=1):
@@ -127,12 +127,12 @@ def test_a_resumed_run_keeps_the_kernels_it_was_begun_with(tmp_path, liger, monk
     base = save_base(tmp_path / "base")
     with_liger, without = tmp_path / "liger", tmp_path / "none"
     assert kernels_of(run(with_liger, base).trained) == "liger"
-    monkeypatch.setattr(kernels, "_unavailable", lambda model: "on a Sunday")
+    monkeypatch.setattr(kernels, "_unavailable", lambda model, device: "on a Sunday")
     assert kernels_of(run(without, base).trained) == "none"
     message = "resume: expected the kernels of the model that the run was begun with, got others"
     with raises_exactly(message, UserError):
         run(with_liger, base, resume=True, epochs=2)
-    monkeypatch.setattr(kernels, "_unavailable", lambda model: None)
+    monkeypatch.setattr(kernels, "_unavailable", lambda model, device: None)
     assert kernels_of(run(without, base, resume=True, epochs=2).trained) == "none"
     assert kernels_of(run(with_liger, base, resume=True, epochs=2).trained) == "liger"
 

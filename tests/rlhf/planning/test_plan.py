@@ -17,8 +17,12 @@ from tests.helpers import product_scratch, raises_exactly
 from tests.rlhf.memory_profile import measured_peaks
 from tests.rlhf.planning.factories import DOCS, GIB, LORA, MEASURED, MICRO, PROMPT, make_config, tiny_plan, tiny_policy
 
+HELD_BY_OTHERS = ("separate", "micro-batches", "packed")  # what they have is in offloaded, adapters and tokens too
 
-@pytest.mark.parametrize("case", MEASURED)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in HELD_BY_OTHERS else case for case in MEASURED]
+)
 def test_a_plan_is_within_a_tenth_of_what_the_profiler_measures(case, tmp_path, tokenizer):
     overrides, values = MEASURED[case]
     plan = tiny_plan(tmp_path, tiny_policy(**overrides), **values)

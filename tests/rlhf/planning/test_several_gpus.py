@@ -35,10 +35,17 @@ def test_each_of_several_gpus_has_its_share_and_holds_a_few_layers_whole(tmp_pat
     assert two["rollout"]["gathered weights"] == pytest.approx(everything, rel=0.01, abs=2 * adapters)
     assert two["scoring"]["gathered weights"] == pytest.approx(layer + 2 * embedding, rel=0.01, abs=2 * adapters)
     assert two["update"]["gathered weights"] > two["scoring"]["gathered weights"]
-    # The networks of a run are whole before they are split.
-    assert sum(two["start"].values()) == pytest.approx(sum(one["scoring"].get(x, 0) for x in ("weights", "adapters")))
+    # Each gets its shares from rank 0, on whose device one weight is whole at a time.
+    assert two["start"].pop("gathered weights") == embedding
+    assert two["start"] == {name: two["scoring"][name] for name in ("weights", "adapters") if name in two["scoring"]}
     # Half of the responses: half of the keys and values.
     assert two["rollout"]["KV cache"] == pytest.approx(one["rollout"]["KV cache"] / 2, rel=0.1)
+
+
+def test_a_base_in_four_bits_starts_whole_on_each_gpu(tmp_path):
+    one, two = (split_plan(tmp_path, gpus, model=LORA | {"load_in_4bit": True}).phases for gpus in (1, 2))
+    held = sum(one["scoring"].get(name, 0) for name in ("weights", "adapters"))
+    assert sum(two["start"].values()) == pytest.approx(held, rel=0.01)
 
 
 def test_several_gpus_keep_shares_of_idle_models_on_the_host(tmp_path):

@@ -48,6 +48,7 @@ def _one_pass(rows: RowInputs, policy: PolicyInputs, out: Tensor | None) -> Poli
         torch.empty_like(advantages) if full and policy.kl_coef is not None else None,
     )
     if not extension.policy_loss(rows, policy, weights, result, out, is_large(out), torch.get_num_threads()):
+        # A counted target is outside the vocabulary, and nothing has been written.
         checks.target_values(_OP, rows.targets, rows.mask, rows.logits.shape[-1])
     return result
 
