@@ -156,10 +156,11 @@ def some_saves(directory):
 
 
 def all_saves(directory):
+    """Every call in one layout, a sample in the others."""
     runs = {"separate": {"reference": {"update": "ema", "every": 1}}, "shared": {}, "adapters": {}}
     for name in runs:
         (directory / name).mkdir(exist_ok=True)
-    return {name: try_saves(directory / name, sample=False, model=LAYOUTS[name], **more) for name, more in runs.items()}
+    return {name: try_saves(directory / name, name != "separate", model=LAYOUTS[name], **runs[name]) for name in runs}
 
 
 def resumed_after_a_fault(directory):
@@ -564,7 +565,7 @@ def slow(tmp_path_factory):
     return run_on_ranks(tmp_path_factory.mktemp("ranks"), all_saves, more_errors, timeout=1800)
 
 
-def check_saves(found):
+def check_saves(found, *kinds_of_layout):
     for main, other in zip(*(each.items() for each in found), strict=True):
         (at, name), (message, newest, whole, done) = main
         assert message == ("[Errno 28] No space left on device", 0), (at, name)
@@ -575,7 +576,7 @@ def check_saves(found):
         {name for (_, name), (_, newest, *_) in found[0].items() if newest == n}
         for n in ("update-000001", "update-000002")
     ]
-    assert kinds[0] >= {"open", "write", "fsync", "mkdir", "rename", "write_text", "safe_save_file"}
+    assert kinds[0] >= {"open", "write", "fsync", "mkdir", "rename", "write_text", *kinds_of_layout}
     assert kinds[1] >= {"fsync", "rename"}
 
 
@@ -590,13 +591,13 @@ def check_cases(found, cases):
 
 
 def test_a_save_that_fails_on_rank_0_is_told_on_both_and_costs_nothing(ranks):
-    check_saves([rank["some_saves"] for rank in ranks])
+    check_saves([rank["some_saves"] for rank in ranks], "safe_save_file")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["separate", "shared", "adapters"])
 def test_a_fault_at_every_call_of_a_save_is_told_on_both_and_costs_nothing(slow, layout):
-    check_saves([rank["all_saves"][layout] for rank in slow])
+    check_saves([rank["all_saves"][layout] for rank in slow], *["safe_save_file"] * (layout != "adapters"))
 
 
 @pytest.mark.parametrize("stage", ["ppo", "sft"])
