@@ -52,6 +52,7 @@ BATCHES = "tests/rlhf/data/test_packing.py"
 TEMPLATES = "tests/rlhf/data/test_templates.py"
 ADAPTERS = "tests/rlhf/models/test_adapters.py"
 ADAPTER_LAYERS = "tests/rlhf/models/test_adapter_layers.py"
+ADAPTER_STAGES = "tests/rlhf/models/test_adapter_stages.py"
 KERNELS = "tests/rlhf/models/test_kernels.py"
 ATTENTION = "tests/rlhf/models/test_attention.py"
 CORRECTION = "tests/rlhf/ppo/test_correction.py"
@@ -598,8 +599,10 @@ MUTANTS = [
     Mutant(f"{RLHF}/models/value.py", "head.bias.sub_(mean).div_(std)", "head.bias.div_(std)", LAYOUTS),
     Mutant(f"{RLHF}/models/reward.py", "functools.partial(adapters.active, name)", "contextlib.nullcontext", LAYOUTS),
     Mutant(f"{RLHF}/models/reward.py", "load(name, own, trained=False)", "load(name, own, trained=True)", LAYOUTS),
-    Mutant(f"{RLHF}/supervised/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTERS),
-    Mutant(f"{RLHF}/supervised/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTERS),
+    Mutant(
+        f"{RLHF}/supervised/dpo.py", "self.adapters.active(self.adapters.reference)", "nullcontext()", ADAPTER_STAGES
+    ),
+    Mutant(f"{RLHF}/supervised/reward_model.py", "score.float().requires_grad_(True)", "score.float()", ADAPTER_STAGES),
     # examples
     Mutant(
         f"{RLHF}/data/examples.py",

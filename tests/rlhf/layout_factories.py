@@ -56,6 +56,11 @@ def run_stage(stage, directory, path, *, resume=False, optim=None, checkpoint=No
 
 
 @torch.no_grad()
+def logits(network):
+    return network(IDS).logits
+
+
+@torch.no_grad()
 def outputs(models, role):
     """Logits [1, 8, V], or values [1, 8], of a role."""
     with models.using(role) as network:
