@@ -343,7 +343,7 @@ CASES = {  # of each kind one: in `make check`
     ),
     "evaluator": Case(1, f"update 1: the evaluator 'early_evaluator' {NO_SCORE}", evaluated("early_evaluator")),
     "rollout": Case(1, f"update 1: the rollout function 'bad_rollout' {NO_SCORE}", lambda: {"rollout_fn": bad_rollout}),
-    "data": Case(1, "data.prompts: .*nowhere.*", lambda: {"prompts": on(1, "nowhere.jsonl", PROMPTS)}),
+    "data": Case(1, r"prompts\[4\]: expected .*, got 3", lambda: {"prompts": on(1, [*PROMPTS, 3], PROMPTS)}),
     "other data": Case(
         1,
         "torchrun: expected the prompts of rank 0 on all ranks, got others on rank 1",
@@ -389,6 +389,7 @@ MORE = {
         stage=sft,
         patch=(1, ClippedOptimizer, "clip", before_clip),
     ),
+    "no data": Case(1, "data.prompts: .*nowhere.*", lambda: {"prompts": on(1, "nowhere.jsonl", PROMPTS)}),
     "on_start 0": Case(0, BAD, lambda: failing(0, "on_start")),
     "on_step 0": Case(0, f"update 2: {BAD}", lambda: failing(0, "on_step", 2), end="update-000001"),
     "on_checkpoint 1": Case(1, f"update 1: {BAD}", lambda: failing(1, "on_checkpoint"), end="update-000001"),
