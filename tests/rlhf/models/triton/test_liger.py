@@ -52,8 +52,9 @@ def test_hidden_states_and_gradients_are_the_models_own(kind):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
-    own = kernels._states_and_gradients(model)
-    assert kernels._apply_checked(model) is None
+    run, device = (lambda function: function(model)), model.device
+    own = kernels._states_and_gradients(model, run, device)
+    assert kernels._apply_checked(model, run, device) is None
     assert kernels.kernels_of(model) == "liger"
-    for a, b in zip(kernels._states_and_gradients(model), own, strict=True):
+    for a, b in zip(kernels._states_and_gradients(model, run, device), own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
