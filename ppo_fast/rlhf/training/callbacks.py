@@ -59,7 +59,7 @@ class Callback:
 
     Callbacks are called in the order they are passed, on a step after the run's own evaluation and before its log.
     One with `state_dict` and `load_state_dict` is saved in every checkpoint and restored by `resume`. Under torchrun
-    they are called on every rank, and the state of rank 0 is saved.
+    every rank has the same ones and calls them, and the state of rank 0 is saved.
     """
 
     phase = ""  # in the progress bar during a call, where that takes its time
