@@ -313,7 +313,7 @@ def open_run(
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
-        users = current().each(lambda: user_callbacks(callbacks))
+        users = user_callbacks(callbacks)
         if current().mesh is not None:
             current().each(lambda: check_ranks(config))
         if config.rollout.engine == "vllm":

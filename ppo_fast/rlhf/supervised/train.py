@@ -320,7 +320,7 @@ def setup_run(config: SupervisedConfig, resume: bool | str, callbacks: Sequence[
         hold_directory(config.output_dir),
         threads(config.threads),
     ):
-        users = current().each(lambda: user_callbacks(callbacks))
+        users = user_callbacks(callbacks)
         if resume in (False, None):
             current().on_main(lambda: require_free(config))
         current().on_main(lambda: check_hub(config))

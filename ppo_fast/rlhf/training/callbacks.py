@@ -17,6 +17,7 @@ from ppo_fast.rlhf.errors import UserError
 from ppo_fast.rlhf.training.runtime import PhaseMemory
 from ppo_fast.rlhf.training.state import check_state
 from ppo_fast.rlhf.user_code import UserState, call, to_python
+from ppo_fast.rlhf.world import current
 
 HOOKS = ("on_start", "on_step", "on_checkpoint", "on_end")
 
@@ -58,7 +59,7 @@ class Callback:
 
     Callbacks are called in the order they are passed, on a step after the run's own evaluation and before its log.
     One with `state_dict` and `load_state_dict` is saved in every checkpoint and restored by `resume`. Under torchrun
-    they are called on every rank, and the state of rank 0 is saved.
+    every rank has the same ones and calls them, and the state of rank 0 is saved.
     """
 
     phase = ""  # in the progress bar during a call, where that takes its time
@@ -109,7 +110,26 @@ class UserCallback(Callback):
 
 
 def user_callbacks(owners: Iterable[object]) -> list[UserCallback]:
-    """Wrap the user's callbacks, each named by its class; UserError for an object that is none."""
+    """Wrap the user's callbacks, each named by its class.
+
+    UserError, on all ranks, for an object that is none, and where a rank has others than rank 0.
+    """
+    world = current()
+    found = world.each(lambda: _wrapped(owners))
+    names = [callback.name for callback in found]
+    first = world.objects(names)[0]
+    world.each(lambda: _check_same(names, first, world.rank))
+    return found
+
+
+def _check_same(names: list[str], first: list[str], rank: int) -> None:
+    """Raise a UserError for callbacks that are not those of rank 0: the ranks wait for each other after each call."""
+    if names != first:
+        expected, got = (", ".join(each) or "none" for each in (first, names))
+        raise UserError(f"callbacks: expected {expected} on all ranks, as on rank 0, got {got} on rank {rank}")
+
+
+def _wrapped(owners: Iterable[object]) -> list[UserCallback]:
     if not isinstance(owners, Iterable):
         raise UserError(f"callbacks: expected a list of callbacks, got {owners!r}")
     found: dict[str, UserCallback] = {}

@@ -349,6 +349,11 @@ CASES = {  # of each kind one: in `make check`
         "torchrun: expected the prompts of rank 0 on all ranks, got others on rank 1",
         lambda: {"prompts": on(1, PROMPTS[1:], PROMPTS)},
     ),
+    "other callbacks": Case(
+        1,
+        "callbacks: expected callback Bad on all ranks, as on rank 0, got none on rank 1",
+        lambda: on(1, {}, failing(0, "on_step")),
+    ),
     "log": Case(0, NO_SPACE + NONE, patch=(0, log, "_line", full)),
     "final": Case(
         0, NO_SPACE + SECOND, patch=(0, checkpoint, "atomic_directory", full_at("final")), end="update-000002"
