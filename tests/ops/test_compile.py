@@ -215,6 +215,7 @@ def test_fullgraph_equals_eager(name: str, backend: str) -> None:
     )
 
 
+@pytest.mark.slow  # test_in_a_step compiles a loss by inductor
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_inductor_equals_eager() -> None:
     """All ops in one graph, so that one compilation covers them."""

@@ -337,12 +337,10 @@ def evaluated(name):
 
 CASES = {  # of each kind one: in `make check`
     "on_step": Case(1, f"update 2: {BAD}", lambda: failing(1, "on_step", 2), end="update-000001"),
-    "on_checkpoint": Case(0, f"update 1: {BAD}", lambda: failing(0, "on_checkpoint"), end="update-000001"),
     "state_dict": Case(
         1, f"the callback Bad's 'state_dict' {KEY}", lambda: failing(1, "state_dict", 3), end="update-000001"
     ),
     "evaluator": Case(1, f"update 1: the evaluator 'early_evaluator' {NO_SCORE}", evaluated("early_evaluator")),
-    "rollout": Case(1, f"update 1: the rollout function 'bad_rollout' {NO_SCORE}", lambda: {"rollout_fn": bad_rollout}),
     "data": Case(1, r"prompts\[4\]: expected .*, got 3", lambda: {"prompts": on(1, [*PROMPTS, 3], PROMPTS)}),
     "other data": Case(
         1,
@@ -367,6 +365,16 @@ CASES = {  # of each kind one: in `make check`
         begin=resumed,
         end="update-000002",
     ),
+    "clock": Case(
+        None,
+        f"max_hours: stopped after update 1; saved {PATH}, --resume continues there",
+        lambda: {"max_hours": on(1, 1e-9, None)},
+        end="update-000001",
+    ),
+}
+MORE = {
+    "on_checkpoint": Case(0, f"update 1: {BAD}", lambda: failing(0, "on_checkpoint"), end="update-000001"),
+    "rollout": Case(1, f"update 1: the rollout function 'bad_rollout' {NO_SCORE}", lambda: {"rollout_fn": bad_rollout}),
     "another run": Case(
         0,
         rf"resume: optim\.lr: expected 0\.001 as in {PATH}, got 0\.5",
@@ -374,15 +382,7 @@ CASES = {  # of each kind one: in `make check`
         begin=resumed,
         end="update-000002",
     ),
-    "clock": Case(
-        None,
-        f"max_hours: stopped after update 1; saved {PATH}, --resume continues there",
-        lambda: {"max_hours": on(1, 1e-9, None)},
-        end="update-000001",
-    ),
     "sft callback": Case(1, f"step 2: {BAD}", lambda: failing(1, "on_step", 2), sft, end="step-000001"),
-}
-MORE = {
     "on_start": Case(1, BAD, lambda: failing(1, "on_start")),
     "filter": Case(
         1, f"update 1: the filter 'bad_filter' {NO_SCORE}", lambda: {"reward": {"filter": f"{OWN}bad_filter"}}
