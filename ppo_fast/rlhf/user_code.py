@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -13,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from ppo_fast.rlhf.errors import UserError
@@ -71,10 +72,19 @@ def clear_module_cache() -> None:
     _module.cache_clear()
 
 
+class _Source(importlib.machinery.SourceFileLoader):
+    """Compiles the file itself: compiled code of an earlier import passes for that of a file written in its second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
 @functools.lru_cache
 def _module(path: str, changed: int) -> ModuleType:
     """The file as a module, the same one for every function in it; `changed` is when it was last written."""
-    module_spec: Any = importlib.util.spec_from_file_location(f"user_file_{Path(path).stem}", path)
+    name = f"user_file_{Path(path).stem}"
+    module_spec: Any = importlib.util.spec_from_file_location(name, path, loader=_Source(name, path))
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look their module up there
     module_spec.loader.exec_module(module)

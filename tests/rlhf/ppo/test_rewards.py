@@ -1,6 +1,8 @@
 """Rewards: where the score lands, what the KL costs, and what a bad reward function is told."""
 
 import json
+import os
+import sys
 
 import numpy
 import pytest
@@ -267,6 +269,16 @@ def test_a_reward_file_may_hold_dataclasses(tmp_path):
         "def f(completions, **_):\n    return [Weights().length] * len(completions)\n"
     )
     assert load_callable(f"{path}:f", "reward.function")(completions=["a"]) == [2.0]
+
+
+def test_a_file_that_is_written_twice_in_a_second_is_read_twice(tmp_path, monkeypatch):
+    """In the time of its compiled code, which has seconds, and in size it is the same file."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "reward.py"
+    for written, score in enumerate((1.0, 2.0)):
+        path.write_text(f"def f(completions, **_):\n    return [{score}]\n")
+        os.utime(path, ns=(0, 10**18 + written))
+        assert load_callable(f"{path}:f", "reward.function")(completions=["a"]) == [score]
 
 
 def test_a_function_is_loaded_from_a_file(tmp_path):
