@@ -88,6 +88,8 @@ def _group(name: str, default: Any, value: object) -> Any:
 
 
 def _leaf(name: str, hint: Any, value: object) -> Any:
+    if isinstance(value, bool) and _WORDS[bool] not in _options(hint):  # pydantic would take true for 1
+        raise UserError(f"{name}: expected {_describe(hint)}, got {value}")
     try:
         return _adapter(hint).validate_python(_plain(value))
     except require("pydantic").ValidationError:
@@ -118,7 +120,9 @@ def _options(hint: Any) -> list[str]:
     if get_origin(hint) in (Union, types.UnionType):
         return [option for each in arguments for option in _options(each)]
     if get_origin(hint) is tuple:
-        return [f"a list of {len(arguments)} numbers" if Ellipsis not in arguments else "a list"]
+        if Ellipsis not in arguments:
+            return [f"a list of {len(arguments)} numbers"]
+        return ["a list of texts" if arguments[0] is str else "a list of numbers"]
     return [_WORDS.get(hint, str(hint))]
 
 

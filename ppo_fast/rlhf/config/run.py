@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo_fast.rlhf.config.base import Settings
-from ppo_fast.rlhf.errors import not_negative, positive
+from ppo_fast.rlhf.errors import check, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.output_dir != "", "output_dir", "the name of a directory", self.output_dir)
         not_negative("seed", self.seed)
         if self.threads is not None:
             positive("threads", self.threads)

@@ -305,7 +305,11 @@ PYTHON = [
     (PPOConfig, {"model": WeightsConfig()}, "model: expected a ModelConfig .*, got a WeightsConfig"),
     (PPOConfig, {"optim": {"lrr": 1}}, "unknown key 'optim.lrr', the nearest is 'optim.lr'"),
     (PPOConfig, {"optim": {"betas": [1, 2, 3]}}, "optim.betas: expected a list of 2 numbers, got .*"),
-    (PPOConfig, {"reward": {"models": "one"}}, "reward.models: expected a list, got 'one'"),
+    (PPOConfig, {"reward": {"models": "one"}}, "reward.models: expected a list of texts, got 'one'"),
+    (PPOConfig, {"reward": {"weights": [1, "a"]}}, "reward.weights: expected a list of numbers, got [1, 'a']"),
+    (PPOConfig, {"updates": True}, "updates: expected an int, got True"),
+    (KLConfig, {"coef": False}, "kl.coef: expected a number, got False"),
+    (PPOConfig, {"output_dir": ""}, "output_dir: expected the name of a directory, got ''"),
     (PPOConfig, {"log": {"console": "maybe"}}, "log.console: expected true or false, got 'maybe'"),
     (
         PPOConfig,
@@ -365,6 +369,10 @@ def test_every_config_class_is_exported():
         (PPOConfig, "vf_coef", ", the nearest is 'loss.vf_coef'"),
         (PPOConfig, "kl_coef", "; here it is 'kl.coef'"),
         (SFTConfig, "dataset_name", "; here it is 'data.train'"),
+        (PPOConfig, "lora", "; here it is 'model.lora.rank'"),
+        (PPOConfig, "exp_name", "; here it is 'output_dir'"),
+        (PPOConfig, "ppo_micro_batch_size_per_gpu", "; here it is 'optim.micro_batch_size'"),
+        (PPOConfig, "model.lora.dropout", ""),
         (PPOConfig, "zero_stage", ""),
     ],
 )
